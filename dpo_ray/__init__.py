@@ -1,0 +1,1 @@
+"""Preference alignment of language models on a Ray cluster."""

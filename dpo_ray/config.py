@@ -1,0 +1,358 @@
+"""The configuration: one frozen tree that mirrors the YAML file, key for key.
+
+Unknown keys and combinations that cannot work fail at load, before anything else starts.
+A default stands here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dpo_ray.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Run(_Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """Name of the run and of the published model: letters, digits, dot, dash, underscore."""
+    output: str
+    """Where everything goes: a local folder or a URI such as s3://bucket/prefix."""
+    seed: int = Field(0, ge=0)
+    """Seeds the split, the sampling and the order of the pairs."""
+
+
+class Model(_Section):
+    path: str
+    """A Hugging Face folder, a .gguf file, a hub id, or package://<python package>/<file.gguf>."""
+    revision: str | None = None
+    """Revision of a hub id; a local path has none."""
+    dtype: Dtype = "float32"
+    """Precision of the trainer's forward and of the reference scores: the two must be equal to agree."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model. Only for models whose code you have read."""
+
+
+class Data(_Section):
+    train: str | None = None
+    """Parquet preference shards: a file, a folder or a glob. Left out when `generate` makes the pairs."""
+    eval: str | None = None
+    """Held-out preference shards. Left out: held_out_fraction of the prompts of `train`."""
+    held_out_fraction: float = Field(0.1, ge=0.0, lt=1.0)
+    """Share of the prompts, chosen by their hash, kept from training for evaluation."""
+    max_prompt_tokens: int = Field(1024, ge=1)
+    """A pair with a longer prompt is dropped and counted as prompt_too_long."""
+    max_completion_tokens: int = Field(512, ge=1)
+    """A pair with a longer completion is dropped and counted as completion_too_long."""
+    max_quarantined_fraction: float = Field(0.05, ge=0.0, le=1.0)
+    """Ingest fails when a larger share of the rows is unusable."""
+    rows_per_shard: int = Field(512, ge=1)
+    """Rows in a unit of work: what is lost at most when a process dies, and what is computed at once."""
+
+
+class Sampling(_Section):
+    samples: int = Field(4, ge=1)
+    """Completions sampled for each prompt."""
+    temperature: float = Field(1.0, gt=0.0)
+    """Sampling temperature; above 0, for equal samples make no pairs."""
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    """Nucleus sampling: the smallest set of tokens with this probability mass."""
+    max_tokens: int = Field(256, ge=1)
+    """A completion is cut here, and then counts as unfinished for the reward."""
+    dtype: Dtype = "bfloat16"
+    """Precision of the generating engine."""
+
+
+class Generate(_Section):
+    prompts: str
+    """JSON lines or Parquet with a `prompt` column (text or messages); package:// paths are allowed."""
+    sampling: Sampling = Sampling()
+    """How completions are drawn from the base model."""
+    reward: str = Field("dpo_ray.rewards:brief_answer", pattern=r"^[\w.]+:\w+$")
+    """The scoring function, as module:function; see dpo_ray.rewards for its signature."""
+    min_score_gap: float = Field(0.1, gt=0.0)
+    """A pair whose scores are nearer than this is a tie, and is rejected."""
+    pairs_per_prompt: int = Field(1, ge=1)
+    """At most so many pairs a prompt: best against worst, second best against second worst, …"""
+    prompts_per_shard: int = Field(64, ge=1)
+    """Prompts in a unit of work."""
+
+
+class VLLM(_Section):
+    num_actors: int = Field(1, ge=1)
+    """Engines that work side by side."""
+    cpus_per_actor: float = Field(1.0, gt=0.0)
+    """Cores that Ray sets aside for one engine."""
+    gpus_per_actor: int = Field(0, ge=0)
+    """GPUs of one engine (its tensor-parallel size); 0 is vLLM's CPU build."""
+    kv_cache_gib: int = Field(2, ge=1)
+    """Key-value cache of an engine on CPU, in GiB."""
+    gpu_memory_utilization: float = Field(0.9, gt=0.0, le=1.0)
+    """Share of a GPU's memory that an engine may take."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Sequences that an engine works on at once."""
+
+
+class Reference(_Section):
+    engine: Literal["vllm", "torch"] = "vllm"
+    """Who computes the reference log-probs: vLLM, or the trainer's own forward in Ray actors."""
+    tolerance: float = Field(0.05, gt=0.0)
+    """Calibration gate: the largest |Δ| in nats, over summed log-probs of re-scored completions, accepted."""
+    calibration_pairs: int = Field(32, ge=1)
+    """Pairs that the trainer's own forward scores again for the calibration gate."""
+
+
+class SigmoidLoss(_Section):
+    type: Literal["sigmoid"]
+    """DPO (arXiv:2305.18290); with label_smoothing, conservative DPO."""
+    beta: float = Field(0.1, gt=0.0)
+    """Strength of the pull towards the reference."""
+    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
+    """Assumed share of flipped labels."""
+
+
+class RobustLoss(_Section):
+    type: Literal["robust"]
+    """Provably robust DPO (arXiv:2403.00409)."""
+    beta: float = Field(0.1, gt=0.0)
+    """Strength of the pull towards the reference."""
+    label_smoothing: float = Field(0.1, ge=0.0, lt=0.5)
+    """Assumed share of flipped labels."""
+
+
+class HingeLoss(_Section):
+    type: Literal["hinge"]
+    """Hinge on the margin, SLiC / RSO (arXiv:2305.10425, 2309.06657)."""
+    beta: float = Field(0.1, gt=0.0)
+    """Inverse of the margin at which a pair stops to count."""
+
+
+class IPOLoss(_Section):
+    type: Literal["ipo"]
+    """IPO (arXiv:2310.12036) on the mean log-ratio per token, as its authors confirmed."""
+    beta: float = Field(0.1, gt=0.0)
+    """The paper's τ: the regression target is 1/2β."""
+
+
+Loss = Annotated[SigmoidLoss | RobustLoss | HingeLoss | IPOLoss, Field(discriminator="type")]
+
+
+class Train(_Section):
+    loss: Loss = SigmoidLoss(type="sigmoid")
+    """The loss; each type takes only the options that it uses."""
+    learning_rate: float = Field(1e-6, gt=0.0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup_fraction: float = Field(0.1, ge=0.0, lt=1.0)
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0.0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0.0)
+    """Gradients are clipped to this global norm."""
+    global_batch_size: int = Field(64, ge=1)
+    """Pairs in an optimizer step, over all workers: the same result whatever their number."""
+    tokens_per_microbatch: int = Field(4096, ge=1)
+    """Tokens that a worker computes at once; a pair longer than this goes alone."""
+    epochs: int = Field(1, ge=1)
+    """Passes over the training pairs."""
+    num_workers: int = Field(1, ge=1)
+    """Data-parallel workers."""
+    cpus_per_worker: float = Field(1.0, gt=0.0)
+    """Cores of one worker."""
+    use_gpu: bool = False
+    """One GPU a worker (NCCL); otherwise CPU (gloo)."""
+    checkpoint_every_steps: int = Field(50, ge=1)
+    """Steps between checkpoints: what a killed run loses at most."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Latest checkpoints kept."""
+    log_every_steps: int = Field(1, ge=1)
+    """Steps between reported metrics."""
+    max_failures: int = Field(3, ge=0)
+    """Restarts from the last checkpoint after a worker died, before the run fails."""
+
+    def identity(self) -> dict[str, Any]:
+        """The options that change the result, and not just where or how fast it is computed."""
+        execution = {
+            "tokens_per_microbatch",
+            "num_workers",
+            "cpus_per_worker",
+            "use_gpu",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+            "log_every_steps",
+            "max_failures",
+        }
+        return self.model_dump(mode="json", exclude=execution)
+
+
+class WinRate(_Section):
+    sampling: Sampling = Sampling()
+    """How completions are drawn from the base and from the tuned model."""
+    reward: str = Field("dpo_ray.rewards:brief_answer", pattern=r"^[\w.]+:\w+$")
+    """The judge, as module:function."""
+    max_prompts: int = Field(256, ge=1)
+    """At most so many held-out prompts, the first by prompt id."""
+
+
+class Evaluate(_Section):
+    win_rate: WinRate | None = None
+    """Tuned against base on held-out prompts; left out: not measured."""
+
+
+class Gate(_Section):
+    accuracy_above: float | None = Field(0.5, ge=0.0, lt=1.0)
+    """The lower end of the interval of the held-out accuracy must lie above this; null: not required."""
+    win_rate_above: float | None = Field(None, ge=0.0, lt=1.0)
+    """The lower end of the interval of the win rate must lie above this; null: not required."""
+
+
+class Publish(_Section):
+    gate: Gate = Gate()
+    """What a model must show before it is published."""
+
+
+class Tune(_Section):
+    beta: tuple[float, ...] = Field((0.05, 0.1, 0.3), min_length=1)
+    """Values of train.loss.beta in the grid."""
+    learning_rate: tuple[float, ...] = Field((5e-7, 1e-6), min_length=1)
+    """Values of train.learning_rate in the grid."""
+    max_concurrent_trials: int = Field(1, ge=1)
+    """Trials that train at the same time."""
+
+
+class Config(_Section):
+    """The whole tree."""
+
+    run: Run
+    model: Model
+    data: Data = Data()
+    generate: Generate | None = None
+    """Make the pairs from prompts; left out: read them from data.train."""
+    vllm: VLLM = VLLM()
+    reference: Reference = Reference()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    publish: Publish = Publish()
+    tune: Tune | None = None
+    """The search of `dpo-ray sweep`."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        if (self.data.train is None) == (self.generate is None):
+            found = "neither" if self.generate is None else "both"
+            raise ValueError(
+                f"pairs come from data.train or from generate, but {found} is given: name exactly one of them"
+            )
+        if self.generate is not None and self.data.eval is not None:
+            raise ValueError(
+                "data.eval goes with data.train; with generate, data.held_out_fraction of the prompts is held out"
+            )
+        if self.generate is not None and self.generate.sampling.samples < 2:
+            raise ValueError("generate.sampling.samples is 1, but a pair needs at least 2 samples of a prompt")
+        if self.train.global_batch_size < self.train.num_workers:
+            raise ValueError(
+                f"train.global_batch_size is {self.train.global_batch_size}, but each of the "
+                f"{self.train.num_workers} workers (train.num_workers) needs at least one pair a step"
+            )
+        if self.publish.gate.win_rate_above is not None and self.evaluate.win_rate is None:
+            raise ValueError(
+                "publish.gate.win_rate_above asks for a win rate that is not measured: "
+                "add evaluate.win_rate or set publish.gate.win_rate_above=null"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `dotted.key=value` overrides and validate the tree.
+
+    Raises ConfigError, in one paragraph that names each offending key, its value and the way out.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"There is no configuration file {path}: check the path, or start from a file in pipelines/configs."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration file {path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path} must hold a mapping with the sections run, model, …; it holds {type(tree).__name__}."
+        )
+    for override in overrides or []:
+        _apply(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
+    """Validate a tree of plain values. Raises ConfigError."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_problem(e) for e in error.errors(include_url=False))
+        raise ConfigError(f"{source}: {problems}.") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"-o {override}: write it as dotted.key=value, for example -o train.loss.beta=0.2.")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"-o {override}: {parent} is a value, not a section.")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"-o {override}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _problem(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "the whole"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f" (known here: {', '.join(known)})" if known else ""
+        return f"{where} is not a known key{hint}"
+    if error["type"] == "missing":
+        return f"{where} is missing: add it to the file or pass -o {where}=…"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"{where}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        if part in {"sigmoid", "robust", "hinge", "ipo"}:  # pydantic puts the union's tag into the location
+            tagged = {"sigmoid": SigmoidLoss, "robust": RobustLoss, "hinge": HingeLoss, "ipo": IPOLoss}
+            return list(tagged[part].model_fields)
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, _Section)), None)
+        if section is None:
+            return []
+    return list(section.model_fields)

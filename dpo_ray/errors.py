@@ -1,0 +1,41 @@
+"""What can go wrong, as the person who must mend it sees it.
+
+Every error is one paragraph that names the value, the limit and the way out, and carries the exit code of
+the command line:
+
+    DpoRayError                 1   something unexpected
+    ├── ConfigError             2   configuration or usage
+    ├── DataError               3   data unreadable, or too much of it quarantined
+    ├── ReferenceMismatch       3   reference log-probs and the trainer's forward disagree
+    └── GateFailed              4   the model did not pass its gate; nothing was published
+
+Errors cross process borders (Ray pickles them), so each is built from one message alone.
+"""
+
+
+class DpoRayError(Exception):
+    """Base of every error raised on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(DpoRayError, ValueError):
+    """A configuration value, or a combination of values, that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(DpoRayError):
+    """Input that cannot be read, or too much of it unusable."""
+
+    exit_code = 3
+
+
+class ReferenceMismatch(DataError):
+    """Reference log-probs that the trainer's own forward does not reproduce within tolerance."""
+
+
+class GateFailed(DpoRayError):
+    """The evaluated model is not good enough to be published."""
+
+    exit_code = 4

@@ -1,0 +1,210 @@
+"""Finding, loading, hashing and saving the model; its forward pass down to token log-probs."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_ray import attention
+from dpo_ray.artifacts import digest, file_hash
+from dpo_ray.errors import ConfigError
+from dpo_ray.logprobs import token_logprobs
+from dpo_ray.packing import MicroBatch, pack, pad
+from dpo_ray.pairs import TokenizedPair
+from dpo_ray.storage import Location
+
+PACKAGE = "package://"
+
+
+def package_file(uri: str) -> Path:
+    """The file behind package://<importable package>/<path inside it>. Raises ConfigError."""
+    package, _, inside = uri.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"{uri}: the Python package {package} is not installed. Install it, or name another path.")
+    path = Path(next(iter(spec.submodule_search_locations))) / inside
+    if not path.is_file():
+        raise ConfigError(f"{uri}: the installed package {package} has no file {inside}.")
+    return path
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept between runs: $DPO_RAY_CACHE, or dpo-ray below the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "dpo-ray"
+    return Path(os.environ.get("DPO_RAY_CACHE", default)).expanduser()
+
+
+def resolve(path: str, revision: str | None = None) -> Path:
+    """The local folder of a model: a folder as it is, a GGUF file converted once, a hub id downloaded once.
+
+    Raises ConfigError where there is nothing to load.
+    """
+    if path.startswith(PACKAGE):
+        return converted_gguf(package_file(path))
+    local = Path(path).expanduser()
+    if local.suffix == ".gguf" and local.is_file():
+        return converted_gguf(local)
+    if local.is_dir():
+        if not (local / "config.json").is_file() or not list(local.glob("*.safetensors")):
+            raise ConfigError(
+                f"model.path is {path}, but that folder has no config.json with *.safetensors beside it. Name a "
+                "folder written by save_pretrained; weights in pickle files are not loaded."
+            )
+        return local.absolute()
+    if local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+        raise ConfigError(
+            f"model.path is {path}, and there is no such folder. Name a Hugging Face model folder, a "
+            ".gguf file or a hub id such as org/name."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+    except Exception as error:
+        raise ConfigError(
+            f"model.path is {path}: it is no local folder, and the hub did not give it ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). Check the name, the network and the access rights, or name a "
+            "folder."
+        ) from error
+
+
+def converted_gguf(gguf: Path) -> Path:
+    """A GGUF file as a Hugging Face folder in float32, made once and kept in the cache folder.
+
+    Safe when several processes ask at the same time: one converts, the others wait for it.
+    """
+    target = cache_folder() / "models" / f"{gguf.stem}-{file_hash(Location.of(gguf))[:12]}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_dir():
+            return target
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
+        try:
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            # The tensors are dequantized already; transformers would otherwise refuse to save them.
+            model.hf_quantizer = None
+            del model.config.quantization_config
+            model.save_pretrained(partial)
+            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return target
+
+
+def weights_hash(folder: Path) -> str:
+    """Digest over the configuration and the weights of a model folder, by content.
+
+    Kept beside the user's cache under the files' names, sizes and times, for large weights are slow to read.
+    """
+    files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = digest([str(folder), stats])
+    remembered = cache_folder() / "hashes" / key
+    if remembered.is_file():
+        return remembered.read_text()
+    value = digest([(f.name, file_hash(Location.of(f))) for f in files])
+    Location.of(remembered).write_bytes(value.encode())
+    return value
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder. Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The model folder {folder} has no tokenizer that can be loaded ({error}). Save it there "
+            "with tokenizer.save_pretrained."
+        ) from error
+
+
+def load_policy(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """A causal language model with float32 weights, dropout off, on the packed attention where it can serve."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    attention.register()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    implementation = attention.IMPLEMENTATION if attention.serves(config) else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation=implementation,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.config.use_cache = False
+    return model
+
+
+class CompletionScorer(nn.Module):
+    """The trainer's forward pass: micro-batch → log-probs of its completion tokens.
+
+    The same module scores the reference (engine `torch`), calibrates vLLM's scores, trains and evaluates.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+
+    @property
+    def packs(self) -> bool:
+        """Whether the model runs on the packed, prefix-shared layout."""
+        return self.model.config._attn_implementation == attention.IMPLEMENTATION  # type: ignore[union-attr]
+
+    def collate(self, pairs: list[TokenizedPair]) -> MicroBatch:
+        """The layout that this model can take."""
+        return pack(pairs) if self.packs else pad(pairs)
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """Log-probs [N] in float32 of the micro-batch's completion tokens, in nats."""
+        device = batch.input_ids.device.type
+        autocast = torch.autocast(device, self.dtype) if self.dtype != torch.float32 else nullcontext()
+        with autocast:
+            extra = {"segments": batch.segments} if batch.segments is not None else {}
+            hidden = self.model.base_model(  # type: ignore[operator]
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                attention_mask=batch.attention_mask,
+                use_cache=False,
+                **extra,
+            ).last_hidden_state
+            return token_logprobs(hidden.flatten(0, 1)[batch.predictors], head(self.model), batch.targets)
+
+
+def head(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Hidden states [N, H] → logits [N, V], with the scaling and soft cap that the model's configuration names."""
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    scale = getattr(model.config, "logit_scale", None) or 1 / (getattr(model.config, "logits_scaling", None) or 1)
+
+    def logits(hidden: Tensor) -> Tensor:
+        scaled = output(hidden) * scale if scale != 1 else output(hidden)
+        return cap * torch.tanh(scaled / cap) if cap else scaled
+
+    return logits
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """float32 or bfloat16 by its name in the configuration."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

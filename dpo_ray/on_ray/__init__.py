@@ -1,0 +1,1 @@
+"""The only package that imports ray or vllm: sessions, shard workers, engines and the trainer."""

@@ -1,0 +1,104 @@
+"""Connecting to Ray, and bringing our errors back from it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import NoReturn
+
+from dpo_ray.errors import ConfigError, DpoRayError
+from dpo_ray.progress import say
+
+_HOURS = 3600
+
+
+def connect(num_cpus: float, num_gpus: float = 0, *, why: str) -> None:
+    """Join the cluster of RAY_ADDRESS (as in a Ray job), or start an embedded one on this machine.
+
+    Args:
+        num_cpus, num_gpus: what the coming work needs at once.
+        why: the configuration keys that this follows from, for the error.
+
+    Raises ConfigError where the cluster is too small, for work would wait there for ever.
+    """
+    # Lines of different workers that look alike must not be folded into one: they are progress.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    import ray
+
+    if not ray.is_initialized():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        else:
+            _start_embedded(num_cpus)
+        _configure_data()
+    total = ray.cluster_resources()
+    for name, wanted in (("CPU", num_cpus), ("GPU", num_gpus)):
+        if total.get(name, 0) < wanted:
+            raise ConfigError(
+                f"The Ray cluster has {total.get(name, 0):g} {name}s, but this needs {wanted:g} at once ({why}). Lower "
+                "those settings, or use a cluster with more nodes."
+            )
+
+
+def disconnect() -> None:
+    """Leave the cluster; an embedded one ends."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def _start_embedded(num_cpus: float) -> None:
+    import ray
+
+    # CPUs are what Ray plans with, not cores: a small machine must still hold the trainer and its data feed.
+    cpus = max(os.cpu_count() or 1, int(num_cpus + 0.999))
+    say("ray", f"starting Ray on this machine with {cpus} logical CPUs")
+    for attempt in (1, 2):
+        try:
+            ray.init(num_cpus=cpus, log_to_driver=True, logging_level=logging.WARNING)
+            return
+        except Exception as error:
+            # On a busy machine the node's agent can miss its start-up deadline; a second start mostly succeeds.
+            ray.shutdown()
+            if attempt == 2:
+                raise DpoRayError(
+                    f"Ray did not start on this machine ({type(error).__name__}: {error}). Its logs are in "
+                    "/tmp/ray/session_latest/logs; a busy machine or a full disk are the common causes."
+                ) from error
+            say("ray", "the start failed; trying once more")
+
+
+def _configure_data() -> None:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.verbose_progress = False
+    # A shard on a slow engine may take long, and while an engine loads nothing moves at all.
+    context.execution_no_progress_timeout_s = 6 * _HOURS
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def raise_ours(error: BaseException, stage: str) -> NoReturn:
+    """Re-raise the error of ours that Ray carries, or a readable DpoRayError where there is none."""
+    ours = _find(error, set())
+    if ours is not None:
+        raise ours from error
+    text = str(error).strip().splitlines()
+    raise DpoRayError(
+        f"The stage {stage} failed on Ray: {type(error).__name__}: {text[-1] if text else ''} What is finished is "
+        "kept: the same command goes on from there. The workers' logs are in /tmp/ray/session_latest/logs."
+    ) from error
+
+
+def _find(error: BaseException | None, seen: set[int]) -> DpoRayError | None:
+    if error is None or id(error) in seen:
+        return None
+    seen.add(id(error))
+    if isinstance(error, DpoRayError):
+        return error
+    inside = [error.__cause__, error.__context__, getattr(error, "cause", None)]
+    inside += list((getattr(error, "worker_failures", None) or {}).values())
+    return next((found for e in inside if isinstance(e, BaseException) and (found := _find(e, seen))), None)

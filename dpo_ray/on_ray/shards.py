@@ -1,0 +1,185 @@
+"""Row-wise stages: every shard is a task of its own, carried by Ray Data to a pool of actors.
+
+A worker writes its shard itself, atomically and under a name that says what it was made from. So a run that is
+killed loses the shards in flight and no others, and a stage over more input computes only what is new.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from dpo_ray.artifacts import (
+    SCHEMA_VERSION,
+    Artifact,
+    FileEntry,
+    describe_file,
+    digest,
+    fingerprint,
+    inspect_shard,
+    load,
+    publish,
+    write_shard,
+)
+from dpo_ray.on_ray.session import connect, raise_ours
+from dpo_ray.progress import Progress, say
+from dpo_ray.shard_work import ShardOutput
+from dpo_ray.storage import Location
+
+ShardFunction = Callable[[dict[str, Any]], ShardOutput]
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One unit of work."""
+
+    source: dict[str, Any]
+    """Where the worker finds its rows."""
+    content: str
+    """What the rows are: a content hash, and whatever of the source changes the result."""
+    rows: int
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The actors that do the work, and what Ray sets aside for each."""
+
+    build: Callable[..., ShardFunction]
+    """Class of the worker; built once in each actor with `arguments`."""
+    arguments: dict[str, Any]
+    num_actors: int = 1
+    num_cpus: float = 1.0
+    num_gpus: float = 0
+    env: dict[str, str] = field(default_factory=dict)
+    why: str = ""
+    """The configuration keys behind these numbers."""
+
+
+def shard_tasks(artifact: Artifact) -> list[ShardTask]:
+    """One task for each shard of a finished artifact."""
+    return [
+        ShardTask(source={"file": (artifact.location / f.name).uri}, content=f.sha256, rows=f.rows)
+        for f in artifact.manifest.files
+        if f.rows is not None
+    ]
+
+
+def shard_stage(
+    output: Location,
+    kind: str,
+    *,
+    identity: dict[str, Any],
+    inputs: dict[str, str],
+    tasks: list[ShardTask],
+    pool: Pool,
+    unit: str = "rows",
+) -> tuple[Artifact, bool]:
+    """The artifact that the workers make of these tasks, and whether it was finished already.
+
+    Args:
+        output: the folder run.output.
+        identity: options that change the result; the fingerprint covers them and the inputs.
+    """
+    stage_folder = output / "artifacts" / kind
+    location = stage_folder / fingerprint(kind, identity, inputs)
+    done = load(location, kind, location.name)
+    if done is not None:
+        say(kind, f"reused: {done.manifest.rows} rows in {location}")
+        return done, True
+    # A name covers all that a shard depends on, so that a sibling artifact's shard can be taken over.
+    names = [f"{digest([kind, SCHEMA_VERSION, identity, task.content])}.parquet" for task in tasks]
+    finished = set(_take_over(stage_folder, location, set(names)))
+    missing = [(n, t) for n, t in dict(zip(names, tasks, strict=True)).items() if n not in finished]
+    say(kind, f"{len(finished)} of {len(names)} shards are finished already, {len(missing)} to compute")
+    if missing:
+        _compute(kind, location, missing, pool, unit)
+    entries: dict[str, FileEntry] = {}
+    counters: Counter[str] = Counter()
+    quarantines: list[FileEntry] = []
+    for name in dict.fromkeys(names):
+        entries[name], counts = inspect_shard(location / name)
+        counters.update(counts)
+        quarantine = location / "quarantine" / name
+        if quarantine.exists():
+            entry = describe_file(quarantine)
+            quarantines.append(entry.model_copy(update={"name": f"quarantine/{name}"}))
+    counters["kept"] = sum(e.rows or 0 for e in entries.values())
+    artifact = publish(
+        location,
+        kind,
+        identity=identity,
+        inputs=inputs,
+        files=[*entries.values(), *quarantines],
+        counters=dict(sorted(counters.items())),
+    )
+    return artifact, False
+
+
+def _take_over(stage_folder: Location, location: Location, wanted: set[str]) -> list[str]:
+    """Names of the wanted shards that exist, here or copied from another artifact of the same stage."""
+    present = {child.name for child in location.list()} & wanted
+    for sibling in stage_folder.list():
+        if sibling == location or present == wanted:
+            continue
+        for name in sorted(({child.name for child in sibling.list()} & wanted) - present):
+            quarantine = sibling / "quarantine" / name
+            if quarantine.exists():
+                quarantine.copy_to(location / "quarantine" / name)
+            (sibling / name).copy_to(location / name)
+            present.add(name)
+    return sorted(present)
+
+
+def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask]], pool: Pool, unit: str) -> None:
+    import ray.data
+
+    connect(pool.num_cpus * pool.num_actors + 1, pool.num_gpus * pool.num_actors, why=pool.why)
+    resources: dict[str, Any] = {"num_cpus": pool.num_cpus}
+    if pool.num_gpus:
+        resources["num_gpus"] = pool.num_gpus
+    if pool.env:
+        resources["runtime_env"] = {"env_vars": pool.env}
+    tasks = [{"task": json.dumps({"name": name, "source": task.source})} for name, task in missing]
+    results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+        ShardWorker,
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_constructor_kwargs={"location": location, "build": pool.build, "arguments": pool.arguments},
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=min(pool.num_actors, len(tasks)), max_tasks_in_flight_per_actor=2
+        ),
+        **resources,
+    )
+    progress = Progress(kind, sum(task.rows for _, task in missing), unit)
+    rows = {name: task.rows for name, task in missing}
+    say(kind, f"computing {len(missing)} shards, {progress.total} {unit}")
+    try:
+        for result in results.iter_rows():
+            progress.advance(rows[result["name"]], note=f"shard {result['name'].removesuffix('.parquet')} done")
+    except Exception as error:
+        raise_ours(error, kind)
+
+
+class ShardWorker:
+    """An actor of the pool: builds its function once, then writes one shard a task."""
+
+    def __init__(self, location: Location, build: Callable[..., ShardFunction], arguments: dict[str, Any]):
+        self.location = location
+        self.work = build(**arguments)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        names = []
+        for text in batch["task"].to_pylist():
+            task = json.loads(text)
+            output = self.work(task["source"])
+            # The quarantine first: a shard that exists is finished, its quarantine included.
+            if output.quarantine is not None:
+                write_shard(self.location / "quarantine" / task["name"], output.quarantine, {})
+            write_shard(self.location / task["name"], output.table, dict(output.counters))
+            names.append(task["name"])
+        return pa.table({"name": names})

@@ -1,0 +1,207 @@
+"""Training on Ray Train: a reference artifact in, a train artifact with the policy in it out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+import torch
+
+from dpo_ray.artifacts import Artifact, describe_file, fingerprint, load, publish
+from dpo_ray.checkpoint import read_history
+from dpo_ray.config import Config
+from dpo_ray.losses import zero_margin_loss
+from dpo_ray.model import resolve, weights_hash
+from dpo_ray.on_ray.session import connect, raise_ours
+from dpo_ray.plan import StepPlan, build_index
+from dpo_ray.progress import say
+from dpo_ray.storage import Location
+from dpo_ray.train_loop import EXPORT, Rank, train
+
+KIND = "train"
+MODEL_FOLDER = "model"
+HISTORY = "metrics.jsonl"
+_RESUME = "resume.json"
+
+
+def fit(output: Location, config: Config, reference: Artifact) -> tuple[Artifact, bool]:
+    """Train the policy on a finished reference artifact, or take over the artifact if it is finished already.
+
+    The artifact holds the model as a Hugging Face folder, and the metrics of every logged step. A run that was
+    killed goes on from its last checkpoint.
+    """
+    folder = resolve(config.model.path, config.model.revision)
+    identity = {
+        "weights": weights_hash(folder),
+        "dtype": config.model.dtype,
+        "train": config.train.identity(),
+        "seed": config.run.seed,
+    }
+    inputs = {"reference": reference.fingerprint}
+    location = output / "artifacts" / KIND / fingerprint(KIND, identity, inputs)
+    done = load(location, KIND, location.name)
+    if done is not None:
+        say(KIND, f"reused: {location}")
+        return done, True
+    plan = make_plan(config, reference)
+    say(KIND, f"{len(plan.index)} pairs, {plan.num_steps} steps of {config.train.global_batch_size} pairs")
+    began = time.monotonic()
+    checkpoint = _run(config, plan, location)
+    history = _collect(checkpoint, location)
+    model_files = [
+        describe_file(f).model_copy(update={"name": f"{MODEL_FOLDER}/{f.name}"})
+        for f in (location / MODEL_FOLDER).list()
+    ]
+    final = history[-1]
+    artifact = publish(
+        location,
+        KIND,
+        identity=identity,
+        inputs=inputs,
+        files=[*model_files, describe_file(location / HISTORY)],
+        counters={"pairs": len(plan.index), "steps": plan.num_steps, "duplicate": plan.index.duplicates},
+        metrics={
+            "first_step_loss": history[0]["loss"],
+            "zero_margin_loss": zero_margin_loss(config.train.loss),
+            "final": final,
+            "tokens_per_second": sum(m["tokens_per_second"] for m in history) / len(history),
+            "seconds": round(time.monotonic() - began, 1),
+        },
+    )
+    _remove_runs(location)
+    return artifact, False
+
+
+def make_plan(config: Config, reference: Artifact) -> StepPlan:
+    """The step plan of a configuration over a reference artifact. Raises ConfigError where it has no step."""
+    model_config = json.loads((resolve(config.model.path, config.model.revision) / "config.json").read_text())
+    return StepPlan(
+        index=build_index(reference.shards(), "train"),
+        global_batch_size=config.train.global_batch_size,
+        epochs=config.train.epochs,
+        seed=config.run.seed,
+        hidden_size=model_config.get("hidden_size") or model_config.get("n_embd") or 1024,
+    )
+
+
+def _run(config: Config, plan: StepPlan, location: Location) -> Location:
+    """Run the workers to the last step. Returns where the last checkpoint is."""
+    options = config.train
+    connect(
+        options.num_workers * options.cpus_per_worker + 1,
+        options.num_workers if options.use_gpu else 0,
+        why="train.num_workers, train.cpus_per_worker, train.use_gpu, and one CPU to feed the workers",
+    )
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from dpo_ray.on_ray.feeding import StepFeed, feed_dataset
+
+    runs = location / "checkpoints"
+    resume_file = runs / _RESUME
+
+    def feed() -> Any:
+        start = json.loads(resume_file.read_bytes())["next_step"] if resume_file.exists() else 0
+        return feed_dataset(plan, start, options.num_workers, options.tokens_per_microbatch)
+
+    resources = {"CPU": options.cpus_per_worker, **({"GPU": 1.0} if options.use_gpu else {})}
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "model": config.model,
+            "train": options,
+            "seed": config.run.seed,
+            "num_steps": plan.num_steps,
+            "pairs_per_epoch": len(plan.index),
+            "resume_file": resume_file,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=options.num_workers, use_gpu=options.use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name="run",
+            storage_path=runs.uri,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=options.keep_checkpoints),
+            failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+        ),
+        torch_config=TorchConfig(backend="nccl" if options.use_gpu else "gloo"),
+        datasets={"train": feed},
+        dataset_config=StepFeed(),
+    )
+    try:
+        result = trainer.fit()
+    except Exception as error:
+        raise_ours(error, KIND)
+    if result.error is not None:
+        raise_ours(result.error, KIND)
+    assert result.checkpoint is not None
+    path = result.checkpoint.path
+    return Location(path) if Location(path).is_local else Location.of(f"{runs.uri.split('://')[0]}://{path}")
+
+
+def train_worker(job: dict[str, Any]) -> None:
+    """What Ray Train runs on each worker: the loop, with Ray's feed, report and checkpoint put in."""
+    import ray.train
+    import ray.train.torch
+
+    from dpo_ray.on_ray.feeding import received_steps
+
+    context = ray.train.get_context()
+    options = job["train"]
+    if not options.use_gpu:
+        torch.set_num_threads(max(1, int(options.cpus_per_worker)))
+    me = Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+
+    def report(metrics: dict[str, Any], *, checkpoint_due: bool, folder: Path | None) -> None:
+        checkpoint = ray.train.Checkpoint.from_directory(str(folder)) if folder is not None else None
+        ray.train.report(metrics, checkpoint=checkpoint)
+        if checkpoint is not None:
+            # After the checkpoint, never before: the feed may start too early, which costs little, but not too late.
+            job["resume_file"].write_bytes(json.dumps({"next_step": metrics["step"]}).encode())
+            say(KIND, f"checkpoint at step {metrics['step']}/{job['num_steps']}")
+
+    arguments = {
+        "seed": job["seed"],
+        "num_steps": job["num_steps"],
+        "pairs_per_epoch": job["pairs_per_epoch"],
+        "me": me,
+        "steps_from": lambda start: received_steps(ray.train.get_dataset_shard("train"), me.rank, start),
+        "report": report,
+    }
+    latest = ray.train.get_checkpoint()
+    if latest is None:
+        train(job["model"], options, resume=None, **arguments)
+        return
+    with latest.as_directory() as folder:
+        if me.rank == 0:
+            say(KIND, f"going on from checkpoint {Path(folder).name}")
+        train(job["model"], options, resume=Path(folder), **arguments)
+
+
+def _collect(checkpoint: Location, location: Location) -> list[dict[str, Any]]:
+    """Copy the exported model and the metrics of the last checkpoint into the artifact."""
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / HISTORY).write_bytes((checkpoint / HISTORY).read_bytes())
+        history = read_history(Path(scratch))
+    source, source_path = (checkpoint / EXPORT).filesystem()
+    target, target_path = (location / MODEL_FOLDER).filesystem()
+    target.create_dir(target_path, recursive=True)
+    pafs.copy_files(source_path, target_path, source_filesystem=source, destination_filesystem=target)
+    (location / HISTORY).write_bytes((checkpoint / HISTORY).read_bytes())
+    return history
+
+
+def _remove_runs(location: Location) -> None:
+    """The checkpoints have served once the artifact is published."""
+    runs = location / "checkpoints"
+    if runs.is_local:
+        shutil.rmtree(runs.uri, ignore_errors=True)
+    else:
+        fs, path = runs.filesystem()
+        fs.delete_dir(path)

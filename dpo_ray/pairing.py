@@ -1,0 +1,48 @@
+"""Scored candidates of one prompt → preference pairs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from dpo_ray.pairs import Message, PreferencePair
+
+
+def make_pairs(
+    prompt: Sequence[Message],
+    completions: Sequence[str],
+    scores: Sequence[float],
+    *,
+    min_score_gap: float,
+    pairs_per_prompt: int,
+) -> tuple[list[PreferencePair], Counter[str]]:
+    """Best against worst, second best against second worst, and so on, each completion in one pair at most.
+
+    Completions that are equal but for outer white space count once (`duplicate`), empty ones not at all
+    (`empty_response`); a pair whose scores differ by less than `min_score_gap` is a `tie` and ends the prompt,
+    for the pairs after it are nearer still.
+
+    Returns the pairs and the counts of what was rejected.
+    """
+    rejected: Counter[str] = Counter()
+    distinct: dict[str, float] = {}
+    for completion, score in zip(completions, scores, strict=True):
+        text = completion.strip()
+        if not text:
+            rejected["empty_response"] += 1
+        elif text in distinct:
+            rejected["duplicate"] += 1
+        else:
+            distinct[text] = score
+    # Ties in score are broken by the text, so that the order in which an engine returns samples is no matter.
+    ranked = sorted(distinct, key=lambda text: (-distinct[text], text))
+    pairs = []
+    for i in range(min(pairs_per_prompt, len(ranked) // 2)):
+        chosen, worst = ranked[i], ranked[-1 - i]
+        if distinct[chosen] - distinct[worst] < min_score_gap:
+            rejected["tie"] += 1
+            break
+        pairs.append(PreferencePair(tuple(prompt), chosen, worst))
+    if not ranked or len(ranked) == 1:
+        rejected["too_few_distinct"] += 1
+    return pairs, rejected

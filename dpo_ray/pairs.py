@@ -1,0 +1,130 @@
+"""The rows that stages hand to each other, and their Arrow schemas."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+import pyarrow as pa
+
+Split = Literal["train", "eval"]
+
+
+class Message(TypedDict):
+    """One turn of a dialogue."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A canonical pair: a dialogue that ends with the user's turn, and two answers to it."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+    @property
+    def pair_id(self) -> str:
+        """Content id of the pair: 16 hex digits."""
+        return _digest([list(self.prompt), self.chosen, self.rejected])
+
+    @property
+    def prompt_id(self) -> str:
+        """Content id of the prompt: 16 hex digits."""
+        return prompt_id(list(self.prompt))
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """A pair as token ids, with the reference log-probs of its completion tokens where they are known."""
+
+    pair_id: str
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    chosen_ref_logprobs: list[float] | None = None
+    rejected_ref_logprobs: list[float] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the pair when its prompt is computed once."""
+        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
+
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_IDS = pa.list_(pa.int32())
+_LOGPROBS = pa.list_(pa.float32())
+
+PROMPTS = pa.schema([("prompt_id", pa.string()), ("split", pa.string()), ("prompt", _MESSAGES)])
+
+CANDIDATES = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("split", pa.string()),
+        ("prompt", _MESSAGES),
+        (
+            "completions",
+            pa.list_(pa.struct([("text", pa.string()), ("finished", pa.bool_()), ("num_tokens", pa.int32())])),
+        ),
+    ]
+)
+
+PAIRS = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("split", pa.string()),
+        ("prompt", _MESSAGES),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+    ]
+)
+
+TOKENIZED = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("split", pa.string()),
+        ("prompt_ids", _IDS),
+        ("chosen_ids", _IDS),
+        ("rejected_ids", _IDS),
+    ]
+)
+
+SCORES = pa.schema([("pair_id", pa.string()), ("chosen_logprobs", _LOGPROBS), ("rejected_logprobs", _LOGPROBS)])
+
+REFERENCE = pa.schema([*TOKENIZED, ("chosen_ref_logprobs", _LOGPROBS), ("rejected_ref_logprobs", _LOGPROBS)])
+
+QUARANTINE = pa.schema([("source", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("raw", pa.string())])
+
+
+def prompt_id(prompt: list[Message]) -> str:
+    """Content id of a prompt: 16 hex digits."""
+    return _digest(prompt)
+
+
+def split_of(identifier: str, held_out_fraction: float, seed: int) -> Split:
+    """Which side a prompt is on: by its own hash, so that a prompt is never on both sides."""
+    place = int(hashlib.sha256(f"{seed}:{identifier}".encode()).hexdigest()[:8], 16) / 2**32
+    return "eval" if place < held_out_fraction else "train"
+
+
+def tokenized_pair(row: dict[str, Any]) -> TokenizedPair:
+    """A row of a tokenized or reference shard."""
+    return TokenizedPair(
+        pair_id=row["pair_id"],
+        prompt_ids=row["prompt_ids"],
+        chosen_ids=row["chosen_ids"],
+        rejected_ids=row["rejected_ids"],
+        chosen_ref_logprobs=row.get("chosen_ref_logprobs"),
+        rejected_ref_logprobs=row.get("rejected_ref_logprobs"),
+    )
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

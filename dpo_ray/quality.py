@@ -1,0 +1,83 @@
+"""Rules that a preference row must pass, each with the name that quarantine and counters use."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NoReturn
+
+from dpo_ray.pairs import Message, PreferencePair
+
+Reason = Literal[
+    "null_field",
+    "missing_field",
+    "non_string_content",
+    "mixed_types",
+    "empty_prompt",
+    "empty_response",
+    "identical_pair",
+    "unknown_role",
+    "role_order",
+    "bad_completion",
+    "diverging_prefix",
+    "prompt_repeated",
+    "invalid_unicode",
+]
+
+
+class BadRow(Exception):
+    """A row that makes no preference pair; `reason` is the name of the rule that it breaks."""
+
+    def __init__(self, reason: Reason):
+        super().__init__(reason)
+        self.reason: Reason = reason
+
+
+def reject(reason: Reason) -> NoReturn:
+    """Raise BadRow."""
+    raise BadRow(reason)
+
+
+def check_text(text: Any) -> str:
+    """A string that can be stored as UTF-8. Raises BadRow."""
+    if text is None:
+        reject("null_field")
+    if not isinstance(text, str):
+        reject("non_string_content")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        reject("invalid_unicode")
+    return text
+
+
+def check_message(message: Any) -> Message:
+    """One turn with a known role and text. Raises BadRow."""
+    if message is None:
+        reject("null_field")
+    if not isinstance(message, dict):
+        reject("non_string_content")
+    if "role" not in message or "content" not in message:
+        reject("missing_field")
+    role, content = check_text(message["role"]), check_text(message["content"])
+    if role not in {"system", "user", "assistant"}:
+        reject("unknown_role")
+    return {"role": role, "content": content}
+
+
+def check_prompt(prompt: list[Message]) -> None:
+    """A dialogue: an optional system turn, then user and assistant in turn, ending with the user. Raises BadRow."""
+    if not prompt or any(not m["content"].strip() for m in prompt):
+        reject("empty_prompt")
+    turns = prompt[1:] if prompt[0]["role"] == "system" else prompt
+    expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(turns))]
+    if not turns or [m["role"] for m in turns] != expected or turns[-1]["role"] != "user":
+        reject("role_order")
+
+
+def check_pair(pair: PreferencePair) -> PreferencePair:
+    """The rules on the pair as a whole. Raises BadRow."""
+    check_prompt(list(pair.prompt))
+    if not pair.chosen.strip() or not pair.rejected.strip():
+        reject("empty_response")
+    if pair.chosen.strip() == pair.rejected.strip():
+        reject("identical_pair")
+    return pair

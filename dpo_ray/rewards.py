@@ -1,0 +1,191 @@
+"""Reward functions for generated candidates.
+
+A reward is any function `(prompt: str, completion: str, finished: bool) -> float`, named in the configuration
+as module:function; higher is better. `prompt` is the text of the user's last turn, `finished` says whether the
+model ended its answer by itself instead of running into generate.sampling.max_tokens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+
+from dpo_ray.errors import ConfigError
+
+Reward = Callable[[str, str, bool], float]
+
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+")
+_ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|etc|vs|Mr|Mrs|Ms|Dr|St|No|approx|[A-Z])\.$")
+_STOP_WORDS = frozenset(
+    [
+        "a",
+        "about",
+        "an",
+        "and",
+        "any",
+        "are",
+        "as",
+        "at",
+        "be",
+        "been",
+        "before",
+        "between",
+        "but",
+        "by",
+        "can",
+        "could",
+        "describe",
+        "did",
+        "do",
+        "does",
+        "each",
+        "explain",
+        "for",
+        "from",
+        "get",
+        "give",
+        "had",
+        "has",
+        "have",
+        "how",
+        "i",
+        "if",
+        "in",
+        "into",
+        "is",
+        "it",
+        "its",
+        "just",
+        "keep",
+        "kind",
+        "make",
+        "many",
+        "me",
+        "more",
+        "most",
+        "much",
+        "my",
+        "name",
+        "need",
+        "of",
+        "on",
+        "one",
+        "only",
+        "or",
+        "other",
+        "our",
+        "out",
+        "people",
+        "person",
+        "reason",
+        "same",
+        "should",
+        "simple",
+        "so",
+        "some",
+        "someone",
+        "something",
+        "such",
+        "suggest",
+        "tell",
+        "than",
+        "that",
+        "the",
+        "their",
+        "them",
+        "then",
+        "there",
+        "these",
+        "they",
+        "thing",
+        "this",
+        "to",
+        "two",
+        "up",
+        "us",
+        "use",
+        "used",
+        "was",
+        "way",
+        "we",
+        "were",
+        "what",
+        "when",
+        "where",
+        "which",
+        "while",
+        "who",
+        "why",
+        "will",
+        "with",
+        "would",
+        "you",
+        "your",
+    ]
+)
+
+
+def load_reward(name: str) -> Reward:
+    """The function behind module:function. Raises ConfigError."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"The reward {name} cannot be imported ({error}). Name it as module:function, and run where "
+            "the module can be imported (in a job, ship it with the working directory)."
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"The reward {name} is not a function but {type(found).__name__}.")
+    return found
+
+
+def brief_answer(prompt: str, completion: str, finished: bool) -> float:
+    """How well a text answers in at most two complete sentences, without repetition, on the prompt: 0 to 1.
+
+    The product of four factors, so that none can be traded for another:
+
+    - complete: 1 where the answer ended by itself with a sentence's end, .5 where one of the two holds, else 0
+    - brief: 1 up to two sentences, then 2/n for n of them; and at most 60 words, then 60/words
+    - fresh: the share of its three-word sequences that are not repeats
+    - on topic: .4 + .6 · the share of the prompt's content words that come back, full from one half on;
+      and 0 below three words
+    """
+    words = [w.lower() for w in _WORD.findall(completion)]
+    if len(words) < 3:
+        return 0.0
+    complete = (0.5 if finished else 0.0) + (0.5 if re.search(r"[.!?][\"'”’)\]]*$", completion.strip()) else 0.0)
+    sentences = len(split_sentences(completion))
+    brief = min(1.0, 2 / sentences) * min(1.0, 60 / len(words))
+    trigrams = list(zip(words, words[1:], words[2:], strict=False))
+    fresh = len(set(trigrams)) / len(trigrams)
+    return complete * brief * fresh * (0.4 + 0.6 * min(1.0, 2 * topic_overlap(prompt, completion)))
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences, a line break ending one too: a list item counts as a sentence."""
+    sentences: list[str] = []
+    for line in text.splitlines():
+        for piece in _SENTENCE_END.split(line.strip()):
+            if not piece:
+                continue
+            if sentences and _ABBREVIATION.search(sentences[-1]) and sentences[-1] in line:
+                sentences[-1] = f"{sentences[-1]} {piece}"
+            else:
+                sentences.append(piece)
+    return sentences
+
+
+def topic_overlap(prompt: str, completion: str) -> float:
+    """Share of the prompt's content words found in the completion, by their first five letters; 1 if it has none."""
+    wanted = {_stem(w) for w in _WORD.findall(prompt) if w.lower() not in _STOP_WORDS}
+    if not wanted:
+        return 1.0
+    present = {_stem(w) for w in _WORD.findall(completion)}
+    return len(wanted & present) / len(wanted)
+
+
+def _stem(word: str) -> str:
+    return word.lower().removesuffix("s")[:5]

@@ -1,0 +1,1 @@
+"""The stages, the main job and the command line."""

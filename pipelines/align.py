@@ -1,0 +1,86 @@
+"""The main job, top to bottom."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal, get_args
+
+from dpo_ray.artifacts import Artifact
+from dpo_ray.config import Config
+from dpo_ray.errors import ConfigError
+from dpo_ray.model import load_tokenizer, resolve
+from dpo_ray.on_ray.engines import require_vllm
+from dpo_ray.report import html_report
+from dpo_ray.rewards import load_reward
+from dpo_ray.tokenization import require_chat_template
+from pipelines.context import RunContext
+from pipelines.evaluate import evaluate
+from pipelines.generate import generate
+from pipelines.ingest import ingest, input_files
+from pipelines.publish import publish
+from pipelines.reference import reference
+from pipelines.tokenize import tokenize
+from pipelines.train import train
+
+Stage = Literal["ingest", "generate", "tokenize", "reference", "train", "evaluate", "publish"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+def align(context: RunContext, until: Stage = "publish") -> None:
+    """All stages up to the named one; what is finished is taken over."""
+    config = context.config
+    pairs = generate(context) if config.generate is not None else ingest(context)
+    if until in {"ingest", "generate"}:
+        return
+    tokenized = tokenize(context, pairs)
+    if until == "tokenize":
+        return
+    scored = reference(context, tokenized)
+    if until == "reference":
+        return
+    policy = train(context, scored)
+    if until == "train":
+        return
+    evaluation = evaluate(context, pairs, scored, policy)
+    if until == "publish":
+        publish(context, policy, evaluation)
+
+
+def prepare_reference(context: RunContext) -> Artifact:
+    """The stages before training: what every trial of a sweep shares."""
+    pairs = generate(context) if context.config.generate is not None else ingest(context)
+    return reference(context, tokenize(context, pairs))
+
+
+def preflight(config: Config, until: Stage = "publish") -> None:
+    """Everything that can be known to be wrong before long work begins. Raises ConfigError or DataError."""
+    if until == "ingest" and config.generate is not None:
+        raise ConfigError(
+            "This configuration makes its pairs with `generate`: run `dpo-ray generate` instead of ingest."
+        )
+    if until == "generate" and config.generate is None:
+        raise ConfigError(
+            "This configuration reads its pairs from data.train: run `dpo-ray ingest` instead of generate."
+        )
+    for key, pattern in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if pattern is not None:
+            input_files(pattern, key)
+    if config.generate is not None:
+        require_vllm("generate")
+        load_reward(config.generate.reward)
+    if config.reference.engine == "vllm" and STAGES.index(until) >= STAGES.index("reference"):
+        require_vllm("reference.engine=vllm")
+    if config.evaluate.win_rate is not None and STAGES.index(until) >= STAGES.index("evaluate"):
+        require_vllm("evaluate.win_rate")
+        load_reward(config.evaluate.win_rate.reward)
+    if until != "ingest":
+        folder = resolve(config.model.path, config.model.revision)
+        tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
+        require_chat_template(tokenizer, config.model.path)
+
+
+def write_report(context: RunContext, summary: dict) -> None:
+    """report.html of the run."""
+    metrics = context.folder / "metrics.jsonl"
+    history = [json.loads(line) for line in metrics.read_bytes().splitlines()] if metrics.exists() else []
+    (context.folder / "report.html").write_bytes(html_report(context.config, summary, history).encode())

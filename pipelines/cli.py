@@ -1,0 +1,186 @@
+"""The command line: `dpo-ray …`. Errors end as one paragraph and an exit code, never as a bare traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dpo_ray.config import Config, dump_config, load_config
+from dpo_ray.errors import ConfigError, DpoRayError
+from dpo_ray.progress import say
+from pipelines.align import STAGES, Stage
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Align language models from preference data on a Ray cluster.",
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="The YAML configuration.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--override", "-o", help="dotted.key=value, over what the file says. Repeatable.")
+]
+DryRun = Annotated[bool, typer.Option(help="Print the resolved configuration and the plan, and stop.")]
+RunId = Annotated[str | None, typer.Option(help="Name of the run's folder; default: run.name and the time.")]
+
+
+@app.command()
+def run(config: ConfigPath, override: Overrides = None, dry_run: DryRun = False, run_id: RunId = None) -> None:
+    """Run the main job: from preference data or prompts to a published model."""
+    _run_until("publish", config, override, dry_run, run_id)
+
+
+def _stage_command(stage: Stage) -> None:
+    def command(config: ConfigPath, override: Overrides = None, dry_run: DryRun = False, run_id: RunId = None) -> None:
+        _run_until(stage, config, override, dry_run, run_id)
+
+    command.__doc__ = f"Run the stages up to {stage}; what is finished is taken over."
+    app.command(name=stage)(command)
+
+
+for _stage in STAGES:
+    _stage_command(_stage)
+
+
+@app.command()
+def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = False, run_id: RunId = None) -> None:
+    """Search train.loss.beta × train.learning_rate with Ray Tune; all trials share one reference pass."""
+    from tuning.sweep import run_sweep
+
+    loaded = load_config(config, override)
+    if loaded.tune is None:
+        raise ConfigError(f"{config} has no section tune: add tune.beta and tune.learning_rate, the lists to search.")
+    if dry_run:
+        _print_plan(loaded, "train")
+        return
+    _preflight(loaded, "train")
+
+    def work(context: Any) -> None:
+        from pipelines.align import prepare_reference
+
+        reference = prepare_reference(context)
+        context.results["sweep"] = run_sweep(context.output, loaded, reference, context.folder)
+
+    _record(loaded, run_id, work)
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    address: Annotated[str, typer.Option(help="The cluster's dashboard, as in http://127.0.0.1:8265.")],
+    override: Overrides = None,
+    command: Annotated[str, typer.Option(help="The command to run there.")] = "run",
+    submission_id: Annotated[
+        str | None, typer.Option(help="Name of the job: the same name is never run twice.")
+    ] = None,
+    python: Annotated[str, typer.Option(help="The interpreter on the cluster that has dpo-ray.")] = sys.executable,
+    wait: Annotated[bool, typer.Option(help="Follow the log and return the job's exit status.")] = True,
+) -> None:
+    """Run a command as a job on a Ray cluster, follow its log and return its exit status."""
+    from cluster.submit import submit_job
+
+    load_config(config, override)  # a mistake should show here, not on the cluster
+    code = submit_job(
+        config,
+        address,
+        command=command,
+        overrides=override or [],
+        submission_id=submission_id,
+        python=python,
+        wait=wait,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def show(output: Annotated[str, typer.Argument(help="An output folder, or the folder of one run.")]) -> None:
+    """Show the runs and published models of an output folder."""
+    from pipelines.show import show_output
+
+    show_output(output)
+
+
+def _run_until(stage: Stage, path: Path, overrides: list[str] | None, dry_run: bool, run_id: str | None) -> None:
+    config = load_config(path, overrides)
+    if dry_run:
+        _print_plan(config, stage)
+        return
+    _preflight(config, stage)
+
+    def work(context: Any) -> None:
+        from pipelines.align import align
+
+        align(context, until=stage)
+
+    _record(config, run_id, work)
+
+
+def _preflight(config: Config, stage: Stage) -> None:
+    from pipelines.align import preflight
+
+    say("start", "checking configuration, inputs and model")
+    preflight(config, stage)
+
+
+def _print_plan(config: Config, stage: Stage) -> None:
+    from pipelines.show import plan_lines
+
+    typer.echo(dump_config(config))
+    for line in plan_lines(config, stage):
+        typer.echo(f"# {line}")
+
+
+def _record(config: Config, run_id: str | None, work: Any) -> None:
+    """Run the work in a run's folder; whatever comes of it, the folder gets its summary and report."""
+    from dpo_ray.on_ray.session import disconnect
+    from pipelines.align import write_report
+    from pipelines.context import RunContext
+    from pipelines.show import closing_lines
+
+    context = RunContext.start(config, run_id)
+    try:
+        work(context)
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, DpoRayError) else 1
+        reason = str(error) if isinstance(error, DpoRayError) else f"{type(error).__name__}: {error}"
+        summary = context.write_summary(code, [reason])
+        write_report(context, summary)
+        raise
+    finally:
+        disconnect()
+    summary = context.write_summary(0, [])
+    write_report(context, summary)
+    for line in closing_lines(context, summary):
+        typer.echo(line)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except DpoRayError as error:
+        typer.echo(f"\n{type(error).__name__}: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted. What is finished is kept: the same command goes on from there.", err=True)
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("DPO_RAY_TRACEBACK"):
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        typer.echo(
+            f"\nUnexpected {type(error).__name__}: {error} ({last.filename}:{last.lineno}). What is finished is kept. "
+            "Set DPO_RAY_TRACEBACK=1 for the whole traceback; this is a defect worth reporting.",
+            err=True,
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

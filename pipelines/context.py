@@ -1,0 +1,78 @@
+"""One run: where it writes, and the record that it keeps of its stages."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from dpo_ray.artifacts import Artifact
+from dpo_ray.config import Config, dump_config
+from dpo_ray.progress import say
+from dpo_ray.storage import Location
+
+
+@dataclass
+class RunContext:
+    """What the stages of one run share."""
+
+    config: Config
+    run_id: str
+    output: Location
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name of a stage → its entry in summary.json."""
+    results: dict[str, Any] = field(default_factory=dict)
+    """The other entries of summary.json."""
+
+    @classmethod
+    def start(cls, config: Config, run_id: str | None = None) -> RunContext:
+        """Open the run's folder and put the resolved configuration there. Raises ConfigError."""
+        output = Location.of(config.run.output)
+        output.require_writable()
+        run_id = run_id or f"{config.run.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        context = cls(config, run_id, output)
+        (context.folder / "config.yaml").write_bytes(dump_config(config).encode())
+        return context
+
+    @property
+    def folder(self) -> Location:
+        """The run's own folder."""
+        return self.output / "runs" / self.run_id
+
+    def stage(self, name: str, make: Callable[[], tuple[Artifact, bool]]) -> Artifact:
+        """Run a stage and record what it did."""
+        began = time.monotonic()
+        artifact, reused = make()
+        counters = artifact.manifest.counters
+        dropped = {k: v for k, v in counters.items() if k not in {"read", "kept", "tokens", "other_split"} and v}
+        self.stages[name] = {
+            "fingerprint": artifact.fingerprint,
+            "reused": reused,
+            "seconds": round(time.monotonic() - began, 1),
+            "rows": {"in": counters.get("read"), "kept": counters.get("kept"), "dropped": dropped},
+        }
+        if not reused:
+            rows = f"{artifact.manifest.rows} rows, " if artifact.manifest.rows is not None else ""
+            said = (
+                f" (dropped {', '.join(f'{k}: {v}' for k, v in dropped.items())})"
+                if "kept" in counters and dropped
+                else ""
+            )
+            say(name, f"done: {rows}{self.stages[name]['seconds']} s{said}")
+        return artifact
+
+    def write_summary(self, exit_code: int, reasons: list[str]) -> dict[str, Any]:
+        """Write summary.json; readers see the whole of it or none."""
+        summary = {
+            "run_id": self.run_id,
+            "exit_code": exit_code,
+            "stages": self.stages,
+            "published": None,
+            **self.results,
+            "reasons": reasons,
+        }
+        (self.folder / "summary.json").write_bytes(json.dumps(summary, indent=1, ensure_ascii=False).encode())
+        return summary

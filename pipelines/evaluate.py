@@ -1,0 +1,111 @@
+"""Held-out accuracy and margin of the tuned policy, and its win rate against the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from dpo_ray.artifacts import Artifact, fingerprint, load, publish, read_shard
+from dpo_ray.config import Model, WinRate
+from dpo_ray.evaluation import preference_accuracy, quantiles, win_rate
+from dpo_ray.on_ray.scoring import held_out_margins, score_policy
+from dpo_ray.on_ray.trainer import MODEL_FOLDER
+from dpo_ray.progress import say
+from dpo_ray.rewards import load_reward
+from pipelines.context import RunContext
+from pipelines.generate import held_out_prompts, sample
+
+KIND = "evaluation"
+_SHOWN = 5
+
+
+def evaluate(context: RunContext, pairs: Artifact, reference: Artifact, policy: Artifact) -> Artifact:
+    """Measure the policy. The artifact's metrics hold `accuracy`, `margin`, `win_rate` and `samples`."""
+    scores = context.stage("score", lambda: score_policy(context.output, context.config, policy, reference))
+    options = context.config.evaluate.win_rate
+    drawn = _draw(context, options, pairs, policy) if options is not None else None
+    artifact = context.stage("evaluate", lambda: _evaluate(context, scores, reference, drawn))
+    metrics = artifact.manifest.metrics
+    context.results["eval"] = {k: v for k, v in metrics.items() if k != "samples"}
+    context.results["samples"] = metrics["samples"]
+    return artifact
+
+
+def _draw(
+    context: RunContext, options: WinRate, pairs: Artifact, policy: Artifact
+) -> tuple[Artifact, Artifact, WinRate]:
+    base_model = context.config.model
+    tuned_model = Model(
+        path=(policy.location / MODEL_FOLDER).uri,
+        dtype=base_model.dtype,
+        trust_remote_code=base_model.trust_remote_code,
+    )
+    prompts = held_out_prompts(context, pairs, options.max_prompts)
+    base = context.stage("sample_base", lambda: sample(context, base_model, options.sampling, prompts))
+    tuned = context.stage("sample_tuned", lambda: sample(context, tuned_model, options.sampling, prompts))
+    return base, tuned, options
+
+
+def _evaluate(
+    context: RunContext, scores: Artifact, reference: Artifact, drawn: tuple[Artifact, Artifact, WinRate] | None
+) -> tuple[Artifact, bool]:
+    inputs = {"scores": scores.fingerprint, "reference": reference.fingerprint}
+    identity: dict[str, Any] = {"reward": None}
+    if drawn is not None:
+        base, tuned, options = drawn
+        inputs |= {"base": base.fingerprint, "tuned": tuned.fingerprint}
+        identity = {"reward": options.reward}
+    location = context.output / "artifacts" / KIND / fingerprint(KIND, identity, inputs)
+    done = load(location, KIND, location.name)
+    if done is not None:
+        return done, True
+    margins = held_out_margins(scores, reference)
+    accuracy = preference_accuracy(margins)
+    metrics: dict[str, Any] = {
+        "accuracy": accuracy.as_dict() if accuracy else None,
+        "margin": {"mean": float(np.mean(margins)), **quantiles(margins)} if len(margins) else None,
+        "win_rate": None,
+        "samples": [],
+    }
+    say(KIND, f"held-out accuracy {accuracy or 'undefined: every margin is 0'}")
+    if drawn is not None:
+        metrics |= _compare(*drawn)
+    return publish(location, KIND, identity=identity, inputs=inputs, files=[], metrics=metrics), False
+
+
+def _compare(base: Artifact, tuned: Artifact, options: WinRate) -> dict[str, Any]:
+    reward = load_reward(options.reward)
+    after = {row["prompt_id"]: row for row in _rows(tuned)}
+    both = [(row, after[row["prompt_id"]]) for row in _rows(base) if row["prompt_id"] in after]
+
+    def scored(row: dict[str, Any]) -> list[float]:
+        question = row["prompt"][-1]["content"]
+        return [reward(question, c["text"], c["finished"]) for c in row["completions"]]
+
+    base_scores, tuned_scores = [scored(b) for b, _ in both], [scored(t) for _, t in both]
+    rate = win_rate(tuned_scores, base_scores)
+    say(KIND, f"win rate against the base model {rate or 'undefined: no prompt'}")
+    return {
+        "win_rate": rate.as_dict() if rate else None,
+        "mean_reward": {
+            "base": float(np.mean([s for row in base_scores for s in row])),
+            "tuned": float(np.mean([s for row in tuned_scores for s in row])),
+        }
+        if both
+        else None,
+        "samples": [
+            {
+                "prompt": b["prompt"][-1]["content"],
+                "before": b["completions"][0]["text"].strip(),
+                "after": t["completions"][0]["text"].strip(),
+            }
+            for b, t in both[:_SHOWN]
+        ],
+    }
+
+
+def _rows(artifact: Artifact) -> Iterator[dict[str, Any]]:
+    for shard in artifact.shards():
+        yield from read_shard(shard).to_pylist()

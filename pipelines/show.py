@@ -1,0 +1,112 @@
+"""What a person reads: the plan before a run, the closing lines after it, and what an output folder holds."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dpo_ray.config import Config
+from dpo_ray.errors import ConfigError
+from dpo_ray.storage import Location
+
+if TYPE_CHECKING:
+    from pipelines.align import Stage
+    from pipelines.context import RunContext
+
+
+def plan_lines(config: Config, until: Stage) -> list[str]:
+    """What a run would do, stage by stage."""
+    train, win_rate = config.train, config.evaluate.win_rate
+    if config.generate is not None:
+        sampling = config.generate.sampling
+        first = [
+            (
+                "generate",
+                f"{sampling.samples} samples a prompt of {config.generate.prompts} by vLLM, scored by "
+                f"{config.generate.reward}, paired",
+            )
+        ]
+    else:
+        held_out = config.data.eval or f"{config.data.held_out_fraction:g} of the prompts"
+        first = [("ingest", f"pairs of {config.data.train}, held out: {held_out}")]
+    steps = [
+        *first,
+        (
+            "tokenize",
+            f"prompts up to {config.data.max_prompt_tokens} tokens, completions up to "
+            f"{config.data.max_completion_tokens}",
+        ),
+        (
+            "reference",
+            f"{config.reference.engine} in {config.model.dtype}; {config.reference.calibration_pairs} pairs "
+            f"scored again by the trainer, tolerance {config.reference.tolerance:g} nats",
+        ),
+        (
+            "train",
+            f"{train.loss.type}, beta {train.loss.beta:g}, learning rate {train.learning_rate:g}, {train.epochs} "
+            f"epoch(s), steps of {train.global_batch_size} pairs on {train.num_workers} worker(s)",
+        ),
+        ("evaluate", "held-out accuracy" + (" and win rate against the base model" if win_rate else "")),
+        ("publish", f"{config.run.output}/models/{config.run.name}, if the gate holds"),
+    ]
+    shown = []
+    for name, text in steps:
+        shown.append(f"{name}: {text}")
+        if name == until:
+            break
+    return shown
+
+
+def closing_lines(context: RunContext, summary: dict[str, Any]) -> list[str]:
+    """The last words of a run that ended well."""
+    lines = [""]
+    evaluation = summary.get("eval") or {}
+    for name, label in (("accuracy", "Held-out accuracy"), ("win_rate", "Win rate against the base model")):
+        if found := evaluation.get(name):
+            lines.append(
+                f"{label}: {found['value']:.3f}, 95% interval {found['low']:.3f} to {found['high']:.3f} "
+                f"(n={found['n']})"
+            )
+    if samples := summary.get("samples"):
+        first = samples[0]
+        lines += [f"Prompt: {first['prompt']}", f"  before: {first['before']}", f"  after:  {first['after']}"]
+    if sweep := summary.get("sweep"):
+        lines += [f"{i}. {t['line']}" for i, t in enumerate(sweep["trials"], start=1)]
+    reused = sum(s["reused"] for s in summary["stages"].values())
+    lines.append(f"Stages: {len(summary['stages'])}, of which {reused} were finished already")
+    if summary["published"]:
+        lines.append(f"Model:   {summary['published']}")
+    lines += [f"Report:  {context.folder / 'report.html'}", f"Summary: {context.folder / 'summary.json'}"]
+    return lines
+
+
+def show_output(output: str) -> None:
+    """Print the runs of an output folder, newest first, and the published models. Raises ConfigError."""
+    place = Location.of(output)
+    console = Console()
+    if (place / "summary.json").exists():
+        console.print_json((place / "summary.json").read_bytes().decode())
+        return
+    runs = (place / "runs").list()
+    if not runs:
+        raise ConfigError(f"{place} holds no run: name the folder given as run.output, or a folder below its runs/.")
+    table = Table("run", "exit", "accuracy", "win rate", "published")
+    for folder in sorted(runs, key=lambda r: r.name, reverse=True):
+        if not (folder / "summary.json").exists():
+            table.add_row(folder.name, "unfinished", "", "", "")
+            continue
+        summary = json.loads((folder / "summary.json").read_bytes())
+        evaluation = summary.get("eval") or {}
+        cells = [_estimate(evaluation.get(name)) for name in ("accuracy", "win_rate")]
+        table.add_row(folder.name, str(summary["exit_code"]), *cells, summary["published"] or "")
+    console.print(table)
+    for model in (place / "models").list():
+        if (model / "latest.json").exists():
+            console.print(f"{model.name}: latest is {json.loads((model / 'latest.json').read_bytes())['version']}")
+
+
+def _estimate(found: dict[str, Any] | None) -> str:
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" if found else ""

@@ -1,0 +1,52 @@
+"""Canonical pairs → token ids."""
+
+from __future__ import annotations
+
+from dpo_ray.artifacts import Artifact
+from dpo_ray.errors import DataError
+from dpo_ray.model import load_tokenizer, resolve
+from dpo_ray.on_ray.shards import Pool, shard_stage, shard_tasks
+from dpo_ray.shard_work import TokenizeShard
+from dpo_ray.tokenization import require_chat_template, tokenizer_identity
+from pipelines.context import RunContext
+
+
+def tokenize(context: RunContext, pairs: Artifact) -> Artifact:
+    """The pairs as token ids, within the length limits. Raises DataError where none is left."""
+    return context.stage("tokenize", lambda: _tokenize(context, pairs))
+
+
+def _tokenize(context: RunContext, pairs: Artifact) -> tuple[Artifact, bool]:
+    model, data = context.config.model, context.config.data
+    tokenizer = load_tokenizer(resolve(model.path, model.revision), trust_remote_code=model.trust_remote_code)
+    require_chat_template(tokenizer, model.path)
+    artifact, reused = shard_stage(
+        context.output,
+        "tokenized",
+        identity={
+            "tokenizer": tokenizer_identity(tokenizer),
+            "max_prompt_tokens": data.max_prompt_tokens,
+            "max_completion_tokens": data.max_completion_tokens,
+        },
+        inputs={"pairs": pairs.fingerprint},
+        tasks=shard_tasks(pairs),
+        pool=Pool(
+            TokenizeShard,
+            {
+                "model": model.path,
+                "revision": model.revision,
+                "trust_remote_code": model.trust_remote_code,
+                "max_prompt": data.max_prompt_tokens,
+                "max_completion": data.max_completion_tokens,
+            },
+            num_actors=2,
+        ),
+        unit="pairs",
+    )
+    if artifact.manifest.rows == 0:
+        dropped = ", ".join(f"{k} {v}" for k, v in artifact.manifest.counters.items() if k not in {"read", "kept"})
+        raise DataError(
+            f"No pair fits data.max_prompt_tokens={data.max_prompt_tokens} and data.max_completion_tokens="
+            f"{data.max_completion_tokens} (dropped: {dropped}). Raise these limits."
+        )
+    return artifact, reused

@@ -1,0 +1,18 @@
+"""Reference artifact → trained policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpo_ray.artifacts import Artifact
+from dpo_ray.on_ray.trainer import HISTORY, fit
+from pipelines.context import RunContext
+
+
+def train(context: RunContext, reference: Artifact) -> Artifact:
+    """Train, or go on with a training that was interrupted."""
+    policy = context.stage("train", lambda: fit(context.output, context.config, reference))
+    metrics: dict[str, Any] = policy.manifest.metrics
+    context.results["train"] = metrics
+    policy.file(HISTORY).copy_to(context.folder / "metrics.jsonl")
+    return policy

@@ -9,7 +9,7 @@ what follows the forward pass need not know which one was used.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,15 +40,18 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on a device."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return MicroBatch(**moved)
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def pack(pairs: Sequence[TokenizedPair]) -> MicroBatch:
     """One row [prompt|chosen|rejected|prompt|chosen|…]: each prompt once, no padding."""
     ids: list[int] = []
     positions: list[int] = []
-    segments, predictors, targets, sequences = [], [], [], []
+    segments: list[Segment] = []
+    predictors: list[int] = []
+    targets: list[int] = []
+    sequences: list[int] = []
     for i, pair in enumerate(pairs):
         start, p = len(ids), len(pair.prompt_ids)
         c, r = len(pair.chosen_ids), len(pair.rejected_ids)
@@ -77,7 +80,9 @@ def pad(pairs: Sequence[TokenizedPair]) -> MicroBatch:
     width = max(map(len, rows))
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
-    predictors, targets, sequences = [], [], []
+    predictors: list[int] = []
+    targets: list[int] = []
+    sequences: list[int] = []
     for i, row in enumerate(rows):
         input_ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1

@@ -7,9 +7,8 @@ starting the plan at t.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.compute as pc
@@ -34,6 +33,8 @@ class PlanIndex:
     """[n, 3] tokens of prompt, chosen and rejected"""
     duplicates: int
     """Pairs left out because an earlier row is the same pair."""
+    read: int
+    """Rows seen, of both sides."""
 
     def __len__(self) -> int:
         return len(self.row)
@@ -44,10 +45,11 @@ def build_index(shards: Iterable[Location], split: str) -> PlanIndex:
     names, shard_of, rows, lengths = [], [], [], []
     seen: set[str] = set()
     sides: dict[str, str] = {}
-    duplicates = 0
+    duplicates = read = 0
     for number, location in enumerate(shards):
         table = read_shard(location)
         names.append(location.uri)
+        read += table.num_rows
         counts = np.stack(
             [pc.list_value_length(table[c]).to_numpy() for c in ("prompt_ids", "chosen_ids", "rejected_ids")], axis=1
         )
@@ -73,6 +75,7 @@ def build_index(shards: Iterable[Location], split: str) -> PlanIndex:
         row=np.array(rows, dtype=np.int32),
         lengths=np.array(lengths, dtype=np.int32).reshape(-1, 3),
         duplicates=duplicates,
+        read=read,
     )
 
 
@@ -86,7 +89,6 @@ class StepPlan:
     seed: int
     hidden_size: int
     """Of the model: weighs attention against the rest in the cost of a pair."""
-    _order: object = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_steps == 0:
@@ -94,20 +96,23 @@ class StepPlan:
                 f"There are {len(self.index)} training pairs and train.epochs={self.epochs}, which does not fill one "
                 f"step of train.global_batch_size={self.global_batch_size}. Lower the batch size or add data."
             )
-        # Two epochs are enough to cut any step out of, for a step is never longer than an epoch's rest and the next.
-        object.__setattr__(self, "_order", lru_cache(maxsize=2)(self._epoch_order))
 
     @property
     def num_steps(self) -> int:
         """Steps over all epochs; pairs of the last epoch that do not fill a step are left out."""
         return len(self.index) * self.epochs // self.global_batch_size
 
-    def rows(self, step: int) -> np.ndarray:
-        """Row numbers in the index of the pairs of a step, [global_batch_size]."""
-        first = step * self.global_batch_size
-        places = np.arange(first, first + self.global_batch_size)
+    def steps(self, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """Each step from `start` on, with the row numbers in the index of its pairs, [global_batch_size]."""
         n = len(self.index)
-        return np.array([self._order(int(p) // n)[int(p) % n] for p in places])  # type: ignore[operator]
+        first = start * self.global_batch_size
+        epoch, rest = first // n, self._epoch_order(first // n)[first % n :]
+        for step in range(start, self.num_steps):
+            while len(rest) < self.global_batch_size:
+                epoch += 1
+                rest = np.concatenate((rest, self._epoch_order(epoch)))
+            yield step, rest[: self.global_batch_size]
+            rest = rest[self.global_batch_size :]
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         random = np.random.default_rng([self.seed, epoch])
@@ -117,9 +122,8 @@ class StepPlan:
         shuffled = random.permutation(len(self.index))
         return shuffled[np.argsort(place[self.index.shard[shuffled]], kind="stable")]
 
-    def microbatches(self, step: int, world_size: int, tokens_per_microbatch: int) -> list[list[list[int]]]:
-        """Row numbers of a step: rank → micro-batch → rows. Every rank has at least one pair."""
-        rows = self.rows(step)
+    def microbatches(self, rows: np.ndarray, world_size: int, tokens_per_microbatch: int) -> list[list[list[int]]]:
+        """The rows of a step, spread: rank → micro-batch → rows. Every rank has at least one pair."""
         lengths = self.index.lengths[rows]
         shares = spread(pair_cost(lengths, self.hidden_size), world_size)
         tokens = lengths.sum(axis=1)

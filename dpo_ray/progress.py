@@ -37,4 +37,6 @@ class Progress:
 
 def say(stage: str, text: str) -> None:
     """Print one line of a stage."""
-    print(f"[{stage}] {text}", file=sys.stderr, flush=True)
+    # Not print: Ray Train replaces it on its workers, and the line would come twice.
+    sys.stderr.write(f"[{stage}] {text}\n")
+    sys.stderr.flush()

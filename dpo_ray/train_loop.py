@@ -83,7 +83,8 @@ def train(
     policy = load_policy(folder, trust_remote_code=model.trust_remote_code).to(me.device)
     scorer = CompletionScorer(policy, torch_dtype(model.dtype)).train()
     optimizer = make_optimizer(policy, config)
-    start, history = 0, []
+    start = 0
+    history: list[dict[str, Any]] = []
     if resume is not None:
         start, history = load_checkpoint(resume, model=policy, optimizer=optimizer)
     forward = DistributedDataParallel(scorer) if me.world_size > 1 else scorer
@@ -140,8 +141,8 @@ def _optimizer_step(
     """Forward, backward and update over exactly one global batch. Returns metrics averaged over its pairs."""
     sums = torch.zeros(len(_SUMMED), dtype=torch.float64, device=me.device)
     for i, pairs in enumerate(step.microbatches):
-        synchronised = i == len(step.microbatches) - 1 or not isinstance(forward, DistributedDataParallel)
-        with nullcontext() if synchronised else forward.no_sync():  # type: ignore[operator]
+        last = i == len(step.microbatches) - 1
+        with forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else nullcontext():
             batch = scorer.collate(pairs).to(me.device)
             logps = pair_logps(forward(batch), batch, pairs)
             losses = pair_loss(config.loss, logps)

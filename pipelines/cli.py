@@ -162,6 +162,7 @@ def _record(config: Config, run_id: str | None, work: Any) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # our progress lines, in place of every library's bars
     try:
         app()
     except DpoRayError as error:

@@ -236,7 +236,11 @@ def torch_pool(config: Config, build: Any, arguments: dict[str, Any]) -> Pool:
 
 
 def _vllm_env(options: VLLM) -> dict[str, str]:
-    env = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    env = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+    }
     if options.gpus_per_actor <= 1:
         # In the actor's own process: it starts faster, and no engine outlives an actor that is killed.
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

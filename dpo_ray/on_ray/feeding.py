@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +13,7 @@ import ray.data
 import ray.train
 
 from dpo_ray.artifacts import read_shard
+from dpo_ray.on_ray.session import quiet_data
 from dpo_ray.pairs import REFERENCE, tokenized_pair
 from dpo_ray.plan import StepPlan
 from dpo_ray.storage import Location
@@ -25,14 +26,14 @@ _FEED = pa.schema([("rank", pa.int32()), ("step", pa.int32()), ("microbatch", pa
 
 def step_blocks(plan: StepPlan, start: int, world_size: int, tokens_per_microbatch: int) -> Iterator[dict[str, str]]:
     """Descriptors of the steps from `start` on, one block each: ranks take turns, in groups of steps."""
-    for first in range(start, plan.num_steps, _STEPS_PER_BLOCK):
-        steps = range(first, min(first + _STEPS_PER_BLOCK, plan.num_steps))
-        shares = {step: plan.microbatches(step, world_size, tokens_per_microbatch) for step in steps}
+    steps = plan.steps(start)
+    while group := list(islice(steps, _STEPS_PER_BLOCK)):
+        shares = [(step, plan.microbatches(rows, world_size, tokens_per_microbatch)) for step, rows in group]
         for rank in range(world_size):
             places = [
                 (step, number, plan.index.shards[plan.index.shard[row]], int(plan.index.row[row]))
-                for step in steps
-                for number, rows in enumerate(shares[step][rank])
+                for step, share in shares
+                for number, rows in enumerate(share[rank])
                 for row in rows
             ]
             yield {"block": json.dumps({"rank": rank, "places": places})}
@@ -40,6 +41,7 @@ def step_blocks(plan: StepPlan, start: int, world_size: int, tokens_per_microbat
 
 def feed_dataset(plan: StepPlan, start: int, world_size: int, tokens_per_microbatch: int) -> ray.data.Dataset:
     """The stream of pairs of the steps from `start` on, one block a rank and group of steps."""
+    quiet_data()  # Ray Train calls this in a process of its own
     blocks = list(step_blocks(plan, start, world_size, tokens_per_microbatch))
     # A finished run that is asked again has no steps left, but Ray wants a data set all the same.
     blocks = blocks or [{"block": json.dumps({"rank": 0, "places": []})}]
@@ -77,6 +79,7 @@ class StepFeed(ray.train.DataConfig):
         for name, dataset in datasets.items():
             ordered = dataset.copy(dataset)
             ordered.context.execution_options = self._resolve_execution_options(name)
+            ordered.context.enable_progress_bars = False
             # A step may take longer than Ray Data's patience with a slow consumer.
             ordered.context.execution_no_progress_timeout_s = -1
             # equal=True would cut blocks apart to even out rows, and drop what is left over.

@@ -10,6 +10,7 @@ from dpo_ray.errors import ConfigError, DpoRayError
 from dpo_ray.progress import say
 
 _HOURS = 3600
+_RUNTIME_ENV = {"env_vars": {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}}
 
 
 def connect(num_cpus: float, num_gpus: float = 0, *, why: str) -> None:
@@ -28,10 +29,10 @@ def connect(num_cpus: float, num_gpus: float = 0, *, why: str) -> None:
 
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=True, logging_level=logging.WARNING)
+            ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=_RUNTIME_ENV)
         else:
             _start_embedded(num_cpus)
-        _configure_data()
+        quiet_data()
     total = ray.cluster_resources()
     for name, wanted in (("CPU", num_cpus), ("GPU", num_gpus)):
         if total.get(name, 0) < wanted:
@@ -57,7 +58,7 @@ def _start_embedded(num_cpus: float) -> None:
     say("ray", f"starting Ray on this machine with {cpus} logical CPUs")
     for attempt in (1, 2):
         try:
-            ray.init(num_cpus=cpus, log_to_driver=True, logging_level=logging.WARNING)
+            ray.init(num_cpus=cpus, log_to_driver=True, logging_level=logging.WARNING, runtime_env=_RUNTIME_ENV)
             return
         except Exception as error:
             # On a busy machine the node's agent can miss its start-up deadline; a second start mostly succeeds.
@@ -70,7 +71,8 @@ def _start_embedded(num_cpus: float) -> None:
             say("ray", "the start failed; trying once more")
 
 
-def _configure_data() -> None:
+def quiet_data() -> None:
+    """Ray Data in this process: our own progress lines instead of its bars, and patience with slow engines."""
     import ray.data
 
     context = ray.data.DataContext.get_current()

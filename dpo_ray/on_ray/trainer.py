@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -57,18 +58,23 @@ def fit(output: Location, config: Config, reference: Artifact) -> tuple[Artifact
         describe_file(f).model_copy(update={"name": f"{MODEL_FOLDER}/{f.name}"})
         for f in (location / MODEL_FOLDER).list()
     ]
-    final = history[-1]
     artifact = publish(
         location,
         KIND,
         identity=identity,
         inputs=inputs,
         files=[*model_files, describe_file(location / HISTORY)],
-        counters={"pairs": len(plan.index), "steps": plan.num_steps, "duplicate": plan.index.duplicates},
+        counters={
+            "read": plan.index.read,
+            "kept": len(plan.index),
+            "other_split": plan.index.read - len(plan.index) - plan.index.duplicates,
+            "duplicate": plan.index.duplicates,
+        },
         metrics={
             "first_step_loss": history[0]["loss"],
             "zero_margin_loss": zero_margin_loss(config.train.loss),
-            "final": final,
+            "final": history[-1],
+            "num_steps": plan.num_steps,
             "tokens_per_second": sum(m["tokens_per_second"] for m in history) / len(history),
             "seconds": round(time.monotonic() - began, 1),
         },
@@ -152,6 +158,7 @@ def train_worker(job: dict[str, Any]) -> None:
 
     from dpo_ray.on_ray.feeding import received_steps
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would print the metrics of every step
     context = ray.train.get_context()
     options = job["train"]
     if not options.use_gpu:

@@ -345,14 +345,20 @@ def _problem(error: Any) -> str:
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    section: Any = Config
+    section: type[_Section] = Config
     for part in location:
         if part in {"sigmoid", "robust", "hinge", "ipo"}:  # pydantic puts the union's tag into the location
-            tagged = {"sigmoid": SigmoidLoss, "robust": RobustLoss, "hinge": HingeLoss, "ipo": IPOLoss}
+            tagged: dict[str, type[_Section]] = {
+                "sigmoid": SigmoidLoss,
+                "robust": RobustLoss,
+                "hinge": HingeLoss,
+                "ipo": IPOLoss,
+            }
             return list(tagged[part].model_fields)
         annotation = section.model_fields[part].annotation if part in section.model_fields else None
         candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, _Section)), None)
-        if section is None:
+        sections = [c for c in candidates if isinstance(c, type) and issubclass(c, _Section)]
+        if not sections:
             return []
+        section = sections[0]
     return list(section.model_fields)

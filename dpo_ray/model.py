@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from dpo_ray.logprobs import token_logprobs
 from dpo_ray.packing import MicroBatch, pack, pad
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.storage import Location
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PACKAGE = "package://"
 
@@ -135,7 +138,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def load_policy(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
+def load_policy(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal language model with float32 weights, dropout off, on the packed attention where it can serve."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -162,7 +165,7 @@ class CompletionScorer(nn.Module):
     The same module scores the reference (engine `torch`), calibrates vLLM's scores, trains and evaluates.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype):
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
         super().__init__()
         self.model = model
         self.dtype = dtype
@@ -170,7 +173,7 @@ class CompletionScorer(nn.Module):
     @property
     def packs(self) -> bool:
         """Whether the model runs on the packed, prefix-shared layout."""
-        return self.model.config._attn_implementation == attention.IMPLEMENTATION  # type: ignore[union-attr]
+        return self.model.config._attn_implementation == attention.IMPLEMENTATION
 
     def collate(self, pairs: list[TokenizedPair]) -> MicroBatch:
         """The layout that this model can take."""
@@ -182,7 +185,7 @@ class CompletionScorer(nn.Module):
         autocast = torch.autocast(device, self.dtype) if self.dtype != torch.float32 else nullcontext()
         with autocast:
             extra = {"segments": batch.segments} if batch.segments is not None else {}
-            hidden = self.model.base_model(  # type: ignore[operator]
+            hidden = self.model.base_model(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 attention_mask=batch.attention_mask,
@@ -192,9 +195,9 @@ class CompletionScorer(nn.Module):
             return token_logprobs(hidden.flatten(0, 1)[batch.predictors], head(self.model), batch.targets)
 
 
-def head(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """Hidden states [N, H] → logits [N, V], with the scaling and soft cap that the model's configuration names."""
-    output = model.get_output_embeddings()  # type: ignore[operator]
+    output = model.get_output_embeddings()
     cap = getattr(model.config, "final_logit_softcapping", None)
     scale = getattr(model.config, "logit_scale", None) or 1 / (getattr(model.config, "logits_scaling", None) or 1)
 

@@ -40,8 +40,16 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on a device."""
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        mask = self.attention_mask.to(device) if self.attention_mask is not None else None
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            attention_mask=mask,
+            predictors=self.predictors.to(device),
+            targets=self.targets.to(device),
+            sequence_index=self.sequence_index.to(device),
+        )
 
 
 def pack(pairs: Sequence[TokenizedPair]) -> MicroBatch:

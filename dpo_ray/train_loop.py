@@ -51,12 +51,12 @@ class Rank:
 
 
 class Report(Protocol):
-    """Takes the metrics of a step and, where one is due, the folder of a checkpoint (rank 0) to keep.
+    """Takes the metrics of a step and, on rank 0 where one is due, the folder of a checkpoint to keep.
 
     Every rank calls it at the same steps; it returns when the checkpoint is safe.
     """
 
-    def __call__(self, metrics: dict[str, Any], *, checkpoint_due: bool, folder: Path | None) -> None: ...
+    def __call__(self, metrics: dict[str, Any], checkpoint: Path | None) -> None: ...
 
 
 def train(
@@ -107,7 +107,8 @@ def train(
         }
         last = step.number + 1 == num_steps
         checkpoint_due = last or (step.number + 1) % config.checkpoint_every_steps == 0
-        if checkpoint_due or (step.number + 1) % config.log_every_steps == 0:
+        logged = checkpoint_due or (step.number + 1) % config.log_every_steps == 0
+        if logged:
             history.append(metrics)
         if me.rank == 0:
             progress.advance(
@@ -124,9 +125,9 @@ def train(
                     policy.save_pretrained(Path(scratch) / EXPORT)
                     tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
                     tokenizer.save_pretrained(Path(scratch) / EXPORT)
-                report(metrics, checkpoint_due=True, folder=Path(scratch))
-        elif checkpoint_due or (step.number + 1) % config.log_every_steps == 0:
-            report(metrics, checkpoint_due=checkpoint_due, folder=None)
+                report(metrics, Path(scratch))
+        elif logged:
+            report(metrics, None)
 
 
 def _optimizer_step(

@@ -45,7 +45,37 @@ def _stage_command(stage: Stage) -> None:
 
 
 for _stage in STAGES:
-    _stage_command(_stage)
+    if _stage != "train":
+        _stage_command(_stage)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    override: Overrides = None,
+    dry_run: DryRun = False,
+    run_id: RunId = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Train on this finished reference artifact instead of this configuration's own.")
+    ] = None,
+) -> None:
+    """Run the stages up to train; what is finished is taken over."""
+    if reference is None:
+        _run_until("train", config, override, dry_run, run_id)
+        return
+    loaded = load_config(config, override)
+    if dry_run:
+        _print_plan(loaded, "train")
+        return
+    path = reference
+
+    def work(context: Any) -> None:
+        from pipelines.reference import given_reference
+        from pipelines.train import train as train_stage
+
+        train_stage(context, given_reference(context, path))
+
+    _record(loaded, run_id, work)
 
 
 @app.command()
@@ -75,26 +105,18 @@ def submit(
     config: ConfigPath,
     address: Annotated[str, typer.Option(help="The cluster's dashboard, as in http://127.0.0.1:8265.")],
     override: Overrides = None,
-    command: Annotated[str, typer.Option(help="The command to run there.")] = "run",
-    submission_id: Annotated[
-        str | None, typer.Option(help="Name of the job: the same name is never run twice.")
-    ] = None,
-    python: Annotated[str, typer.Option(help="The interpreter on the cluster that has dpo-ray.")] = sys.executable,
+    command: Annotated[str, typer.Option(help="What to run there: run, sweep or a stage.")] = "run",
+    submission_id: Annotated[str | None, typer.Option(help="Name of the job; the cluster accepts it once.")] = None,
+    executable: Annotated[str, typer.Option(help="The dpo-ray to call on the cluster.")] = "dpo-ray",
     wait: Annotated[bool, typer.Option(help="Follow the log and return the job's exit status.")] = True,
 ) -> None:
     """Run a command as a job on a Ray cluster, follow its log and return its exit status."""
     from cluster.submit import submit_job
 
-    load_config(config, override)  # a mistake should show here, not on the cluster
-    code = submit_job(
-        config,
-        address,
-        command=command,
-        overrides=override or [],
-        submission_id=submission_id,
-        python=python,
-        wait=wait,
-    )
+    if command not in {"run", "sweep", *STAGES}:
+        raise ConfigError(f"--command {command}: name one of run, sweep, {', '.join(STAGES)}.")
+    loaded = load_config(config, override)
+    code = submit_job(loaded, address, command=command, submission_id=submission_id, executable=executable, wait=wait)
     raise typer.Exit(code)
 
 

@@ -33,6 +33,7 @@ def score_reference(output: Location, config: Config, tokenized: Artifact) -> tu
     model = config.model
     identity: dict[str, Any] = {
         "weights": weights_hash(resolve(model.path, model.revision)),
+        "tokenizer": tokenized.manifest.identity["tokenizer"],
         "dtype": model.dtype,
         "engine": config.reference.engine,
     }

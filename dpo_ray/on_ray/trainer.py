@@ -165,10 +165,10 @@ def train_worker(job: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, int(options.cpus_per_worker)))
     me = Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
-    def report(metrics: dict[str, Any], *, checkpoint_due: bool, folder: Path | None) -> None:
-        checkpoint = ray.train.Checkpoint.from_directory(str(folder)) if folder is not None else None
-        ray.train.report(metrics, checkpoint=checkpoint)
-        if checkpoint is not None:
+    def report(metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        kept = ray.train.Checkpoint.from_directory(str(checkpoint)) if checkpoint is not None else None
+        ray.train.report(metrics, checkpoint=kept)
+        if kept is not None:
             # After the checkpoint, never before: the feed may start too early, which costs little, but not too late.
             job["resume_file"].write_bytes(json.dumps({"next_step": metrics["step"]}).encode())
             say(KIND, f"checkpoint at step {metrics['step']}/{job['num_steps']}")

@@ -1,0 +1,88 @@
+"""Running dpo-ray as a person would: as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+DPO_RAY = str(Path(sys.executable).parent / "dpo-ray")
+CONFIGS = Path(__file__).parent.parent / "pipelines" / "configs"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended."""
+
+    code: int
+    log: str
+
+    def lines(self, text: str) -> list[str]:
+        """The lines of the log that hold a text."""
+        return [line for line in self.log.splitlines() if text in line]
+
+
+def dpo_ray(*arguments: str, timeout: float = 600, env: dict[str, str] | None = None) -> Finished:
+    """Run to the end."""
+    done = subprocess.run(
+        [DPO_RAY, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **(env or {})},
+    )
+    return Finished(done.returncode, done.stdout)
+
+
+def overrides(**values: Any) -> list[str]:
+    """data__train="x" → -o data.train="x"."""
+    return [part for key, value in values.items() for part in ("-o", f"{key.replace('__', '.')}={json.dumps(value)}")]
+
+
+def killed_at(pattern: str, *arguments: str, timeout: float = 600) -> Finished:
+    """Run until a line of the log matches a pattern, then SIGKILL the driver, and it alone."""
+    process = subprocess.Popen([DPO_RAY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    watch = _Watch(process, re.compile(pattern))
+    watch.thread.start()
+    found = watch.seen.wait(timeout)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(60)
+    watch.thread.join(60)
+    log = "".join(watch.lines)
+    assert found and watch.matched, f"{pattern!r} was not logged before the process ended:\n{log[-4000:]}"
+    return Finished(process.returncode, log)
+
+
+@dataclass
+class _Watch:
+    process: subprocess.Popen[str]
+    pattern: re.Pattern[str]
+    matched: bool = False
+    lines: list[str] = field(default_factory=list)
+    seen: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.thread = threading.Thread(target=self._read, daemon=True)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if self.pattern.search(line):
+                self.matched = True
+                self.seen.set()
+        self.seen.set()
+
+
+def summary_of(output: Path) -> dict[str, Any]:
+    """summary.json of the newest run of an output folder."""
+    newest = max((output / "runs").iterdir(), key=lambda folder: folder.stat().st_mtime)
+    return json.loads((newest / "summary.json").read_text())

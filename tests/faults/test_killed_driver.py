@@ -1,0 +1,135 @@
+"""SIGKILL of the driver in generate, in reference and in train; then the same command goes on.
+
+One real job on the real model, killed three times: what is asserted is read off its logs and its artifacts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import CONFIGS, Finished, dpo_ray, killed_at, overrides, summary_of
+
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(1500)]
+
+PROMPTS = 32
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("killed") / "out"
+
+
+@pytest.fixture(scope="module")
+def command(output, demo_model) -> list[str]:
+    """The demo, cut down to what three interruptions need."""
+    prompts = output.parent / "prompts.jsonl"
+    prompts.write_text("".join((CONFIGS / "demo_prompts.jsonl").read_text().splitlines(keepends=True)[:PROMPTS]))
+    sampling = {"samples": 4, "temperature": 0.8, "max_tokens": 56, "dtype": "float32"}
+    settings = {
+        "run__output": str(output),
+        "generate__prompts": str(prompts),
+        "generate__prompts_per_shard": 8,
+        "generate__sampling": sampling,
+        "evaluate__win_rate__sampling": sampling,
+        "reference__calibration_pairs": 4,
+        "train__global_batch_size": 4,
+        "train__checkpoint_every_steps": 1,
+        "publish__gate": {"accuracy_above": None, "win_rate_above": None},
+    }
+    return ["run", str(CONFIGS / "demo_cpu.yaml"), *overrides(**settings)]
+
+
+@pytest.fixture(scope="module")
+def logs(command) -> dict[str, Finished]:
+    """The logs of the three killed runs and of the one that came through."""
+    shard_done = r"\[{}\] \d+/\d+ \w+ .* shard \w+ done"
+    return {
+        "generate": killed_at(shard_done.format("candidates"), *command),
+        "reference": killed_at(shard_done.format("reference"), *command),
+        "train": killed_at(r"\[train\] checkpoint at step 2/", *command),
+        "finished": dpo_ray(*command, timeout=900),
+    }
+
+
+def counts(done: Finished, stage: str) -> tuple[int, int, int]:
+    """Of a stage's shards: how many there are, were finished already, and were to compute."""
+    [line] = done.lines(f"[{stage}] ")[:1]
+    finished, total, missing = map(int, re.findall(r"\d+", line.split("] ", 1)[1]))
+    return total, finished, missing
+
+
+def test_the_killed_run_goes_on_to_the_end(logs, output):
+    assert logs["finished"].code == 0, logs["finished"].log
+    assert Path(summary_of(output)["published"]).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("stage", "killed", "after"), [("candidates", "generate", "reference"), ("reference", "reference", "train")]
+)
+def test_no_finished_shard_is_computed_again(logs, stage, killed, after):
+    total, before, missing = counts(logs[killed], stage)
+    assert (before, missing) == (0, total)
+    written = len(logs[killed].lines("done · "))
+    again_total, finished, to_compute = counts(logs[after], stage)
+    assert again_total == total and finished + to_compute == total
+    assert finished >= 1 and to_compute < total
+    computed = [line for line in logs[after].lines(f"[{stage}] computing")]
+    assert computed == [] or computed[0].startswith(f"[{stage}] computing {to_compute} shards")
+    assert written >= 1
+
+
+def test_training_goes_on_from_its_last_checkpoint(logs, output):
+    assert logs["finished"].lines("[train] going on from checkpoint")
+    assert not logs["finished"].lines("[train] 1/")
+    run = output / "runs" / summary_of(output)["run_id"]
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_vllms_reference_agrees_with_the_trainers_forward(logs, output):
+    summary = summary_of(output)
+    assert summary["reference"]["calibration"]["token"]["max"] < 1e-3
+    assert summary["train"]["first_step_loss"] == pytest.approx(0.693147, abs=1e-3)
+
+
+def test_no_process_of_a_killed_run_is_left(logs):
+    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert "ray::MapWorker" not in listing and "VLLM::" not in listing
+
+
+def test_the_published_folder_generates_in_plain_transformers(logs, output):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = summary_of(output)["published"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    messages = [{"role": "user", "content": "Why is the sky blue?"}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    new = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0][inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_the_published_folder_generates_in_plain_vllm(logs, output):
+    program = (
+        "import sys, vllm\n"
+        "llm = vllm.LLM(sys.argv[1], dtype='float32', enforce_eager=True, max_model_len=256)\n"
+        "out = llm.chat([{'role': 'user', 'content': 'Why is the sky blue?'}], vllm.SamplingParams(max_tokens=12))\n"
+        "print('SAID', out[0].outputs[0].text)\n"
+    )
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, summary_of(output)["published"]],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    said = [line for line in done.stdout.splitlines() if line.startswith("SAID")]
+    assert said and said[0].removeprefix("SAID").strip(), done.stdout[-2000:] + done.stderr[-2000:]

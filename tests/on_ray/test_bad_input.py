@@ -1,0 +1,135 @@
+"""What a person gets to read for each mistake: the exit code and one paragraph, before any long work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.command_line import CONFIGS, Finished, dpo_ray, overrides
+
+GOOD = {
+    "prompt": [{"role": "user", "content": "Why?"}],
+    "chosen": [{"role": "assistant", "content": "Because."}],
+    "rejected": [{"role": "assistant", "content": "No."}],
+}
+
+
+@pytest.fixture
+def attempt(tmp_path, tiny_model, write_preferences):
+    """Runs the main job on one good row, but for what is given."""
+    write_preferences(tmp_path / "data", [GOOD])
+
+    def run(*, env: dict[str, str] | None = None, **values) -> Finished:
+        settings = {
+            "run__output": str(tmp_path / "out"),
+            "model__path": str(tiny_model),
+            "data__train": str(tmp_path / "data" / "*.parquet"),
+            **values,
+        }
+        return dpo_ray("run", str(CONFIGS / "align_cpu.yaml"), *overrides(**settings), timeout=120, env=env)
+
+    return run
+
+
+def readable(done: Finished, code: int, *words: str) -> None:
+    """One paragraph with these words and no traceback; nothing that costs was started."""
+    assert done.code == code, done.log
+    assert "Traceback" not in done.log
+    assert "starting Ray" not in done.log
+    paragraph = done.log.strip().splitlines()[-1]
+    for word in words:
+        assert word in paragraph, paragraph
+
+
+def test_missing_file(attempt):
+    readable(attempt(data__train="/nowhere/*.parquet"), 3, "data.train", "/nowhere/*.parquet", "no file")
+
+
+def test_empty_shard(attempt, tmp_path, write_preferences):
+    columns = {name: pa.array([], pa.string()) for name in ("prompt", "chosen", "rejected")}
+    (tmp_path / "empty").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "empty" / "a.parquet")
+    readable(attempt(data__train=str(tmp_path / "empty")), 3, "data.train", "not a single row")
+
+
+def test_unreadable_parquet(attempt, tmp_path):
+    (tmp_path / "data" / "broken.parquet").write_bytes(b"PAR1 this is not Parquet")
+    readable(attempt(), 3, "broken.parquet", "not a readable Parquet file")
+
+
+def test_missing_column(attempt, tmp_path, write_preferences):
+    write_preferences(tmp_path / "data", [{"prompt": "a", "answer": "b"}], name="other.parquet")
+    readable(attempt(), 3, "other.parquet", "no column chosen", "rename")
+
+
+def test_unknown_key(attempt):
+    readable(attempt(train__learning_rat=1e-6), 2, "train.learning_rat", "learning_rate")
+
+
+@pytest.mark.parametrize("beta", [0, -0.1])
+def test_beta_that_is_not_positive(attempt, beta):
+    readable(attempt(train__loss__beta=beta), 2, "train.loss", "beta", "greater than 0")
+
+
+def test_model_without_chat_template(attempt, tiny_model, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model, bare)
+    (bare / "chat_template.jinja").unlink()
+    readable(attempt(model__path=str(bare)), 2, str(bare), "no chat template", "instruction-tuned")
+
+
+def test_model_that_is_not_there(attempt):
+    readable(attempt(model__path="/no/such/model"), 2, "model.path", "/no/such/model")
+
+
+def test_vllm_that_is_not_installed(attempt, tmp_path):
+    # A sitecustomize that hides vLLM is what a machine without it looks like to the program.
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide" / "sitecustomize.py").write_text(
+        "import importlib.util as u\n_find = u.find_spec\n"
+        "u.find_spec = lambda name, package=None: None if name == 'vllm' else _find(name, package)\n"
+    )
+    done = attempt(reference__engine="vllm", env={"PYTHONPATH": str(tmp_path / "hide")})
+    readable(done, 2, "reference.engine=vllm", "not installed", "reference.engine=torch")
+
+
+def test_output_that_cannot_be_written(attempt, tmp_path):
+    # A file where a folder is wanted: refused to every user, root included.
+    (tmp_path / "taken").write_text("")
+    readable(attempt(run__output=str(tmp_path / "taken")), 2, "run.output", "nothing can be written")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_output_without_write_access(attempt, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    readable(attempt(run__output=str(tmp_path / "locked" / "out")), 2, "run.output", "write access")
+
+
+def test_missing_configuration_file(tmp_path):
+    readable(dpo_ray("run", str(Path(tmp_path) / "none.yaml")), 2, "none.yaml", "no configuration file")
+
+
+def test_dry_run_prints_the_resolved_tree_and_the_plan_and_writes_nothing(tmp_path):
+    done = dpo_ray("run", str(CONFIGS / "demo_cpu.yaml"), "--dry-run", *overrides(run__output=str(tmp_path / "out")))
+    assert done.code == 0
+    assert "max_grad_norm: 1.0" in done.log
+    assert done.lines("# train: sigmoid, beta 0.1")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ray
+def test_too_many_bad_rows_fail_with_the_reasons_and_keep_them_in_quarantine(attempt, tmp_path, write_preferences):
+    same = {**GOOD, "rejected": GOOD["chosen"]}
+    write_preferences(tmp_path / "data", [GOOD, same, same])
+    done = attempt(reference__engine="torch")
+    assert done.code == 3, done.log
+    paragraph = done.log.strip().splitlines()[-1]
+    assert "2 of 3 rows" in paragraph and "identical_pair 2" in paragraph
+    [quarantine] = (tmp_path / "out" / "artifacts" / "pairs").glob("*/quarantine/*.parquet")
+    rows = pq.read_table(quarantine).to_pylist()
+    assert [(row["row"], row["reason"]) for row in rows] == [(1, "identical_pair"), (2, "identical_pair")]

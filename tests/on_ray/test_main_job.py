@@ -1,0 +1,156 @@
+"""The main job on own data, as processes on a local Ray: runs, reuse, new shards, sweep."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import CONFIGS, Finished, dpo_ray, overrides, summary_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+
+def preference_rows(first: int, count: int) -> list[dict]:
+    """Distinct pairs; each prompt is its own."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"Name the number after {n}."}],
+            "chosen": [{"role": "assistant", "content": f"It is {n + 1}."}],
+            "rejected": [{"role": "assistant", "content": f"I will not say, but {n} is not it."}],
+        }
+        for n in range(first, first + count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, tiny_model, write_preferences):
+    """A folder of data and a function that runs a command on it with the torch scorer."""
+    folder = tmp_path_factory.mktemp("job")
+    write_preferences(folder / "data", preference_rows(0, 40), name="train-00000.parquet")
+
+    def run(command: str = "run", **more) -> Finished:
+        values = {
+            "run__name": "numbers",
+            "run__output": str(folder / "out"),
+            "model__path": str(tiny_model),
+            "data__train": str(folder / "data" / "*.parquet"),
+            "data__held_out_fraction": 0.25,
+            "data__rows_per_shard": 20,
+            "reference__engine": "torch",
+            "reference__calibration_pairs": 4,
+            "train__global_batch_size": 8,
+            "train__learning_rate": 1e-3,
+            "publish__gate__accuracy_above": None,
+            **more,
+        }
+        return dpo_ray(command, str(CONFIGS / "align_cpu.yaml"), *overrides(**values))
+
+    return folder, run
+
+
+@pytest.fixture(scope="module")
+def first_run(job):
+    folder, run = job
+    done = run()
+    assert done.code == 0, done.log
+    return folder, done, summary_of(folder / "out")
+
+
+def test_a_run_publishes_a_model_and_its_record(first_run):
+    folder, done, summary = first_run
+    published = Path(summary["published"])
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= {f.name for f in published.iterdir()}
+    latest = json.loads((folder / "out" / "models" / "numbers" / "latest.json").read_text())
+    assert latest["path"] == str(published)
+    assert summary["exit_code"] == 0
+    assert summary["eval"]["accuracy"]["n"] == summary["stages"]["score"]["rows"]["kept"] > 0
+    run_folder = folder / "out" / "runs" / summary["run_id"]
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "report.html"} == {f.name for f in run_folder.iterdir()}
+    assert str(published) in done.log
+
+
+def test_training_starts_at_the_losss_zero_margin_value(first_run):
+    train = first_run[2]["train"]
+    assert train["first_step_loss"] == pytest.approx(train["zero_margin_loss"], abs=1e-5)
+
+
+def test_every_read_row_is_kept_dropped_or_on_the_other_side(first_run):
+    stages = first_run[2]["stages"]
+    assert stages["ingest"]["rows"] == {"in": 40, "kept": 40, "dropped": {}}
+    assert stages["train"]["rows"]["kept"] + stages["score"]["rows"]["kept"] == 40
+
+
+def test_metrics_bear_the_fields_names_and_one_line_a_step(first_run):
+    folder, _, summary = first_run
+    lines = (folder / "out" / "runs" / summary["run_id"] / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    assert [m["step"] for m in metrics] == list(range(1, summary["train"]["num_steps"] + 1))
+    expected = {"loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"}
+    assert expected | {"logps/rejected", "grad_norm", "learning_rate", "num_tokens", "epoch"} <= set(metrics[0])
+
+
+def test_a_second_run_reuses_every_stage_and_starts_no_ray(first_run, job):
+    folder, run = job
+    again = run()
+    assert again.code == 0, again.log
+    assert all(stage["reused"] for stage in summary_of(folder / "out")["stages"].values())
+    assert "starting Ray" not in again.log
+
+
+def test_a_sweep_trains_each_point_on_the_same_reference_artifact(first_run, job):
+    folder, run = job
+    reference = first_run[2]["stages"]["reference"]["fingerprint"]
+    done = run("sweep", tune__beta=[0.1, 0.5], tune__learning_rate=[1e-3])
+    assert done.code == 0, done.log
+    summary = summary_of(folder / "out")
+    assert summary["stages"]["reference"]["reused"]
+    assert summary["sweep"]["reference"] == reference
+    assert {trial["beta"] for trial in summary["sweep"]["trials"]} == {0.1, 0.5}
+    accuracies = [trial["accuracy"]["value"] for trial in summary["sweep"]["trials"]]
+    assert accuracies == sorted(accuracies, reverse=True)
+
+
+def test_new_shards_cost_only_themselves(first_run, job, write_preferences):
+    folder, run = job
+    write_preferences(folder / "data", preference_rows(40, 20), name="train-00001.parquet")
+    done = run("reference")
+    assert done.code == 0, done.log
+    for stage in ("pairs", "tokenized", "reference"):
+        assert done.lines(f"[{stage}] 2 of 3 shards are finished already, 1 to compute")
+
+
+def test_beta_and_learning_rate_leave_the_reference_as_it_is(first_run, job):
+    _, run = job
+    done = run("reference", train__loss={"type": "ipo", "beta": 0.3}, train__learning_rate=1e-5)
+    assert done.code == 0, done.log
+    assert done.lines("[reference] reused")
+
+
+def test_a_reference_artifact_of_another_tokenizer_is_refused(first_run, job, tiny_model, tmp_path):
+    folder, _ = job
+    reference = folder / "out" / "artifacts" / "reference" / first_run[2]["stages"]["reference"]["fingerprint"]
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    done = dpo_ray(
+        "train",
+        str(CONFIGS / "align_cpu.yaml"),
+        "--reference",
+        str(reference),
+        *overrides(run__output=str(tmp_path / "out"), model__path=str(other)),
+    )
+    assert done.code == 3
+    assert "tokenizer" in done.log and "Traceback" not in done.log
+
+
+def test_a_gate_that_does_not_hold_publishes_nothing_and_exits_4(first_run, job):
+    folder, run = job
+    done = run(publish__gate__accuracy_above=0.999, run__name="never")
+    assert done.code == 4
+    assert "publish.gate.accuracy_above=0.999" in done.log and "Traceback" not in done.log
+    assert summary_of(folder / "out")["published"] is None
+    assert not (folder / "out" / "models" / "never").exists()

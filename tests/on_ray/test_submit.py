@@ -1,0 +1,142 @@
+"""Jobs on a Ray head of our own, on loopback."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import CONFIGS, DPO_RAY, dpo_ray, overrides
+from tests.on_ray.test_main_job import preference_rows
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+@pytest.fixture(scope="module")
+def head():
+    """The dashboard's address of a Ray head that lives as long as these tests."""
+    ports = iter(_free_ports(9))
+    dashboard = next(ports)
+    names = (
+        "port",
+        "dashboard-agent-listen-port",
+        "dashboard-agent-grpc-port",
+        "metrics-export-port",
+        "ray-client-server-port",
+        "node-manager-port",
+        "object-manager-port",
+        "runtime-env-agent-port",
+    )
+    # Unix sockets lie below it, and their paths have to be short.
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    arguments = [f"--{name}={next(ports)}" for name in names]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": folder}
+    process = subprocess.Popen(
+        [
+            RAY,
+            "start",
+            "--head",
+            "--node-ip-address=127.0.0.1",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={dashboard}",
+            *arguments,
+            "--num-cpus=4",
+            "--object-store-memory=200000000",
+            f"--temp-dir={folder}",
+            "--disable-usage-stats",
+            "--block",
+        ],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+    )
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        _wait_for(address, process)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def _wait_for(address: str, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the Ray head ended at its start"
+        try:
+            with urllib.request.urlopen(f"{address}/api/jobs/", timeout=5):
+                return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(f"no dashboard at {address} within two minutes")
+
+
+@pytest.fixture
+def job_settings(tmp_path, tiny_model, write_preferences):
+    write_preferences(tmp_path / "data", preference_rows(0, 12))
+    return {
+        "run__output": str(tmp_path / "out"),
+        "model__path": str(tiny_model),
+        "data__train": str(tmp_path / "data" / "*.parquet"),
+    }
+
+
+def submit(head: str, command: str, settings: dict, *more: str):
+    arguments = [str(CONFIGS / "align_cpu.yaml"), "--address", head, "--command", command, "--executable", DPO_RAY]
+    return dpo_ray("submit", *arguments, *more, *overrides(**settings), env={"RAY_AUTH_MODE": "disabled"})
+
+
+def test_a_submitted_job_streams_its_log_and_returns_0(head, job_settings, tmp_path):
+    done = submit(head, "tokenize", job_settings)
+    assert done.code == 0, done.log
+    assert done.lines("[tokenize] done: 12 rows")
+    assert list((tmp_path / "out" / "artifacts" / "tokenized").glob("*/manifest.json"))
+
+
+def test_a_failed_job_returns_its_own_exit_status(head, job_settings):
+    done = submit(head, "ingest", {**job_settings, "data__train": "/nowhere/*.parquet"})
+    assert done.code == 3, done.log
+    assert done.lines("data.train is /nowhere/*.parquet")
+
+
+def test_a_submission_id_is_accepted_once(head, job_settings):
+    assert submit(head, "ingest", job_settings, "--submission-id", "nightly-1", "--no-wait").code == 0
+    again = submit(head, "ingest", job_settings, "--submission-id", "nightly-1", "--no-wait")
+    assert again.code == 2
+    assert "accepted once" in again.log or "used once" in again.log
+
+
+def test_plain_ray_job_submit_runs_the_same_command(head, job_settings):
+    config = str(CONFIGS / "align_cpu.yaml")
+    done = subprocess.run(
+        [RAY, "job", "submit", "--address", head, "--", DPO_RAY, "ingest", config, *overrides(**job_settings)],
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[ingest] done: 12 rows" in done.stdout
+
+
+def test_no_cluster_at_the_address(job_settings):
+    done = submit("http://127.0.0.1:9", "run", job_settings)
+    assert done.code == 2
+    assert "No Ray dashboard answers at http://127.0.0.1:9" in done.log

@@ -76,13 +76,10 @@ def test_the_killed_run_goes_on_to_the_end(logs, output):
 def test_no_finished_shard_is_computed_again(logs, stage, killed, after):
     total, before, missing = counts(logs[killed], stage)
     assert (before, missing) == (0, total)
-    written = len(logs[killed].lines("done · "))
     again_total, finished, to_compute = counts(logs[after], stage)
     assert again_total == total and finished + to_compute == total
-    assert finished >= 1 and to_compute < total
-    computed = [line for line in logs[after].lines(f"[{stage}] computing")]
-    assert computed == [] or computed[0].startswith(f"[{stage}] computing {to_compute} shards")
-    assert written >= 1
+    # Progress lines are at most one in a few seconds, so they may name fewer shards than were finished.
+    assert finished >= len([line for line in logs[killed].lines(f"[{stage}]") if line.count(" done")]) >= 1
 
 
 def test_training_goes_on_from_its_last_checkpoint(logs, output):

@@ -148,7 +148,7 @@ def brief_answer(prompt: str, completion: str, finished: bool) -> float:
     The product of four factors, so that none can be traded for another:
 
     - complete: 1 where the answer ended by itself with a sentence's end, .5 where one of the two holds, else 0
-    - brief: 1 up to two sentences, then 2/n for n of them; and at most 60 words, then 60/words
+    - brief: 1 up to two sentences, then 2/n for n of them; and 1 from 8 to 60 words, words/8 below, 60/words above
     - fresh: the share of its three-word sequences that are not repeats
     - on topic: .4 + .6 · the share of the prompt's content words that come back, full from one half on;
       and 0 below three words
@@ -158,7 +158,7 @@ def brief_answer(prompt: str, completion: str, finished: bool) -> float:
         return 0.0
     complete = (0.5 if finished else 0.0) + (0.5 if re.search(r"[.!?][\"'”’)\]]*$", completion.strip()) else 0.0)
     sentences = len(split_sentences(completion))
-    brief = min(1.0, 2 / sentences) * min(1.0, 60 / len(words))
+    brief = min(1.0, 2 / sentences) * min(1.0, len(words) / 8, 60 / len(words))
     trigrams = list(zip(words, words[1:], words[2:], strict=False))
     fresh = len(set(trigrams)) / len(trigrams)
     return complete * brief * fresh * (0.4 + 0.6 * min(1.0, 2 * topic_overlap(prompt, completion)))

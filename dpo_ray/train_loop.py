@@ -51,9 +51,9 @@ class Rank:
 
 
 class Report(Protocol):
-    """Takes the metrics of a step and, on rank 0 where one is due, the folder of a checkpoint to keep.
+    """Takes the metrics of the last step and, on rank 0, the folder of a checkpoint to keep.
 
-    Every rank calls it at the same steps; it returns when the checkpoint is safe.
+    Every rank calls it when a checkpoint is due; it returns when the checkpoint is safe.
     """
 
     def __call__(self, metrics: dict[str, Any], checkpoint: Path | None) -> None: ...
@@ -107,8 +107,7 @@ def train(
         }
         last = step.number + 1 == num_steps
         checkpoint_due = last or (step.number + 1) % config.checkpoint_every_steps == 0
-        logged = checkpoint_due or (step.number + 1) % config.log_every_steps == 0
-        if logged:
+        if checkpoint_due or (step.number + 1) % config.log_every_steps == 0:
             history.append(metrics)
         if me.rank == 0:
             progress.advance(
@@ -116,18 +115,20 @@ def train(
                 f"loss {metrics['loss']:.4f} · accuracy {metrics['rewards/accuracies']:.2f} · "
                 f"{metrics['tokens_per_second']:.0f} tokens/s",
             )
-        if checkpoint_due and me.rank == 0:
-            with tempfile.TemporaryDirectory(prefix="dpo-ray-checkpoint-") as scratch:
-                save_checkpoint(
-                    Path(scratch), model=policy, optimizer=optimizer, next_step=step.number + 1, history=history
-                )
-                if last:
-                    policy.save_pretrained(Path(scratch) / EXPORT)
-                    tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
-                    tokenizer.save_pretrained(Path(scratch) / EXPORT)
-                report(metrics, Path(scratch))
-        elif logged:
+        if not checkpoint_due:
+            continue
+        if me.rank != 0:
             report(metrics, None)
+            continue
+        with tempfile.TemporaryDirectory(prefix="dpo-ray-checkpoint-") as scratch:
+            save_checkpoint(
+                Path(scratch), model=policy, optimizer=optimizer, next_step=step.number + 1, history=history
+            )
+            if last:
+                policy.save_pretrained(Path(scratch) / EXPORT)
+                tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
+                tokenizer.save_pretrained(Path(scratch) / EXPORT)
+            report(metrics, Path(scratch))
 
 
 def _optimizer_step(

@@ -47,6 +47,8 @@ class VLLMScorer:
     def _score(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         import vllm
 
+        if not sequences:
+            return []
         sampling = vllm.SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False
         )
@@ -166,11 +168,8 @@ class GenerateShard:
         # whose prefill is cut in two; there the shard as a whole is seeded, through the generator it draws from.
         if not self.on_gpu:
             torch.manual_seed(sum(seeds) % 2**63)
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": encoded[i]} for i in kept],
-            [self._params(seed) for seed in seeds],
-            use_tqdm=False,
-        )
+        inputs = [{"prompt_token_ids": encoded[i]} for i in kept]
+        outputs = self.llm.generate(inputs, [self._params(s) for s in seeds], use_tqdm=False) if inputs else []
         out = []
         for i, output in zip(kept, outputs, strict=True):
             completions = [

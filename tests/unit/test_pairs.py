@@ -1,0 +1,74 @@
+"""Content ids, the split, and rows of tokens."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpo_ray.pairs import REFERENCE, TOKENIZED, Message, PreferencePair, TokenizedPair, split_of, tokenized_pair
+
+PROMPT = (Message(role="user", content="Why is the sky blue?"),)
+PAIR = PreferencePair(PROMPT, "Scattering.", "Paint.")
+
+
+def test_the_pair_id_is_sixteen_hex_digits_of_content():
+    assert len(PAIR.pair_id) == 16 and int(PAIR.pair_id, 16) >= 0
+    assert PreferencePair(PROMPT, "Scattering.", "Paint.").pair_id == PAIR.pair_id
+
+
+def test_the_order_of_keys_in_a_message_does_not_matter():
+    reordered: Message = {"content": PROMPT[0]["content"], "role": "user"}
+    assert PreferencePair((reordered,), PAIR.chosen, PAIR.rejected).pair_id == PAIR.pair_id
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        PreferencePair(PROMPT, PAIR.rejected, PAIR.chosen),
+        PreferencePair(PROMPT, "Scattering. ", "Paint."),
+        PreferencePair((Message(role="system", content="s"), *PROMPT), "Scattering.", "Paint."),
+        # The same characters in all, cut elsewhere.
+        PreferencePair(PROMPT, "Scattering.P", "aint."),
+    ],
+)
+def test_another_pair_has_another_id(other: PreferencePair):
+    assert other.pair_id != PAIR.pair_id
+
+
+def test_pairs_of_one_prompt_share_its_id():
+    assert PreferencePair(PROMPT, "a", "b").prompt_id == PAIR.prompt_id != PAIR.pair_id
+
+
+def test_the_split_is_by_the_prompt_alone_and_about_the_fraction_asked_for():
+    sides = [split_of(str(i), 0.1, seed=0) for i in range(2000)]
+    assert sides == [split_of(str(i), 0.1, seed=0) for i in range(2000)]
+    # 2000 draws at .1: 200 expected, standard deviation sqrt(2000 * .1 * .9) = 13.4; four of them are 54.
+    assert abs(sides.count("eval") - 200) < 54
+
+
+def test_another_seed_holds_out_other_prompts():
+    assert [split_of(str(i), 0.5, 0) for i in range(64)] != [split_of(str(i), 0.5, 1) for i in range(64)]
+
+
+def test_a_larger_fraction_only_adds_to_the_held_out_prompts():
+    few = {i for i in range(500) if split_of(str(i), 0.1, 0) == "eval"}
+    more = {i for i in range(500) if split_of(str(i), 0.3, 0) == "eval"}
+    assert few < more
+
+
+def test_nothing_is_held_out_at_fraction_zero():
+    assert {split_of(str(i), 0.0, 0) for i in range(500)} == {"train"}
+
+
+def test_the_prompt_of_a_tokenized_pair_counts_once():
+    assert TokenizedPair("p", [1, 2, 3], [4, 5], [6]).num_tokens == 3 + 2 + 1
+
+
+def test_a_row_without_reference_has_none_and_a_row_with_it_has_its_values():
+    row = {"pair_id": "p", "prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    assert tokenized_pair(row).chosen_ref_logprobs is None
+    scored = tokenized_pair({**row, "chosen_ref_logprobs": [-0.5], "rejected_ref_logprobs": [-1.5]})
+    assert (scored.chosen_ref_logprobs, scored.rejected_ref_logprobs) == ([-0.5], [-1.5])
+
+
+def test_the_reference_rows_are_the_tokenized_rows_and_two_columns():
+    assert REFERENCE.names == [*TOKENIZED.names, "chosen_ref_logprobs", "rejected_ref_logprobs"]

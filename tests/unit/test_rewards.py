@@ -1,0 +1,145 @@
+"""The demo reward, and loading rewards by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpo_ray.errors import ConfigError
+from dpo_ray.rewards import brief_answer, load_reward, split_sentences, topic_overlap
+
+QUESTION = "Why do cats purr when they are petted?"
+GOOD = "Cats purr when petted because they feel content and safe."
+
+
+def test_a_complete_brief_answer_on_the_topic_is_the_best_there_is():
+    assert brief_answer(QUESTION, GOOD, True) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        ((GOOD, True), (GOOD, False)),
+        ((GOOD, True), (GOOD.rstrip("."), True)),
+        ((GOOD.rstrip("."), True), ("Cats purr when petted because they feel content and", False)),
+        ((GOOD, True), (f"{GOOD} They also purr in pain. Kittens purr too. Some cats never purr.", True)),
+        ((GOOD, True), ("Cats purr. Cats purr. Cats purr when petted. Cats purr.", True)),
+        ((GOOD, True), ("The capital of France is Paris, a large city.", True)),
+        ((GOOD, True), ("Yes.", True)),
+        ((GOOD, True), ("", True)),
+        (("The capital of France is Paris, a large city.", True), ("word word word word word word word word.", True)),
+        ((f"{GOOD} They like it.", True), (" ".join([GOOD.rstrip(".") + ","] * 7) + " they do.", True)),
+    ],
+    ids=[
+        "unfinished",
+        "no full stop",
+        "both",
+        "too many sentences",
+        "repetition",
+        "off topic",
+        "too short",
+        "empty",
+        "off topic and repetition",
+        "one endless sentence",
+    ],
+)
+def test_a_person_would_order_them_so(better: tuple[str, bool], worse: tuple[str, bool]):
+    assert brief_answer(QUESTION, *better) > brief_answer(QUESTION, *worse)
+
+
+def test_a_second_sentence_costs_nothing():
+    assert brief_answer(QUESTION, f"{GOOD} They like it.", True) == 1.0
+
+
+def test_four_sentences_halve_the_score():
+    # 4 sentences, 2/4; everything else at its best: complete, 15 distinct words, on topic.
+    text = f"{GOOD} Kittens do it early. Lions roar instead. Nobody knows it all."
+    assert brief_answer(QUESTION, text, True) == pytest.approx(0.5, abs=1e-12)
+
+
+def test_words_over_sixty_cost_in_proportion():
+    # 80 distinct words in one sentence: 60/80.
+    text = "cats purr petted " + " ".join(f"word{i}" for i in range(77)) + "."
+    assert brief_answer(QUESTION, text, True) == pytest.approx(0.75, abs=1e-12)
+
+
+def test_repeated_three_word_sequences_cost_their_share():
+    # a b c a b c: sequences abc bca cab abc, 3 of 4 fresh; no content word of the prompt is asked for.
+    assert brief_answer("Why?", "alpha beta gamma alpha beta gamma.", True) == pytest.approx(0.75, abs=1e-12)
+
+
+def test_an_unfinished_answer_without_full_stop_scores_nothing():
+    assert brief_answer(QUESTION, GOOD.rstrip("."), False) == 0.0
+
+
+def test_an_answer_off_the_topic_keeps_four_tenths():
+    assert brief_answer(QUESTION, "Paris lies on a river.", True) == pytest.approx(0.4, abs=1e-12)
+
+
+@pytest.mark.parametrize("ending", [".", "!", "?", '."', ".)", "!”"])
+def test_a_sentence_may_end_inside_quotes_or_brackets(ending: str):
+    assert brief_answer(QUESTION, GOOD.rstrip(".") + ending, True) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("", []),
+        ("One sentence.", ["One sentence."]),
+        ("One. Two! Three?", ["One.", "Two!", "Three?"]),
+        ("It costs 3.5 dollars. Buy it.", ["It costs 3.5 dollars.", "Buy it."]),
+        ("Dr. Smith met Mrs. Jones.", ["Dr. Smith met Mrs. Jones."]),
+        ("Use nuts, e.g. almonds. They help.", ["Use nuts, e.g. almonds.", "They help."]),
+        ("The U.S. economy grew.", ["The U.S. economy grew."]),
+        ("J. R. R. Tolkien wrote it.", ["J. R. R. Tolkien wrote it."]),
+        ("First line\nSecond line", ["First line", "Second line"]),
+        ("- Eggs\n- Milk\n\n- Bread", ["- Eggs", "- Milk", "- Bread"]),
+        ("1. Eat well.\n2. Sleep.", ["1. Eat well.", "2. Sleep."]),
+        ("No. It does not. Never.", ["No.", "It does not.", "Never."]),
+        ("Visit example.com today.", ["Visit example.com today."]),
+    ],
+)
+def test_text_is_split_where_its_sentences_end(text: str, sentences: list[str]):
+    assert split_sentences(text) == sentences
+
+
+def test_a_long_answer_does_not_pass_for_a_brief_one_by_its_line_breaks():
+    items = "\n".join(f"- tip {i} for cats that purr when petted" for i in range(8))
+    assert brief_answer(QUESTION, items + ".", True) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("completion", "share"),
+    [
+        # Content words of the question: cats, purr, petted.
+        ("Cats purr if petted.", 1.0),
+        ("A cat purrs.", 2 / 3),
+        ("CATS", 1 / 3),
+        ("Dogs bark.", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_the_topic_is_the_share_of_the_content_words_that_come_back(completion: str, share: float):
+    assert topic_overlap(QUESTION, completion) == pytest.approx(share, abs=1e-12)
+
+
+def test_a_prompt_without_content_words_asks_for_no_topic():
+    assert topic_overlap("Why is it so?", "Anything.") == 1.0
+
+
+def test_a_reward_is_loaded_by_name():
+    assert load_reward("dpo_ray.rewards:brief_answer") is brief_answer
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no_such_module_anywhere:f", "no_such_module_anywhere"),
+        ("dpo_ray.no_such_module:f", "cannot be imported"),
+        ("dpo_ray.rewards:no_such_function", "no_such_function"),
+        ("dpo_ray.rewards:_STOP_WORDS", "not a function but frozenset"),
+    ],
+)
+def test_a_reward_that_cannot_be_loaded_says_why(name: str, said: str):
+    with pytest.raises(ConfigError) as caught:
+        load_reward(name)
+    assert said in str(caught.value) and name in str(caught.value)

@@ -48,12 +48,13 @@ def sum_logprobs(column: pa.ChunkedArray) -> np.ndarray:
     return np.array([math.fsum(values) for values in column.to_pylist()])
 
 
-def preference_accuracy(margins: np.ndarray) -> Estimate | None:
+def preference_accuracy(margins: np.ndarray, noise: float = 0.0) -> Estimate | None:
     """Share of pairs [n] whose margin (without beta, in nats) is positive.
 
-    Undefined, None, where every margin is exactly 0: a policy that equals the reference prefers nothing.
+    Undefined, None, where no margin is larger than `noise`: a policy that equals the reference prefers nothing,
+    and its margins are 0 but for the difference between the engines that scored policy and reference.
     """
-    if len(margins) == 0 or not np.any(margins):
+    if len(margins) == 0 or float(np.max(np.abs(margins))) <= noise:
         return None
     return wilson(float(np.mean(margins > 0)), len(margins))
 
@@ -75,6 +76,11 @@ def quantiles(values: np.ndarray) -> dict[str, float]:
     """p50, p90, p99 and max of a sample that is not empty."""
     p50, p90, p99, top = np.quantile(values, [0.5, 0.9, 0.99, 1.0])
     return {"p50": float(p50), "p90": float(p90), "p99": float(p99), "max": float(top)}
+
+
+def margin_noise(metrics: dict[str, Any]) -> float:
+    """The largest margin, in nats, that two engines with this calibration may show for equal models."""
+    return 2 * metrics["sequence"]["max"]  # chosen and rejected may be off by that much each
 
 
 def calibration(scored: Sequence[Sequence[float]], rescored: Sequence[Sequence[float]]) -> dict[str, Any]:

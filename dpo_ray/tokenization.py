@@ -25,9 +25,10 @@ def require_chat_template(tokenizer: Any, model_path: str) -> None:
 
 def tokenizer_identity(tokenizer: Any) -> str:
     """Digest of what turns a dialogue into ids: vocabulary and merges, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
     return digest(
         [
-            tokenizer.backend_tokenizer.to_str(),
+            backend.to_str() if backend is not None else tokenizer.get_vocab(),
             {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
             tokenizer.chat_template,
         ]

@@ -35,19 +35,19 @@ def align(context: RunContext, until: Stage = "publish") -> None:
     tokenized = tokenize(context, pairs)
     if until == "tokenize":
         return
-    scored = reference(context, tokenized)
+    scored, calibration = reference(context, tokenized)
     if until == "reference":
         return
     policy = train(context, scored)
     if until == "train":
         return
-    evaluation = evaluate(context, pairs, scored, policy)
+    evaluation = evaluate(context, pairs, scored, calibration, policy)
     if until == "publish":
         publish(context, policy, evaluation)
 
 
-def prepare_reference(context: RunContext) -> Artifact:
-    """The stages before training: what every trial of a sweep shares."""
+def prepare_reference(context: RunContext) -> tuple[Artifact, Artifact]:
+    """The stages before training, which every trial of a sweep shares: the reference and its calibration."""
     pairs = generate(context) if context.config.generate is not None else ingest(context)
     return reference(context, tokenize(context, pairs))
 

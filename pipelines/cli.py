@@ -94,8 +94,8 @@ def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = Fals
     def work(context: Any) -> None:
         from pipelines.align import prepare_reference
 
-        reference = prepare_reference(context)
-        context.results["sweep"] = run_sweep(context.output, loaded, reference, context.folder)
+        reference, calibration = prepare_reference(context)
+        context.results["sweep"] = run_sweep(context.output, loaded, reference, calibration, context.folder)
 
     _record(loaded, run_id, work)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from dpo_ray.artifacts import Artifact, fingerprint, load, publish, read_shard
 from dpo_ray.config import Model, WinRate
-from dpo_ray.evaluation import preference_accuracy, quantiles, win_rate
+from dpo_ray.evaluation import margin_noise, preference_accuracy, quantiles, win_rate
 from dpo_ray.on_ray.scoring import held_out_margins, score_policy
 from dpo_ray.on_ray.trainer import MODEL_FOLDER
 from dpo_ray.progress import say
@@ -21,12 +21,14 @@ KIND = "evaluation"
 _SHOWN = 5
 
 
-def evaluate(context: RunContext, pairs: Artifact, reference: Artifact, policy: Artifact) -> Artifact:
+def evaluate(
+    context: RunContext, pairs: Artifact, reference: Artifact, calibration: Artifact, policy: Artifact
+) -> Artifact:
     """Measure the policy. The artifact's metrics hold `accuracy`, `margin`, `win_rate` and `samples`."""
     scores = context.stage("score", lambda: score_policy(context.output, context.config, policy, reference))
     options = context.config.evaluate.win_rate
     drawn = _draw(context, options, pairs, policy) if options is not None else None
-    artifact = context.stage("evaluate", lambda: _evaluate(context, scores, reference, drawn))
+    artifact = context.stage("evaluate", lambda: _evaluate(context, scores, reference, calibration, drawn))
     metrics = artifact.manifest.metrics
     context.results["eval"] = {k: v for k, v in metrics.items() if k != "samples"}
     context.results["samples"] = metrics["samples"]
@@ -49,9 +51,17 @@ def _draw(
 
 
 def _evaluate(
-    context: RunContext, scores: Artifact, reference: Artifact, drawn: tuple[Artifact, Artifact, WinRate] | None
+    context: RunContext,
+    scores: Artifact,
+    reference: Artifact,
+    calibration: Artifact,
+    drawn: tuple[Artifact, Artifact, WinRate] | None,
 ) -> tuple[Artifact, bool]:
-    inputs = {"scores": scores.fingerprint, "reference": reference.fingerprint}
+    inputs = {
+        "scores": scores.fingerprint,
+        "reference": reference.fingerprint,
+        "calibration": calibration.fingerprint,
+    }
     identity: dict[str, Any] = {"reward": None}
     if drawn is not None:
         base, tuned, options = drawn
@@ -62,14 +72,14 @@ def _evaluate(
     if done is not None:
         return done, True
     margins = held_out_margins(scores, reference)
-    accuracy = preference_accuracy(margins)
+    accuracy = preference_accuracy(margins, margin_noise(calibration.manifest.metrics))
     metrics: dict[str, Any] = {
         "accuracy": accuracy.as_dict() if accuracy else None,
         "margin": {"mean": float(np.mean(margins)), **quantiles(margins)} if len(margins) else None,
         "win_rate": None,
         "samples": [],
     }
-    say(KIND, f"held-out accuracy {accuracy or 'undefined: every margin is 0'}")
+    say(KIND, f"held-out accuracy {accuracy or 'undefined: no margin is above the engines' noise'}")
     if drawn is not None:
         metrics |= _compare(*drawn)
     return publish(location, KIND, identity=identity, inputs=inputs, files=[], metrics=metrics), False

@@ -12,11 +12,10 @@ from dpo_ray.tokenization import tokenizer_identity
 from pipelines.context import RunContext
 
 
-def reference(context: RunContext, tokenized: Artifact) -> Artifact:
-    """Reference scores that the trainer's own forward reproduces. Raises ReferenceMismatch."""
+def reference(context: RunContext, tokenized: Artifact) -> tuple[Artifact, Artifact]:
+    """Reference scores that the trainer's own forward reproduces, and their calibration. Raises ReferenceMismatch."""
     scored = context.stage("reference", lambda: score_reference(context.output, context.config, tokenized))
-    check_calibration(context, scored)
-    return scored
+    return scored, check_calibration(context, scored)
 
 
 def given_reference(context: RunContext, path: str) -> Artifact:
@@ -52,7 +51,8 @@ def require_same_model(artifact: Artifact, config: Config) -> None:
             )
 
 
-def check_calibration(context: RunContext, scored: Artifact) -> None:
+def check_calibration(context: RunContext, scored: Artifact) -> Artifact:
     """The calibration gate, recorded in the summary. Raises ReferenceMismatch."""
     checked = context.stage("calibrate", lambda: calibrate(context.output, context.config, scored))
     context.results["reference"] = {"calibration": checked.manifest.metrics}
+    return checked

@@ -10,7 +10,7 @@ import numpy as np
 from dpo_ray.artifacts import Artifact
 from dpo_ray.config import Config, Tune
 from dpo_ray.errors import DpoRayError
-from dpo_ray.evaluation import preference_accuracy
+from dpo_ray.evaluation import margin_noise, preference_accuracy
 from dpo_ray.on_ray.scoring import held_out_margins, score_policy
 from dpo_ray.on_ray.session import connect
 from dpo_ray.on_ray.trainer import fit
@@ -22,7 +22,9 @@ from tuning.space import grid
 _DRIVER_CPUS = 0.1  # a trial's own process only waits for its workers
 
 
-def run_sweep(output: Location, config: Config, reference: Artifact, folder: Location) -> dict[str, Any]:
+def run_sweep(
+    output: Location, config: Config, reference: Artifact, calibration: Artifact, folder: Location
+) -> dict[str, Any]:
     """Train and measure every point of the grid. Returns the trials, best first, and writes them to `folder`.
 
     A trial's policy and scores are artifacts like any other: a sweep that was killed, or is widened, computes
@@ -31,8 +33,9 @@ def run_sweep(output: Location, config: Config, reference: Artifact, folder: Loc
     options = config.tune
     assert options is not None
     points = grid(config)
+    noise = margin_noise(calibration.manifest.metrics)
     say("sweep", f"{len(points)} trials on the reference artifact {reference.fingerprint}")
-    trials = ranked([_measured(trial) for trial in _run(output, config, options, reference)])
+    trials = ranked([_measured(trial) for trial in _run(output, config, options, reference, noise)])
     found = {
         "reference": reference.fingerprint,
         "trials": [{**trial, "line": describe(trial)} for trial in trials],
@@ -41,7 +44,7 @@ def run_sweep(output: Location, config: Config, reference: Artifact, folder: Loc
     return found
 
 
-def _run(output: Location, config: Config, options: Tune, reference: Artifact) -> list[dict[str, Any]]:
+def _run(output: Location, config: Config, options: Tune, reference: Artifact, noise: float) -> list[dict[str, Any]]:
     train = config.train
     workers = train.num_workers * train.cpus_per_worker + 1 + _DRIVER_CPUS
     connect(
@@ -57,7 +60,7 @@ def _run(output: Location, config: Config, options: Tune, reference: Artifact) -
         policy, _ = fit(output, mine, reference)
         scores, _ = score_policy(output, mine, policy, reference)
         margins = held_out_margins(scores, reference)
-        accuracy = preference_accuracy(margins)
+        accuracy = preference_accuracy(margins, noise)
         tune.report(
             {
                 "accuracy": accuracy.as_dict() if accuracy else None,

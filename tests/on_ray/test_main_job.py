@@ -100,6 +100,14 @@ def test_a_second_run_reuses_every_stage_and_starts_no_ray(first_run, job):
     assert "starting Ray" not in again.log
 
 
+def test_show_lists_the_run_and_the_published_model(first_run):
+    folder, _, summary = first_run
+    done = dpo_ray("show", str(folder / "out"), env={"COLUMNS": "200"})
+    assert done.code == 0
+    assert summary["run_id"] in done.log
+    assert done.lines("numbers: latest is " + Path(summary["published"]).name)
+
+
 def test_a_sweep_trains_each_point_on_the_same_reference_artifact(first_run, job):
     folder, run = job
     reference = first_run[2]["stages"]["reference"]["fingerprint"]
@@ -151,6 +159,7 @@ def test_a_gate_that_does_not_hold_publishes_nothing_and_exits_4(first_run, job)
     folder, run = job
     done = run(publish__gate__accuracy_above=0.999, run__name="never")
     assert done.code == 4
-    assert "publish.gate.accuracy_above=0.999" in done.log and "Traceback" not in done.log
+    paragraph = done.log.strip().splitlines()[-1]
+    assert paragraph.startswith("GateFailed") and "publish.gate.accuracy_above=0.999" in paragraph
     assert summary_of(folder / "out")["published"] is None
     assert not (folder / "out" / "models" / "never").exists()

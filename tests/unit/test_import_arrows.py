@@ -1,0 +1,108 @@
+"""Which package may use which: the arrows of the layout, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGES = ("dpo_ray", "tuning", "pipelines", "cluster")
+OURS = {*PACKAGES, "tests"}
+
+
+def sources(package: str) -> list[Path]:
+    found = sorted((REPOSITORY / package).rglob("*.py"))
+    assert found, f"no source in {package}"
+    return found
+
+
+def imported(source: str) -> set[str]:
+    """Every module that a source imports, anywhere in it, as a dotted name; of `from a import b`, a.b as well."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute here"
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in {"import_module", "__import__"}:
+                names.add(str(node.args[0].value))
+    return names
+
+
+def tops(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path.read_text(encoding="utf-8"))}
+
+
+def test_imports_are_found_wherever_they_stand():
+    source = "import a.b\ndef f():\n    from c import d\n    importlib.import_module('e.f')\nif x:\n    import g as h\n"
+    assert imported(source) == {"a.b", "c", "c.d", "e.f", "g"}
+
+
+@pytest.mark.parametrize("path", sources("dpo_ray"), ids=lambda p: str(p.relative_to(REPOSITORY)))
+def test_in_the_library_only_on_ray_imports_ray_or_vllm(path: Path):
+    if "on_ray" in path.parts:
+        return
+    assert not tops(path) & {"ray", "vllm"}
+    # Nor by way of on_ray.
+    assert not any(name.startswith("dpo_ray.on_ray") for name in imported(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_each_package_imports_only_those_below_it(package: str):
+    below = {
+        "dpo_ray": set(),
+        "tuning": {"dpo_ray"},
+        "cluster": {"dpo_ray"},
+        "pipelines": {"dpo_ray", "tuning", "cluster"},
+    }[package]
+    for path in sources(package):
+        assert tops(path) & OURS <= below | {package}, path.relative_to(REPOSITORY)
+
+
+def test_the_cluster_uses_the_configuration_and_the_errors_of_the_library_and_nothing_else():
+    for path in sources("cluster"):
+        for name in imported(path.read_text(encoding="utf-8")):
+            if name.split(".")[0] == "dpo_ray":
+                assert ".".join(name.split(".")[:2]) in {"dpo_ray.config", "dpo_ray.errors"}, (path, name)
+
+
+def test_only_the_command_line_uses_the_cluster():
+    users = [p.name for p in sources("pipelines") if "cluster" in tops(p)]
+    assert users == ["cli.py"]
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(*sorted({{m.split('.')[0] for m in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_reading_a_configuration_needs_neither_ray_nor_vllm_nor_torch():
+    loaded = loaded_after("import dpo_ray.config, dpo_ray.errors")
+    assert "dpo_ray" in loaded
+    assert not loaded & {"ray", "vllm", "torch", "transformers"}
+
+
+def test_the_command_line_starts_without_ray_and_vllm():
+    loaded = loaded_after("import pipelines.cli")
+    assert "pipelines" in loaded
+    assert not loaded & {"ray", "vllm"}
+
+
+def test_no_folder_of_tests_is_called_ray():
+    # It would shadow the library for whatever runs with the folder of tests on its path.
+    assert not (REPOSITORY / "tests" / "ray").exists()
+
+
+def test_there_is_no_drawer_for_everything():
+    for package in PACKAGES:
+        assert not [p for p in sources(package) if p.stem in {"utils", "util", "helpers", "common", "misc"}]

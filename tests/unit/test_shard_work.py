@@ -1,0 +1,344 @@
+"""What stages do with one shard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_ray.artifacts import write_shard
+from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.model import load_tokenizer
+from dpo_ray.pairs import CANDIDATES, PAIRS, PROMPTS, QUARANTINE, TOKENIZED, PreferencePair, prompt_id, split_of
+from dpo_ray.shard_work import IngestShard, PairShard, TokenizeShard, prompt_table, read_prompts
+from dpo_ray.storage import Location
+from dpo_ray.tokenization import completion_ids, prompt_ids
+
+Write = Callable[..., Path]
+
+
+def raw(number: int, **fields: Any) -> dict[str, Any]:
+    row = {
+        "prompt": [{"role": "user", "content": f"Question {number}?"}],
+        "chosen": [{"role": "assistant", "content": f"Good {number}"}],
+        "rejected": [{"role": "assistant", "content": f"Bad {number}"}],
+    }
+    return {**row, **fields}
+
+
+def source(path: Path, first: int = 0, count: int = 100, split: str | None = "train") -> dict[str, Any]:
+    return {"file": str(path), "first": first, "count": count, "split": split}
+
+
+def ingested(path: Path, **options: Any) -> list[str]:
+    return IngestShard(0.1, 0)(source(path, **options)).table["chosen"].to_pylist()
+
+
+def test_good_rows_become_canonical_pairs(tmp_path: Path, write_preferences: Write):
+    output = IngestShard(0.1, 0)(source(write_preferences(tmp_path, [raw(0), raw(1)])))
+    assert output.table.schema.equals(PAIRS)
+    assert output.quarantine is None
+    assert output.counters == {"read": 2}
+    first = output.table.to_pylist()[0]
+    pair = PreferencePair(tuple(raw(0)["prompt"]), "Good 0", "Bad 0")
+    assert first == {
+        "pair_id": pair.pair_id,
+        "prompt_id": pair.prompt_id,
+        "split": "train",
+        "prompt": raw(0)["prompt"],
+        "chosen": "Good 0",
+        "rejected": "Bad 0",
+    }
+
+
+def test_bad_rows_go_to_quarantine_with_reason_and_row_number(tmp_path: Path, write_preferences: Write):
+    rows = [raw(0), raw(1, chosen=[]), raw(2), raw(3, prompt=None), raw(4, rejected=[])]
+    path = write_preferences(tmp_path, rows)
+    output = IngestShard(0.1, 0)(source(path))
+    assert output.counters == {"read": 5, "empty_response": 2, "null_field": 1}
+    assert output.table["chosen"].to_pylist() == ["Good 0", "Good 2"]
+    assert output.quarantine is not None and output.quarantine.schema.equals(QUARANTINE)
+    quarantined = output.quarantine.to_pylist()
+    assert [(q["row"], q["reason"]) for q in quarantined] == [
+        (1, "empty_response"),
+        (3, "null_field"),
+        (4, "empty_response"),
+    ]
+    assert {q["source"] for q in quarantined} == {str(path)}
+    assert json.loads(quarantined[1]["raw"]) == rows[3]
+
+
+def test_row_numbers_are_those_of_the_file_whatever_part_is_read(tmp_path: Path, write_preferences: Write):
+    path = write_preferences(tmp_path, [raw(i, chosen=[] if i % 3 == 0 else raw(i)["chosen"]) for i in range(10)])
+    output = IngestShard(0.1, 0)(source(path, first=5, count=3))
+    assert output.counters == {"read": 3, "empty_response": 1}
+    assert output.quarantine is not None and output.quarantine["row"].to_pylist() == [6]
+
+
+def test_what_is_kept_of_a_bad_row_is_bounded(tmp_path: Path, write_preferences: Write):
+    long = raw(0, chosen=[], prompt=[{"role": "user", "content": "x" * 100_000}])
+    quarantine = IngestShard(0.1, 0)(source(write_preferences(tmp_path, [long]))).quarantine
+    assert quarantine is not None and len(quarantine["raw"][0].as_py()) == 2000
+
+
+@pytest.mark.parametrize("first", range(0, 10, 3))
+@pytest.mark.parametrize("row_group_size", [1, 4, 100])
+def test_parts_of_a_file_are_its_rows_once_whatever_the_row_groups(tmp_path: Path, first: int, row_group_size: int):
+    path = tmp_path / "f.parquet"
+    pq.write_table(pa.Table.from_pylist([raw(i) for i in range(10)]), path, row_group_size=row_group_size)
+    assert ingested(path, first=first, count=3) == [f"Good {i}" for i in range(first, min(first + 3, 10))]
+
+
+def test_a_file_without_rows_gives_none(tmp_path: Path):
+    path = tmp_path / "f.parquet"
+    pq.write_table(pa.Table.from_pylist([raw(0)]).slice(0, 0), path)
+    output = IngestShard(0.1, 0)(source(path))
+    assert output.table.num_rows == 0 and output.counters["read"] == 0
+
+
+def test_the_split_is_by_the_hash_of_the_prompt_unless_the_file_has_a_side(tmp_path: Path, write_preferences: Write):
+    path = write_preferences(tmp_path, [raw(i) for i in range(40)])
+    rows = IngestShard(0.5, 3)(source(path, split=None)).table.to_pylist()
+    assert [row["split"] for row in rows] == [split_of(row["prompt_id"], 0.5, 3) for row in rows]
+    assert {row["split"] for row in rows} == {"train", "eval"}
+    assert set(IngestShard(0.5, 3)(source(path, split="eval")).table["split"].to_pylist()) == {"eval"}
+
+
+def test_columns_that_are_not_asked_for_do_not_matter(tmp_path: Path, write_preferences: Write):
+    path = write_preferences(tmp_path, [raw(0, blob=b"\xff", score=1.5)])
+    assert ingested(path) == ["Good 0"]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"no parquet"])
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, write_preferences: Write, damage: Any):
+    path = write_preferences(tmp_path, [raw(0)])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"train-00000\.parquet"):
+        IngestShard(0.1, 0)(source(path))
+
+
+@pytest.mark.parametrize("name", ["truncated", "damaged_page", "not_parquet", "zero_bytes"])
+def test_the_unreadable_files_of_the_dirty_set_are_errors(real_data: Path, name: str):
+    with pytest.raises(DataError, match=name):
+        IngestShard(0.1, 0)(source(real_data / "dirty" / f"{name}.parquet", count=8))
+
+
+def not_utf8(*values: bytes) -> pa.Array:
+    """A column of text that holds any bytes; Parquet files of careless writers have such."""
+    ends = [0]
+    for value in values:
+        ends.append(ends[-1] + len(value))
+    offsets = pa.array(ends, pa.int32()).buffers()[1]
+    return pa.Array.from_buffers(pa.string(), len(values), [None, offsets, pa.py_buffer(b"".join(values))])
+
+
+def test_bytes_that_are_not_utf8_are_an_error_that_names_the_file(tmp_path: Path):
+    table = pa.table({"prompt": ["Why?", "Why?"], "chosen": not_utf8(b"\xff\xfe", b"ok"), "rejected": ["a", "b"]})
+    pq.write_table(table, tmp_path / "f.parquet")
+    with pytest.raises(DataError, match=r"f\.parquet"):
+        IngestShard(0.1, 0)(source(tmp_path / "f.parquet"))
+
+
+def pairs_shard(folder: Path, pairs: list[PreferencePair]) -> dict[str, str]:
+    rows = [
+        {
+            "pair_id": p.pair_id,
+            "prompt_id": p.prompt_id,
+            "split": "train",
+            "prompt": list(p.prompt),
+            "chosen": p.chosen,
+            "rejected": p.rejected,
+        }
+        for p in pairs
+    ]
+    location = Location.of(folder) / "pairs.parquet"
+    write_shard(location, pa.Table.from_pylist(rows, schema=PAIRS), {})
+    return {"file": location.uri}
+
+
+def question(text: str) -> tuple[Any, ...]:
+    return ({"role": "user", "content": text},)
+
+
+def test_pairs_become_token_ids(tmp_path: Path, tiny_model: Path):
+    pair = PreferencePair(question("Why?"), "Because.", "No idea.")
+    output = TokenizeShard(str(tiny_model), None, False, 64, 16)(pairs_shard(tmp_path, [pair]))
+    tokenizer = load_tokenizer(tiny_model)
+    assert output.table.schema.equals(TOKENIZED)
+    assert output.table.to_pylist() == [
+        {
+            "pair_id": pair.pair_id,
+            "prompt_id": pair.prompt_id,
+            "split": "train",
+            "prompt_ids": prompt_ids(tokenizer, pair.prompt),
+            "chosen_ids": completion_ids(tokenizer, pair.prompt, "Because."),
+            "rejected_ids": completion_ids(tokenizer, pair.prompt, "No idea."),
+        }
+    ]
+
+
+def test_pairs_over_a_limit_are_dropped_whole_and_counted(tmp_path: Path, tiny_model: Path):
+    tokenizer = load_tokenizer(tiny_model)
+    prompt = question("Why?")
+    limit, answer = len(prompt_ids(tokenizer, prompt)), "One two three four five."
+    longest = len(completion_ids(tokenizer, prompt, answer))
+    fits = PreferencePair(prompt, answer, "No.")
+    shard = pairs_shard(
+        tmp_path,
+        [
+            PreferencePair(question("Why is it so?"), "Yes.", "No."),
+            fits,
+            PreferencePair(prompt, f"{answer} Six.", "No."),
+            PreferencePair(prompt, "No.", f"{answer} Six."),
+        ],
+    )
+    output = TokenizeShard(str(tiny_model), None, False, limit, longest)(shard)
+    assert output.counters == {"read": 4, "prompt_too_long": 1, "completion_too_long": 2}
+    assert output.table["pair_id"].to_pylist() == [fits.pair_id]
+    assert len(output.table["chosen_ids"][0]) == longest
+
+
+def test_answers_of_the_same_tokens_are_no_pair(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dpo_ray.shard_work.completion_ids", lambda tokenizer, prompt, answer: [len(answer)])
+    shard = pairs_shard(tmp_path, [PreferencePair(question("Why?"), "ab", "cd")])
+    output = TokenizeShard(str(tiny_model), None, False, 64, 16)(shard)
+    assert output.counters == {"read": 1, "identical_tokens": 1}
+    assert output.table.num_rows == 0
+
+
+def candidates_shard(folder: Path, samples: dict[str, list[tuple[str, bool]]]) -> dict[str, str]:
+    rows = [
+        {
+            "prompt_id": f"id of {text}",
+            "split": "eval",
+            "prompt": list(question(text)),
+            "completions": [{"text": t, "finished": finished, "num_tokens": 3} for t, finished in of_prompt],
+        }
+        for text, of_prompt in samples.items()
+    ]
+    location = Location.of(folder) / "candidates.parquet"
+    write_shard(location, pa.Table.from_pylist(rows, schema=CANDIDATES), {})
+    return {"file": location.uri}
+
+
+def by_length(prompt: str, completion: str, finished: bool) -> float:
+    """A reward that shows what it was given."""
+    assert prompt.startswith("Say")
+    return len(completion) if finished else -1.0
+
+
+def test_scored_candidates_become_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dpo_ray.shard_work.load_reward", lambda name: by_length)
+    shard = candidates_shard(
+        tmp_path,
+        {
+            "Say a": [("aa", True), ("aaaa", True), ("aaaaaa", False), ("aa ", True)],
+            "Say b": [("b", True), ("c", True)],
+            "Say c": [("c", True), ("", True)],
+        },
+    )
+    output = PairShard("any:name", min_score_gap=1.0, pairs_per_prompt=1)(shard)
+    # The longest answer was cut off, and so is the worst.
+    [pair] = output.table.to_pylist()
+    assert (pair["chosen"], pair["rejected"]) == ("aaaa", "aaaaaa")
+    assert (pair["prompt_id"], pair["split"]) == ("id of Say a", "eval")
+    assert pair["pair_id"] == PreferencePair(question("Say a"), "aaaa", "aaaaaa").pair_id
+    assert output.counters == {
+        "read": 3,
+        "duplicate": 1,
+        "tie": 1,
+        "empty_response": 1,
+        "too_few_distinct": 1,
+        "without_pair": 2,
+    }
+
+
+def test_a_reward_that_does_not_exist_fails_before_any_shard():
+    with pytest.raises(ConfigError, match="no_such_reward"):
+        PairShard("dpo_ray.rewards:no_such_reward", 0.1, 1)
+
+
+def prompts_file(folder: Path, content: bytes, name: str = "prompts.jsonl") -> str:
+    (folder / name).write_bytes(content)
+    return str(folder / name)
+
+
+def test_prompts_are_read_as_text_or_messages_and_once(tmp_path: Path):
+    lines = [
+        {"prompt": "Why?"},
+        {"prompt": [{"role": "user", "content": "Why?"}]},
+        {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}], "more": 1},
+    ]
+    content = b"\n" + b"\r\n".join(json.dumps(line).encode() for line in lines) + b"\n\n"
+    sides = read_prompts(prompts_file(tmp_path, content), 0.0, 0)
+    assert sides["eval"] == []
+    assert [row["prompt"] for row in sides["train"]] == [list(question("Why?")), lines[2]["prompt"]]
+    assert sides["train"][0]["prompt_id"] == prompt_id(list(question("Why?")))
+    assert prompt_table(sides["train"]).schema.equals(PROMPTS)
+
+
+def test_prompts_are_split_by_their_hash(tmp_path: Path):
+    content = b"\n".join(json.dumps({"prompt": f"Question {i}?"}).encode() for i in range(40))
+    sides = read_prompts(prompts_file(tmp_path, content), 0.5, 3)
+    assert len(sides["train"]) + len(sides["eval"]) == 40
+    for side, rows in sides.items():
+        assert rows and all(row["split"] == side == split_of(row["prompt_id"], 0.5, 3) for row in rows)
+
+
+def test_prompts_are_read_from_parquet_and_from_packages(tmp_path: Path):
+    pq.write_table(pa.table({"prompt": ["Why?", "How?"]}), tmp_path / "p.parquet")
+    assert len(read_prompts(str(tmp_path / "p.parquet"), 0.0, 0)["train"]) == 2
+    demo = read_prompts("package://pipelines/configs/demo_prompts.jsonl", 0.25, 0)
+    assert len(demo["train"]) > len(demo["eval"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"prompt": "a"}\n{"prompt": ', "line 2 is not JSON"),
+        (b'{"prompt": "a"}\n\n\xff\xfe', "line 3 is not JSON"),
+        (b'{"prompt": "a"}\n{"text": "b"}', r"row 2: not a prompt \(null_field\)"),
+        (b'["a"]', r"row 1: not a prompt \(null_field\)"),
+        (b'{"prompt": 3}', r"row 1: not a prompt \(non_string_content\)"),
+        (b'{"prompt": ""}', r"row 1: not a prompt \(empty_prompt\)"),
+        (b'{"prompt": [{"role": "assistant", "content": "x"}]}', r"row 1: not a prompt \(role_order\)"),
+        (b'{"prompt": "\\ud800"}', r"row 1: not a prompt \(invalid_unicode\)"),
+        (b"", "there is no prompt in it"),
+        (b"\n \n", "there is no prompt in it"),
+    ],
+)
+def test_a_bad_prompt_is_an_error_that_names_file_and_line(tmp_path: Path, content: bytes, said: str):
+    with pytest.raises(DataError, match=rf"prompts\.jsonl.*{said}"):
+        read_prompts(prompts_file(tmp_path, content), 0.0, 0)
+
+
+def test_a_missing_prompts_file_is_an_error_that_names_it(tmp_path: Path):
+    with pytest.raises(DataError, match=r"generate\.prompts is .*none\.jsonl"):
+        read_prompts(str(tmp_path / "none.jsonl"), 0.0, 0)
+    with pytest.raises(DataError, match=r"generate\.prompts is "):
+        read_prompts(str(tmp_path), 0.0, 0)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(b"no parquet"),
+        lambda path: pq.write_table(pa.table({"text": ["a"]}), path),
+        lambda path: pq.write_table(pa.table({"prompt": not_utf8(b"\xff\xfe")}), path),
+    ],
+    ids=["not parquet", "no column prompt", "not utf-8"],
+)
+def test_a_bad_parquet_file_of_prompts_is_an_error_that_names_it(tmp_path: Path, write: Callable[[Path], None]):
+    write(tmp_path / "p.parquet")
+    with pytest.raises(DataError, match=r"p\.parquet"):
+        read_prompts(str(tmp_path / "p.parquet"), 0.0, 0)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path):
+    content = b"\xef\xbb\xbf" + b'{"prompt": "Why?"}\r\n{"prompt": "How?"}\r\n'
+    assert len(read_prompts(prompts_file(tmp_path, content), 0.0, 0)["train"]) == 2

@@ -158,8 +158,8 @@ def train_worker(job: dict[str, Any]) -> None:
 
     from dpo_ray.on_ray.feeding import received_steps
 
-    # It would print all metrics on every rank; they are in the progress lines and in metrics.jsonl.
-    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
+    # Ray prints all metrics of a report on every rank, by a logger outside its own tree; they are in metrics.jsonl.
+    logging.getLogger().setLevel(logging.WARNING)
     context = ray.train.get_context()
     options = job["train"]
     if not options.use_gpu:

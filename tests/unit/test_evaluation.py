@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_ray.evaluation import calibration, preference_accuracy, quantiles, sum_logprobs, wilson, win_rate
+from dpo_ray.evaluation import (
+    calibration,
+    margin_noise,
+    preference_accuracy,
+    quantiles,
+    sum_logprobs,
+    wilson,
+    win_rate,
+)
 
 Z = 1.959963984540054
 
@@ -65,6 +73,15 @@ def test_a_margin_of_zero_among_others_is_no_preference_for_chosen():
 @pytest.mark.parametrize("margins", [[], [0.0], [0.0, 0.0, -0.0]])
 def test_a_policy_that_prefers_nothing_has_no_accuracy(margins: list[float]):
     assert preference_accuracy(np.array(margins)) is None
+
+
+def test_margins_within_the_noise_of_the_engines_are_no_preference():
+    # Each of the two answers may be off by .25 nats, so a margin by .5.
+    noise = margin_noise({"sequence": {"max": 0.25}})
+    assert noise == 0.5
+    assert preference_accuracy(np.array([0.5, -0.5, 0.1]), noise) is None
+    # One margin beyond it is a policy that prefers something; then every pair counts.
+    assert preference_accuracy(np.array([0.5, -0.6, 0.1]), noise) == wilson(2 / 3, 3)
 
 
 def test_the_win_rate_counts_each_prompt_once_and_ties_one_half():

@@ -73,9 +73,11 @@ def test_bad_rows_go_to_quarantine_with_reason_and_row_number(tmp_path: Path, wr
     assert json.loads(quarantined[1]["raw"]) == rows[3]
 
 
-def test_row_numbers_are_those_of_the_file_whatever_part_is_read(tmp_path: Path, write_preferences: Write):
-    path = write_preferences(tmp_path, [raw(i, chosen=[] if i % 3 == 0 else raw(i)["chosen"]) for i in range(10)])
-    output = IngestShard(0.1, 0)(source(path, first=5, count=3))
+@pytest.mark.parametrize("row_group_size", [2, 100])
+def test_row_numbers_are_those_of_the_file_whatever_part_is_read(tmp_path: Path, row_group_size: int):
+    rows = [raw(i, chosen=[] if i % 3 == 0 else raw(i)["chosen"]) for i in range(10)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "f.parquet", row_group_size=row_group_size)
+    output = IngestShard(0.1, 0)(source(tmp_path / "f.parquet", first=5, count=3))
     assert output.counters == {"read": 3, "empty_response": 1}
     assert output.quarantine is not None and output.quarantine["row"].to_pylist() == [6]
 

@@ -22,8 +22,14 @@ DIALOGUES = {
 ANSWERS = ["Light scatters.", "因为散射。", "1. One\n2. Two\n\nDone", "x"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokenizer(demo_model: Path) -> Any:
+    return load_tokenizer(demo_model)
+
+
+@pytest.fixture
+def own_tokenizer(demo_model: Path) -> Any:
+    """For tests that change it."""
     return load_tokenizer(demo_model)
 
 
@@ -47,23 +53,25 @@ def test_a_completion_has_one_end_and_no_beginning(tokenizer: Any, answer: str):
     assert tokenizer.decode(ids[:-1]) == answer
 
 
-def test_special_tokens_of_the_prompt_come_from_the_template_alone(tokenizer: Any):
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    ids = prompt_ids(tokenizer, [USER])
-    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+def test_special_tokens_of_the_prompt_come_from_the_template_alone(own_tokenizer: Any):
+    own_tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    ids = prompt_ids(own_tokenizer, [USER])
+    assert ids.count(own_tokenizer.bos_token_id) == 1 and ids[0] == own_tokenizer.bos_token_id
 
 
-def test_a_template_without_end_of_turn_gets_one(tokenizer: Any):
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"  # noqa: E501
-    ids = completion_ids(tokenizer, [USER], "Light")
-    assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+def test_a_template_without_end_of_turn_gets_one(own_tokenizer: Any):
+    own_tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"  # noqa: E501
+    ids = completion_ids(own_tokenizer, [USER], "Light")
+    assert ids.count(own_tokenizer.eos_token_id) == 1 and ids[-1] == own_tokenizer.eos_token_id
 
 
-def test_a_template_that_rewrites_earlier_turns_still_gives_the_answer_alone(tokenizer: Any):
+def test_a_template_that_rewrites_earlier_turns_still_gives_the_answer_alone(own_tokenizer: Any):
     # Writes the number of messages first, so the prompt is no prefix of the whole.
-    tokenizer.chat_template = "{{ messages|length }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    ids = completion_ids(tokenizer, [USER], "Light")
-    assert ids == [*tokenizer.encode("Light", add_special_tokens=False), tokenizer.eos_token_id]
+    own_tokenizer.chat_template = (
+        "{{ messages|length }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    ids = completion_ids(own_tokenizer, [USER], "Light")
+    assert ids == [*own_tokenizer.encode("Light", add_special_tokens=False), own_tokenizer.eos_token_id]
 
 
 def test_control_tokens_in_the_users_text_do_not_open_a_turn(tokenizer: Any):
@@ -85,10 +93,10 @@ def test_a_tokenizer_with_a_chat_template_passes(tokenizer: Any):
 
 
 @pytest.mark.parametrize("template", [None, ""])
-def test_a_tokenizer_without_chat_template_is_a_configuration_error(tokenizer: Any, template: str | None):
-    tokenizer.chat_template = template
+def test_a_tokenizer_without_chat_template_is_a_configuration_error(own_tokenizer: Any, template: str | None):
+    own_tokenizer.chat_template = template
     with pytest.raises(ConfigError, match="some/model has no chat template"):
-        require_chat_template(tokenizer, "some/model")
+        require_chat_template(own_tokenizer, "some/model")
 
 
 def test_the_identity_of_a_tokenizer_is_its_content(demo_model: Path, tiny_model: Path):

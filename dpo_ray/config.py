@@ -19,7 +19,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Run(_Section):
@@ -331,9 +331,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _problem(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"]) or "the whole"
+    # pydantic puts the type of a loss into the location, where the file has no such key.
+    path = [part for part in error["loc"] if part not in _LOSSES]
+    where = ".".join(str(part) for part in path) or "the whole"
     if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"][:-1])
+        known = list(_section_at(error["loc"][:-1]).model_fields)
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"; did you mean {near[0]}?" if near else f" (known here: {', '.join(known)})" if known else ""
         return f"{where} is not a known key{hint}"
@@ -344,21 +346,21 @@ def _problem(error: Any) -> str:
     return f"{where}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
+_LOSSES: dict[str, type[_Section]] = {
+    "sigmoid": SigmoidLoss,
+    "robust": RobustLoss,
+    "hinge": HingeLoss,
+    "ipo": IPOLoss,
+}
+
+
+def _section_at(location: tuple[Any, ...]) -> type[_Section]:
+    """The section that a location in the tree names."""
     section: type[_Section] = Config
     for part in location:
-        if part in {"sigmoid", "robust", "hinge", "ipo"}:  # pydantic puts the union's tag into the location
-            tagged: dict[str, type[_Section]] = {
-                "sigmoid": SigmoidLoss,
-                "robust": RobustLoss,
-                "hinge": HingeLoss,
-                "ipo": IPOLoss,
-            }
-            return list(tagged[part].model_fields)
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        if part in _LOSSES:
+            return _LOSSES[part]
+        annotation = section.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
-        sections = [c for c in candidates if isinstance(c, type) and issubclass(c, _Section)]
-        if not sections:
-            return []
-        section = sections[0]
-    return list(section.model_fields)
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, _Section)), section)
+    return section

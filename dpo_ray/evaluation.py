@@ -88,7 +88,11 @@ def calibration(scored: Sequence[Sequence[float]], rescored: Sequence[Sequence[f
 
     scored, rescored: completion → its token log-probs. `bias_per_token` is the mean signed difference; it is the
     dangerous one, for it grows with the length and becomes a preference for short or long answers.
+
+    Raises ValueError where the two do not hold the same numbers of tokens.
     """
+    if [len(a) for a in scored] != [len(b) for b in rescored]:
+        raise ValueError("the two engines scored different numbers of tokens")
     differences = [
         np.asarray(a, dtype=float) - np.asarray(b, dtype=float) for a, b in zip(scored, rescored, strict=True)
     ]

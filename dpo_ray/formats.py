@@ -75,6 +75,8 @@ def _from_messages(row: dict[str, Any]) -> PreferencePair:
             reject("bad_completion")
     else:
         prompt = chosen[:-1]
+        if not prompt:
+            reject("missing_field")
         if rejected[:-1] != prompt:
             reject("diverging_prefix")
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":

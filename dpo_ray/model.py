@@ -21,6 +21,7 @@ from dpo_ray.errors import ConfigError
 from dpo_ray.logprobs import token_logprobs
 from dpo_ray.packing import MicroBatch, pack, pad
 from dpo_ray.pairs import TokenizedPair
+from dpo_ray.progress import say
 from dpo_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ PACKAGE = "package://"
 def package_file(uri: str) -> Path:
     """The file behind package://<importable package>/<path inside it>. Raises ConfigError."""
     package, _, inside = uri.removeprefix(PACKAGE).partition("/")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(f"{uri}: the Python package {package} is not installed. Install it, or name another path.")
     path = Path(next(iter(spec.submodule_search_locations))) / inside
@@ -52,9 +56,14 @@ def resolve(path: str, revision: str | None = None) -> Path:
 
     Raises ConfigError where there is nothing to load.
     """
+    local = Path(path).expanduser()
+    if revision is not None and (path.startswith(PACKAGE) or local.exists()):
+        raise ConfigError(
+            f"model.revision is {revision}, but model.path={path} is local, and local files have no revisions. Leave "
+            "model.revision out, or name a hub id."
+        )
     if path.startswith(PACKAGE):
         return converted_gguf(package_file(path))
-    local = Path(path).expanduser()
     if local.suffix == ".gguf" and local.is_file():
         return converted_gguf(local)
     if local.is_dir():
@@ -72,7 +81,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
         return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
     except Exception as error:
         raise ConfigError(
@@ -140,23 +149,47 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 def load_policy(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal language model with float32 weights, dropout off, on the packed attention where it can serve."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    attention.register()
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    implementation = attention.IMPLEMENTATION if attention.serves(config) else "sdpa"
     model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        attn_implementation=implementation,
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
+        folder, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
     )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.config.use_cache = False
+    if not _use_packed_attention(model):
+        say(
+            "model",
+            f"{model.config.model_type} does not run on packed pairs; each completion is computed with its prompt",
+        )
     return model
+
+
+def _use_packed_attention(model: PreTrainedModel) -> bool:
+    """Switch to the packed attention if the model gives the same log-probs with it; otherwise leave it as it was.
+
+    Some models claim to call transformers' attention interface and do not, or keep state between tokens; their
+    packed log-probs would be wrong without any error, so it is tried on a few tokens.
+    """
+    if not attention.serves(model.config) or not getattr(model, "_supports_attention_backend", False):
+        return False
+    before, was_training = model.config._attn_implementation, model.training
+    ids = [i % model.config.vocab_size for i in range(7, 7 + 19)]
+    pairs = [TokenizedPair("a", ids[:5], ids[5:8], ids[8:12]), TokenizedPair("b", ids[12:15], ids[15:18], ids[18:])]
+    scorer = CompletionScorer(model.eval(), torch.float32)
+    with torch.inference_mode():
+        expected = scorer(pad(pairs))
+        attention.register()
+        model.set_attn_implementation(attention.IMPLEMENTATION)
+        try:
+            serves = torch.allclose(scorer(pack(pairs)), expected, rtol=0, atol=1e-3)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            serves = False  # it cannot take the layout at all
+    if not serves:
+        model.set_attn_implementation(before)
+    model.train(was_training)
+    return serves
 
 
 class CompletionScorer(nn.Module):

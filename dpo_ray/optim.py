@@ -22,7 +22,7 @@ def make_optimizer(model: nn.Module, config: Train) -> torch.optim.AdamW:
 
 def learning_rate(step: int, num_steps: int, config: Train) -> float:
     """Learning rate of a step counted from 0: linear warm-up, then cosine or linear decay to 0, or constant."""
-    warmup = math.ceil(config.warmup_fraction * num_steps)
+    warmup = math.ceil(round(config.warmup_fraction * num_steps, 9))  # .07 · 100 is a little over 7 in floats
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     done = (step - warmup) / max(1, num_steps - warmup)

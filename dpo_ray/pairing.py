@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
+from dpo_ray.errors import DataError
 from dpo_ray.pairs import Message, PreferencePair
 
 
@@ -22,11 +24,15 @@ def make_pairs(
     (`empty_response`); a pair whose scores differ by less than `min_score_gap` is a `tie` and ends the prompt,
     for the pairs after it are nearer still.
 
-    Returns the pairs and the counts of what was rejected.
+    Returns the pairs and the counts of what was rejected. Raises DataError on a score that is not finite.
     """
     rejected: Counter[str] = Counter()
     distinct: dict[str, float] = {}
     for completion, score in zip(completions, scores, strict=True):
+        if not math.isfinite(score):
+            raise DataError(
+                f"The reward gave {score} to the completion {completion[:80]!r}. It must give a finite number."
+            )
         text = completion.strip()
         if not text:
             rejected["empty_response"] += 1

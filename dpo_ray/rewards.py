@@ -17,7 +17,7 @@ Reward = Callable[[str, str, bool], float]
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+")
-_ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|etc|vs|Mr|Mrs|Ms|Dr|St|No|approx|[A-Z])\.$")
+_ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|etc|vs|Mr|Mrs|Ms|Dr|St|approx|[A-Z])\.$")
 _FUNCTION_WORDS = """
 a about an and any are as at be been before between but by can could describe did do does each explain for
 from get give had has have how i if in into is it its just keep kind make many me more most much my name need
@@ -69,14 +69,20 @@ def split_sentences(text: str) -> list[str]:
     """Sentences, a line break ending one too: a list item counts as a sentence."""
     sentences: list[str] = []
     for line in text.splitlines():
-        for piece in _SENTENCE_END.split(line.strip()):
-            if not piece:
-                continue
-            if sentences and _ABBREVIATION.search(sentences[-1]) and sentences[-1] in line:
-                sentences[-1] = f"{sentences[-1]} {piece}"
+        of_line: list[str] = []
+        for piece in filter(None, _SENTENCE_END.split(line.strip())):
+            if of_line and _goes_on(of_line[-1], piece):
+                of_line[-1] = f"{of_line[-1]} {piece}"
             else:
-                sentences.append(piece)
+                of_line.append(piece)
+        sentences += of_line
     return sentences
+
+
+def _goes_on(before: str, after: str) -> bool:
+    """Whether the full stop between two pieces ends no sentence: an abbreviation, a list's number, "No. 5"."""
+    number = re.fullmatch(r"\d+\.", before) or (before.endswith("No.") and after[:1].isdigit())
+    return bool(number or _ABBREVIATION.search(before))
 
 
 def topic_overlap(prompt: str, completion: str) -> float:

@@ -198,7 +198,7 @@ def _json_prompts(data: bytes, uri: str) -> Iterable[tuple[int, dict[str, Any]]]
 def _parquet_prompts(data: bytes, uri: str) -> Iterable[tuple[int, dict[str, Any]]]:
     try:
         yield from enumerate(pq.read_table(io.BytesIO(data)).to_pylist())
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{uri} cannot be read as Parquet ({error}).") from error
 
 

@@ -110,11 +110,14 @@ def find_files(pattern: str, suffix: str) -> list[Location]:
     Sorted by name, empty where nothing is found.
     """
     place = Location.of(pattern)
-    if any(c in pattern for c in "*?["):
+    # In a URI a question mark begins its options.
+    wild = "*?[" if place.is_local else "*["
+    if any(c in pattern for c in wild):
         if place.is_local:
             return [Location(p) for p in sorted(glob.glob(place.uri, recursive=True)) if Path(p).is_file()]
-        root = place.uri[: min(i for c in "*?[" if (i := place.uri.find(c)) >= 0)].rsplit("/", 1)[0]
-        return [f for f in _files_below(Location(root)) if fnmatch.fnmatchcase(f.uri, place.uri)]
+        root = place.uri[: min(i for c in wild if (i := place.uri.find(c)) >= 0)].rsplit("/", 1)[0]
+        parts = place.uri.split("/")
+        return [f for f in _files_below(Location(root)) if _matches(f.uri.split("/"), parts)]
     fs, path = place.filesystem()
     kind = fs.get_file_info(path).type
     if kind == pafs.FileType.File:
@@ -122,6 +125,15 @@ def find_files(pattern: str, suffix: str) -> list[Location]:
     if kind == pafs.FileType.Directory:
         return [f for f in _files_below(place) if f.uri.endswith(suffix)]
     return []
+
+
+def _matches(path: list[str], pattern: list[str]) -> bool:
+    """Segment by segment, as in a shell: only ** crosses a slash."""
+    if not path or not pattern:
+        return not path and not pattern
+    if pattern[0] == "**":
+        return any(_matches(path[i:], pattern[1:]) for i in range(len(path) + 1))
+    return fnmatch.fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
 
 
 def _files_below(folder: Location) -> list[Location]:

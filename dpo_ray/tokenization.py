@@ -6,7 +6,7 @@ same ids on both sides by construction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dpo_ray.artifacts import digest
@@ -50,19 +50,37 @@ def completion_ids(tokenizer: Any, prompt: Sequence[Message], completion: str) -
     turn = Message(role="assistant", content=completion)
     whole = _render(tokenizer, [*prompt, turn], add_generation_prompt=False)
     # Some templates rewrite earlier turns or strip the answer; then the answer is taken as it stands.
-    text = whole[len(before) :] if whole.startswith(before) else completion
+    text = whole[len(before) :] if whole.startswith(before) else _guarded(completion, _control_tokens(tokenizer))
     ids = _encode(tokenizer, text)
-    end = tokenizer.eos_token_id
-    if end in ids:
-        return ids[: len(ids) - ids[::-1].index(end)]
-    return [*ids, end]
+    control = set(_control_tokens(tokenizer).values())
+    ends = [i for i, token in enumerate(ids) if token in control]
+    return ids[: ends[-1] + 1] if ends else [*ids, tokenizer.eos_token_id]
+
+
+# Stands inside whatever a message says that looks like a control token, from rendering to encoding: the text
+# then stays text, and only the template opens and ends turns. Private-use characters, in an order nobody writes.
+_GUARD = "\ue000\uf8ff\ue000"
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-    return tokenizer.apply_chat_template(
-        [dict(m) for m in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    control = _control_tokens(tokenizer)
+    guarded = [{"role": m["role"], "content": _guarded(m["content"], control)} for m in messages]
+    return tokenizer.apply_chat_template(guarded, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = (tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in text.split(_GUARD))
+    return [token for piece in pieces for token in piece]
+
+
+def _guarded(text: str, control: Iterable[str]) -> str:
+    for token in control:
+        text = text.replace(token, token[:1] + _GUARD + token[1:])
+    return text
+
+
+def _control_tokens(tokenizer: Any) -> dict[str, int]:
+    """Text → id of the tokens that stand for structure, not for text."""
+    added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return added | named

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Literal, get_args
 
 from dpo_ray.artifacts import Artifact
 from dpo_ray.config import Config
@@ -13,6 +12,7 @@ from dpo_ray.on_ray.engines import require_vllm
 from dpo_ray.report import html_report
 from dpo_ray.rewards import load_reward
 from dpo_ray.tokenization import require_chat_template
+from pipelines import STAGES, Stage
 from pipelines.context import RunContext
 from pipelines.evaluate import evaluate
 from pipelines.generate import generate
@@ -21,9 +21,6 @@ from pipelines.publish import publish
 from pipelines.reference import reference
 from pipelines.tokenize import tokenize
 from pipelines.train import train
-
-Stage = Literal["ingest", "generate", "tokenize", "reference", "train", "evaluate", "publish"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 def align(context: RunContext, until: Stage = "publish") -> None:

@@ -13,7 +13,7 @@ import typer
 from dpo_ray.config import Config, dump_config, load_config
 from dpo_ray.errors import ConfigError, DpoRayError
 from dpo_ray.progress import say
-from pipelines.align import STAGES, Stage
+from pipelines import STAGES, Stage
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -13,7 +13,7 @@ from dpo_ray.errors import ConfigError
 from dpo_ray.storage import Location
 
 if TYPE_CHECKING:
-    from pipelines.align import Stage
+    from pipelines import Stage
     from pipelines.context import RunContext
 
 

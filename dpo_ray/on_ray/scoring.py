@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,11 @@ def calibrate(output: Location, config: Config, reference: Artifact) -> tuple[Ar
         pairs = _sample(reference, config.reference.calibration_pairs)
         say(kind, f"scoring {len(pairs)} pairs again with the trainer's forward")
         metrics = _calibrate(config, pairs)
+        if not math.isfinite(metrics["sequence"]["max"]):
+            raise ReferenceMismatch(
+                f"Of {len(pairs)} pairs, some have log-probs that are not finite, by {config.reference.engine} or by the "
+                "trainer's own forward. The weights may be damaged, or model.dtype too narrow for them: try float32."
+            )
         artifact = publish(location, kind, identity=identity, inputs=inputs, files=[], metrics=metrics)
     metrics = artifact.manifest.metrics
     worst, limit = metrics["sequence"]["max"], config.reference.tolerance
@@ -79,7 +85,7 @@ def calibrate(output: Location, config: Config, reference: Artifact) -> tuple[Ar
         f"|Δ| per token p50 {metrics['token']['p50']:.1e}, max {metrics['token']['max']:.1e}; per sequence p50 "
         f"{metrics['sequence']['p50']:.1e}, max {worst:.1e} nats (tolerance {limit:g})",
     )
-    if worst > limit:
+    if not worst <= limit:
         raise ReferenceMismatch(
             f"The reference log-probs (engine {config.reference.engine}, {config.model.dtype}) and the trainer's own "
             f"forward differ by up to {worst:.3g} nats on one completion, over reference.tolerance={limit:g}; the mean "
@@ -129,6 +135,12 @@ def held_out_margins(scores: Artifact, reference: Artifact) -> np.ndarray:
         raise DataError(
             f"{len(missing)} held-out pairs of {reference.location} have no scores in {scores.location}, the first: "
             f"{', '.join(missing[:5])}. Remove the latter; it will be computed again."
+        )
+    wrong = [pair_id for pair_id, margin in margins.items() if not math.isfinite(margin)]
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} held-out pairs have margins that are not finite, the first: {', '.join(wrong[:5])}. The "
+            "policy's weights are damaged: look at the loss in metrics.jsonl, and train with a lower learning rate."
         )
     return np.array(list(margins.values()))
 

@@ -75,7 +75,7 @@ def calibrate(output: Location, config: Config, reference: Artifact) -> tuple[Ar
         if not math.isfinite(metrics["sequence"]["max"]):
             raise ReferenceMismatch(
                 f"Of {len(pairs)} pairs, some have log-probs that are not finite, by {config.reference.engine} or by "
-                "the trainer's own forward. The weights may be damaged, or model.dtype too narrow for them: try float32."
+                "the trainer's own forward. The weights may be damaged, or model.dtype too narrow: try float32."
             )
         artifact = publish(location, kind, identity=identity, inputs=inputs, files=[], metrics=metrics)
     metrics = artifact.manifest.metrics

@@ -7,11 +7,12 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.fs as pafs
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ def cache_folder() -> Path:
 
 
 def resolve(path: str, revision: str | None = None) -> Path:
-    """The local folder of a model: a folder as it is, a GGUF file converted once, a hub id downloaded once.
+    """The local folder of a model: a folder as it is; a GGUF file, a URI or a hub id as a copy made once.
 
     Raises ConfigError where there is nothing to load.
     """
@@ -66,6 +67,8 @@ def resolve(path: str, revision: str | None = None) -> Path:
         return converted_gguf(package_file(path))
     if local.suffix == ".gguf" and local.is_file():
         return converted_gguf(local)
+    if "://" in path:
+        return _fetched(Location.of(path))
     if local.is_dir():
         if not (local / "config.json").is_file() or not list(local.glob("*.safetensors")):
             raise ConfigError(
@@ -97,25 +100,54 @@ def converted_gguf(gguf: Path) -> Path:
     Safe when several processes ask at the same time: one converts, the others wait for it.
     """
     target = cache_folder() / "models" / f"{gguf.stem}-{file_hash(Location.of(gguf))[:12]}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.is_dir():
-            return target
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    with _making(target) as partial:
+        if partial is not None:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
-        try:
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             # The tensors are dequantized already; transformers would otherwise refuse to save them.
             model.hf_quantizer = None
             del model.config.quantization_config
             model.save_pretrained(partial)
             AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+    return target
+
+
+def _fetched(remote: Location) -> Path:
+    """A model folder of an object store, copied once into the cache folder; a changed one is copied again."""
+    fs, path = remote.filesystem()
+    infos = sorted(fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)), key=lambda i: i.path)
+    files = [(i.base_name, i.size, i.mtime_ns) for i in infos if i.type == pafs.FileType.File]
+    if not any(name == "config.json" for name, _, _ in files):
+        raise ConfigError(
+            f"model.path is {remote}, and there is no config.json in it. Name a folder written by save_pretrained."
+        )
+    target = cache_folder() / "models" / f"{remote.name}-{digest([remote.uri, files])}"
+    with _making(target) as partial:
+        if partial is not None:
+            for name, _, _ in files:
+                (remote / name).copy_to(Location.of(partial / name))
+    return target
+
+
+@contextmanager
+def _making(target: Path) -> Iterator[Path | None]:
+    """A folder to fill, which becomes the target when the block ends well; None where the target exists.
+
+    Several processes may ask at the same time: one fills it, the others wait.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_dir():
+            yield None
+            return
+        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
+        try:
+            yield partial
             partial.rename(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return target
 
 
 def weights_hash(folder: Path) -> str:

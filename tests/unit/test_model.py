@@ -175,3 +175,21 @@ class Bare(nn.Module):
 def test_the_head_scales_and_caps_as_the_configuration_says(options: dict[str, Any], expected: list[float]):
     got = head(Bare(**options))(torch.tensor([[3.0, -4.0]]))[0]
     torch.testing.assert_close(got, torch.tensor(expected), rtol=0, atol=1e-6)
+
+
+def test_a_model_behind_a_uri_is_copied_once_into_the_cache(tiny_model: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("DPO_RAY_CACHE", str(tmp_path / "cache"))
+    remote = tmp_path / "remote"
+    shutil.copytree(tiny_model, remote)
+    first = resolve(remote.as_uri())
+    assert first.is_relative_to(tmp_path / "cache")
+    assert {f.name: f.read_bytes() for f in first.iterdir()} == {f.name: f.read_bytes() for f in remote.iterdir()}
+    before = first.stat().st_mtime_ns
+    assert resolve(remote.as_uri()) == first and first.stat().st_mtime_ns == before
+    (remote / "config.json").write_text((remote / "config.json").read_text() + " ")
+    assert resolve(remote.as_uri()) != first
+
+
+def test_a_uri_without_a_model_is_a_configuration_error(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        resolve((tmp_path / "nothing").as_uri())

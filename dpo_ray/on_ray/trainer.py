@@ -27,7 +27,7 @@ from dpo_ray.train_loop import EXPORT, Rank, train
 KIND = "train"
 MODEL_FOLDER = "model"
 HISTORY = "metrics.jsonl"
-_RESUME = "resume.json"
+_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's record of the checkpoints that it knows
 
 
 def fit(output: Location, config: Config, reference: Artifact) -> tuple[Artifact, bool]:
@@ -109,11 +109,10 @@ def _run(config: Config, plan: StepPlan, location: Location) -> Location:
     from dpo_ray.on_ray.feeding import StepFeed, feed_dataset
 
     runs = location / "checkpoints"
-    resume_file = runs / _RESUME
+    name = run_name(runs)
 
     def feed() -> Any:
-        start = json.loads(resume_file.read_bytes())["next_step"] if resume_file.exists() else 0
-        return feed_dataset(plan, start, options.num_workers, options.tokens_per_microbatch)
+        return feed_dataset(plan, earliest_resume(runs / name), options.num_workers, options.tokens_per_microbatch)
 
     resources = {"CPU": options.cpus_per_worker, **({"GPU": 1.0} if options.use_gpu else {})}
     trainer = TorchTrainer(
@@ -124,13 +123,12 @@ def _run(config: Config, plan: StepPlan, location: Location) -> Location:
             "seed": config.run.seed,
             "num_steps": plan.num_steps,
             "pairs_per_epoch": len(plan.index),
-            "resume_file": resume_file,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=options.num_workers, use_gpu=options.use_gpu, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
-            name="run",
+            name=name,
             storage_path=runs.uri,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=options.keep_checkpoints),
             failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
@@ -149,6 +147,39 @@ def _run(config: Config, plan: StepPlan, location: Location) -> Location:
     assert result.checkpoint is not None
     path = result.checkpoint.path
     return Location(path) if Location(path).is_local else Location.of(f"{runs.uri.split('://')[0]}://{path}")
+
+
+def run_name(runs: Location) -> str:
+    """The name under which Ray Train goes on, or begins: the first whose record of checkpoints is whole.
+
+    Ray does not write that record atomically; a kill in the middle of it would otherwise end every later attempt.
+    """
+    number = 1
+    while True:
+        name = f"run-{number}"
+        record = runs / name / _SNAPSHOT
+        if not record.exists():
+            return name
+        try:
+            json.loads(record.read_bytes())
+            return name
+        except ValueError:
+            say(KIND, f"{record} is damaged, so its checkpoints cannot be used: training begins again")
+            number += 1
+
+
+def earliest_resume(run: Location) -> int:
+    """A step that no checkpoint which Ray may resume from comes before; workers pass over what they have done.
+
+    Which checkpoint Ray takes is known only on the workers, after the feed is built. Feeding from too early costs
+    little, from too late would leave steps out.
+    """
+    if not (run / _SNAPSHOT).exists():
+        return 0
+    histories = [folder / HISTORY for folder in run.list() if folder.name.startswith("checkpoint_")]
+    # A checkpoint that is half uploaded or half removed may lack it; Ray does not resume from that one.
+    complete = [history.read_bytes() for history in histories if history.exists()]
+    return min((json.loads(lines.splitlines()[-1])["step"] for lines in complete), default=0)
 
 
 def train_worker(job: dict[str, Any]) -> None:
@@ -170,8 +201,6 @@ def train_worker(job: dict[str, Any]) -> None:
         kept = ray.train.Checkpoint.from_directory(str(checkpoint)) if checkpoint is not None else None
         ray.train.report(metrics, checkpoint=kept)
         if kept is not None:
-            # After the checkpoint, never before: the feed may start too early, which costs little, but not too late.
-            job["resume_file"].write_bytes(json.dumps({"next_step": metrics["step"]}).encode())
             say(KIND, f"checkpoint at step {metrics['step']}/{job['num_steps']}")
 
     arguments = {

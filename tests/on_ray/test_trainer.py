@@ -1,0 +1,63 @@
+"""Where a training goes on, read off what a killed one left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dpo_ray.on_ray.trainer import earliest_resume, run_name
+from dpo_ray.storage import Location
+
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+
+@pytest.fixture
+def left_behind(tmp_path: Path):
+    """A run's folder with checkpoints at the given steps, each with the metrics up to it."""
+
+    def make(*steps: int, snapshot: str | None = "{}", name: str = "run-1") -> Location:
+        run = tmp_path / name
+        for step in steps:
+            folder = run / f"checkpoint_{step:03}"
+            folder.mkdir(parents=True)
+            (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": n + 1}) + "\n" for n in range(step)))
+        run.mkdir(exist_ok=True)
+        if snapshot is not None:
+            (run / SNAPSHOT).write_text(snapshot)
+        return Location.of(run)
+
+    return make
+
+
+def test_the_feed_begins_at_the_oldest_checkpoint_that_may_be_resumed_from(left_behind):
+    assert earliest_resume(left_behind(4, 6)) == 4
+
+
+def test_without_a_record_of_checkpoints_ray_begins_anew_and_so_does_the_feed(left_behind):
+    # Killed after the first upload, and before Ray took note of it.
+    assert earliest_resume(left_behind(2, snapshot=None)) == 0
+
+
+def test_a_checkpoint_that_was_half_uploaded_does_not_count(left_behind, tmp_path):
+    run = left_behind(4)
+    (tmp_path / "run-1" / "checkpoint_006").mkdir()
+    assert earliest_resume(run) == 4
+
+
+def test_a_first_run_begins_at_the_first_step(tmp_path):
+    assert run_name(Location.of(tmp_path)) == "run-1"
+    assert earliest_resume(Location.of(tmp_path / "run-1")) == 0
+
+
+def test_a_whole_record_is_gone_on_with(left_behind, tmp_path):
+    left_behind(2)
+    assert run_name(Location.of(tmp_path)) == "run-1"
+
+
+@pytest.mark.parametrize("damaged", ["", '{"ray_version": "2.60.0", "checkp'])
+def test_a_damaged_record_does_not_end_every_later_attempt(left_behind, tmp_path, damaged, capsys):
+    left_behind(2, snapshot=damaged)
+    assert run_name(Location.of(tmp_path)) == "run-2"
+    assert "is damaged" in capsys.readouterr().err

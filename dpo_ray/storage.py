@@ -20,7 +20,7 @@ from dpo_ray.errors import ConfigError
 
 @dataclass(frozen=True)
 class Location:
-    """A place below a local folder or an fsspec/pyarrow URI (s3://…, gs://…)."""
+    """A place below a local folder or an URI that pyarrow.fs knows (s3://…, gs://…)."""
 
     uri: str
 

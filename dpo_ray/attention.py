@@ -2,8 +2,8 @@
 
 A pair lies in the packed row as [prompt | chosen | rejected]. Chosen attends to prompt and itself, which is
 plain causal attention over [prompt | chosen]; rejected attends to the prompt and to itself, skipping chosen.
-Pairs do not see each other. Any decoder that calls transformers' attention interface with full causal
-attention runs unchanged on it. The layout follows arXiv:2410.20305 (prefix sharing for DPO).
+Either may be empty. Pairs do not see each other. Any decoder that calls transformers' attention interface with
+full causal attention runs unchanged on it. The layout follows arXiv:2410.20305 (prefix sharing for DPO).
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ def packed_attention(
                 q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped
             )
         )
+        if rejected == 0:
+            continue
         shared = slice(start, start + prompt)
         k = torch.cat((key[:, :, shared], key[:, :, cut:end]), dim=2)
         v = torch.cat((value[:, :, shared], value[:, :, cut:end]), dim=2)

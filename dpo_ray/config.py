@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from dpo_ray.errors import ConfigError
+from dpo_ray.loss_options import Loss, SigmoidLoss
+from dpo_ray.section import Section
 
 Dtype = Literal["float32", "bfloat16"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class Run(_Section):
+class Run(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """Name of the run and of the published model: letters, digits, dot, dash, underscore."""
     output: str
@@ -31,18 +29,34 @@ class Run(_Section):
     """Seeds the split, the sampling and the order of the pairs."""
 
 
-class Model(_Section):
+class LoRA(Section):
+    """Train low-rank adapters (arXiv:2106.09685) instead of all weights. The reference is the model without them."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of the update of each adapted matrix."""
+    alpha: float = Field(32.0, gt=0.0)
+    """The update is scaled by alpha / rank."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Names of the adapted layers; all-linear: every linear layer but the output head."""
+    export: Literal["adapter", "merged"] = "adapter"
+    """What is published: the adapter alone, or the whole model with the adapter merged into its weights."""
+
+
+class Model(Section):
     path: str
-    """A Hugging Face folder, a .gguf file, a hub id, or package://<python package>/<file.gguf>."""
+    """A Hugging Face folder, a PEFT adapter's folder (taken merged into its base), a .gguf file, a hub id, or
+    package://<python package>/<file.gguf>."""
     revision: str | None = None
     """Revision of a hub id; a local path has none."""
     dtype: Dtype = "float32"
     """Precision of the trainer's forward and of the reference scores: the two must be equal to agree."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model. Only for models whose code you have read."""
+    lora: LoRA | None = None
+    """Train adapters only; left out: all weights."""
 
 
-class Data(_Section):
+class Data(Section):
     train: str | None = None
     """Parquet preference shards: a file, a folder or a glob. Left out when `generate` makes the pairs."""
     eval: str | None = None
@@ -59,7 +73,7 @@ class Data(_Section):
     """Rows in a unit of work: what is lost at most when a process dies, and what is computed at once."""
 
 
-class Sampling(_Section):
+class Sampling(Section):
     samples: int = Field(4, ge=1)
     """Completions sampled for each prompt."""
     temperature: float = Field(1.0, gt=0.0)
@@ -72,7 +86,7 @@ class Sampling(_Section):
     """Precision of the generating engine."""
 
 
-class Generate(_Section):
+class Generate(Section):
     prompts: str
     """JSON lines or Parquet with a `prompt` column (text or messages); package:// paths are allowed."""
     sampling: Sampling = Sampling()
@@ -87,7 +101,7 @@ class Generate(_Section):
     """Prompts in a unit of work."""
 
 
-class VLLM(_Section):
+class VLLM(Section):
     num_actors: int = Field(1, ge=1)
     """Engines that work side by side."""
     cpus_per_actor: float = Field(1.0, gt=0.0)
@@ -102,7 +116,7 @@ class VLLM(_Section):
     """Sequences that an engine works on at once."""
 
 
-class Reference(_Section):
+class Reference(Section):
     engine: Literal["vllm", "torch"] = "vllm"
     """Who computes the reference log-probs: vLLM, or the trainer's own forward in Ray actors."""
     tolerance: float = Field(0.05, gt=0.0)
@@ -111,42 +125,20 @@ class Reference(_Section):
     """Pairs that the trainer's own forward scores again for the calibration gate."""
 
 
-class SigmoidLoss(_Section):
-    type: Literal["sigmoid"]
-    """DPO (arXiv:2305.18290); with label_smoothing, conservative DPO."""
-    beta: float = Field(0.1, gt=0.0)
-    """Strength of the pull towards the reference."""
-    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
-    """Assumed share of flipped labels."""
+Metric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]
+"""What training may be steered by: measured on held-out pairs."""
 
 
-class RobustLoss(_Section):
-    type: Literal["robust"]
-    """Provably robust DPO (arXiv:2403.00409)."""
-    beta: float = Field(0.1, gt=0.0)
-    """Strength of the pull towards the reference."""
-    label_smoothing: float = Field(0.1, ge=0.0, lt=0.5)
-    """Assumed share of flipped labels."""
+class EarlyStopping(Section):
+    metric: Metric = "eval_loss"
+    """Training stops when this no longer improves."""
+    patience: int = Field(3, ge=1)
+    """Evaluations in a row without an improvement that are waited for."""
+    min_improvement: float = Field(0.0, ge=0.0)
+    """A smaller change counts as none."""
 
 
-class HingeLoss(_Section):
-    type: Literal["hinge"]
-    """Hinge on the margin, SLiC / RSO (arXiv:2305.10425, 2309.06657)."""
-    beta: float = Field(0.1, gt=0.0)
-    """Inverse of the margin at which a pair stops to count."""
-
-
-class IPOLoss(_Section):
-    type: Literal["ipo"]
-    """IPO (arXiv:2310.12036) on the mean log-ratio per token, as its authors confirmed."""
-    beta: float = Field(0.1, gt=0.0)
-    """The paper's τ: the regression target is 1/2β."""
-
-
-Loss = Annotated[SigmoidLoss | RobustLoss | HingeLoss | IPOLoss, Field(discriminator="type")]
-
-
-class Train(_Section):
+class Train(Section):
     loss: Loss = SigmoidLoss(type="sigmoid")
     """The loss; each type takes only the options that it uses."""
     learning_rate: float = Field(1e-6, gt=0.0)
@@ -165,8 +157,16 @@ class Train(_Section):
     """Tokens that a worker computes at once; a pair longer than this goes alone."""
     epochs: int = Field(1, ge=1)
     """Passes over the training pairs."""
+    ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
+    """Decay of an exponential moving average of the weights, which is then what is evaluated and published."""
     num_workers: int = Field(1, ge=1)
     """Data-parallel workers."""
+    min_workers: int | None = Field(None, ge=1)
+    """Elastic training: go on with as few workers as this while the cluster lacks room for num_workers."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: each worker holds the whole model. fsdp: model, gradients and optimizer are sharded over the workers."""
+    activation_checkpointing: bool = False
+    """Compute the activations again in the backward pass: less memory, about a third more time."""
     cpus_per_worker: float = Field(1.0, gt=0.0)
     """Cores of one worker."""
     use_gpu: bool = False
@@ -174,9 +174,19 @@ class Train(_Section):
     checkpoint_every_steps: int = Field(50, ge=1)
     """Steps between checkpoints: what a killed run loses at most."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Latest checkpoints kept."""
+    """Checkpoints kept: the latest, or with keep_best the best and the latest one."""
+    eval_every_steps: int | None = Field(None, ge=1)
+    """Steps between evaluations on held-out pairs while training, and one at the end; left out: none."""
+    eval_pairs: int = Field(512, ge=1)
+    """Held-out pairs of such an evaluation, at most: the first ones of the artifact."""
+    keep_best: Metric | None = None
+    """Publish the weights of the evaluation that was best by this, instead of the last ones."""
+    early_stopping: EarlyStopping | None = None
+    """Stop before the last step when the held-out metric no longer improves."""
     log_every_steps: int = Field(1, ge=1)
     """Steps between reported metrics."""
+    max_nonfinite_steps: int = Field(0, ge=0)
+    """Steps with a loss or gradient that is NaN or infinite that are left out, before the run stops at one more."""
     max_failures: int = Field(3, ge=0)
     """Restarts from the last checkpoint after a worker died, before the run fails."""
 
@@ -185,6 +195,9 @@ class Train(_Section):
         execution = {
             "tokens_per_microbatch",
             "num_workers",
+            "min_workers",
+            "strategy",
+            "activation_checkpointing",
             "cpus_per_worker",
             "use_gpu",
             "checkpoint_every_steps",
@@ -194,8 +207,32 @@ class Train(_Section):
         }
         return self.model_dump(mode="json", exclude=execution)
 
+    @model_validator(mode="after")
+    def _combinations(self) -> Train:
+        if self.global_batch_size < self.num_workers:
+            raise ValueError(
+                f"train.global_batch_size is {self.global_batch_size}, but each of the "
+                f"{self.num_workers} workers (train.num_workers) needs at least one pair a step"
+            )
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"train.min_workers is {self.min_workers}, more than train.num_workers={self.num_workers}: set it lower, "
+                "or leave it out for a fixed number of workers"
+            )
+        if self.eval_every_steps is None:
+            for name, metric in (
+                ("keep_best", self.keep_best),
+                ("early_stopping", self.early_stopping and self.early_stopping.metric),
+            ):
+                if metric is not None:
+                    raise ValueError(
+                        f"train.{name} goes by {metric}, which is not measured: set train.eval_every_steps, the steps "
+                        f"between evaluations, or leave train.{name} out"
+                    )
+        return self
 
-class WinRate(_Section):
+
+class WinRate(Section):
     sampling: Sampling = Sampling()
     """How completions are drawn from the base and from the tuned model."""
     reward: str = Field("dpo_ray.rewards:brief_answer", pattern=r"^[\w.]+:\w+$")
@@ -204,24 +241,24 @@ class WinRate(_Section):
     """At most so many held-out prompts, the first by prompt id."""
 
 
-class Evaluate(_Section):
+class Evaluate(Section):
     win_rate: WinRate | None = None
     """Tuned against base on held-out prompts; left out: not measured."""
 
 
-class Gate(_Section):
+class Gate(Section):
     accuracy_above: float | None = Field(0.5, ge=0.0, lt=1.0)
     """The lower end of the interval of the held-out accuracy must lie above this; null: not required."""
     win_rate_above: float | None = Field(None, ge=0.0, lt=1.0)
     """The lower end of the interval of the win rate must lie above this; null: not required."""
 
 
-class Publish(_Section):
+class Publish(Section):
     gate: Gate = Gate()
     """What a model must show before it is published."""
 
 
-class Tune(_Section):
+class Tune(Section):
     beta: tuple[float, ...] = Field((0.05, 0.1, 0.3), min_length=1)
     """Values of train.loss.beta in the grid."""
     learning_rate: tuple[float, ...] = Field((5e-7, 1e-6), min_length=1)
@@ -230,7 +267,7 @@ class Tune(_Section):
     """Trials that train at the same time."""
 
 
-class Config(_Section):
+class Config(Section):
     """The whole tree."""
 
     run: Run
@@ -259,11 +296,6 @@ class Config(_Section):
             )
         if self.generate is not None and self.generate.sampling.samples < 2:
             raise ValueError("generate.sampling.samples is 1, but a pair needs at least 2 samples of a prompt")
-        if self.train.global_batch_size < self.train.num_workers:
-            raise ValueError(
-                f"train.global_batch_size is {self.train.global_batch_size}, but each of the "
-                f"{self.train.num_workers} workers (train.num_workers) needs at least one pair a step"
-            )
         if self.publish.gate.win_rate_above is not None and self.evaluate.win_rate is None:
             raise ValueError(
                 "publish.gate.win_rate_above asks for a win rate that is not measured: "
@@ -331,36 +363,55 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _problem(error: Any) -> str:
-    # pydantic puts the type of a loss into the location, where the file has no such key.
-    path = [part for part in error["loc"] if part not in _LOSSES]
-    where = ".".join(str(part) for part in path) or "the whole"
+    where, section = _locate(error["loc"])
     if error["type"] == "extra_forbidden":
-        known = list(_section_at(error["loc"][:-1]).model_fields)
+        known = list(section.model_fields)
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"; did you mean {near[0]}?" if near else f" (known here: {', '.join(known)})" if known else ""
         return f"{where} is not a known key{hint}"
-    if error["type"] == "missing":
-        return f"{where} is missing: add it to the file or pass -o {where}=…"
+    if error["type"] == "union_tag_invalid":
+        known_types = error["ctx"]["expected_tags"].replace("'", "")
+        return f"{where}.type={error['ctx']['tag']!r} is not known here (known here: {known_types})"
+    if error["type"] in ("missing", "union_tag_not_found"):
+        where += ".type" if error["type"] == "union_tag_not_found" else ""
+        # An override does not reach into a list.
+        override = "" if "[" in where else f" or pass -o {where}=…"
+        return f"{where} is missing: add it to the file{override}"
     if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
+        message = str(error["ctx"]["error"])
+        # A section that may stand in several places cannot name its key in full.
+        return message if not error["loc"] or where in message else f"{where}: {message}"
     return f"{where}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-_LOSSES: dict[str, type[_Section]] = {
-    "sigmoid": SigmoidLoss,
-    "robust": RobustLoss,
-    "hinge": HingeLoss,
-    "ipo": IPOLoss,
-}
-
-
-def _section_at(location: tuple[Any, ...]) -> type[_Section]:
-    """The section that a location in the tree names."""
-    section: type[_Section] = Config
+def _locate(location: tuple[Any, ...]) -> tuple[str, type[Section]]:
+    """The key that a location in the tree has in the file, and the section that the key belongs to."""
+    path: list[str] = []
+    section: type[Section] = Config
+    candidates: list[type[Section]] = []
     for part in location:
-        if part in _LOSSES:
-            return _LOSSES[part]
-        annotation = section.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, _Section)), section)
-    return section
+        chosen = [c for c in candidates if _tag(c) == part]
+        if chosen:
+            # pydantic puts the type of a loss into the location, where the file has no such key.
+            section, candidates = chosen[0], []
+        elif isinstance(part, int):
+            path[-1] += f"[{part}]"
+        else:
+            path.append(part)
+            section = candidates[0] if candidates else section
+            field = section.model_fields.get(part)
+            candidates = _sections_in(field.annotation) if field else []
+    return ".".join(path) or "the whole", section
+
+
+def _tag(section: type[Section]) -> str | None:
+    """The one value of a section's `type`, which chooses it among those that may stand in its place."""
+    field = section.model_fields.get("type")
+    return next(iter(get_args(field.annotation)), None) if field else None
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    """The sections that a field may hold, also in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]

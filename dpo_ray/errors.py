@@ -4,6 +4,7 @@ Every error is one paragraph that names the value, the limit and the way out, an
 the command line:
 
     DpoRayError                 1   something unexpected
+    ├── NonFiniteLoss           1   training met NaN or infinity more often than allowed
     ├── ConfigError             2   configuration or usage
     ├── DataError               3   data unreadable, or too much of it quarantined
     ├── ReferenceMismatch       3   reference log-probs and the trainer's forward disagree
@@ -33,6 +34,10 @@ class DataError(DpoRayError):
 
 class ReferenceMismatch(DataError):
     """Reference log-probs that the trainer's own forward does not reproduce within tolerance."""
+
+
+class NonFiniteLoss(DpoRayError):
+    """A loss or gradient that is NaN or infinite."""
 
 
 class GateFailed(DpoRayError):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 _Z95 = 1.959963984540054
 
@@ -41,11 +40,6 @@ def wilson(value: float, n: int) -> Estimate:
     centre = (value + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z95 * math.sqrt(value * (1 - value) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     return Estimate(value=value, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n)
-
-
-def sum_logprobs(column: pa.ChunkedArray) -> np.ndarray:
-    """Token log-probs of n completions (lists of nats) → their sums [n], in float64."""
-    return np.array([math.fsum(values) for values in column.to_pylist()])
 
 
 def preference_accuracy(margins: np.ndarray, noise: float = 0.0) -> Estimate | None:

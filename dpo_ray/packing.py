@@ -3,7 +3,8 @@
     P, C, R tokens of prompt, chosen and rejected; T tokens of a row; N completion tokens of the micro-batch.
 
 Both layouts name the same N completion tokens in the same order (pair by pair, chosen then rejected), so that
-what follows the forward pass need not know which one was used.
+what follows the forward pass need not know which one was used. A pair may lack one side (unpaired data): that side
+has no tokens in the packed row and no row of its own in the padded layout.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dpo_ray.attention import Segment
+from dpo_ray.errors import DataError
 from dpo_ray.pairs import TokenizedPair
 
 
@@ -37,6 +39,8 @@ class MicroBatch:
     sequence_index: Tensor
     """[N] 2·pair for chosen tokens, 2·pair + 1 for rejected ones."""
     num_pairs: int
+    reference_logprobs: Tensor | None = None
+    """[N] float32, in nats, of the completion tokens; None where the pairs have none."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on a device."""
@@ -49,11 +53,15 @@ class MicroBatch:
             predictors=self.predictors.to(device),
             targets=self.targets.to(device),
             sequence_index=self.sequence_index.to(device),
+            reference_logprobs=self.reference_logprobs.to(device) if self.reference_logprobs is not None else None,
         )
 
 
 def pack(pairs: Sequence[TokenizedPair]) -> MicroBatch:
-    """One row [prompt|chosen|rejected|prompt|chosen|…]: each prompt once, no padding."""
+    """One row [prompt|chosen|rejected|prompt|chosen|…]: each prompt once, no padding.
+
+    Raises DataError where a pair's reference log-probs are not those of its tokens.
+    """
     ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
@@ -67,7 +75,7 @@ def pack(pairs: Sequence[TokenizedPair]) -> MicroBatch:
         positions += [*range(p + c), *range(p, p + r)]
         segments.append(Segment(start, p, c, r))
         last = start + p - 1  # the last prompt token predicts the first token of both completions
-        predictors += [last, *range(last + 1, last + c), last, *range(last + c + 1, last + c + r)]
+        predictors += _predictors(last, last + 1, c) + _predictors(last, last + c + 1, r)
         targets += [*pair.chosen_ids, *pair.rejected_ids]
         sequences += [2 * i] * c + [2 * i + 1] * r
     return MicroBatch(
@@ -79,25 +87,31 @@ def pack(pairs: Sequence[TokenizedPair]) -> MicroBatch:
         targets=torch.tensor(targets),
         sequence_index=torch.tensor(sequences),
         num_pairs=len(pairs),
+        reference_logprobs=_reference_logprobs(pairs),
     )
 
 
 def pad(pairs: Sequence[TokenizedPair]) -> MicroBatch:
-    """Two rows a pair, [prompt|chosen] and [prompt|rejected], padded on the right: for any causal model."""
-    rows = [pair.prompt_ids + done for pair in pairs for done in (pair.chosen_ids, pair.rejected_ids)]
+    """Two rows a pair, [prompt|chosen] and [prompt|rejected], padded on the right: for any causal model.
+
+    Raises DataError where a pair's reference log-probs are not those of its tokens.
+    """
+    sides = [(i, side) for i, pair in enumerate(pairs) for side in (pair.chosen_ids, pair.rejected_ids)]
+    present = [(sequence, i, ids) for sequence, (i, ids) in enumerate(sides) if ids]
+    rows = [pairs[i].prompt_ids + ids for _, i, ids in present]
     width = max(map(len, rows))
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     predictors: list[int] = []
     targets: list[int] = []
     sequences: list[int] = []
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-        p = len(pairs[i // 2].prompt_ids)
-        predictors += range(i * width + p - 1, i * width + len(row) - 1)
-        targets += row[p:]
-        sequences += [i] * (len(row) - p)
+    for number, (row, (sequence, _, ids)) in enumerate(zip(rows, present, strict=True)):
+        input_ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+        end = number * width + len(row) - 1
+        predictors += range(end - len(ids), end)
+        targets += ids
+        sequences += [sequence] * len(ids)
     return MicroBatch(
         input_ids=input_ids,
         position_ids=torch.arange(width).expand(len(rows), width).contiguous(),
@@ -107,4 +121,52 @@ def pad(pairs: Sequence[TokenizedPair]) -> MicroBatch:
         targets=torch.tensor(targets),
         sequence_index=torch.tensor(sequences),
         num_pairs=len(pairs),
+        reference_logprobs=_reference_logprobs(pairs),
     )
+
+
+def mismatched(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    """Each pair's prompt with its mismatched completion as the chosen side, and no rejected one.
+
+    For KTO's z0 (arXiv:2402.01306). Pairs without a mismatched completion are left out.
+    """
+    return [
+        TokenizedPair(
+            pair_id=pair.pair_id,
+            prompt_ids=pair.prompt_ids,
+            chosen_ids=pair.mismatched_ids,
+            rejected_ids=[],
+            chosen_ref_logprobs=pair.mismatched_ref_logprobs,
+        )
+        for pair in pairs
+        if pair.mismatched_ids is not None
+    ]
+
+
+def _predictors(last: int, first: int, count: int) -> list[int]:
+    """Positions that predict a completion of `count` tokens from position `first` on; `last` is the prompt's end."""
+    return [last, *range(first, first + count - 1)][:count]
+
+
+def _reference_logprobs(pairs: Sequence[TokenizedPair]) -> Tensor | None:
+    values: list[float] = []
+    without = []
+    for pair in pairs:
+        sides = (pair.chosen_ids, pair.chosen_ref_logprobs), (pair.rejected_ids, pair.rejected_ref_logprobs)
+        if all(logprobs is None for _, logprobs in sides):
+            without.append(pair.pair_id)
+            continue
+        for ids, logprobs in sides:
+            found = logprobs or []  # of an absent side, which has no ids either
+            if len(found) != len(ids):
+                raise DataError(
+                    f"Pair {pair.pair_id} has {len(found)} reference log-probs for a completion of {len(ids)} tokens. "
+                    "Remove the reference artifact that it comes from; it will be computed again."
+                )
+            values += found
+    if without and len(without) < len(pairs):
+        raise DataError(
+            f"Pair {without[0]} has no reference log-probs, while other pairs of its micro-batch have them. Remove the "
+            "reference artifact that it comes from; it will be computed again."
+        )
+    return torch.tensor(values, dtype=torch.float32) if not without else None

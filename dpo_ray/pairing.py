@@ -1,4 +1,4 @@
-"""Scored candidates of one prompt → preference pairs."""
+"""Which completions are set against each other: candidates of a prompt as pairs, and rows as mismatched ones."""
 
 from __future__ import annotations
 
@@ -52,3 +52,23 @@ def make_pairs(
     if not ranked or len(ranked) == 1:
         rejected["too_few_distinct"] += 1
     return pairs, rejected
+
+
+def mismatched_rows(prompt_ids: Sequence[str], splits: Sequence[str]) -> list[int | None]:
+    """For each row the row whose completion does not answer its prompt: KTO's mismatched completion.
+
+    It is the next row, cyclically, of the same split that has another prompt; None where the split has only this
+    prompt. The cyclic shift is that of arXiv:2402.01306, where it runs over a batch; here it is over a shard, so that
+    the reference log-probs can be computed once, before training.
+    """
+    found: list[int | None] = [None] * len(prompt_ids)
+    for split in set(splits):
+        rows = [i for i, side in enumerate(splits) if side == split]
+        after: int | None = None
+        # Backwards and twice around, for what follows the last rows stands at the start.
+        for k in reversed(range(2 * len(rows))):
+            here, beside = rows[k % len(rows)], rows[(k + 1) % len(rows)]
+            if prompt_ids[beside] != prompt_ids[here]:
+                after = beside
+            found[here] = after
+    return found

@@ -21,11 +21,15 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A canonical pair: a dialogue that ends with the user's turn, and two answers to it."""
+    """A dialogue that ends with the user's turn, and two answers to it.
+
+    Unpaired preference data (a single answer, judged) are pairs with one side: a desirable answer is `chosen` and
+    `rejected` is None; an undesirable one is `rejected` and `chosen` is None.
+    """
 
     prompt: tuple[Message, ...]
-    chosen: str
-    rejected: str
+    chosen: str | None
+    rejected: str | None
 
     @property
     def pair_id(self) -> str:
@@ -40,7 +44,11 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """A pair as token ids, with the reference log-probs of its completion tokens where they are known."""
+    """A pair as token ids, with the reference log-probs of its completion tokens where they are known.
+
+    A side that an unpaired row lacks is an empty list of ids (a completion that is there holds its end-of-turn token
+    at least), and so are its reference log-probs.
+    """
 
     pair_id: str
     prompt_ids: list[int]
@@ -48,6 +56,10 @@ class TokenizedPair:
     rejected_ids: list[int]
     chosen_ref_logprobs: list[float] | None = None
     rejected_ref_logprobs: list[float] | None = None
+    mismatched_ids: list[int] | None = None
+    """The completion of a row with another prompt; see pairing.mismatched_rows."""
+    mismatched_ref_logprobs: list[float] | None = None
+    """Reference log-probs of mismatched_ids after this pair's own prompt."""
 
     @property
     def num_tokens(self) -> int:
@@ -99,6 +111,8 @@ SCORES = pa.schema([("pair_id", pa.string()), ("chosen_logprobs", _LOGPROBS), ("
 
 REFERENCE = pa.schema([*TOKENIZED, ("chosen_ref_logprobs", _LOGPROBS), ("rejected_ref_logprobs", _LOGPROBS)])
 
+MISMATCHED = pa.schema([*REFERENCE, ("mismatched_ids", _IDS), ("mismatched_ref_logprobs", _LOGPROBS)])
+
 QUARANTINE = pa.schema([("source", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("raw", pa.string())])
 
 
@@ -114,7 +128,7 @@ def split_of(identifier: str, held_out_fraction: float, seed: int) -> Split:
 
 
 def tokenized_pair(row: dict[str, Any]) -> TokenizedPair:
-    """A row of a tokenized or reference shard."""
+    """A row of a tokenized, reference or mismatched shard."""
     return TokenizedPair(
         pair_id=row["pair_id"],
         prompt_ids=row["prompt_ids"],
@@ -122,6 +136,8 @@ def tokenized_pair(row: dict[str, Any]) -> TokenizedPair:
         rejected_ids=row["rejected_ids"],
         chosen_ref_logprobs=row.get("chosen_ref_logprobs"),
         rejected_ref_logprobs=row.get("rejected_ref_logprobs"),
+        mismatched_ids=row.get("mismatched_ids"),
+        mismatched_ref_logprobs=row.get("mismatched_ref_logprobs"),
     )
 
 

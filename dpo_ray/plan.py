@@ -30,7 +30,7 @@ class PlanIndex:
     row: np.ndarray
     """[n] row in the shard"""
     lengths: np.ndarray
-    """[n, 3] tokens of prompt, chosen and rejected"""
+    """[n, 3] tokens of prompt, chosen and rejected; 0 for a side that an unpaired row lacks"""
     duplicates: int
     """Pairs left out because an earlier row is the same pair."""
     read: int
@@ -38,6 +38,11 @@ class PlanIndex:
 
     def __len__(self) -> int:
         return len(self.row)
+
+    @property
+    def num_unpaired(self) -> int:
+        """Rows that lack a side: no loss that compares two answers can learn from them."""
+        return int((self.lengths[:, 1:] == 0).any(axis=1).sum())
 
 
 def build_index(shards: Iterable[Location], split: str) -> PlanIndex:
@@ -124,13 +129,41 @@ class StepPlan:
 
     def microbatches(self, rows: np.ndarray, world_size: int, tokens_per_microbatch: int) -> list[list[list[int]]]:
         """The rows of a step, spread: rank → micro-batch → rows. Every rank has at least one pair."""
-        lengths = self.index.lengths[rows]
-        shares = spread(pair_cost(lengths, self.hidden_size), world_size)
-        tokens = lengths.sum(axis=1)
-        return [
-            [[int(rows[share[i]]) for i in group] for group in fit(tokens[share], tokens_per_microbatch)]
-            for share in shares
-        ]
+        return microbatches(self.index, rows, world_size, tokens_per_microbatch, self.hidden_size)
+
+
+def microbatches(
+    index: PlanIndex, rows: np.ndarray, world_size: int, tokens_per_microbatch: int, hidden_size: int
+) -> list[list[list[int]]]:
+    """Rows of the index, spread: rank → micro-batch → rows, equal in cost as far as they go.
+
+    Every rank has the same number of micro-batches, for under FSDP ranks gather weights together in each. A rank with
+    fewer pairs than that has empty ones.
+    """
+    lengths = index.lengths[rows]
+    tokens = lengths.sum(axis=1)
+    shares = [
+        [[share[i] for i in group] for group in fit(tokens[share], tokens_per_microbatch)]
+        for share in spread(pair_cost(lengths, hidden_size), world_size)
+    ]
+    count = max(map(len, shares))
+    return [[[int(rows[i]) for i in group] for group in split_up(share, tokens, count)] for share in shares]
+
+
+def split_up(groups: list[list[int]], tokens: np.ndarray, count: int) -> list[list[int]]:
+    """The groups cut in halves, the largest first, until there are `count`; empty ones where no pair is left to cut.
+
+    tokens: [n] tokens of each item.
+    """
+    groups = list(groups)
+    while len(groups) < count:
+        largest = max((g for g in groups if len(g) > 1), key=lambda g: int(tokens[g].sum()), default=[])
+        if largest:
+            groups.remove(largest)
+            groups += [largest[0::2], largest[1::2]]
+        else:
+            groups.append([])
+    return groups
 
 
 def pair_cost(lengths: np.ndarray, hidden_size: int) -> np.ndarray:

@@ -20,6 +20,7 @@ Reason = Literal[
     "diverging_prefix",
     "prompt_repeated",
     "invalid_unicode",
+    "bad_label",
 ]
 
 
@@ -73,11 +74,21 @@ def check_prompt(prompt: list[Message]) -> None:
         reject("role_order")
 
 
+def check_label(label: Any) -> bool:
+    """Whether a single answer is desirable: a bool, or the integer 0 or 1. Raises BadRow."""
+    if label is None:
+        reject("null_field")
+    if not isinstance(label, int) or label not in (0, 1):
+        reject("bad_label")
+    return bool(label)
+
+
 def check_pair(pair: PreferencePair) -> PreferencePair:
-    """The rules on the pair as a whole. Raises BadRow."""
+    """The rules on the pair as a whole; a side that is absent breaks none. Raises BadRow."""
     check_prompt(list(pair.prompt))
-    if not pair.chosen.strip() or not pair.rejected.strip():
+    sides = [side.strip() for side in (pair.chosen, pair.rejected) if side is not None]
+    if not all(sides):
         reject("empty_response")
-    if pair.chosen.strip() == pair.rejected.strip():
+    if len(sides) == 2 and sides[0] == sides[1]:
         reject("identical_pair")
     return pair

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from dpo_ray.artifacts import read_shard
 from dpo_ray.errors import DataError
-from dpo_ray.formats import canonical_pair, canonical_prompt
-from dpo_ray.model import PACKAGE, load_tokenizer, package_file, resolve
+from dpo_ray.formats import PAIRED_COLUMNS, UNPAIRED_COLUMNS, canonical_pair, canonical_prompt, is_unpaired
+from dpo_ray.model_folders import PACKAGE, load_tokenizer, package_file, resolve
 from dpo_ray.pairing import make_pairs
 from dpo_ray.pairs import PAIRS, PROMPTS, QUARANTINE, TOKENIZED, prompt_id, split_of
 from dpo_ray.quality import BadRow
@@ -111,7 +111,7 @@ class PairShard:
 
 
 class TokenizeShard:
-    """Canonical pairs → token ids; pairs over the length limits are dropped and counted."""
+    """Canonical pairs → token ids; pairs over the length limits are dropped and counted. An absent side has no ids."""
 
     def __init__(self, model: str, revision: str | None, trust_remote_code: bool, max_prompt: int, max_completion: int):
         self.tokenizer = load_tokenizer(resolve(model, revision), trust_remote_code=trust_remote_code)
@@ -126,8 +126,10 @@ class TokenizeShard:
             if len(prompt) > self.max_prompt:
                 counters["prompt_too_long"] += 1
                 continue
-            chosen = completion_ids(self.tokenizer, row["prompt"], row["chosen"])
-            rejected = completion_ids(self.tokenizer, row["prompt"], row["rejected"])
+            chosen, rejected = (
+                completion_ids(self.tokenizer, row["prompt"], row[side]) if row[side] is not None else []
+                for side in ("chosen", "rejected")
+            )
             if max(len(chosen), len(rejected)) > self.max_completion:
                 counters["completion_too_long"] += 1
                 continue
@@ -209,7 +211,9 @@ def _raw_rows(source: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with fs.open_input_file(path) as stream:
             parquet = pq.ParquetFile(stream)
-            columns = [c for c in ("prompt", "chosen", "rejected") if c in parquet.schema_arrow.names]
+            present = parquet.schema_arrow.names
+            wanted = UNPAIRED_COLUMNS if is_unpaired(present) else PAIRED_COLUMNS
+            columns = [c for c in wanted if c in present]
             start = 0
             for group in range(parquet.num_row_groups):
                 size = parquet.metadata.row_group(group).num_rows

@@ -79,6 +79,14 @@ class Location:
         fs, path = self.filesystem()
         return fs.get_file_info(path).type != pafs.FileType.NotFound
 
+    def size(self) -> int:
+        """Bytes of the file. Raises FileNotFoundError."""
+        fs, path = self.filesystem()
+        info = fs.get_file_info(path)
+        if info.type == pafs.FileType.NotFound:
+            raise FileNotFoundError(str(self))
+        return info.size or 0
+
     def list(self) -> list[Location]:
         """Children by name; empty where there is no such folder. Unfinished files are not listed."""
         fs, path = self.filesystem()

@@ -7,7 +7,7 @@ import json
 from dpo_ray.artifacts import Artifact
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError
-from dpo_ray.model import load_tokenizer, resolve
+from dpo_ray.model_folders import load_tokenizer, resolve
 from dpo_ray.on_ray.engines import require_vllm
 from dpo_ray.report import html_report
 from dpo_ray.rewards import load_reward
@@ -18,7 +18,7 @@ from pipelines.evaluate import evaluate
 from pipelines.generate import generate
 from pipelines.ingest import ingest, input_files
 from pipelines.publish import publish
-from pipelines.reference import reference
+from pipelines.reference import reference, require_reference_use
 from pipelines.tokenize import tokenize
 from pipelines.train import train
 
@@ -32,19 +32,22 @@ def align(context: RunContext, until: Stage = "publish") -> None:
     tokenized = tokenize(context, pairs)
     if until == "tokenize":
         return
-    scored, calibration = reference(context, tokenized)
+    rows, calibration = reference(context, tokenized)
     if until == "reference":
         return
-    policy = train(context, scored)
+    policy = train(context, rows)
     if until == "train":
         return
-    evaluation = evaluate(context, pairs, scored, calibration, policy)
+    evaluation = evaluate(context, pairs, rows, calibration, policy)
     if until == "publish":
         publish(context, policy, evaluation)
 
 
-def prepare_reference(context: RunContext) -> tuple[Artifact, Artifact]:
-    """The stages before training, which every trial of a sweep shares: the reference and its calibration."""
+def prepare_reference(context: RunContext) -> tuple[Artifact, Artifact | None]:
+    """The stages before training, which every trial of a sweep shares: the rows to train on, and their calibration.
+
+    Without a reference in the loss these are the tokenized pairs and None.
+    """
     pairs = generate(context) if context.config.generate is not None else ingest(context)
     return reference(context, tokenize(context, pairs))
 
@@ -61,11 +64,14 @@ def preflight(config: Config, until: Stage = "publish") -> None:
         )
     for key, pattern in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if pattern is not None:
-            input_files(pattern, key)
+            input_files(pattern, key, config.train.loss)
     if config.generate is not None:
         require_vllm("generate")
         load_reward(config.generate.reward)
-    if config.reference.engine == "vllm" and STAGES.index(until) >= STAGES.index("reference"):
+    if until == "reference":
+        require_reference_use(config)
+    scores_reference = config.train.loss.needs_reference and STAGES.index(until) >= STAGES.index("reference")
+    if config.reference.engine == "vllm" and scores_reference:
         require_vllm("reference.engine=vllm")
     if config.evaluate.win_rate is not None and STAGES.index(until) >= STAGES.index("evaluate"):
         require_vllm("evaluate.win_rate")

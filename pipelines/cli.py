@@ -63,7 +63,10 @@ def train(
     if reference is None:
         _run_until("train", config, override, dry_run, run_id)
         return
+    from pipelines.reference import require_reference_use
+
     loaded = load_config(config, override)
+    require_reference_use(loaded)
     if dry_run:
         _print_plan(loaded, "train")
         return
@@ -80,7 +83,7 @@ def train(
 
 @app.command()
 def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = False, run_id: RunId = None) -> None:
-    """Search train.loss.beta × train.learning_rate with Ray Tune; all trials share one reference pass."""
+    """Search train.loss.beta × train.learning_rate with Ray Tune; all trials share one reference pass, if any."""
     from tuning.sweep import run_sweep
 
     loaded = load_config(config, override)
@@ -94,8 +97,8 @@ def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = Fals
     def work(context: Any) -> None:
         from pipelines.align import prepare_reference
 
-        reference, calibration = prepare_reference(context)
-        context.results["sweep"] = run_sweep(context.output, loaded, reference, calibration, context.folder)
+        rows, calibration = prepare_reference(context)
+        context.results["sweep"] = run_sweep(context.output, loaded, rows, calibration, context.folder)
 
     _record(loaded, run_id, work)
 

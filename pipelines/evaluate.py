@@ -22,13 +22,17 @@ _SHOWN = 5
 
 
 def evaluate(
-    context: RunContext, pairs: Artifact, reference: Artifact, calibration: Artifact, policy: Artifact
+    context: RunContext, pairs: Artifact, rows: Artifact, calibration: Artifact | None, policy: Artifact
 ) -> Artifact:
-    """Measure the policy. The artifact's metrics hold `accuracy`, `margin`, `win_rate` and `samples`."""
-    scores = context.stage("score", lambda: score_policy(context.output, context.config, policy, reference))
+    """Measure the policy. The artifact's metrics hold `accuracy`, `margin`, `win_rate` and `samples`.
+
+    Args:
+        rows, calibration: what pipelines.reference made of the pairs.
+    """
+    scores = context.stage("score", lambda: score_policy(context.output, context.config, policy, rows))
     options = context.config.evaluate.win_rate
     drawn = _draw(context, options, pairs, policy) if options is not None else None
-    artifact = context.stage("evaluate", lambda: _evaluate(context, scores, reference, calibration, drawn))
+    artifact = context.stage("evaluate", lambda: _evaluate(context, scores, rows, calibration, drawn))
     metrics = artifact.manifest.metrics
     context.results["eval"] = {k: v for k, v in metrics.items() if k != "samples"}
     context.results["samples"] = metrics["samples"]
@@ -53,15 +57,13 @@ def _draw(
 def _evaluate(
     context: RunContext,
     scores: Artifact,
-    reference: Artifact,
-    calibration: Artifact,
+    rows: Artifact,
+    calibration: Artifact | None,
     drawn: tuple[Artifact, Artifact, WinRate] | None,
 ) -> tuple[Artifact, bool]:
-    inputs = {
-        "scores": scores.fingerprint,
-        "reference": reference.fingerprint,
-        "calibration": calibration.fingerprint,
-    }
+    inputs = {"scores": scores.fingerprint, rows.manifest.kind: rows.fingerprint}
+    if calibration is not None:
+        inputs["calibration"] = calibration.fingerprint
     identity: dict[str, Any] = {"reward": None}
     if drawn is not None:
         base, tuned, options = drawn
@@ -71,8 +73,9 @@ def _evaluate(
     done = load(location, KIND, location.name)
     if done is not None:
         return done, True
-    margins = held_out_margins(scores, reference)
-    accuracy = preference_accuracy(margins, margin_noise(calibration.manifest.metrics))
+    margins = held_out_margins(context.config.train.loss, scores, rows)
+    noise = margin_noise(calibration.manifest.metrics) if calibration is not None else 0.0
+    accuracy = preference_accuracy(margins, noise)
     metrics: dict[str, Any] = {
         "accuracy": accuracy.as_dict() if accuracy else None,
         "margin": {"mean": float(np.mean(margins)), **quantiles(margins)} if len(margins) else None,

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 
 from dpo_ray.artifacts import Artifact, digest, file_hash
 from dpo_ray.errors import DataError
-from dpo_ray.formats import check_columns
+from dpo_ray.formats import check_columns, is_unpaired
+from dpo_ray.loss_options import LossOptions
 from dpo_ray.on_ray.shards import Pool, ShardTask, shard_stage
 from dpo_ray.shard_work import IngestShard
 from dpo_ray.storage import Location, find_files
@@ -22,10 +23,11 @@ def ingest(context: RunContext) -> Artifact:
     return context.stage("ingest", lambda: _ingest(context))
 
 
-def input_files(pattern: str, key: str) -> list[tuple[Location, int]]:
+def input_files(pattern: str, key: str, loss: LossOptions) -> list[tuple[Location, int]]:
     """The Parquet files that a path names, each with its number of rows; every footer is read.
 
-    Raises DataError where there is none, where a file is not Parquet, or where it cannot hold pairs.
+    Raises DataError where there is none, where a file is not Parquet, where it can hold no preferences, or where its
+    rows are unpaired and the loss compares two answers.
     """
     found = find_files(pattern, ".parquet")
     if not found:
@@ -33,21 +35,28 @@ def input_files(pattern: str, key: str) -> list[tuple[Location, int]]:
             f"{key} is {pattern}, and no file is there. Check the path; a glob is quoted in the shell, as in "
             f"-o '{key}=data/*.parquet'."
         )
-    return [(location, _rows(location)) for location in found]
+    return [(location, _rows(location, loss)) for location in found]
 
 
-def _rows(location: Location) -> int:
+def _rows(location: Location, loss: LossOptions) -> int:
     fs, path = location.filesystem()
     try:
         with fs.open_input_file(path) as stream:
             parquet = pq.ParquetFile(stream)
-            check_columns(parquet.schema_arrow.names, str(location))
-            return parquet.metadata.num_rows
+            columns, rows = parquet.schema_arrow.names, parquet.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{location} is not a readable Parquet file ({' '.join(str(error).split())}). Write it again, or take it "
             "out of data.train and data.eval; it is not passed over silently."
         ) from error
+    check_columns(columns, str(location))
+    if is_unpaired(columns) and not loss.accepts_unpaired:
+        raise DataError(
+            f"{location} holds single answers with a label (prompt, completion, label), and train.loss.type="
+            f"{loss.type} compares two answers to a prompt. Set train.loss.type=kto, which learns from single answers, "
+            "or give paired data: chosen and rejected."
+        )
+    return rows
 
 
 def _ingest(context: RunContext) -> tuple[Artifact, bool]:
@@ -58,7 +67,7 @@ def _ingest(context: RunContext) -> tuple[Artifact, bool]:
     if data.eval:
         sides.append((data.eval, "data.eval", "eval"))
     for pattern, key, split in sides:
-        files = input_files(pattern, key)
+        files = input_files(pattern, key, context.config.train.loss)
         if not any(rows for _, rows in files):
             raise DataError(f"{key} is {pattern}: {len(files)} readable files, but not a single row in them.")
         for location, rows in files:

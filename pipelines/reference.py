@@ -1,25 +1,51 @@
-"""Tokenized pairs → the same with reference log-probs, calibrated against the trainer's forward."""
+"""Tokenized pairs → the rows that are trained on: with what the loss needs of the reference, calibrated against the
+trainer's forward."""
 
 from __future__ import annotations
 
 from dpo_ray.artifacts import Artifact, load
 from dpo_ray.config import Config
-from dpo_ray.errors import DataError, ReferenceMismatch
-from dpo_ray.model import load_tokenizer, resolve, weights_hash
-from dpo_ray.on_ray.scoring import calibrate, score_reference
+from dpo_ray.errors import ConfigError, DataError, ReferenceMismatch
+from dpo_ray.model_folders import load_tokenizer, resolve, weights_hash
+from dpo_ray.on_ray.scoring import calibrate, score_mismatched, score_reference
 from dpo_ray.storage import Location
 from dpo_ray.tokenization import tokenizer_identity
 from pipelines.context import RunContext
 
 
-def reference(context: RunContext, tokenized: Artifact) -> tuple[Artifact, Artifact]:
-    """Reference scores that the trainer's own forward reproduces, and their calibration. Raises ReferenceMismatch."""
+def reference(context: RunContext, tokenized: Artifact) -> tuple[Artifact, Artifact | None]:
+    """The rows to train and to evaluate on, and the calibration of their reference scores. Raises ReferenceMismatch.
+
+    They are the rows with reference scores that the trainer's own forward reproduces, with mismatched completions
+    too for a loss that uses them. A loss without a reference takes the tokenized rows as they are: nothing is scored,
+    and the calibration is None.
+    """
+    if not context.config.train.loss.needs_reference:
+        return tokenized, None
     scored = context.stage("reference", lambda: score_reference(context.output, context.config, tokenized))
-    return scored, check_calibration(context, scored)
+    calibration = check_calibration(context, scored)
+    return with_mismatched(context, scored), calibration
+
+
+def with_mismatched(context: RunContext, scored: Artifact) -> Artifact:
+    """The reference artifact with mismatched completions, if the loss uses them; otherwise as it is."""
+    if not context.config.train.loss.needs_mismatched:
+        return scored
+    return context.stage("mismatched", lambda: score_mismatched(context.output, context.config, scored))
+
+
+def require_reference_use(config: Config) -> None:
+    """Raises ConfigError where the loss compares with no reference, though one is asked for."""
+    loss = config.train.loss
+    if not loss.needs_reference:
+        raise ConfigError(
+            f"train.loss.type={loss.type} learns without a reference: there are no reference log-probs to compute or to "
+            "take over. Run `dpo-ray train` without --reference, or choose a loss with a reference, such as sigmoid."
+        )
 
 
 def given_reference(context: RunContext, path: str) -> Artifact:
-    """A finished reference artifact made elsewhere, if it was made for this configuration's model.
+    """The rows to train on, of a finished reference artifact made elsewhere for this configuration's model.
 
     Raises DataError where it is not finished, ReferenceMismatch where it is of another model, tokenizer or dtype.
     """
@@ -29,7 +55,7 @@ def given_reference(context: RunContext, path: str) -> Artifact:
         raise DataError(f"{location} is not a finished reference artifact: there is no manifest.json in it.")
     require_same_model(artifact, context.config)
     check_calibration(context, artifact)
-    return artifact
+    return with_mismatched(context, artifact)
 
 
 def require_same_model(artifact: Artifact, config: Config) -> None:

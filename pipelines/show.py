@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def plan_lines(config: Config, until: Stage) -> list[str]:
     """What a run would do, stage by stage."""
-    train, win_rate = config.train, config.evaluate.win_rate
+    train, loss, win_rate = config.train, config.train.loss, config.evaluate.win_rate
+    beta = getattr(loss, "beta", None)  # a few losses have none
     if config.generate is not None:
         sampling = config.generate.sampling
         first = [
@@ -41,13 +42,16 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
         ),
         (
             "reference",
-            f"{config.reference.engine} in {config.model.dtype}; {config.reference.calibration_pairs} pairs "
-            f"scored again by the trainer, tolerance {config.reference.tolerance:g} nats",
+            f"{config.reference.engine} in {config.model.dtype}{' with mismatched completions' * loss.needs_mismatched}"
+            f"; {config.reference.calibration_pairs} pairs scored again by the trainer, tolerance "
+            f"{config.reference.tolerance:g} nats"
+            if loss.needs_reference
+            else f"none, for {loss.type} learns without",
         ),
         (
             "train",
-            f"{train.loss.type}, beta {train.loss.beta:g}, learning rate {train.learning_rate:g}, {train.epochs} "
-            f"epoch(s), steps of {train.global_batch_size} pairs on {train.num_workers} worker(s)",
+            f"{loss.type}, {f'beta {beta:g}, ' if beta is not None else ''}learning rate {train.learning_rate:g}, "
+            f"{train.epochs} epoch(s), steps of {train.global_batch_size} pairs on {train.num_workers} worker(s)",
         ),
         ("evaluate", "held-out accuracy" + (" and win rate against the base model" if win_rate else "")),
         ("publish", f"{config.run.output}/models/{config.run.name}, if the gate holds"),

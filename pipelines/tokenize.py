@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dpo_ray.artifacts import Artifact
 from dpo_ray.errors import DataError
-from dpo_ray.model import load_tokenizer, resolve
+from dpo_ray.model_folders import load_tokenizer, resolve
 from dpo_ray.on_ray.shards import Pool, shard_stage, shard_tasks
 from dpo_ray.shard_work import TokenizeShard
 from dpo_ray.tokenization import require_chat_template, tokenizer_identity

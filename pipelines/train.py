@@ -1,4 +1,4 @@
-"""Reference artifact → trained policy."""
+"""Rows of pairs → trained policy."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dpo_ray.on_ray.trainer import HISTORY, fit
 from pipelines.context import RunContext
 
 
-def train(context: RunContext, reference: Artifact) -> Artifact:
+def train(context: RunContext, rows: Artifact) -> Artifact:
     """Train, or go on with a training that was interrupted."""
-    policy = context.stage("train", lambda: fit(context.output, context.config, reference))
+    policy = context.stage("train", lambda: fit(context.output, context.config, rows))
     metrics: dict[str, Any] = policy.manifest.metrics
     context.results["train"] = metrics
     policy.file(HISTORY).copy_to(context.folder / "metrics.jsonl")

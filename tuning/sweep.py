@@ -1,4 +1,4 @@
-"""Ray Tune over beta and learning rate: trials only train, all on the one reference artifact."""
+"""Ray Tune over beta and learning rate: trials only train, all on the same rows, which are scored once."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ _DRIVER_CPUS = 0.1  # a trial's own process only waits for its workers
 
 
 def run_sweep(
-    output: Location, config: Config, reference: Artifact, calibration: Artifact, folder: Location
+    output: Location, config: Config, rows: Artifact, calibration: Artifact | None, folder: Location
 ) -> dict[str, Any]:
     """Train and measure every point of the grid. Returns the trials, best first, and writes them to `folder`.
+
+    Args:
+        rows, calibration: the reference artifact and its calibration; for a loss without a reference the tokenized
+            pairs and None.
 
     A trial's policy and scores are artifacts like any other: a sweep that was killed, or is widened, computes
     only the trials that are missing. Raises DpoRayError where a trial failed.
@@ -33,18 +37,18 @@ def run_sweep(
     options = config.tune
     assert options is not None
     points = grid(config)
-    noise = margin_noise(calibration.manifest.metrics)
-    say("sweep", f"{len(points)} trials on the reference artifact {reference.fingerprint}")
-    trials = ranked([_measured(trial) for trial in _run(output, config, options, reference, noise)])
+    noise = margin_noise(calibration.manifest.metrics) if calibration is not None else 0.0
+    say("sweep", f"{len(points)} trials on the {rows.manifest.kind} artifact {rows.fingerprint}")
+    trials = ranked([_measured(trial) for trial in _run(output, config, options, rows, noise)])
     found = {
-        "reference": reference.fingerprint,
+        rows.manifest.kind: rows.fingerprint,
         "trials": [{**trial, "line": describe(trial)} for trial in trials],
     }
     (folder / "sweep.json").write_bytes(json.dumps(found, indent=1).encode())
     return found
 
 
-def _run(output: Location, config: Config, options: Tune, reference: Artifact, noise: float) -> list[dict[str, Any]]:
+def _run(output: Location, config: Config, options: Tune, rows: Artifact, noise: float) -> list[dict[str, Any]]:
     train = config.train
     workers = train.num_workers * train.cpus_per_worker + 1 + _DRIVER_CPUS
     connect(
@@ -57,9 +61,9 @@ def _run(output: Location, config: Config, options: Tune, reference: Artifact, n
     def trial(point: dict[str, Any]) -> None:
         # A closure, so that the workers need no module but dpo_ray.
         mine = point["config"]
-        policy, _ = fit(output, mine, reference)
-        scores, _ = score_policy(output, mine, policy, reference)
-        margins = held_out_margins(scores, reference)
+        policy, _ = fit(output, mine, rows)
+        scores, _ = score_policy(output, mine, policy, rows)
+        margins = held_out_margins(mine.train.loss, scores, rows)
         accuracy = preference_accuracy(margins, noise)
         tune.report(
             {

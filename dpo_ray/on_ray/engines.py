@@ -17,9 +17,12 @@ import torch
 from dpo_ray.artifacts import read_shard
 from dpo_ray.config import VLLM, Config, Model, Sampling
 from dpo_ray.errors import ConfigError
-from dpo_ray.model import CompletionScorer, load_policy, load_tokenizer, resolve, torch_dtype
+from dpo_ray.model import CompletionScorer, load_policy, torch_dtype
+from dpo_ray.model_folders import load_tokenizer, resolve
 from dpo_ray.on_ray.shards import Pool
-from dpo_ray.pairs import CANDIDATES, SCORES, TokenizedPair, tokenized_pair
+from dpo_ray.packing import mismatched
+from dpo_ray.pairing import mismatched_rows
+from dpo_ray.pairs import CANDIDATES, MISMATCHED, SCORES, TokenizedPair, tokenized_pair
 from dpo_ray.plan import fit
 from dpo_ray.shard_work import ShardOutput
 from dpo_ray.storage import Location
@@ -29,7 +32,10 @@ _TORCH_BATCH_TOKENS = 4096
 
 
 class PairScorer(Protocol):
-    """Log-probs of the completion tokens of pairs, in nats: for each pair, those of chosen and of rejected."""
+    """Log-probs of the completion tokens of pairs, in nats: for each pair, those of chosen and of rejected.
+
+    Of a side that a pair lacks they are an empty list.
+    """
 
     def score(self, pairs: Sequence[TokenizedPair]) -> tuple[list[list[float]], list[list[float]]]: ...
 
@@ -47,17 +53,20 @@ class VLLMScorer:
     def _score(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         import vllm
 
-        if not sequences:
-            return []
+        present = [(prompt, completion) for prompt, completion in sequences if completion]
+        if not present:
+            return [[] for _ in sequences]
         sampling = vllm.SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False
         )
-        inputs = [{"prompt_token_ids": prompt + completion} for prompt, completion in sequences]
-        scores = []
-        for (prompt, completion), output in zip(
-            sequences, self.llm.generate(inputs, sampling, use_tqdm=False), strict=True
-        ):
-            flat = output.prompt_logprobs
+        inputs = [{"prompt_token_ids": prompt + completion} for prompt, completion in present]
+        outputs = iter(self.llm.generate(inputs, sampling, use_tqdm=False))
+        scores: list[list[float]] = []
+        for prompt, completion in sequences:
+            if not completion:
+                scores.append([])
+                continue
+            flat = next(outputs).prompt_logprobs
             starts = flat.start_indices[len(prompt) : len(prompt) + len(completion)]
             if [flat.token_ids[i] for i in starts] != completion:
                 raise RuntimeError("vLLM returned log-probs of other tokens than those asked for")
@@ -113,6 +122,34 @@ class ScoreShard:
         return ShardOutput(table, counters)
 
 
+class MismatchShard:
+    """Reference-scored pairs → the same rows with a mismatched completion each, and its reference log-probs.
+
+    A mismatched completion is the one of another row, see pairing.mismatched_rows: its chosen side for rows at even
+    places of the shard and its rejected side at odd ones, so that both kinds occur; of an unpaired row the side that
+    it has. Rows without one have null in both columns.
+    """
+
+    def __init__(self, scorer: PairScorer):
+        self.scorer = scorer
+
+    def __call__(self, source: dict[str, Any]) -> ShardOutput:
+        table = read_shard(Location(source["file"]))
+        rows = table.to_pylist()
+        others = mismatched_rows(table["prompt_id"].to_pylist(), table["split"].to_pylist())
+        ids: list[list[int] | None] = []
+        for place, other in enumerate(others):
+            sides = ("chosen_ids", "rejected_ids") if place % 2 == 0 else ("rejected_ids", "chosen_ids")
+            ids.append(None if other is None else rows[other][sides[0]] or rows[other][sides[1]])
+        table = table.append_column("mismatched_ids", pa.array(ids, MISMATCHED.field("mismatched_ids").type))
+        scored, _ = self.scorer.score(mismatched([tokenized_pair(row) for row in table.to_pylist()]))
+        values = iter(scored)
+        logprobs = [None if completion is None else next(values) for completion in ids]
+        column = pa.array(logprobs, MISMATCHED.field("mismatched_ref_logprobs").type)
+        table = table.append_column("mismatched_ref_logprobs", column)
+        return ShardOutput(table, Counter(read=table.num_rows))
+
+
 class VLLMScoreShard(ScoreShard):
     """The reference stage with vLLM."""
 
@@ -125,6 +162,20 @@ class TorchScoreShard(ScoreShard):
 
     def __init__(self, model: Model):
         super().__init__(TorchScorer(model), ("chosen_ref_logprobs", "rejected_ref_logprobs"))
+
+
+class VLLMMismatchShard(MismatchShard):
+    """The mismatched stage with vLLM."""
+
+    def __init__(self, model: Model, options: VLLM, max_model_len: int):
+        super().__init__(VLLMScorer(model, options, max_model_len))
+
+
+class TorchMismatchShard(MismatchShard):
+    """The mismatched stage with the trainer's forward."""
+
+    def __init__(self, model: Model):
+        super().__init__(TorchScorer(model))
 
 
 class PolicyScoreShard(ScoreShard):

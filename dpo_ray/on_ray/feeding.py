@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import groupby, islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray.data
 import ray.train
 
 from dpo_ray.artifacts import read_shard
 from dpo_ray.on_ray.session import quiet_data
-from dpo_ray.pairs import REFERENCE, tokenized_pair
-from dpo_ray.plan import StepPlan
+from dpo_ray.pairs import MISMATCHED, TokenizedPair, tokenized_pair
+from dpo_ray.plan import PlanIndex, StepPlan
+from dpo_ray.plan import microbatches as spread_rows
 from dpo_ray.storage import Location
 from dpo_ray.train_loop import Step
+from dpo_ray.train_step import Share
+
+TRAIN = "train"
+"""Name of the stream among Ray Train's data sets."""
 
 _STEPS_PER_BLOCK = 8  # Ray pays for each block; eight steps hide that, and are little to read ahead
 
-_FEED = pa.schema([("rank", pa.int32()), ("step", pa.int32()), ("microbatch", pa.int32()), *REFERENCE])
+_FEED = pa.schema(
+    [
+        ("rank", pa.int32()),
+        ("step", pa.int32()),
+        ("num_microbatches", pa.int32()),
+        ("microbatch", pa.int32()),
+        *MISMATCHED,
+    ]
+)
 
 
 def step_blocks(plan: StepPlan, start: int, world_size: int, tokens_per_microbatch: int) -> Iterator[dict[str, str]]:
@@ -31,7 +45,7 @@ def step_blocks(plan: StepPlan, start: int, world_size: int, tokens_per_microbat
         shares = [(step, plan.microbatches(rows, world_size, tokens_per_microbatch)) for step, rows in group]
         for rank in range(world_size):
             places = [
-                (step, number, plan.index.shards[plan.index.shard[row]], int(plan.index.row[row]))
+                (step, len(share[rank]), number, plan.index.shards[plan.index.shard[row]], int(plan.index.row[row]))
                 for step, share in shares
                 for number, rows in enumerate(share[rank])
                 for row in rows
@@ -54,10 +68,14 @@ def fetch_block(batch: pa.Table) -> pa.Table:
     """Descriptor → the rows that it names."""
     block = json.loads(batch["block"][0].as_py())
     rows: list[dict[str, Any]] = [
-        {"rank": block["rank"], "step": step, "microbatch": number, **_shard(uri).slice(row, 1).to_pylist()[0]}
-        for step, number, uri, row in block["places"]
+        {"rank": block["rank"], "step": step, "num_microbatches": count, "microbatch": number, **_row(uri, row)}
+        for step, count, number, uri, row in block["places"]
     ]
     return pa.Table.from_pylist(rows, schema=_FEED)
+
+
+def _row(uri: str, row: int) -> dict[str, Any]:
+    return _shard(uri).slice(row, 1).to_pylist()[0]
 
 
 @lru_cache(maxsize=32)
@@ -66,26 +84,33 @@ def _shard(uri: str) -> pa.Table:
 
 
 class StepFeed(ray.train.DataConfig):
-    """Hands block k to rank k mod W: whole blocks, in order, whoever asks first."""
+    """Makes the stream for the workers that there are, and hands block k to rank k mod W.
 
-    def __init__(self) -> None:
-        options = ray.data.ExecutionOptions(preserve_order=True)
-        super().__init__(execution_options=options, enable_shard_locality=False)
+    Ray Train asks for it whenever it starts a group of workers, which after a failure may be fewer or more than
+    before. The stream then begins at the step that was reached.
+    """
+
+    def __init__(self, plan: StepPlan, tokens_per_microbatch: int, reached: Callable[[], int]) -> None:
+        super().__init__(execution_options=ray.data.ExecutionOptions(preserve_order=True), enable_shard_locality=False)
+        self.plan = plan
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self.reached = reached
 
     def configure(
         self, datasets: Any, world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
     ) -> Any:
-        shares: list[dict[str, Any]] = [{} for _ in range(world_size)]
-        for name, dataset in datasets.items():
-            ordered = dataset.copy(dataset)
-            ordered.context.execution_options = self._resolve_execution_options(name)
-            ordered.context.enable_progress_bars = False
-            # A step may take longer than Ray Data's patience with a slow consumer.
-            ordered.context.execution_no_progress_timeout_s = -1
-            # equal=True would cut blocks apart to even out rows, and drop what is left over.
-            for rank, split in enumerate(ordered.streaming_split(world_size, equal=False, locality_hints=None)):
-                shares[rank][name] = split
-        return shares
+        ordered = feed_dataset(self.plan, self.reached(), world_size, self.tokens_per_microbatch)
+        ordered.context.execution_options = self._resolve_execution_options(TRAIN)
+        ordered.context.enable_progress_bars = False
+        # A step may take longer than Ray Data's patience with a slow consumer.
+        ordered.context.execution_no_progress_timeout_s = -1
+        # equal=True would cut blocks apart to even out rows, and drop what is left over.
+        return [{TRAIN: split} for split in ordered.streaming_split(world_size, equal=False, locality_hints=None)]
+
+
+def placeholder() -> ray.data.Dataset:
+    """What Ray Train is given by name, so that it asks StepFeed, which alone knows how many workers there are."""
+    return ray.data.from_items([{"block": ""}])
 
 
 def received_steps(shard: Any, rank: int, start: int) -> Iterator[Step]:
@@ -104,7 +129,21 @@ def received_steps(shard: Any, rank: int, start: int) -> Iterator[Step]:
         if number != expected:
             raise RuntimeError(f"rank {rank} expected step {expected}, but was given step {number}")
         expected += 1
-        microbatches = [
-            [tokenized_pair(row) for row in group] for _, group in groupby(members, key=lambda row: row["microbatch"])
-        ]
-        yield Step(number=number, microbatches=microbatches)
+        microbatches: list[list[TokenizedPair]] = [[] for _ in range(members[0]["num_microbatches"])]
+        for row in members:
+            microbatches[row["microbatch"]].append(tokenized_pair(row))
+        pairs = [pair for microbatch in microbatches for pair in microbatch]
+        yield Step(number, Share(microbatches, filler=min(pairs, key=lambda pair: pair.num_tokens)))
+
+
+def read_share(
+    index: PlanIndex, rows: np.ndarray, rank: int, world_size: int, tokens_per_microbatch: int, hidden_size: int
+) -> Share:
+    """A rank's share of some rows of the index, read at once: for few pairs that are used again and again."""
+    mine = spread_rows(index, rows, world_size, tokens_per_microbatch, hidden_size)[rank]
+
+    def pair(row: int) -> TokenizedPair:
+        return tokenized_pair(_row(index.shards[index.shard[row]], int(index.row[row])))
+
+    shortest = int(rows[np.argmin(index.lengths[rows].sum(axis=1))])
+    return Share([[pair(row) for row in group] for group in mine], filler=pair(shortest))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dpo_ray.artifacts import Artifact
 from dpo_ray.config import Config, Model, Sampling
-from dpo_ray.model import load_tokenizer, resolve, weights_hash
+from dpo_ray.model_folders import load_tokenizer, resolve, weights_hash
 from dpo_ray.on_ray.engines import GenerateShard, require_vllm, vllm_pool
 from dpo_ray.on_ray.shards import shard_stage, shard_tasks
 from dpo_ray.storage import Location

@@ -1,4 +1,4 @@
-"""Training on Ray Train: a reference artifact in, a train artifact with the policy in it out."""
+"""Training on Ray Train: scored pairs in, a train artifact with the policy in it out."""
 
 from __future__ import annotations
 
@@ -7,57 +7,69 @@ import logging
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.fs as pafs
 import torch
 
 from dpo_ray.artifacts import Artifact, describe_file, fingerprint, load, publish
-from dpo_ray.checkpoint import read_history
+from dpo_ray.checkpoint import HISTORY, STATE, is_whole, read_history
 from dpo_ray.config import Config
+from dpo_ray.errors import ConfigError, DpoRayError, NonFiniteLoss, ReferenceMismatch
 from dpo_ray.losses import zero_margin_loss
-from dpo_ray.model import resolve, weights_hash
+from dpo_ray.model_folders import resolve, weights_hash
 from dpo_ray.on_ray.session import connect, raise_ours
-from dpo_ray.plan import StepPlan, build_index
+from dpo_ray.parallel import Rank
+from dpo_ray.plan import PlanIndex, StepPlan, build_index
 from dpo_ray.progress import say
+from dpo_ray.steering import best_step, higher_is_better
 from dpo_ray.storage import Location
-from dpo_ray.train_loop import EXPORT, Rank, train
+from dpo_ray.train_loop import EXPORT, train
 
 KIND = "train"
 MODEL_FOLDER = "model"
-HISTORY = "metrics.jsonl"
 _SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's record of the checkpoints that it knows
 
 
-def fit(output: Location, config: Config, reference: Artifact) -> tuple[Artifact, bool]:
-    """Train the policy on a finished reference artifact, or take over the artifact if it is finished already.
+def fit(output: Location, config: Config, pairs: Artifact) -> tuple[Artifact, bool]:
+    """Train the policy on finished pairs, or take over the artifact if it is finished already.
 
     The artifact holds the model as a Hugging Face folder, and the metrics of every logged step. A run that was
     killed goes on from its last checkpoint.
+
+    Args:
+        pairs: what the loss needs: the reference artifact, with mismatched completions for KTO; the tokenized pairs
+            for a loss without reference.
     """
     folder = resolve(config.model.path, config.model.revision)
     identity = {
         "weights": weights_hash(folder),
         "dtype": config.model.dtype,
+        "lora": config.model.lora.model_dump(mode="json") if config.model.lora else None,
         "train": config.train.identity(),
         "seed": config.run.seed,
     }
-    inputs = {"reference": reference.fingerprint}
+    inputs = {"pairs": pairs.fingerprint}
     location = output / "artifacts" / KIND / fingerprint(KIND, identity, inputs)
     done = load(location, KIND, location.name)
     if done is not None:
         say(KIND, f"reused: {location}")
         return done, True
-    plan = make_plan(config, reference)
+    plan, held_out = make_plan(config, pairs)
     say(KIND, f"{len(plan.index)} pairs, {plan.num_steps} steps of {config.train.global_batch_size} pairs")
     began = time.monotonic()
-    checkpoint = _run(config, plan, location)
+    checkpoint = _run(config, plan, held_out, location)
     history = _collect(checkpoint, location)
     model_files = [
         describe_file(f).model_copy(update={"name": f"{MODEL_FOLDER}/{f.name}"})
         for f in (location / MODEL_FOLDER).list()
     ]
+    losses = [m["loss"] for m in history if "loss" in m]
+    keep_best = config.train.keep_best
     artifact = publish(
         location,
         KIND,
@@ -69,12 +81,15 @@ def fit(output: Location, config: Config, reference: Artifact) -> tuple[Artifact
             "kept": len(plan.index),
             "other_split": plan.index.read - len(plan.index) - plan.index.duplicates,
             "duplicate": plan.index.duplicates,
+            "steps_left_out": sum("skipped_pairs" in m for m in history),
         },
         metrics={
-            "first_step_loss": history[0]["loss"],
+            "first_step_loss": losses[0] if losses else None,
             "zero_margin_loss": zero_margin_loss(config.train.loss),
             "final": history[-1],
-            "num_steps": plan.num_steps,
+            "num_steps": history[-1]["step"],
+            "planned_steps": plan.num_steps,
+            "published_step": (best_step(history, keep_best) if keep_best else None) or history[-1]["step"],
             "tokens_per_second": sum(m["tokens_per_second"] for m in history) / len(history),
             "seconds": round(time.monotonic() - began, 1),
         },
@@ -83,37 +98,49 @@ def fit(output: Location, config: Config, reference: Artifact) -> tuple[Artifact
     return artifact, False
 
 
-def make_plan(config: Config, reference: Artifact) -> StepPlan:
-    """The step plan of a configuration over a reference artifact. Raises ConfigError where it has no step."""
+def make_plan(config: Config, pairs: Artifact) -> tuple[StepPlan, PlanIndex]:
+    """The step plan of a configuration over its pairs, and the index of the held-out ones.
+
+    Raises ConfigError where the plan has no step, or where held-out pairs are asked for and there are none.
+    """
     model_config = json.loads((resolve(config.model.path, config.model.revision) / "config.json").read_text())
-    return StepPlan(
-        index=build_index(reference.shards(), "train"),
+    plan = StepPlan(
+        index=build_index(pairs.shards(), "train"),
         global_batch_size=config.train.global_batch_size,
         epochs=config.train.epochs,
         seed=config.run.seed,
         hidden_size=model_config.get("hidden_size") or model_config.get("n_embd") or 1024,
     )
+    held_out = build_index(pairs.shards(), "eval")
+    if config.train.eval_every_steps is not None and not len(held_out):
+        raise ConfigError(
+            f"train.eval_every_steps is {config.train.eval_every_steps}, but there is no held-out pair: raise "
+            "data.held_out_fraction, name data.eval, or leave train.eval_every_steps out."
+        )
+    return plan, held_out
 
 
-def _run(config: Config, plan: StepPlan, location: Location) -> Location:
+def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location) -> Location:
     """Run the workers to the last step. Returns where the last checkpoint is."""
     options = config.train
+    needed = options.min_workers or options.num_workers
     connect(
-        options.num_workers * options.cpus_per_worker + 1,
-        options.num_workers if options.use_gpu else 0,
-        why="train.num_workers, train.cpus_per_worker, train.use_gpu, and one CPU to feed the workers",
+        needed * options.cpus_per_worker + 1,
+        needed if options.use_gpu else 0,
+        why="train.num_workers or min_workers, cpus_per_worker, use_gpu, and one CPU to feed the workers",
     )
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from dpo_ray.on_ray.feeding import StepFeed, feed_dataset
+    from dpo_ray.on_ray.feeding import TRAIN, StepFeed, placeholder
 
     runs = location / "checkpoints"
     name = run_name(runs)
 
-    def feed() -> Any:
-        return feed_dataset(plan, earliest_resume(runs / name), options.num_workers, options.tokens_per_microbatch)
+    def reached() -> int:
+        return earliest_resume(runs / name, fallback)
 
+    fallback = newest_whole_checkpoint(runs)
     resources = {"CPU": options.cpus_per_worker, **({"GPU": 1.0} if options.use_gpu else {})}
     trainer = TorchTrainer(
         train_worker,
@@ -121,22 +148,30 @@ def _run(config: Config, plan: StepPlan, location: Location) -> Location:
             "model": config.model,
             "train": options,
             "seed": config.run.seed,
-            "num_steps": plan.num_steps,
-            "pairs_per_epoch": len(plan.index),
+            "plan": plan,
+            "held_out": held_out,
+            "reference_tolerance": config.reference.tolerance,
+            "fallback": fallback,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=options.num_workers, use_gpu=options.use_gpu, resources_per_worker=resources
+            num_workers=(options.min_workers, options.num_workers) if options.min_workers else options.num_workers,
+            use_gpu=options.use_gpu,
+            resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=runs.uri,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=options.keep_checkpoints),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=options.keep_checkpoints,
+                checkpoint_score_attribute=options.keep_best,
+                checkpoint_score_order="max" if options.keep_best and higher_is_better(options.keep_best) else "min",
+            ),
             failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
         torch_config=TorchConfig(backend="nccl" if options.use_gpu else "gloo"),
-        datasets={"train": feed},
-        dataset_config=StepFeed(),
+        datasets={TRAIN: placeholder},
+        dataset_config=StepFeed(plan, options.tokens_per_microbatch, reached),
     )
     try:
         result = trainer.fit()
@@ -144,6 +179,8 @@ def _run(config: Config, plan: StepPlan, location: Location) -> Location:
         raise_ours(error, KIND)
     if result.error is not None:
         raise_ours(result.error, KIND)
+    if isinstance(result.return_value, DpoRayError):
+        raise result.return_value
     assert result.checkpoint is not None
     path = result.checkpoint.path
     return Location(path) if Location(path).is_local else Location.of(f"{runs.uri.split('://')[0]}://{path}")
@@ -164,61 +201,112 @@ def run_name(runs: Location) -> str:
             json.loads(record.read_bytes())
             return name
         except ValueError:
-            say(KIND, f"{record} is damaged, so its checkpoints cannot be used: training begins again")
+            say(KIND, f"{record} is damaged; its checkpoints are looked at one by one")
             number += 1
 
 
-def earliest_resume(run: Location) -> int:
-    """A step that no checkpoint which Ray may resume from comes before; workers pass over what they have done.
+def newest_whole_checkpoint(runs: Location) -> Location | None:
+    """The checkpoint of the furthest step among those that were written to the end, whatever Ray's record says."""
+    found = [c for run in runs.list() for c in run.list() if c.name.startswith("checkpoint_") and is_whole(c)]
+    return max(found, key=_step_of, default=None)
 
-    Which checkpoint Ray takes is known only on the workers, after the feed is built. Feeding from too early costs
-    little, from too late would leave steps out.
+
+def earliest_resume(run: Location, fallback: Location | None) -> int:
+    """A step that no checkpoint which a worker may resume from comes before; workers pass over what they have done.
+
+    Which checkpoint Ray takes is known only on the workers. Feeding from too early costs little, from too late would
+    leave steps out.
+
+    Args:
+        fallback: what workers resume from where Ray knows of no checkpoint.
     """
+    start = _step_of(fallback) if fallback is not None and fallback.exists() else 0
     if not (run / _SNAPSHOT).exists():
-        return 0
-    histories = [folder / HISTORY for folder in run.list() if folder.name.startswith("checkpoint_")]
-    # A checkpoint that is half uploaded or half removed may lack it; Ray does not resume from that one.
-    complete = [history.read_bytes() for history in histories if history.exists()]
-    return min((json.loads(lines.splitlines()[-1])["step"] for lines in complete), default=0)
+        return start
+    # A checkpoint that is half uploaded or half removed may lack its state; Ray does not resume from that one.
+    checkpoints = [c for c in run.list() if c.name.startswith("checkpoint_") and (c / STATE).exists()]
+    return min([_step_of(c) for c in checkpoints], default=start)
 
 
-def train_worker(job: dict[str, Any]) -> None:
-    """What Ray Train runs on each worker: the loop, with Ray's feed, report and checkpoint put in."""
+def _step_of(checkpoint: Location) -> int:
+    return json.loads((checkpoint / STATE).read_bytes())["next_step"]
+
+
+def train_worker(job: dict[str, Any]) -> DpoRayError | None:
+    """What Ray Train runs on each worker: the loop, with Ray's feed and checkpoints put in.
+
+    An error that all workers meet alike is returned, not raised: Ray would only try the same again.
+    """
     import ray.train
     import ray.train.torch
 
-    from dpo_ray.on_ray.feeding import received_steps
+    from dpo_ray.on_ray.feeding import TRAIN, read_share, received_steps
 
     # Ray prints all metrics of a report on every rank, by a logger outside its own tree; they are in metrics.jsonl.
     logging.getLogger().setLevel(logging.WARNING)
     context = ray.train.get_context()
-    options = job["train"]
+    options, plan, index = job["train"], job["plan"], job["held_out"]
     if not options.use_gpu:
         torch.set_num_threads(max(1, int(options.cpus_per_worker)))
     me = Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-
-    def report(metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        kept = ray.train.Checkpoint.from_directory(str(checkpoint)) if checkpoint is not None else None
-        ray.train.report(metrics, checkpoint=kept)
-        if kept is not None:
-            say(KIND, f"checkpoint at step {metrics['step']}/{job['num_steps']}")
-
-    arguments = {
-        "seed": job["seed"],
-        "num_steps": job["num_steps"],
-        "pairs_per_epoch": job["pairs_per_epoch"],
-        "me": me,
-        "steps_from": lambda start: received_steps(ray.train.get_dataset_shard("train"), me.rank, start),
-        "report": report,
-    }
+    held_out = None
+    if options.eval_every_steps is not None:
+        rows = np.arange(min(options.eval_pairs, len(index)))
+        held_out = read_share(index, rows, me.rank, me.world_size, options.tokens_per_microbatch, plan.hidden_size)
     latest = ray.train.get_checkpoint()
-    if latest is None:
-        train(job["model"], options, resume=None, **arguments)
-        return
-    with latest.as_directory() as folder:
-        if me.rank == 0:
-            say(KIND, f"going on from checkpoint {Path(folder).name}")
-        train(job["model"], options, resume=Path(folder), **arguments)
+    if latest is None and job["fallback"] is not None:
+        filesystem, path = job["fallback"].filesystem()
+        latest = ray.train.Checkpoint(path, filesystem)
+    with latest.as_directory() if latest is not None else nullcontext() as folder:
+        if me.rank == 0 and latest is not None:
+            say(KIND, f"going on from {Path(latest.path).name} with {me.world_size} workers")
+        try:
+            train(
+                job["model"],
+                options,
+                seed=job["seed"],
+                num_steps=plan.num_steps,
+                pairs_per_epoch=len(plan.index),
+                me=me,
+                steps_from=lambda start: received_steps(ray.train.get_dataset_shard(TRAIN), me.rank, start),
+                held_out=held_out,
+                checkpoints=RayCheckpoints(me, plan.num_steps),
+                resume=Path(folder) if folder is not None else None,
+                reference_tolerance=job["reference_tolerance"],
+            )
+        except (NonFiniteLoss, ReferenceMismatch) as error:
+            return error
+    return None
+
+
+class RayCheckpoints:
+    """Keeps checkpoints where Ray Train keeps them; all but the last are uploaded while training goes on."""
+
+    def __init__(self, me: Rank, num_steps: int):
+        self.me = me
+        self.num_steps = num_steps
+
+    def keep(self, metrics: dict[str, Any], folder: Path, *, last: bool) -> None:
+        import ray.train
+        from ray.train import CheckpointUploadMode
+
+        ray.train.report(
+            {k: v for k, v in metrics.items() if isinstance(v, int | float)},
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+            checkpoint_upload_mode=CheckpointUploadMode.SYNC if last else CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+        if self.me.rank == 0:
+            say(KIND, f"checkpoint at step {metrics['step']}/{self.num_steps}")
+
+    @contextmanager
+    def of_step(self, step: int) -> Iterator[Path]:
+        import ray.train
+
+        # It waits for the uploads that are under way.
+        kept = {int(c.metrics["step"]): c.checkpoint for c in ray.train.get_all_reported_checkpoints()}
+        with kept[step].as_directory() as folder:
+            yield Path(folder)
 
 
 def _collect(checkpoint: Location, location: Location) -> list[dict[str, Any]]:

@@ -24,14 +24,14 @@ def attempt(tmp_path, tiny_model, write_preferences):
     """Runs the main job on one good row, but for what is given."""
     write_preferences(tmp_path / "data", [GOOD])
 
-    def run(*, env: dict[str, str] | None = None, **values) -> Finished:
+    def run(command: str = "run", *more: str, env: dict[str, str] | None = None, **values) -> Finished:
         settings = {
             "run__output": str(tmp_path / "out"),
             "model__path": str(tiny_model),
             "data__train": str(tmp_path / "data" / "*.parquet"),
             **values,
         }
-        return dpo_ray("run", str(CONFIGS / "align_cpu.yaml"), *overrides(**settings), timeout=120, env=env)
+        return dpo_ray(command, str(CONFIGS / "align_cpu.yaml"), *more, *overrides(**settings), timeout=120, env=env)
 
     return run
 
@@ -65,6 +65,17 @@ def test_unreadable_parquet(attempt, tmp_path):
 def test_missing_column(attempt, tmp_path, write_preferences):
     write_preferences(tmp_path / "data", [{"prompt": "a", "answer": "b"}], name="other.parquet")
     readable(attempt(), 3, "other.parquet", "no column chosen", "rename")
+
+
+def test_single_answers_with_a_loss_that_compares_two(attempt, tmp_path, write_preferences):
+    write_preferences(tmp_path / "data", [{"prompt": "a", "completion": "b", "label": True}], name="single.parquet")
+    readable(attempt(), 3, "single.parquet", "train.loss.type=sigmoid", "train.loss.type=kto", "paired data")
+
+
+def test_a_reference_of_a_loss_that_has_none(attempt, tmp_path):
+    readable(attempt("reference", train__loss={"type": "simpo"}), 2, "train.loss.type=simpo", "without a reference")
+    done = attempt("train", "--reference", str(tmp_path / "any"), train__loss={"type": "orpo"})
+    readable(done, 2, "train.loss.type=orpo", "without --reference")
 
 
 def test_unknown_key(attempt):
@@ -120,6 +131,13 @@ def test_dry_run_prints_the_resolved_tree_and_the_plan_and_writes_nothing(tmp_pa
     assert "max_grad_norm: 1.0" in done.log
     assert done.lines("# train: sigmoid, beta 0.1")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_of_a_loss_without_reference_and_beta_says_so(attempt):
+    done = attempt("run", "--dry-run", train__loss={"type": "orpo"})
+    assert done.code == 0, done.log
+    assert done.lines("# reference: none, for orpo learns without")
+    assert done.lines("# train: orpo, learning rate")
 
 
 @pytest.mark.ray

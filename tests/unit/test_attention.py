@@ -10,8 +10,9 @@ import transformers
 
 from dpo_ray.attention import IMPLEMENTATION, Segment, packed_attention, register, serves
 
-SEGMENTS = [Segment(0, 3, 2, 4), Segment(9, 1, 1, 1), Segment(12, 5, 3, 1)]
-LENGTH = 21
+# The last two lack a side.
+SEGMENTS = [Segment(0, 3, 2, 4), Segment(9, 1, 1, 1), Segment(12, 5, 3, 1), Segment(21, 3, 2, 0), Segment(26, 2, 0, 3)]
+LENGTH = 31
 
 
 def visible(segments: list[Segment]) -> torch.Tensor:

@@ -8,18 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dpo_ray.config import (
-    Config,
-    HingeLoss,
-    IPOLoss,
-    RobustLoss,
-    SigmoidLoss,
-    Train,
-    dump_config,
-    load_config,
-    parse_config,
-)
+from dpo_ray.config import Config, Train, dump_config, load_config, parse_config
 from dpo_ray.errors import ConfigError
+from dpo_ray.loss_options import HingeLoss, IPOLoss, RobustLoss, SigmoidLoss
 
 REPOSITORY = Path(__file__).parents[2]
 

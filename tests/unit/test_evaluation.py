@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +12,6 @@ from dpo_ray.evaluation import (
     margin_noise,
     preference_accuracy,
     quantiles,
-    sum_logprobs,
     wilson,
     win_rate,
 )
@@ -140,10 +136,3 @@ def test_scores_of_other_lengths_are_never_compared(scored: list[list[float]], r
     # A completion of a single token would otherwise be broadcast against any other.
     with pytest.raises(ValueError):
         calibration([[-1.0], *scored], [[-1.0], *rescored])
-
-
-def test_sums_are_exact_in_float64():
-    values = [[-0.1] * 10, [], [-1e16, -1.0, 1e16]]
-    sums = sum_logprobs(pa.chunked_array([values[:1], values[1:]], type=pa.list_(pa.float64())))
-    assert sums.dtype == np.float64
-    assert sums.tolist() == [math.fsum([-0.1] * 10), 0.0, -1.0]

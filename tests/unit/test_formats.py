@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dpo_ray.errors import DataError
-from dpo_ray.formats import canonical_pair, canonical_prompt, check_columns
+from dpo_ray.formats import canonical_pair, canonical_prompt, check_columns, is_unpaired
 from dpo_ray.pairs import PreferencePair
 from dpo_ray.quality import BadRow, Reason
 
@@ -51,6 +51,50 @@ IMPLICIT = {"chosen": [user(), assistant("Because.")], "rejected": [user(), assi
 )
 def test_every_layout_of_a_pair_makes_the_same_pair(layout: dict[str, Any]):
     assert canonical_pair(layout) == EXPECTED
+
+
+def single(**fields: Any) -> dict[str, Any]:
+    """A good row of a single answer, with fields laid over it."""
+    return {"prompt": [user()], "completion": [assistant("Because.")], "label": True, **fields}
+
+
+@pytest.mark.parametrize("prompt", ["Why?", [user()]], ids=["text", "messages"])
+@pytest.mark.parametrize("completion", ["Because.", [assistant("Because.")]], ids=["text", "message"])
+@pytest.mark.parametrize("label", [True, 1, False, 0])
+def test_a_desirable_answer_is_chosen_and_an_undesirable_one_rejected(prompt: Any, completion: Any, label: Any):
+    expected = PreferencePair(EXPECTED.prompt, *(("Because.", None) if label else (None, "Because.")))
+    assert canonical_pair({"prompt": prompt, "completion": completion, "label": label, "source": "web"}) == expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (single(label="yes"), "bad_label"),
+        (single(label=2), "bad_label"),
+        (single(label=0.5), "bad_label"),
+        (single(label=None), "null_field"),
+        (single(prompt=None), "null_field"),
+        (single(completion=None), "null_field"),
+        (single(prompt={"role": "user"}), "non_string_content"),
+        (single(completion=assistant("x")), "non_string_content"),
+        (single(completion=7), "non_string_content"),
+        (single(prompt=[]), "empty_prompt"),
+        (single(prompt=" "), "empty_prompt"),
+        (single(prompt=[assistant("x")]), "role_order"),
+        (single(completion=[]), "empty_response"),
+        (single(completion=""), "empty_response"),
+        (single(completion=[assistant("\n")], label=False), "empty_response"),
+        (single(completion=[user("x")]), "bad_completion"),
+        (single(completion=[assistant("a"), assistant("b")]), "bad_completion"),
+        (single(completion=[user(), assistant("x")]), "prompt_repeated"),
+        (single(prompt="Why?", completion=[user(), assistant("x")]), "prompt_repeated"),
+        (single(completion="\ud800"), "invalid_unicode"),
+    ],
+)
+def test_a_bad_single_answer_is_rejected_for_the_rule_that_it_breaks(raw: dict[str, Any], reason: Reason):
+    with pytest.raises(BadRow) as caught:
+        canonical_pair(raw)
+    assert caught.value.reason == reason
 
 
 def test_an_implicit_prompt_keeps_all_its_turns():
@@ -132,15 +176,16 @@ _JSON = st.recursive(
 _MESSAGE = st.fixed_dictionaries({}, optional={"role": _TEXT | _JSON, "content": _TEXT | _JSON})
 _FIELD = _JSON | st.lists(_MESSAGE | _JSON, max_size=4)
 _ROW = st.dictionaries(_TEXT, _JSON, max_size=2).flatmap(
-    lambda other: st.fixed_dictionaries({}, optional=dict.fromkeys(("prompt", "chosen", "rejected"), _FIELD)).map(
-        lambda fields: {**other, **fields}
-    )
+    lambda other: st.fixed_dictionaries(
+        {}, optional={**dict.fromkeys(("prompt", "chosen", "rejected", "completion"), _FIELD), "label": _JSON}
+    ).map(lambda fields: {**other, **fields})
 )
 
 
 @given(_ROW)
 @example(row())
 @example({"prompt": "Why?", "chosen": "a", "rejected": "b"})
+@example(single(label=False))
 def test_any_row_makes_a_good_pair_or_is_a_bad_row_and_nothing_else(raw: dict[str, Any]):
     try:
         pair = canonical_pair(raw)
@@ -148,9 +193,15 @@ def test_any_row_makes_a_good_pair_or_is_a_bad_row_and_nothing_else(raw: dict[st
         assert error.reason in get_args(Reason)
         return
     assert pair.prompt[-1]["role"] == "user"
-    assert pair.chosen.strip() and pair.rejected.strip() and pair.chosen.strip() != pair.rejected.strip()
     json.dumps([pair.prompt, pair.chosen, pair.rejected], ensure_ascii=False).encode()
     assert len(pair.pair_id) == 16
+    if pair.chosen is None or pair.rejected is None:
+        text = pair.chosen if pair.rejected is None else pair.rejected
+        assert text is not None and text.strip()
+        again = {"prompt": list(pair.prompt), "completion": text, "label": pair.rejected is None}
+        assert is_unpaired(raw) and canonical_pair(again) == pair
+        return
+    assert pair.chosen.strip() and pair.rejected.strip() and pair.chosen.strip() != pair.rejected.strip()
     assert (
         canonical_pair(
             {"prompt": list(pair.prompt), "chosen": [assistant(pair.chosen)], "rejected": [assistant(pair.rejected)]}
@@ -191,15 +242,33 @@ def test_what_is_no_prompt_is_rejected(value: Any, reason: Reason):
 
 def test_columns_that_hold_pairs_pass():
     check_columns(["source", "rejected", "chosen"], "f.parquet")
+    check_columns(["label", "completion", "prompt", "source"], "f.parquet")
 
 
 @pytest.mark.parametrize(
-    ("columns", "missing"), [(["prompt", "chosen"], "rejected"), (["text"], "chosen"), ([], "chosen")]
+    ("columns", "expected"),
+    [
+        (["prompt", "completion", "label", "id"], True),
+        (["prompt", "completion"], False),
+        (["completion", "label"], False),
+        (["prompt", "chosen", "rejected"], False),
+        # Pairs that also have columns of those names are pairs.
+        (["prompt", "chosen", "rejected", "completion", "label"], False),
+    ],
+)
+def test_a_file_is_unpaired_by_its_columns(columns: list[str], expected: bool):
+    assert is_unpaired(columns) is expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "missing"),
+    [(["prompt", "chosen"], "rejected"), (["text"], "chosen"), (["prompt", "completion"], "chosen"), ([], "chosen")],
 )
 def test_a_file_without_the_columns_fails_with_its_name_and_what_is_missing(columns: list[str], missing: str):
     with pytest.raises(DataError) as caught:
         check_columns(columns, "f.parquet")
     assert "f.parquet" in str(caught.value) and f"no column {missing}" in str(caught.value)
+    assert "prompt, completion and label" in str(caught.value)
 
 
 # Rules on files, lines and rows among each other; a row alone cannot break them.

@@ -87,3 +87,42 @@ def test_the_head_never_sees_more_than_a_chunk():
 def test_no_tokens_give_no_logprobs():
     got = token_logprobs(torch.zeros(0, 3), lambda x: x, torch.zeros(0, dtype=torch.long))
     assert got.shape == (0,) and got.dtype == torch.float32
+
+
+def with_collisions(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return token_logprobs(hidden, lambda x: x @ weight.T, targets, with_collisions=True)
+
+
+def test_collisions_worked_by_hand():
+    # Probabilities (1/2, 1/2): 1/4 + 1/4 = 1/2.  (1/4, 3/4): 1/16 + 9/16 = 5/8.
+    hidden = torch.tensor([[0.0], [1.0]])
+    weight = torch.tensor([[0.0], [float(torch.tensor(3.0).log())]])
+    got = with_collisions(hidden, weight, torch.tensor([0, 1]))
+    torch.testing.assert_close(got, torch.tensor([[0.5, 0.75], [0.5, 0.625]]).log(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 9])
+def test_collisions_come_beside_the_same_values_and_gradients(num_tokens: int):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(num_tokens, 6), torch.randn(11, 6)
+    targets = torch.randint(11, (num_tokens,))
+    alone, beside = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    logprobs_alone = token_logprobs(alone, lambda x: x @ weight.T, targets)
+    both = with_collisions(beside, weight, targets)
+    assert torch.equal(both[0], logprobs_alone)
+    expected = (hidden @ weight.T).softmax(-1).square().sum(-1).log()
+    torch.testing.assert_close(both[1], expected, rtol=0, atol=2e-6)
+    logprobs_alone.sum().backward()
+    (both[0].sum() + 100 * both[1].sum()).backward()  # the second row carries none
+    torch.testing.assert_close(beside.grad, alone.grad, rtol=0, atol=0)
+
+
+def test_collisions_of_large_logits_stay_exact():
+    # Almost all mass on one token: the probability of a collision is 1, its logarithm 0.
+    got = token_logprobs(torch.tensor([[1e4]]), lambda x: torch.cat((x, -x), -1), torch.tensor([0]), True)
+    assert got.tolist() == [[0.0], [0.0]]
+
+
+def test_no_tokens_give_no_collisions():
+    got = token_logprobs(torch.zeros(0, 3), lambda x: x, torch.zeros(0, dtype=torch.long), True)
+    assert got.shape == (2, 0) and got.dtype == torch.float32

@@ -13,16 +13,19 @@ import transformers
 from torch import Tensor
 
 from dpo_ray.attention import IMPLEMENTATION, Segment
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.losses import sum_by_sequence
 from dpo_ray.model import CompletionScorer, load_policy
-from dpo_ray.packing import pack, pad
+from dpo_ray.packing import mismatched, pack, pad
 from dpo_ray.pairs import TokenizedPair
 
 A = TokenizedPair("a", [5, 6, 7, 8, 9], [10, 11, 2], [12, 2])
 B = TokenizedPair("b", [20], [21], [22, 23, 24, 2])  # a prompt and an answer of one token
 C = TokenizedPair("c", [30, 31], [32, 33, 34, 35, 36, 2], [37])
 PAIRS = [A, B, C]
+DESIRABLE = replace(A, pair_id="d", rejected_ids=[])
+UNDESIRABLE = replace(B, pair_id="u", chosen_ids=[])
+UNPAIRED = [UNDESIRABLE, DESIRABLE]
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -72,7 +75,7 @@ def unshared(folder: Path, pairs: list[TokenizedPair]) -> Tensor:
     ).eval()
     values = []
     for pair in pairs:
-        for completion in (pair.chosen_ids, pair.rejected_ids):
+        for completion in filter(None, (pair.chosen_ids, pair.rejected_ids)):
             logits = model(torch.tensor([pair.prompt_ids + completion])).logits[0]
             predicting = logits[len(pair.prompt_ids) - 1 : -1].log_softmax(-1)
             values.append(predicting.gather(-1, torch.tensor(completion)[:, None])[:, 0])
@@ -106,7 +109,66 @@ def test_padded_rows_by_hand():
     assert batch.predictors.tolist() == [4, 5, 6, 8 + 4, 8 + 5, 16, 24, 25, 26, 27]
 
 
-@pytest.mark.parametrize("pairs", [[A], [B], PAIRS, PAIRS[::-1]])
+def test_absent_sides_by_hand():
+    packed = pack(UNPAIRED)
+    assert packed.input_ids.tolist() == [[20, 22, 23, 24, 2, 5, 6, 7, 8, 9, 10, 11, 2]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6, 7]]
+    assert packed.segments == [Segment(0, 1, 0, 4), Segment(5, 5, 3, 0)]
+    assert packed.predictors.tolist() == [0, 1, 2, 3, 9, 10, 11]
+    # The first pair has rejected tokens only, the second chosen ones only.
+    assert packed.sequence_index.tolist() == [1, 1, 1, 1, 2, 2, 2]
+    padded = pad(UNPAIRED)
+    assert padded.input_ids.tolist() == [[20, 22, 23, 24, 2, 0, 0, 0], [5, 6, 7, 8, 9, 10, 11, 2]]
+    assert padded.predictors.tolist() == [0, 1, 2, 3, 12, 13, 14]
+    assert padded.sequence_index.tolist() == [1, 1, 1, 1, 2, 2, 2]
+
+
+REFERENCE = [
+    replace(A, chosen_ref_logprobs=[-1.0, -2.0, -3.0], rejected_ref_logprobs=[-4.0, -5.0]),
+    replace(UNDESIRABLE, chosen_ref_logprobs=[], rejected_ref_logprobs=[-6.0, -7.0, -8.0, -9.0]),
+    replace(DESIRABLE, chosen_ref_logprobs=[-0.5, -1.5, -2.5]),
+]
+
+
+@pytest.mark.parametrize("layout", [pack, pad])
+def test_reference_log_probs_stand_beside_their_tokens(layout: Callable[..., Any]):
+    batch = layout(REFERENCE)
+    assert batch.targets.tolist() == [10, 11, 2, 12, 2, 22, 23, 24, 2, 10, 11, 2]
+    assert batch.reference_logprobs.tolist() == [-1, -2, -3, -4, -5, -6, -7, -8, -9, -0.5, -1.5, -2.5]
+    assert batch.reference_logprobs.dtype == torch.float32
+    assert layout(PAIRS).reference_logprobs is None
+
+
+@pytest.mark.parametrize("layout", [pack, pad])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        B,
+        replace(B, chosen_ref_logprobs=[-1.0]),
+        replace(B, chosen_ref_logprobs=[-1.0], rejected_ref_logprobs=[-1.0]),
+        replace(DESIRABLE, chosen_ref_logprobs=[-1.0] * 3, rejected_ref_logprobs=[-1.0]),
+    ],
+    ids=["none", "one side", "too few", "of an absent side"],
+)
+def test_a_gap_in_the_reference_log_probs_is_an_error_that_names_the_pair(
+    layout: Callable[..., Any], pair: TokenizedPair
+):
+    with pytest.raises(DataError, match=f"Pair {pair.pair_id} has "):
+        layout([REFERENCE[0], pair])
+
+
+def test_mismatched_completions_are_chosen_sides_of_their_new_prompts():
+    with_one = replace(REFERENCE[0], mismatched_ids=[21], mismatched_ref_logprobs=[-0.25])
+    assert mismatched([with_one, REFERENCE[1]]) == [
+        TokenizedPair("a", A.prompt_ids, [21], [], chosen_ref_logprobs=[-0.25])
+    ]
+    batch = pack(mismatched([with_one]))
+    assert batch.sequence_index.tolist() == [0]
+    assert batch.reference_logprobs is not None and batch.reference_logprobs.tolist() == [-0.25]
+    assert mismatched(PAIRS) == []
+
+
+@pytest.mark.parametrize("pairs", [[A], [B], PAIRS, PAIRS[::-1], UNPAIRED, [*UNPAIRED, *PAIRS], [DESIRABLE]])
 def test_both_layouts_name_the_same_tokens_in_the_same_order(pairs: list[TokenizedPair]):
     packed, padded = pack(pairs), pad(pairs)
     assert torch.equal(packed.targets, padded.targets)
@@ -135,11 +197,12 @@ def test_a_prompt_is_computed_once_and_its_tokens_are_never_targets():
 def test_packed_equals_padded_equals_unshared_in_values_and_gradients(
     saved_model: Build, architecture: str, options: dict[str, Any]
 ):
+    pairs = [*PAIRS, *UNPAIRED]
     folder = saved_model(architecture, **options)
     packed = scorer(folder)
     assert packed.packs
-    values = packed(packed.collate(PAIRS))
-    torch.testing.assert_close(values, unshared(folder, PAIRS), rtol=0, atol=1e-5)
+    values = packed(packed.collate(pairs))
+    torch.testing.assert_close(values, unshared(folder, pairs), rtol=0, atol=1e-5)
     # Weights that differ by token, so that a gradient in the wrong place shows.
     weights = torch.linspace(-1, 1, len(values))
     (values * weights).sum().backward()
@@ -147,7 +210,7 @@ def test_packed_equals_padded_equals_unshared_in_values_and_gradients(
     padded = scorer(folder)
     padded.model.set_attn_implementation("sdpa")
     assert not padded.packs
-    plain = padded(padded.collate(PAIRS))
+    plain = padded(padded.collate(pairs))
     torch.testing.assert_close(values, plain, rtol=0, atol=1e-5)
     (plain * weights).sum().backward()
     compared = 0
@@ -232,7 +295,7 @@ def test_swapping_the_answers_swaps_their_scores(llama: CompletionScorer):
 
 @pytest.mark.parametrize("layout", [pack, pad])
 def test_moving_a_batch_moves_every_tensor_and_keeps_the_rest(layout: Callable[..., Any]):
-    batch = layout(PAIRS)
+    batch = layout(REFERENCE)
     moved = batch.to(torch.device("meta"))
     for name, value in vars(batch).items():
         if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Scored candidates → pairs."""
+"""Scored candidates → pairs, and rows → mismatched rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_ray.errors import DpoRayError
-from dpo_ray.pairing import make_pairs
+from dpo_ray.pairing import make_pairs, mismatched_rows
 from dpo_ray.pairs import Message
 
 PROMPT = [Message(role="user", content="Why?")]
@@ -85,3 +85,27 @@ def test_a_score_that_is_not_a_number_never_makes_a_preference(position: int):
     except DpoRayError:
         return
     assert pairs == []
+
+
+def test_a_mismatched_row_is_the_next_one_with_another_prompt_cyclically():
+    assert mismatched_rows(["a", "b", "c"], ["train"] * 3) == [1, 2, 0]
+    assert mismatched_rows(["a", "a", "b", "a"], ["train"] * 4) == [2, 2, 3, 2]
+
+
+def test_a_mismatched_row_is_of_the_same_split():
+    assert mismatched_rows(["a", "b", "c", "d"], ["train", "eval", "train", "eval"]) == [2, 3, 0, 1]
+    assert mismatched_rows(["a", "b", "c"], ["train", "eval", "train"]) == [2, None, 0]
+
+
+def test_where_there_is_no_other_prompt_there_is_no_mismatched_row():
+    assert mismatched_rows(["a", "a"], ["train"] * 2) == [None, None]
+    assert mismatched_rows([], []) == []
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["train", "eval"])), max_size=12))
+def test_the_mismatched_row_is_the_nearest_that_will_do(rows: list[tuple[str, str]]):
+    found = mismatched_rows([prompt for prompt, _ in rows], [split for _, split in rows])
+    for i, (prompt, split) in enumerate(rows):
+        following = [j % len(rows) for j in range(i + 1, i + len(rows))]
+        other = [j for j in following if rows[j][1] == split and rows[j][0] != prompt]
+        assert found[i] == (other[0] if other else None)

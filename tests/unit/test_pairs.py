@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_ray.pairs import REFERENCE, TOKENIZED, Message, PreferencePair, TokenizedPair, split_of, tokenized_pair
+from dpo_ray.pairs import (
+    MISMATCHED,
+    REFERENCE,
+    TOKENIZED,
+    Message,
+    PreferencePair,
+    TokenizedPair,
+    split_of,
+    tokenized_pair,
+)
 
 PROMPT = (Message(role="user", content="Why is the sky blue?"),)
 PAIR = PreferencePair(PROMPT, "Scattering.", "Paint.")
@@ -28,10 +37,16 @@ def test_the_order_of_keys_in_a_message_does_not_matter():
         PreferencePair((Message(role="system", content="s"), *PROMPT), "Scattering.", "Paint."),
         # The same characters in all, cut elsewhere.
         PreferencePair(PROMPT, "Scattering.P", "aint."),
+        PreferencePair(PROMPT, "Scattering.", None),
+        PreferencePair(PROMPT, None, "Paint."),
     ],
 )
 def test_another_pair_has_another_id(other: PreferencePair):
     assert other.pair_id != PAIR.pair_id
+
+
+def test_the_same_answer_judged_otherwise_is_another_row():
+    assert PreferencePair(PROMPT, "Paint.", None).pair_id != PreferencePair(PROMPT, None, "Paint.").pair_id
 
 
 def test_pairs_of_one_prompt_share_its_id():
@@ -68,7 +83,15 @@ def test_a_row_without_reference_has_none_and_a_row_with_it_has_its_values():
     assert tokenized_pair(row).chosen_ref_logprobs is None
     scored = tokenized_pair({**row, "chosen_ref_logprobs": [-0.5], "rejected_ref_logprobs": [-1.5]})
     assert (scored.chosen_ref_logprobs, scored.rejected_ref_logprobs) == ([-0.5], [-1.5])
+    assert (scored.mismatched_ids, scored.mismatched_ref_logprobs) == (None, None)
+
+
+def test_a_row_with_a_mismatched_completion_has_it():
+    row = {"pair_id": "p", "prompt_ids": [1], "chosen_ids": [2], "rejected_ids": []}
+    pair = tokenized_pair({**row, "mismatched_ids": [4, 5], "mismatched_ref_logprobs": [-0.5, -1.5]})
+    assert (pair.mismatched_ids, pair.mismatched_ref_logprobs) == ([4, 5], [-0.5, -1.5])
 
 
 def test_the_reference_rows_are_the_tokenized_rows_and_two_columns():
     assert REFERENCE.names == [*TOKENIZED.names, "chosen_ref_logprobs", "rejected_ref_logprobs"]
+    assert MISMATCHED.names == [*REFERENCE.names, "mismatched_ids", "mismatched_ref_logprobs"]

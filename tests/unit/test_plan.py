@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,18 @@ def test_costs_are_spread_by_hand():
 def test_the_cost_of_a_pair_by_hand():
     # prompt 10, chosen 4, rejected 6: 20 tokens. Attention: 14² + 6 · (16 + 10) = 352; over 12 · 8 hidden = 3.6667.
     assert pair_cost(np.array([[10, 4, 6]]), 8)[0] == pytest.approx(20 + 352 / 96, abs=1e-12)
+
+
+def test_a_single_answer_costs_the_same_on_either_side():
+    chosen, rejected = pair_cost(np.array([[10, 4, 0], [10, 0, 4]]), 8)
+    # 14 tokens, attention 14² over 12 · 8; as rejected: 10² + 4 · (14 + 10) = 14².
+    assert chosen == rejected == pytest.approx(14 + 196 / 96, abs=1e-12)
+
+
+def test_rows_that_lack_a_side_are_counted():
+    index = replace(index_of(3), lengths=np.array([[5, 2, 0], [5, 2, 3], [5, 0, 3]], dtype=np.int32))
+    assert index.num_unpaired == 2
+    assert index_of(3).num_unpaired == 0
 
 
 def test_a_shared_prompt_makes_a_pair_cheaper_than_its_two_sequences():

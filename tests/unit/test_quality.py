@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
 
 from dpo_ray.pairs import Message, PreferencePair
-from dpo_ray.quality import BadRow, Reason, check_message, check_pair, check_prompt, check_text, reject
+from dpo_ray.quality import BadRow, Reason, check_label, check_message, check_pair, check_prompt, check_text, reject
 
 
 def dialogue(*roles: str) -> list[Message]:
@@ -81,6 +82,42 @@ def test_only_three_roles_are_known(role: str):
 def test_a_good_pair_passes_unchanged():
     pair = PreferencePair(tuple(dialogue("user")), " a ", "b")
     assert check_pair(pair) is pair
+
+
+@pytest.mark.parametrize("pair", [PreferencePair((), "a", None), PreferencePair((), None, "a")])
+def test_an_absent_side_breaks_no_rule(pair: PreferencePair):
+    whole = replace(pair, prompt=tuple(dialogue("user")))
+    assert check_pair(whole) is whole
+
+
+@pytest.mark.parametrize("pair", [PreferencePair((), " ", None), PreferencePair((), None, "")])
+def test_a_side_alone_must_not_be_blank(pair: PreferencePair):
+    with pytest.raises(BadRow) as caught:
+        check_pair(replace(pair, prompt=tuple(dialogue("user"))))
+    assert caught.value.reason == "empty_response"
+
+
+@pytest.mark.parametrize(("label", "desirable"), [(True, True), (False, False), (1, True), (0, False)])
+def test_a_label_is_a_bool_or_the_integer_0_or_1(label: Any, desirable: bool):
+    assert check_label(label) is desirable
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        (None, "null_field"),
+        (2, "bad_label"),
+        (-1, "bad_label"),
+        (1.0, "bad_label"),
+        ("true", "bad_label"),
+        ("", "bad_label"),
+        ([True], "bad_label"),
+    ],
+)
+def test_any_other_label_is_rejected_and_never_taken_for_true_or_false(label: Any, reason: Reason):
+    with pytest.raises(BadRow) as caught:
+        check_label(label)
+    assert caught.value.reason == reason
 
 
 @pytest.mark.parametrize("reason", get_args(Reason))

@@ -13,7 +13,7 @@ import pytest
 
 from dpo_ray.artifacts import write_shard
 from dpo_ray.errors import ConfigError, DataError
-from dpo_ray.model import load_tokenizer
+from dpo_ray.model_folders import load_tokenizer
 from dpo_ray.pairs import CANDIDATES, PAIRS, PROMPTS, QUARANTINE, TOKENIZED, PreferencePair, prompt_id, split_of
 from dpo_ray.shard_work import IngestShard, PairShard, TokenizeShard, prompt_table, read_prompts
 from dpo_ray.storage import Location
@@ -71,6 +71,21 @@ def test_bad_rows_go_to_quarantine_with_reason_and_row_number(tmp_path: Path, wr
     ]
     assert {q["source"] for q in quarantined} == {str(path)}
     assert json.loads(quarantined[1]["raw"]) == rows[3]
+
+
+def test_single_answers_become_pairs_with_one_side_and_bad_labels_go_to_quarantine(tmp_path: Path):
+    prompts = [raw(i)["prompt"] for i in range(4)]
+    labels = pa.array([1, 0, 2, None])
+    table = pa.table({"prompt": prompts, "completion": [f"Answer {i}" for i in range(4)], "label": labels})
+    pq.write_table(table, tmp_path / "f.parquet")
+    output = IngestShard(0.1, 0)(source(tmp_path / "f.parquet"))
+    assert output.table.schema.equals(PAIRS)
+    assert output.table["chosen"].to_pylist() == ["Answer 0", None]
+    assert output.table["rejected"].to_pylist() == [None, "Answer 1"]
+    assert output.table["pair_id"][1].as_py() == PreferencePair(tuple(prompts[1]), None, "Answer 1").pair_id
+    assert output.counters == {"read": 4, "bad_label": 1, "null_field": 1}
+    assert output.quarantine is not None
+    assert json.loads(output.quarantine["raw"][0].as_py())["completion"] == "Answer 2"
 
 
 @pytest.mark.parametrize("row_group_size", [2, 100])
@@ -203,6 +218,21 @@ def test_pairs_over_a_limit_are_dropped_whole_and_counted(tmp_path: Path, tiny_m
     assert output.counters == {"read": 4, "prompt_too_long": 1, "completion_too_long": 2}
     assert output.table["pair_id"].to_pylist() == [fits.pair_id]
     assert len(output.table["chosen_ids"][0]) == longest
+
+
+def test_an_absent_side_has_no_token_ids(tmp_path: Path, tiny_model: Path):
+    rows = [PreferencePair(question("Why?"), "Because.", None), PreferencePair(question("Why?"), None, "Because.")]
+    output = TokenizeShard(str(tiny_model), None, False, 64, 16)(pairs_shard(tmp_path, rows))
+    ids = completion_ids(load_tokenizer(tiny_model), question("Why?"), "Because.")
+    assert output.table["chosen_ids"].to_pylist() == [ids, []]
+    assert output.table["rejected_ids"].to_pylist() == [[], ids]
+    assert output.counters == {"read": 2}
+
+
+def test_a_single_answer_over_the_limit_is_dropped_and_counted(tmp_path: Path, tiny_model: Path):
+    rows = [PreferencePair(question("Why?"), None, "Because it is so.")]
+    output = TokenizeShard(str(tiny_model), None, False, 64, 3)(pairs_shard(tmp_path, rows))
+    assert output.counters == {"read": 1, "completion_too_long": 1}
 
 
 def test_answers_of_the_same_tokens_are_no_pair(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):

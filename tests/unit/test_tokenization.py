@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_ray.errors import ConfigError
-from dpo_ray.model import load_tokenizer
+from dpo_ray.model_folders import load_tokenizer
 from dpo_ray.pairs import Message
 from dpo_ray.tokenization import completion_ids, prompt_ids, require_chat_template, tokenizer_identity
 

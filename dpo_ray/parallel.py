@@ -1,0 +1,113 @@
+"""Data parallelism over the workers of one run: DDP, or FSDP2, behind the same few functions.
+
+Both average gradients over the workers; with one worker and no process group nothing is wrapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from dpo_ray.errors import ConfigError
+from dpo_ray.model import CompletionScorer
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Who this worker is."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def parallelize(scorer: CompletionScorer, strategy: Literal["ddp", "fsdp"], me: Rank) -> nn.Module:
+    """The module to call for a forward pass that gradients are to flow through.
+
+    fsdp shards each decoder layer on its own, in place (torch's fully_shard, arXiv:2304.11277), so that one layer
+    at a time is whole; in bfloat16 it gathers bfloat16 weights and reduces gradients in float32.
+
+    Raises ConfigError where the model does not name its decoder layers.
+    """
+    if strategy == "ddp":
+        return DistributedDataParallel(scorer) if me.world_size > 1 else scorer
+    names = set(scorer.model._no_split_modules or ())
+    layers = [module for module in scorer.model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ConfigError(
+            f"train.strategy=fsdp shards decoder layers, but {type(scorer.model).__name__} does not name its own "
+            "(_no_split_modules). Use train.strategy=ddp for this model."
+        )
+    mesh = init_device_mesh(me.device.type, (me.world_size,))
+    precision = (
+        MixedPrecisionPolicy()
+        if scorer.dtype == torch.float32
+        else MixedPrecisionPolicy(param_dtype=scorer.dtype, reduce_dtype=torch.float32)
+    )
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(scorer, mesh=mesh, mp_policy=precision)
+    return scorer
+
+
+def accumulating(forward: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+    """Around forward and backward of one micro-batch: gradients travel between workers in the last one only."""
+    if isinstance(forward, FSDPModule):
+        forward.set_requires_gradient_sync(last)
+    elif isinstance(forward, DistributedDataParallel) and not last:
+        return forward.no_sync()
+    return nullcontext()
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scale all gradients down to a global norm. Returns the norm before, over all shards."""
+    norm = nn.utils.clip_grad_norm_(list(parameters), max_norm)
+    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return float(whole)
+
+
+def summed(values: Tensor, me: Rank) -> Tensor:
+    """The sum of a tensor over all workers, on each of them."""
+    if me.world_size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gathered(values: Tensor, me: Rank) -> list[Tensor]:
+    """Tensors [n_r, …] of every rank r, in the order of the ranks; the n_r may differ."""
+    if me.world_size == 1:
+        return [values]
+    mine = torch.tensor([len(values)], device=values.device)
+    counts = [torch.zeros_like(mine) for _ in range(me.world_size)]
+    dist.all_gather(counts, mine)
+    longest = max(int(count) for count in counts)
+    padded = values.new_zeros(longest, *values.shape[1:])
+    padded[: len(values)] = values
+    parts = [torch.zeros_like(padded) for _ in range(me.world_size)]
+    dist.all_gather(parts, padded)
+    return [part[: int(count)] for part, count in zip(parts, counts, strict=True)]
+
+
+def gathered_objects(value: Any, me: Rank) -> list[Any]:
+    """A small picklable value of every rank, in the order of the ranks."""
+    if me.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * me.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """Trained parameters by name, whole and on the CPU; empty on other ranks than 0. Every rank must call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(model, options=options)

@@ -1,0 +1,102 @@
+"""The main job on single answers with a label (KTO), and with a loss that needs no reference (SimPO)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.command_line import CONFIGS, Finished, dpo_ray, overrides, summary_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+
+def single_answers(count: int) -> list[dict]:
+    """A desirable and an undesirable answer to each prompt, each a row, and one row with a bad label at the end."""
+    rows = []
+    for n in range(count):
+        prompt = f"Name the number after {n}."
+        rows.append({"prompt": prompt, "completion": f"It is {n + 1}.", "label": 1})
+        rows.append({"prompt": prompt, "completion": f"I will not say, but {n} is not it.", "label": 0})
+    return [*rows, {"prompt": "Name a number.", "completion": "Three.", "label": 3}]
+
+
+def paired_answers(count: int) -> list[dict]:
+    return [
+        {
+            "prompt": f"Name the number after {n}.",
+            "chosen": f"It is {n + 1}.",
+            "rejected": f"I will not say, but {n} is not it.",
+        }
+        for n in range(count)
+    ]
+
+
+def run(folder: Path, tiny_model: Path, **more) -> Finished:
+    values = {
+        "run__name": "numbers",
+        "run__output": str(folder / "out"),
+        "model__path": str(tiny_model),
+        "data__train": str(folder / "data" / "*.parquet"),
+        "data__held_out_fraction": 0.25,
+        "data__rows_per_shard": 20,
+        "train__global_batch_size": 8,
+        "train__learning_rate": 1e-3,
+        "publish__gate__accuracy_above": None,
+        **more,
+    }
+    return dpo_ray("run", str(CONFIGS / "align_cpu.yaml"), *overrides(**values))
+
+
+def shards_of(folder: Path, summary: dict, stage: str, kind: str) -> list[dict]:
+    place = folder / "out" / "artifacts" / kind / summary["stages"][stage]["fingerprint"]
+    return [row for file in sorted(place.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def test_kto_learns_from_single_answers(tmp_path, tiny_model, write_preferences):
+    write_preferences(tmp_path / "data", single_answers(20))
+    done = run(
+        tmp_path,
+        tiny_model,
+        train__loss={"type": "kto"},
+        reference__engine="torch",
+        reference__calibration_pairs=4,
+    )
+    assert done.code == 0, done.log
+    summary = summary_of(tmp_path / "out")
+    assert summary["stages"]["ingest"]["rows"] == {"in": 41, "kept": 40, "dropped": {"bad_label": 1}}
+    assert Path(summary["published"]).is_dir()
+    # At the first step policy and reference are equal, so the loss is λ·(1 − σ(0)).
+    assert summary["train"]["first_step_loss"] == pytest.approx(0.5, abs=1e-5)
+    assert summary["train"]["final"]["kl"] >= 0
+
+    rows = shards_of(tmp_path, summary, "mismatched", "mismatched")
+    answers = {tuple(row["chosen_ids"] or row["rejected_ids"]): row["prompt_id"] for row in rows}
+    assert len(rows) == 40
+    for row in rows:
+        assert answers[tuple(row["mismatched_ids"])] != row["prompt_id"]
+        assert len(row["mismatched_ref_logprobs"]) == len(row["mismatched_ids"])
+    assert {bool(row["chosen_ids"]) for row in rows} == {bool(row["rejected_ids"]) for row in rows} == {True, False}
+
+    # Each prompt is on one side of the split with both its answers, so the held-out ones make up couples.
+    held_out = [row for row in rows if row["split"] == "eval"]
+    assert summary["eval"]["accuracy"]["n"] == len(held_out) // 2 > 0
+    assert summary["stages"]["score"]["rows"]["kept"] == len(held_out)
+
+
+def test_simpo_computes_no_reference(tmp_path, tiny_model, write_preferences):
+    write_preferences(tmp_path / "data", paired_answers(40))
+    done = run(tmp_path, tiny_model, train__loss={"type": "simpo"})  # reference.engine is left at vllm
+    assert done.code == 0, done.log
+    summary = summary_of(tmp_path / "out")
+    assert {"reference", "calibrate", "mismatched"} & set(summary["stages"]) == set()
+    assert "reference" not in summary
+    assert not (tmp_path / "out" / "artifacts" / "reference").exists()
+    assert Path(summary["published"]).is_dir()
+    assert summary["train"]["zero_margin_loss"] is None
+    held_out = [r for r in shards_of(tmp_path, summary, "tokenize", "tokenized") if r["split"] == "eval"]
+    assert summary["eval"]["accuracy"]["n"] == len(held_out) > 0
+    history = (tmp_path / "out" / "runs" / summary["run_id"] / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(history[-1])["step"] == summary["train"]["num_steps"]

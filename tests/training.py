@@ -1,0 +1,182 @@
+"""The training loop without Ray: pairs from memory, checkpoints in a folder, one process or a gang of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from dpo_ray.checkpoint import TrainState, read_history
+from dpo_ray.config import Model, Train
+from dpo_ray.model import CompletionScorer, load_policy
+from dpo_ray.packing import mismatched
+from dpo_ray.pairs import TokenizedPair
+from dpo_ray.parallel import Rank
+from dpo_ray.plan import PlanIndex, microbatches
+from dpo_ray.train_loop import EXPORT, Step, train
+from dpo_ray.train_step import Share
+
+
+def random_pairs(count: int, *, seed: int = 0, vocabulary: int = 49152) -> list[TokenizedPair]:
+    """Pairs of random tokens and lengths, each with a mismatched completion, without reference log-probs."""
+    random = torch.Generator().manual_seed(seed)
+
+    def ids(longest: int) -> list[int]:
+        length = int(torch.randint(1, longest + 1, (1,), generator=random))
+        return torch.randint(3, vocabulary, (length,), generator=random).tolist()
+
+    return [
+        TokenizedPair(f"pair-{i}", ids(12), ids(8), ids(8), mismatched_ids=ids(8)) for i in range(count)
+    ]
+
+
+def scored(pairs: Sequence[TokenizedPair], folder: Path) -> list[TokenizedPair]:
+    """The same with reference log-probs by the trainer's own forward."""
+    scorer = CompletionScorer(load_policy(folder), torch.float32).eval()
+    done = []
+    with torch.no_grad():
+        for pair in pairs:
+            values = scorer(scorer.collate([pair])).tolist()
+            cut = len(pair.chosen_ids)
+            pair = replace(pair, chosen_ref_logprobs=values[:cut], rejected_ref_logprobs=values[cut:])
+            if pair.mismatched_ids:
+                other = replace(pair, chosen_ids=pair.mismatched_ids, rejected_ids=[], chosen_ref_logprobs=[0.0])
+                other = replace(other, chosen_ref_logprobs=None, rejected_ref_logprobs=None)
+                pair = replace(pair, mismatched_ref_logprobs=scorer(scorer.collate([other])).tolist())
+            done.append(pair)
+    assert not any(mismatched([pair]) == [] for pair in done if pair.mismatched_ids)
+    return done
+
+
+def shares(pairs: Sequence[TokenizedPair], me: Rank, tokens_per_microbatch: int) -> Share:
+    """A rank's share of a batch, spread as the step plan spreads it."""
+    lengths = np.array([[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in pairs], dtype=np.int32)
+    rows = np.arange(len(pairs), dtype=np.int32)
+    index = PlanIndex(("memory",), np.zeros_like(rows), rows, lengths, duplicates=0, read=len(pairs))
+    mine = microbatches(index, rows, me.world_size, tokens_per_microbatch, hidden_size=64)[me.rank]
+    return Share([[pairs[row] for row in group] for group in mine], filler=min(pairs, key=lambda p: p.num_tokens))
+
+
+def feed(pairs: Sequence[TokenizedPair], options: Train, me: Rank) -> Callable[[int], list[Step]]:
+    """Steps of global_batch_size pairs, in order."""
+    size = options.global_batch_size
+    batches = [pairs[i : i + size] for i in range(0, len(pairs) - size + 1, size)]
+    steps = [Step(n, shares(batch, me, options.tokens_per_microbatch)) for n, batch in enumerate(batches)]
+    return lambda start: steps[start:]
+
+
+class Kept:
+    """Keeps every checkpoint below a folder; may die after one, as a killed worker would."""
+
+    def __init__(self, folder: Path, die_at: int | None = None):
+        self.folder = folder
+        self.die_at = die_at
+
+    def keep(self, metrics: dict[str, Any], folder: Path, *, last: bool) -> None:
+        shutil.copytree(folder, self.folder / f"step-{metrics['step']}", dirs_exist_ok=True)
+        shutil.rmtree(folder)
+        if dist.is_initialized():
+            dist.barrier()
+        if metrics["step"] == self.die_at:
+            raise InterruptedError("killed")
+
+    @contextmanager
+    def of_step(self, step: int) -> Iterator[Path]:
+        yield self.folder / f"step-{step}"
+
+
+class Trained:
+    """What a training left in its folder."""
+
+    def __init__(self, folder: Path):
+        steps = sorted(folder.glob("step-*"), key=lambda f: int(f.name.removeprefix("step-")))
+        self.checkpoints = [int(f.name.removeprefix("step-")) for f in steps]
+        self.last = steps[-1]
+        self.metrics = read_history(self.last)
+
+    def of(self, name: str) -> list[float]:
+        """One metric over the logged steps."""
+        return [m[name] for m in self.metrics]
+
+    @property
+    def losses(self) -> list[float]:
+        return self.of("loss")
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Those of the exported model."""
+        return load_file(self.last / EXPORT / "model.safetensors")
+
+
+def run(
+    model: Path | Model,
+    pairs: Sequence[TokenizedPair],
+    folder: Path,
+    *,
+    me: Rank | None = None,
+    held_out: Sequence[TokenizedPair] = (),
+    resume: Path | None = None,
+    die_at: int | None = None,
+    num_steps: int | None = None,
+    reference_tolerance: float | None = 0.05,
+    **values: Any,
+) -> TrainState:
+    """Train on the pairs, as one worker or as one rank of a gang."""
+    me = me or Rank(0, 1, torch.device("cpu"))
+    options = Train.model_validate(
+        {"learning_rate": 1e-3, "global_batch_size": 8, "checkpoint_every_steps": 100, "tokens_per_microbatch": 64}
+        | values
+    )
+    return train(
+        model if isinstance(model, Model) else Model(path=str(model)),
+        options,
+        seed=0,
+        num_steps=num_steps or len(pairs) // options.global_batch_size,
+        pairs_per_epoch=len(pairs),
+        me=me,
+        steps_from=feed(pairs, options, me),
+        held_out=shares(held_out, me, options.tokens_per_microbatch) if held_out else None,
+        checkpoints=Kept(folder, die_at),
+        resume=resume,
+        reference_tolerance=reference_tolerance,
+    )
+
+
+class Gang:
+    """Processes that form one gloo group and run the same function side by side."""
+
+    def __init__(self, world_size: int, store: Path):
+        context = multiprocessing.get_context("spawn")
+        self.executors = [
+            ProcessPoolExecutor(1, mp_context=context, initializer=_join, initargs=(rank, world_size, str(store)))
+            for rank in range(world_size)
+        ]
+
+    def run(self, *arguments: Any, **values: Any) -> None:
+        """training.run on every rank; raises what a rank raised."""
+        futures = [executor.submit(_run_as_rank, arguments, values) for executor in self.executors]
+        for future in futures:
+            future.result(timeout=300)
+
+    def end(self) -> None:
+        for executor in self.executors:
+            executor.shutdown(cancel_futures=True)
+
+
+def _join(rank: int, world_size: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+
+
+def _run_as_rank(arguments: tuple[Any, ...], values: dict[str, Any]) -> None:
+    run(*arguments, **values, me=Rank(dist.get_rank(), dist.get_world_size(), torch.device("cpu")))

@@ -134,11 +134,11 @@ def _tensors(policy: nn.Module, optimizer: torch.optim.Optimizer, average: Weigh
 
 
 def _random_state() -> dict[str, Any]:
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": (name, keys.tolist(), *rest),  # type: ignore[union-attr]
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
         "python": random.getstate(),
     }
 

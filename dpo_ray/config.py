@@ -216,8 +216,8 @@ class Train(Section):
             )
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(
-                f"train.min_workers is {self.min_workers}, more than train.num_workers={self.num_workers}: set it lower, "
-                "or leave it out for a fixed number of workers"
+                f"train.min_workers is {self.min_workers}, more than train.num_workers={self.num_workers}: set it "
+                "lower, or leave it out for a fixed number of workers"
             )
         if self.eval_every_steps is None:
             for name, metric in (

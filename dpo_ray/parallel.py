@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -110,4 +110,4 @@ def gathered_objects(value: Any, me: Rank) -> list[Any]:
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """Trained parameters by name, whole and on the CPU; empty on other ranks than 0. Every rank must call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    return get_model_state_dict(model, options=options)
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))

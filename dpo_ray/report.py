@@ -23,7 +23,7 @@ def html_report(config: Config, summary: dict[str, Any], history: list[dict[str,
         autoescape=True,
         summary=summary,
         estimates=_estimates(summary.get("eval") or {}),
-        figure=Markup(_figure(history)) if history else None,
+        figure=Markup(_figure(history)) if any("loss" in m for m in history) else None,
         config=dump_config(config),
     )
 
@@ -43,13 +43,18 @@ def _estimates(evaluation: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(label, evaluation[name]) for name, label in names.items() if evaluation.get(name)]
 
 
+# The first three that are measured: single answers have rewards, but neither accuracies nor margins.
+_PLOTTED = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+
+
 def _figure(history: list[dict[str, Any]]) -> str:
     from matplotlib.figure import Figure
 
+    measured = [name for name in _PLOTTED if any(name in m for m in history)][:3]
     figure = Figure(figsize=(9, 3), layout="constrained")
-    steps = [m["step"] for m in history]
-    for axes, name in zip(figure.subplots(1, 3), ("loss", "rewards/accuracies", "rewards/margins"), strict=True):
-        axes.plot(steps, [m[name] for m in history])
+    for axes, name in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured, strict=True):
+        points = [(m["step"], m[name]) for m in history if name in m]
+        axes.plot(*zip(*points, strict=True))
         axes.set_title(name)
         axes.set_xlabel("step")
     svg = io.StringIO()

@@ -241,7 +241,8 @@ def _stacked(logps: PairLogps) -> Tensor:
 
 def _unstacked(stacked: Tensor, like: PairLogps) -> PairLogps:
     columns: Iterator[Tensor] = iter(stacked.unbind(1))
-    return PairLogps(**{f.name: None if getattr(like, f.name) is None else next(columns) for f in fields(like)})
+    values: dict[str, Any] = {f.name: None if getattr(like, f.name) is None else next(columns) for f in fields(like)}
+    return PairLogps(**values)
 
 
 def _per_pair(options: Train, losses: Tensor, logps: PairLogps) -> dict[str, tuple[Tensor, Tensor]]:

@@ -39,8 +39,8 @@ def require_reference_use(config: Config) -> None:
     loss = config.train.loss
     if not loss.needs_reference:
         raise ConfigError(
-            f"train.loss.type={loss.type} learns without a reference: there are no reference log-probs to compute or to "
-            "take over. Run `dpo-ray train` without --reference, or choose a loss with a reference, such as sigmoid."
+            f"train.loss.type={loss.type} learns without a reference: there are no reference log-probs to compute or "
+            "to take over. Run `dpo-ray train` without --reference, or choose a loss with a reference, such as sigmoid."
         )
 
 

@@ -62,6 +62,14 @@ def tiny_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with 512 words: for tests that train it again and again."""
+    from tests.training import small_model
+
+    return small_model(tmp_path_factory.mktemp("small_model"))
+
+
+@pytest.fixture(scope="session")
 def write_preferences() -> Callable[..., Path]:
     """write_preferences(folder, rows, name=…) writes a Parquet file of raw rows and returns its path."""
 

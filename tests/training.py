@@ -6,16 +6,18 @@ import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from dpo_ray import attention
 from dpo_ray.checkpoint import TrainState, read_history
 from dpo_ray.config import Model, Train
 from dpo_ray.model import CompletionScorer, load_policy
@@ -27,7 +29,36 @@ from dpo_ray.train_loop import EXPORT, Step, train
 from dpo_ray.train_step import Share
 
 
-def random_pairs(count: int, *, seed: int = 0, vocabulary: int = 49152) -> list[TokenizedPair]:
+VOCABULARY = 512
+
+
+def small_model(folder: Path) -> Path:
+    """A random two-layer Llama with a small vocabulary and a tokenizer of its own: half a second for ten steps."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", bos_token="1", eos_token="2")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def random_pairs(count: int, *, seed: int = 0, vocabulary: int = VOCABULARY) -> list[TokenizedPair]:
     """Pairs of random tokens and lengths, each with a mismatched completion, without reference log-probs."""
     random = torch.Generator().manual_seed(seed)
 
@@ -35,9 +66,7 @@ def random_pairs(count: int, *, seed: int = 0, vocabulary: int = 49152) -> list[
         length = int(torch.randint(1, longest + 1, (1,), generator=random))
         return torch.randint(3, vocabulary, (length,), generator=random).tolist()
 
-    return [
-        TokenizedPair(f"pair-{i}", ids(12), ids(8), ids(8), mismatched_ids=ids(8)) for i in range(count)
-    ]
+    return [TokenizedPair(f"pair-{i}", ids(12), ids(8), ids(8), mismatched_ids=ids(8)) for i in range(count)]
 
 
 def scored(pairs: Sequence[TokenizedPair], folder: Path) -> list[TokenizedPair]:
@@ -50,11 +79,8 @@ def scored(pairs: Sequence[TokenizedPair], folder: Path) -> list[TokenizedPair]:
             cut = len(pair.chosen_ids)
             pair = replace(pair, chosen_ref_logprobs=values[:cut], rejected_ref_logprobs=values[cut:])
             if pair.mismatched_ids:
-                other = replace(pair, chosen_ids=pair.mismatched_ids, rejected_ids=[], chosen_ref_logprobs=[0.0])
-                other = replace(other, chosen_ref_logprobs=None, rejected_ref_logprobs=None)
-                pair = replace(pair, mismatched_ref_logprobs=scorer(scorer.collate([other])).tolist())
+                pair = replace(pair, mismatched_ref_logprobs=scorer(scorer.collate(mismatched([pair]))).tolist())
             done.append(pair)
-    assert not any(mismatched([pair]) == [] for pair in done if pair.mismatched_ids)
     return done
 
 
@@ -129,27 +155,35 @@ def run(
     die_at: int | None = None,
     num_steps: int | None = None,
     reference_tolerance: float | None = 0.05,
+    packed: bool = True,
     **values: Any,
 ) -> TrainState:
-    """Train on the pairs, as one worker or as one rank of a gang."""
+    """Train on the pairs, as one worker or as one rank of a gang.
+
+    Args:
+        packed: whether the model may run on packed pairs; otherwise they are padded.
+        values: of the section `train`.
+    """
     me = me or Rank(0, 1, torch.device("cpu"))
     options = Train.model_validate(
         {"learning_rate": 1e-3, "global_batch_size": 8, "checkpoint_every_steps": 100, "tokens_per_microbatch": 64}
         | values
     )
-    return train(
-        model if isinstance(model, Model) else Model(path=str(model)),
-        options,
-        seed=0,
-        num_steps=num_steps or len(pairs) // options.global_batch_size,
-        pairs_per_epoch=len(pairs),
-        me=me,
-        steps_from=feed(pairs, options, me),
-        held_out=shares(held_out, me, options.tokens_per_microbatch) if held_out else None,
-        checkpoints=Kept(folder, die_at),
-        resume=resume,
-        reference_tolerance=reference_tolerance,
-    )
+    layout = nullcontext() if packed else mock.patch.object(attention, "serves", return_value=False)
+    with layout:
+        return train(
+            model if isinstance(model, Model) else Model(path=str(model)),
+            options,
+            seed=0,
+            num_steps=num_steps or len(pairs) // options.global_batch_size,
+            pairs_per_epoch=len(pairs),
+            me=me,
+            steps_from=feed(pairs, options, me),
+            held_out=shares(held_out, me, options.tokens_per_microbatch) if held_out else None,
+            checkpoints=Kept(folder, die_at),
+            resume=resume,
+            reference_tolerance=reference_tolerance,
+        )
 
 
 class Gang:
@@ -163,10 +197,12 @@ class Gang:
         ]
 
     def run(self, *arguments: Any, **values: Any) -> None:
-        """training.run on every rank; raises what a rank raised."""
+        """training.run on every rank; raises what every rank raised."""
         futures = [executor.submit(_run_as_rank, arguments, values) for executor in self.executors]
-        for future in futures:
-            future.result(timeout=300)
+        errors = [future.exception(timeout=300) for future in futures]
+        assert len({repr(error) for error in errors}) == 1, f"the ranks did not end alike: {errors}"
+        if errors[0] is not None:
+            raise errors[0]
 
     def end(self) -> None:
         for executor in self.executors:

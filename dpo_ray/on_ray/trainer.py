@@ -18,7 +18,7 @@ import torch
 
 from dpo_ray.artifacts import Artifact, describe_file, fingerprint, load, publish
 from dpo_ray.checkpoint import HISTORY, STATE, is_whole, read_history
-from dpo_ray.config import Config
+from dpo_ray.config import Config, Metric
 from dpo_ray.errors import ConfigError, DpoRayError, NonFiniteLoss, ReferenceMismatch
 from dpo_ray.losses import zero_margin_loss
 from dpo_ray.model_folders import resolve, weights_hash
@@ -32,6 +32,7 @@ from dpo_ray.train_loop import EXPORT, train
 
 KIND = "train"
 MODEL_FOLDER = "model"
+_WORST = 1e30
 _SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's record of the checkpoints that it knows
 
 
@@ -207,7 +208,7 @@ def run_name(runs: Location) -> str:
 
 def newest_whole_checkpoint(runs: Location) -> Location | None:
     """The checkpoint of the furthest step among those that were written to the end, whatever Ray's record says."""
-    found = [c for run in runs.list() for c in run.list() if c.name.startswith("checkpoint_") and is_whole(c)]
+    found = [c for run in runs.list() for c in _checkpoints(run) if is_whole(c)]
     return max(found, key=_step_of, default=None)
 
 
@@ -224,8 +225,11 @@ def earliest_resume(run: Location, fallback: Location | None) -> int:
     if not (run / _SNAPSHOT).exists():
         return start
     # A checkpoint that is half uploaded or half removed may lack its state; Ray does not resume from that one.
-    checkpoints = [c for c in run.list() if c.name.startswith("checkpoint_") and (c / STATE).exists()]
-    return min([_step_of(c) for c in checkpoints], default=start)
+    return min([_step_of(c) for c in _checkpoints(run) if (c / STATE).exists()], default=start)
+
+
+def _checkpoints(run: Location) -> list[Location]:
+    return [child for child in run.list() if child.name.startswith("checkpoint_") and child.name != _SNAPSHOT]
 
 
 def _step_of(checkpoint: Location) -> int:
@@ -270,7 +274,7 @@ def train_worker(job: dict[str, Any]) -> DpoRayError | None:
                 me=me,
                 steps_from=lambda start: received_steps(ray.train.get_dataset_shard(TRAIN), me.rank, start),
                 held_out=held_out,
-                checkpoints=RayCheckpoints(me, plan.num_steps),
+                checkpoints=RayCheckpoints(me, options.keep_best, plan.num_steps),
                 resume=Path(folder) if folder is not None else None,
                 reference_tolerance=job["reference_tolerance"],
             )
@@ -282,16 +286,21 @@ def train_worker(job: dict[str, Any]) -> DpoRayError | None:
 class RayCheckpoints:
     """Keeps checkpoints where Ray Train keeps them; all but the last are uploaded while training goes on."""
 
-    def __init__(self, me: Rank, num_steps: int):
+    def __init__(self, me: Rank, keep_best: Metric | None, num_steps: int):
         self.me = me
+        self.keep_best = keep_best
         self.num_steps = num_steps
 
     def keep(self, metrics: dict[str, Any], folder: Path, *, last: bool) -> None:
         import ray.train
         from ray.train import CheckpointUploadMode
 
+        told = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+        if self.keep_best is not None:
+            # Ray keeps the best ones by this; a checkpoint without evaluation is worse than any other.
+            told.setdefault(self.keep_best, -_WORST if higher_is_better(self.keep_best) else _WORST)
         ray.train.report(
-            {k: v for k, v in metrics.items() if isinstance(v, int | float)},
+            told,
             checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
             checkpoint_upload_mode=CheckpointUploadMode.SYNC if last else CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,

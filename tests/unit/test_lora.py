@@ -35,8 +35,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def scores(model: Any) -> Tensor:
-    scorer = CompletionScorer(model, torch.float32).eval()
+def scores(model: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    scorer = CompletionScorer(model, dtype).eval()
     with torch.no_grad():
         return scorer(scorer.collate(PAIRS))
 
@@ -84,10 +84,11 @@ def adapter(tiny_model: Path, tmp_path: Path) -> Path:
     return export(tmp_path / "adapter", trained(tiny_model), tiny_model, SMALL)
 
 
-def test_a_policy_with_fresh_adapters_is_the_base(tiny_model: Path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_policy_with_fresh_adapters_is_the_base(tiny_model: Path, dtype: torch.dtype):
     policy = load_policy(tiny_model, lora=LoRA())
     assert type(policy) is LlamaForCausalLM and policy.config._attn_implementation == IMPLEMENTATION
-    assert torch.equal(scores(policy), scores(load_policy(tiny_model)))
+    assert torch.equal(scores(policy, dtype), scores(load_policy(tiny_model), dtype))
 
 
 def test_every_linear_layer_but_the_head_is_adapted(tiny_model: Path):
@@ -287,9 +288,7 @@ def test_an_adapter_is_merged_once(adapter: Path, own_cache: Path):
     assert resolve(str(adapter)) != first
 
 
-def test_the_same_adapter_on_a_changed_base_is_another_model(
-    tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_same_adapter_on_a_changed_base_is_another_model(tiny_model: Path, adapter: Path, tmp_path: Path):
     base = tmp_path / "base"
     shutil.copytree(tiny_model, base)
     rebase(adapter, str(base))

@@ -190,6 +190,8 @@ def select(pairs: PairLogps, index: list[int]) -> PairLogps:
         (loss("kto"), 0.475021),
         # .2 + .05 · (5 - 8) = .05
         (loss("r_dpo", length_penalty=0.05), 0.668460),
+        # .2 + .2 · (5 - 8) = -.4
+        (loss("r_dpo", length_penalty=0.2), 0.913015),
         # The chosen completion has become more likely: no penalty.
         (loss("dpop", penalty_weight=5), 0.598139),
         (loss("sigmoid", nll_weight=1), 2.598139),

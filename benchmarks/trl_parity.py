@@ -237,19 +237,21 @@ def _train_ours(
 
 def run_trl(folder: Path, cases: Sequence[Case]) -> None:
     """Train with TRL's DPOTrainer; in the environment of requirements-trl.txt."""
+    from datasets import Dataset
+
     setting = json.loads((folder / "setting.json").read_text())
-    rows = _read_lines(folder / "pairs.jsonl")
+    # One dataset for all cases: TRL then computes the reference log-probs once.
+    dataset = Dataset.from_list(_read_lines(folder / "pairs.jsonl"))
     _write_environment(folder / "trl", ["trl", "torch", "transformers", "accelerate", "datasets"])
     for case in cases:
-        _write_lines(folder / "trl" / f"{case.loss}.jsonl", _train_trl(setting["model"], rows, case, folder))
+        _write_lines(folder / "trl" / f"{case.loss}.jsonl", _train_trl(setting["model"], dataset, case, folder))
         if case.loss == RECUT:
-            again = _train_trl(setting["model"], rows, case, folder, pad_to_multiple_of=64)
+            again = _train_trl(setting["model"], dataset, case, folder, pad_to_multiple_of=MAX_TOKENS)
             _write_lines(folder / "trl" / f"{case.loss}.recut.jsonl", again)
 
 
-def _train_trl(model: str, rows: Steps, case: Case, folder: Path, pad_to_multiple_of: int | None = None) -> Steps:
+def _train_trl(model: str, dataset: Any, case: Case, folder: Path, pad_to_multiple_of: int | None = None) -> Steps:
     """Metrics of each step, with the log-probs of its completions: first the batch's chosen, then its rejected."""
-    from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
@@ -268,6 +270,7 @@ def _train_trl(model: str, rows: Steps, case: Case, folder: Path, pad_to_multipl
             loss_type=[case.loss],
             beta=case.beta,
             label_smoothing=case.label_smoothing,
+            precompute_ref_log_probs=True,
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
             weight_decay=0.0,
@@ -290,23 +293,24 @@ def _train_trl(model: str, rows: Steps, case: Case, folder: Path, pad_to_multipl
             report_to="none",
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=dataset,
         processing_class=AutoTokenizer.from_pretrained(model),
     )
-    seen: dict[str, list[list[float]]] = {"policy_logps": [], "reference_logps": []}
-    for name, module in (("policy_logps", trainer.model), ("reference_logps", trainer.ref_model)):
-        module.register_forward_hook(
-            lambda _module, _inputs, output, name=name: seen[name].append(output.log_probs.double().sum(1).tolist())
-        )
+    policy_logps: list[list[float]] = []
+    trainer.model.register_forward_hook(
+        lambda _module, _inputs, output: policy_logps.append(output.log_probs.double().sum(1).tolist())
+    )
     trainer.train()
     print(f"TRL, {case.loss}: {time.monotonic() - began:.0f} s", flush=True)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return [
-        {"step": entry["step"]}
-        | {name: entry[name] for name in METRICS}
-        | {name: values[number] for name, values in seen.items()}
-        for number, entry in enumerate(history)
-    ]
+    scored = trainer.train_dataset
+    chosen, rejected = list(scored["ref_chosen_logps"]), list(scored["ref_rejected_logps"])
+    steps = []
+    for number, entry in enumerate(history):
+        batch = slice(number * BATCH_SIZE, (number + 1) * BATCH_SIZE)
+        logps = {"policy_logps": policy_logps[number], "reference_logps": chosen[batch] + rejected[batch]}
+        steps.append({"step": entry["step"], **{name: entry[name] for name in METRICS}, **logps})
+    return steps
 
 
 # The comparison
@@ -449,7 +453,10 @@ def compare(folder: Path, cases: Sequence[Case]) -> list[str]:
             if not value <= limit
         ]
         if case.loss == RECUT:
-            for side, first, layout in (("ours", ours, "a pair a micro-batch"), ("trl", trl, "padded to 64")):
+            for side, first, layout in (
+                ("ours", ours, "a pair a micro-batch"),
+                ("trl", trl, f"padded to {MAX_TOKENS}"),
+            ):
                 found = difference(_read_lines(folder / side / f"{case.loss}.recut.jsonl"), first)
                 noise_rows.append([f"{side}, {layout}, against itself", *_cells(found), f"{found.reward:.1e}"])
     losses = ["max abs. Δloss", "mean Δloss", "max rel. Δgrad_norm", "max abs. Δreward"]

@@ -259,8 +259,8 @@ class Publish(Section):
 
 
 class Tune(Section):
-    beta: tuple[float, ...] = Field((0.05, 0.1, 0.3), min_length=1)
-    """Values of train.loss.beta in the grid."""
+    beta: tuple[float, ...] | None = Field((0.05, 0.1, 0.3), min_length=1)
+    """Values of train.loss.beta in the grid; null for a loss without beta."""
     learning_rate: tuple[float, ...] = Field((5e-7, 1e-6), min_length=1)
     """Values of train.learning_rate in the grid."""
     max_concurrent_trials: int = Field(1, ge=1)
@@ -296,6 +296,11 @@ class Config(Section):
             )
         if self.generate is not None and self.generate.sampling.samples < 2:
             raise ValueError("generate.sampling.samples is 1, but a pair needs at least 2 samples of a prompt")
+        if self.tune is not None and self.tune.beta is not None and not hasattr(self.train.loss, "beta"):
+            raise ValueError(
+                f"tune.beta searches train.loss.beta, but train.loss.type={self.train.loss.type} has no beta: set "
+                "tune.beta=null, and the sweep searches the learning rate alone"
+            )
         if self.publish.gate.win_rate_above is not None and self.evaluate.win_rate is None:
             raise ValueError(
                 "publish.gate.win_rate_above asks for a win rate that is not measured: "
@@ -365,6 +370,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 def _problem(error: Any) -> str:
     where, section = _locate(error["loc"])
     if error["type"] == "extra_forbidden":
+        if error["loc"][-1] in _REFERENCE_REFRESH:
+            return f"{where} is not a known key: {_REFRESH_BY_ROUNDS}"
         known = list(section.model_fields)
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"; did you mean {near[0]}?" if near else f" (known here: {', '.join(known)})" if known else ""
@@ -382,6 +389,14 @@ def _problem(error: Any) -> str:
         # A section that may stand in several places cannot name its key in full.
         return message if not error["loc"] or where in message else f"{where}: {message}"
     return f"{where}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+_REFERENCE_REFRESH = {"sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha", "reference_refresh_steps"}
+_REFRESH_BY_ROUNDS = (
+    "the reference is scored once and stored, so it does not follow the policy within a run (as in TR-DPO, "
+    "arXiv:2404.09656). Refresh it between rounds: run, then run again with model.path=<the published folder>, whose "
+    "log-probs the reference stage then stores anew"
+)
 
 
 def _locate(location: tuple[Any, ...]) -> tuple[str, type[Section]]:

@@ -72,9 +72,14 @@ def quantiles(values: np.ndarray) -> dict[str, float]:
     return {"p50": float(p50), "p90": float(p90), "p99": float(p99), "max": float(top)}
 
 
-def margin_noise(metrics: dict[str, Any]) -> float:
-    """The largest margin, in nats, that two engines with this calibration may show for equal models."""
-    return 2 * metrics["sequence"]["max"]  # chosen and rejected may be off by that much each
+def margin_noise(metrics: dict[str, Any], *, per_token: bool = False) -> float:
+    """The largest margin, in nats, that two engines with this calibration may show for equal models.
+
+    Args:
+        per_token: for margins between means over tokens instead of sums.
+    """
+    # Chosen and rejected may be off by that much each.
+    return 2 * metrics["token" if per_token else "sequence"]["max"]
 
 
 def calibration(scored: Sequence[Sequence[float]], rescored: Sequence[Sequence[float]]) -> dict[str, Any]:

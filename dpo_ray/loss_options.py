@@ -45,6 +45,11 @@ class LossOptions(Section):
         return False
 
     @property
+    def averages_tokens(self) -> bool:
+        """Whether log-ratios are means over a completion's tokens instead of sums."""
+        return False
+
+    @property
     def token_tail_weight(self) -> float | None:
         """LD-DPO's α, the weight of a token behind the length that both completions share; None: all weigh the same."""
         return None
@@ -153,6 +158,10 @@ class IPOLoss(NLLTerm, TailWeighting, PolicyWeighting):
     log_ratio: Literal["mean", "sum"] = "mean"
     """Log-ratio of a completion: the mean over its tokens, as the authors confirmed they meant, or the sum."""
 
+    @property
+    def averages_tokens(self) -> bool:
+        return self.log_ratio == "mean"
+
     @model_validator(mode="after")
     def _tail_of_sums(self) -> IPOLoss:
         if self.ld_alpha is not None and self.log_ratio == "mean":
@@ -170,6 +179,10 @@ class SigmoidNormLoss(NLLTerm, PolicyWeighting):
     """Strength of the pull towards the reference; per-token ratios are small, so it is larger than DPO's."""
     label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
     """Assumed share of flipped labels."""
+
+    @property
+    def averages_tokens(self) -> bool:
+        return True
 
 
 class EXOPairLoss(NLLTerm, TailWeighting, PolicyWeighting):
@@ -370,6 +383,10 @@ class WeightedLoss(NLLTerm):
     def rewarding(self) -> PlainLoss:
         """The term whose rewards are reported: bco_pair, as its δ is their mean, and otherwise the first."""
         return next((term.loss for term in self.terms if term.loss.tracks_reward_mean), self.terms[0].loss)
+
+    @property
+    def averages_tokens(self) -> bool:
+        return self.rewarding.averages_tokens
 
     @property
     def needs_reference(self) -> bool:

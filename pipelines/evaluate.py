@@ -74,7 +74,8 @@ def _evaluate(
     if done is not None:
         return done, True
     margins = held_out_margins(context.config.train.loss, scores, rows)
-    noise = margin_noise(calibration.manifest.metrics) if calibration is not None else 0.0
+    per_token = context.config.train.loss.averages_tokens
+    noise = margin_noise(calibration.manifest.metrics, per_token=per_token) if calibration is not None else 0.0
     accuracy = preference_accuracy(margins, noise)
     metrics: dict[str, Any] = {
         "accuracy": accuracy.as_dict() if accuracy else None,

@@ -28,7 +28,6 @@ from dpo_ray.plan import PlanIndex, microbatches
 from dpo_ray.train_loop import EXPORT, Step, train
 from dpo_ray.train_step import Share
 
-
 VOCABULARY = 512
 
 

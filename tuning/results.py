@@ -27,7 +27,5 @@ def describe(trial: dict[str, Any]) -> str:
         if accuracy
         else "held-out accuracy undefined"
     )
-    return (
-        f"beta {trial['beta']:g}, learning rate {trial['learning_rate']:g}: {measured}, "
-        f"mean margin {trial['mean_margin']:.3f} nats"
-    )
+    beta = f"beta {trial['beta']:g}, " if trial["beta"] is not None else ""
+    return f"{beta}learning rate {trial['learning_rate']:g}: {measured}, mean margin {trial['mean_margin']:.3f} nats"

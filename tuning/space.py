@@ -13,12 +13,18 @@ def grid(config: Config) -> list[Config]:
     """One configuration for each beta and learning rate of `tune`. Raises ConfigError where a value is no good."""
     if config.tune is None:
         raise ConfigError("There is no section tune: add tune.beta and tune.learning_rate, the lists to search.")
-    return [trial_config(config, beta, rate) for beta, rate in product(config.tune.beta, config.tune.learning_rate)]
+    betas = config.tune.beta or (None,)
+    return [trial_config(config, beta, rate) for beta, rate in product(betas, config.tune.learning_rate)]
 
 
-def trial_config(config: Config, beta: float, learning_rate: float) -> Config:
-    """The configuration of one trial: all of it validated again with the trial's values."""
+def trial_config(config: Config, beta: float | None, learning_rate: float) -> Config:
+    """The configuration of one trial: all of it validated again with the trial's values.
+
+    Args:
+        beta: None for a loss without one.
+    """
     tree: dict[str, Any] = config.model_dump(mode="json")
-    tree["train"]["loss"]["beta"] = beta
+    if beta is not None:
+        tree["train"]["loss"]["beta"] = beta
     tree["train"]["learning_rate"] = learning_rate
-    return parse_config(tree, source=f"trial with beta={beta:g}, learning_rate={learning_rate:g}")
+    return parse_config(tree, source=f"trial with beta={beta}, learning_rate={learning_rate:g}")

@@ -9,11 +9,12 @@ import numpy as np
 
 from dpo_ray.artifacts import Artifact
 from dpo_ray.config import Config, Tune
-from dpo_ray.errors import DpoRayError
+from dpo_ray.errors import DataError, DpoRayError
 from dpo_ray.evaluation import margin_noise, preference_accuracy
 from dpo_ray.on_ray.scoring import held_out_margins, score_policy
 from dpo_ray.on_ray.session import connect
 from dpo_ray.on_ray.trainer import fit
+from dpo_ray.plan import build_index
 from dpo_ray.progress import say
 from dpo_ray.storage import Location
 from tuning.results import describe, ranked
@@ -32,12 +33,19 @@ def run_sweep(
             pairs and None.
 
     A trial's policy and scores are artifacts like any other: a sweep that was killed, or is widened, computes
-    only the trials that are missing. Raises DpoRayError where a trial failed.
+    only the trials that are missing. Raises DataError where there is nothing to measure them on, DpoRayError where a
+    trial failed.
     """
     options = config.tune
     assert options is not None
+    if not len(build_index(rows.shards(), "eval")):
+        raise DataError(
+            "A sweep ranks its trials by held-out accuracy, and there is no held-out pair: raise "
+            "data.held_out_fraction, or name data.eval."
+        )
     points = grid(config)
-    noise = margin_noise(calibration.manifest.metrics) if calibration is not None else 0.0
+    per_token = config.train.loss.averages_tokens
+    noise = margin_noise(calibration.manifest.metrics, per_token=per_token) if calibration is not None else 0.0
     say("sweep", f"{len(points)} trials on the {rows.manifest.kind} artifact {rows.fingerprint}")
     trials = ranked([_measured(trial) for trial in _run(output, config, options, rows, noise)])
     found = {
@@ -93,4 +101,8 @@ def _run(output: Location, config: Config, options: Tune, rows: Artifact, noise:
 def _measured(result: dict[str, Any]) -> dict[str, Any]:
     train = result["config"].train
     kept = ("accuracy", "mean_margin", "policy", "first_step_loss")
-    return {"beta": train.loss.beta, "learning_rate": train.learning_rate, **{name: result[name] for name in kept}}
+    return {
+        "beta": getattr(train.loss, "beta", None),
+        "learning_rate": train.learning_rate,
+        **{name: result[name] for name in kept},
+    }

@@ -25,6 +25,7 @@ from dpo_ray.train_step import Share
 TRAIN = "train"
 """Name of the stream among Ray Train's data sets."""
 
+_FETCHERS = 2
 _STEPS_PER_BLOCK = 8  # Ray pays for each block; eight steps hide that, and are little to read ahead
 
 _FEED = pa.schema(
@@ -59,8 +60,14 @@ def feed_dataset(plan: StepPlan, start: int, world_size: int, tokens_per_microba
     blocks = list(step_blocks(plan, start, world_size, tokens_per_microbatch))
     # A finished run that is asked again has no steps left, but Ray wants a data set all the same.
     blocks = blocks or [{"block": json.dumps({"rank": 0, "places": []})}]
+    # It claims no CPU of its own: workers may have taken them all, elastic ones whatever there is, and would then wait
+    # for a feed that waits for them. Two tasks at a time are little work beside a training step.
     return ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
-        fetch_block, batch_size=1, batch_format="pyarrow", num_cpus=0.5
+        fetch_block,
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=0,
+        compute=ray.data.TaskPoolStrategy(size=_FETCHERS),
     )
 
 

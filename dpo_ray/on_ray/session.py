@@ -13,12 +13,13 @@ _HOURS = 3600
 _RUNTIME_ENV = {"env_vars": {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}}
 
 
-def connect(num_cpus: float, num_gpus: float = 0, *, why: str) -> None:
+def connect(num_cpus: float, num_gpus: float = 0, *, why: str, wanted_cpus: float = 0) -> None:
     """Join the cluster of RAY_ADDRESS (as in a Ray job), or start an embedded one on this machine.
 
     Args:
         num_cpus, num_gpus: what the coming work needs at once.
         why: the configuration keys that this follows from, for the error.
+        wanted_cpus: what elastic work could use at once; an embedded Ray is made that large.
 
     Raises ConfigError where the cluster is too small, for work would wait there for ever.
     """
@@ -31,7 +32,7 @@ def connect(num_cpus: float, num_gpus: float = 0, *, why: str) -> None:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=_RUNTIME_ENV)
         else:
-            _start_embedded(num_cpus)
+            _start_embedded(max(num_cpus, wanted_cpus))
         quiet_data()
     total = ray.cluster_resources()
     for name, wanted in (("CPU", num_cpus), ("GPU", num_gpus)):

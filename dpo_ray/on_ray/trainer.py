@@ -19,7 +19,7 @@ import torch
 from dpo_ray.artifacts import Artifact, describe_file, fingerprint, load, publish
 from dpo_ray.checkpoint import HISTORY, STATE, is_whole, read_history
 from dpo_ray.config import Config, Metric
-from dpo_ray.errors import ConfigError, DpoRayError, NonFiniteLoss, ReferenceMismatch
+from dpo_ray.errors import ConfigError, DataError, DpoRayError, NonFiniteLoss, ReferenceMismatch
 from dpo_ray.losses import zero_margin_loss
 from dpo_ray.model_folders import resolve, weights_hash
 from dpo_ray.on_ray.session import connect, raise_ours
@@ -102,7 +102,8 @@ def fit(output: Location, config: Config, pairs: Artifact) -> tuple[Artifact, bo
 def make_plan(config: Config, pairs: Artifact) -> tuple[StepPlan, PlanIndex]:
     """The step plan of a configuration over its pairs, and the index of the held-out ones.
 
-    Raises ConfigError where the plan has no step, or where held-out pairs are asked for and there are none.
+    Raises ConfigError where the plan has no step, or where held-out pairs are asked for and there are none; DataError
+    where rows lack an answer that the loss needs.
     """
     model_config = json.loads((resolve(config.model.path, config.model.revision) / "config.json").read_text())
     plan = StepPlan(
@@ -113,6 +114,18 @@ def make_plan(config: Config, pairs: Artifact) -> tuple[StepPlan, PlanIndex]:
         hidden_size=model_config.get("hidden_size") or model_config.get("n_embd") or 1024,
     )
     held_out = build_index(pairs.shards(), "eval")
+    loss = config.train.loss
+    if plan.index.num_unpaired and not loss.accepts_unpaired:
+        raise DataError(
+            f"{plan.index.num_unpaired} of the {len(plan.index)} training rows of {pairs.location} have one answer only, "
+            f"and train.loss.type={loss.type} compares two. Set train.loss.type=kto, or train on pairs."
+        )
+    steering = {config.train.keep_best, config.train.early_stopping and config.train.early_stopping.metric}
+    if held_out.num_unpaired == len(held_out) and steering & {"eval_rewards/accuracies", "eval_rewards/margins"}:
+        raise ConfigError(
+            "train.keep_best or train.early_stopping goes by a comparison of two answers, but the held-out rows have one "
+            "answer each: go by eval_loss, or name pairs as data.eval."
+        )
     if config.train.eval_every_steps is not None and not len(held_out):
         raise ConfigError(
             f"train.eval_every_steps is {config.train.eval_every_steps}, but there is no held-out pair: raise "
@@ -126,9 +139,10 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
     options = config.train
     needed = options.min_workers or options.num_workers
     connect(
-        needed * options.cpus_per_worker + 1,
+        needed * options.cpus_per_worker,
         needed if options.use_gpu else 0,
-        why="train.num_workers or min_workers, cpus_per_worker, use_gpu, and one CPU to feed the workers",
+        wanted_cpus=options.num_workers * options.cpus_per_worker,
+        why="train.num_workers or min_workers, cpus_per_worker, use_gpu",
     )
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -44,6 +44,7 @@ def run(folder: Path, tiny_model: Path, **more) -> Finished:
         "data__rows_per_shard": 20,
         "train__global_batch_size": 8,
         "train__learning_rate": 1e-3,
+        "train__num_workers": 1,
         "publish__gate__accuracy_above": None,
         **more,
     }

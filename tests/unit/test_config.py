@@ -263,3 +263,28 @@ def test_every_shipped_configuration_loads(path: Path):
 )
 def test_identity_holds_what_changes_the_result_and_nothing_else(option: str, value: Any, changes: bool):
     assert (Train.model_validate({option: value}).identity() != Train().identity()) is changes
+
+
+def test_a_sweep_over_beta_of_a_loss_without_one_is_refused_and_told_how():
+    with pytest.raises(ConfigError, match="tune.beta=null"):
+        parse_config(tree(tune={}, train={"loss": {"type": "orpo"}}))
+    assert parse_config(tree(tune={"beta": None}, train={"loss": {"type": "orpo"}})).tune is not None
+
+
+@pytest.mark.parametrize("key", ["sync_ref_model", "ref_model_sync_steps"])
+def test_who_asks_for_a_refreshed_reference_is_told_of_rounds(key: str):
+    with pytest.raises(ConfigError, match=f"train.{key} is not a known key.*between rounds.*model.path"):
+        parse_config(tree(train={key: 1}))
+
+
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        ({"keep_best": "eval_loss"}, "train.keep_best goes by eval_loss.*train.eval_every_steps"),
+        ({"early_stopping": {}}, "train.early_stopping goes by eval_loss.*train.eval_every_steps"),
+        ({"min_workers": 3, "num_workers": 2}, "train.min_workers is 3, more than train.num_workers=2"),
+    ],
+)
+def test_combinations_in_train_that_cannot_work(train: dict[str, object], told: str):
+    with pytest.raises(ConfigError, match=told):
+        parse_config(tree(train=train))

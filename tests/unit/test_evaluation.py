@@ -73,8 +73,10 @@ def test_a_policy_that_prefers_nothing_has_no_accuracy(margins: list[float]):
 
 def test_margins_within_the_noise_of_the_engines_are_no_preference():
     # Each of the two answers may be off by .25 nats, so a margin by .5.
-    noise = margin_noise({"sequence": {"max": 0.25}})
+    metrics = {"sequence": {"max": 0.25}, "token": {"max": 0.01}}
+    noise = margin_noise(metrics)
     assert noise == 0.5
+    assert margin_noise(metrics, per_token=True) == 0.02
     assert preference_accuracy(np.array([0.5, -0.5, 0.1]), noise) is None
     # One margin beyond it is a policy that prefers something; then every pair counts.
     assert preference_accuracy(np.array([0.5, -0.6, 0.1]), noise) == wilson(2 / 3, 3)

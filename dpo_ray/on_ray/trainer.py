@@ -117,13 +117,13 @@ def make_plan(config: Config, pairs: Artifact) -> tuple[StepPlan, PlanIndex]:
     loss = config.train.loss
     if plan.index.num_unpaired and not loss.accepts_unpaired:
         raise DataError(
-            f"{plan.index.num_unpaired} of the {len(plan.index)} training rows of {pairs.location} have one answer only, "
+            f"{plan.index.num_unpaired} of the {len(plan.index)} training rows of {pairs.location} have one answer, "
             f"and train.loss.type={loss.type} compares two. Set train.loss.type=kto, or train on pairs."
         )
     steering = {config.train.keep_best, config.train.early_stopping and config.train.early_stopping.metric}
     if held_out.num_unpaired == len(held_out) and steering & {"eval_rewards/accuracies", "eval_rewards/margins"}:
         raise ConfigError(
-            "train.keep_best or train.early_stopping goes by a comparison of two answers, but the held-out rows have one "
+            "train.keep_best or train.early_stopping goes by a comparison of two answers, but held-out rows have one "
             "answer each: go by eval_loss, or name pairs as data.eval."
         )
     if config.train.eval_every_steps is not None and not len(held_out):

@@ -266,14 +266,14 @@ def test_identity_holds_what_changes_the_result_and_nothing_else(option: str, va
 
 
 def test_a_sweep_over_beta_of_a_loss_without_one_is_refused_and_told_how():
-    with pytest.raises(ConfigError, match="tune.beta=null"):
+    with pytest.raises(ConfigError, match=r"tune\.beta=null"):
         parse_config(tree(tune={}, train={"loss": {"type": "orpo"}}))
     assert parse_config(tree(tune={"beta": None}, train={"loss": {"type": "orpo"}})).tune is not None
 
 
 @pytest.mark.parametrize("key", ["sync_ref_model", "ref_model_sync_steps"])
 def test_who_asks_for_a_refreshed_reference_is_told_of_rounds(key: str):
-    with pytest.raises(ConfigError, match=f"train.{key} is not a known key.*between rounds.*model.path"):
+    with pytest.raises(ConfigError, match=rf"train\.{key} is not a known key.*between rounds.*model\.path"):
         parse_config(tree(train={key: 1}))
 
 

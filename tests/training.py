@@ -169,7 +169,7 @@ def run(
         | values
     )
     layout = nullcontext() if packed else mock.patch.object(attention, "serves", return_value=False)
-    with layout:
+    with layout, _one_thread():
         return train(
             model if isinstance(model, Model) else Model(path=str(model)),
             options,
@@ -183,6 +183,17 @@ def run(
             resume=resume,
             reference_tolerance=reference_tolerance,
         )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The model is too small for more, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Gang:

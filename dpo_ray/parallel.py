@@ -69,6 +69,15 @@ def accumulating(forward: nn.Module, *, last: bool) -> AbstractContextManager[An
     return nullcontext()
 
 
+def forget_gathered(forward: nn.Module) -> None:
+    """After forward passes without a backward one, before weights are written to.
+
+    FSDP2 keeps the outermost weights gathered then, and would use them in the next forward pass as they were.
+    """
+    if isinstance(forward, FSDPModule):
+        forward.reshard()
+
+
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scale all gradients down to a global norm. Returns the norm before, over all shards."""
     norm = nn.utils.clip_grad_norm_(list(parameters), max_norm)
@@ -108,6 +117,9 @@ def gathered_objects(value: Any, me: Rank) -> list[Any]:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """Trained parameters by name, whole and on the CPU; empty on other ranks than 0. Every rank must call it."""
+    """Trained parameters by name, whole and on the CPU; empty on other ranks than 0. Every rank must call it.
+
+    Unsharded parameters on the CPU are given themselves, not copied: use them before they change.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     return cast(dict[str, Tensor], get_model_state_dict(model, options=options))

@@ -155,8 +155,8 @@ def _checkpoint(
                 load_weights(kept, policy=policy, average=average)
         with average.in_place() if average is not None else nullcontext():
             weights = whole_state(policy)
-        if me.rank == 0:
-            export_policy(folder / EXPORT, policy=policy, source=source, options=model, state=weights)
+            if me.rank == 0:
+                export_policy(folder / EXPORT, policy=policy, source=source, options=model, state=weights)
     checkpoints.keep(metrics, folder, last=state.finished)
 
 

@@ -23,7 +23,15 @@ from dpo_ray.optim import WeightAverage
 from dpo_ray.packing import mismatched
 from dpo_ray.pair_logps import PairLogps, pair_logps
 from dpo_ray.pairs import TokenizedPair
-from dpo_ray.parallel import Rank, accumulating, clip_grad_norm, gathered, gathered_objects, summed
+from dpo_ray.parallel import (
+    Rank,
+    accumulating,
+    clip_grad_norm,
+    forget_gathered,
+    gathered,
+    gathered_objects,
+    summed,
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,7 @@ class Learner:
         everything, _ = self._global_logps(share)
         terms = self._batch_terms(share)
         self.scorer.train()
+        forget_gathered(self.forward)
         losses = pair_loss(self.options.loss, everything, terms)
         sums = _Sums()
         sums.add(_per_pair(self.options, losses, everything), len(losses), 0)

@@ -1,7 +1,7 @@
 """The same 20 steps, laid out in different ways: what of it is to be the same, and how near it comes.
 
-    python -m tests.invariants.trajectories             prints the table
-    python -m tests.invariants.trajectories --record    writes reference.json anew: only where a change is meant
+python -m tests.invariants.trajectories             prints the table
+python -m tests.invariants.trajectories --record    writes reference.json anew: only where a change is meant
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_ray.on_ray.trainer import earliest_resume, run_name
+from dpo_ray.on_ray.trainer import earliest_resume, newest_whole_checkpoint, run_name
 from dpo_ray.storage import Location
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -15,14 +15,16 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 @pytest.fixture
 def left_behind(tmp_path: Path):
-    """A run's folder with checkpoints at the given steps, each with the metrics up to it."""
+    """A run's folder with whole checkpoints at the given steps."""
 
     def make(*steps: int, snapshot: str | None = "{}", name: str = "run-1") -> Location:
         run = tmp_path / name
         for step in steps:
             folder = run / f"checkpoint_{step:03}"
             folder.mkdir(parents=True)
-            (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": n + 1}) + "\n" for n in range(step)))
+            (folder / "metrics.jsonl").write_text("")
+            (folder / "weights").write_bytes(b"1234")
+            (folder / "state.json").write_text(json.dumps({"next_step": step, "files": {"weights": 4}}))
         run.mkdir(exist_ok=True)
         if snapshot is not None:
             (run / SNAPSHOT).write_text(snapshot)
@@ -32,23 +34,24 @@ def left_behind(tmp_path: Path):
 
 
 def test_the_feed_begins_at_the_oldest_checkpoint_that_may_be_resumed_from(left_behind):
-    assert earliest_resume(left_behind(4, 6)) == 4
+    assert earliest_resume(left_behind(4, 6), fallback=None) == 4
 
 
 def test_without_a_record_of_checkpoints_ray_begins_anew_and_so_does_the_feed(left_behind):
     # Killed after the first upload, and before Ray took note of it.
-    assert earliest_resume(left_behind(2, snapshot=None)) == 0
+    assert earliest_resume(left_behind(2, snapshot=None), fallback=None) == 0
 
 
 def test_a_checkpoint_that_was_half_uploaded_does_not_count(left_behind, tmp_path):
     run = left_behind(4)
     (tmp_path / "run-1" / "checkpoint_006").mkdir()
-    assert earliest_resume(run) == 4
+    assert earliest_resume(run, fallback=None) == 4
 
 
 def test_a_first_run_begins_at_the_first_step(tmp_path):
     assert run_name(Location.of(tmp_path)) == "run-1"
-    assert earliest_resume(Location.of(tmp_path / "run-1")) == 0
+    assert newest_whole_checkpoint(Location.of(tmp_path)) is None
+    assert earliest_resume(Location.of(tmp_path / "run-1"), fallback=None) == 0
 
 
 def test_a_whole_record_is_gone_on_with(left_behind, tmp_path):
@@ -57,7 +60,18 @@ def test_a_whole_record_is_gone_on_with(left_behind, tmp_path):
 
 
 @pytest.mark.parametrize("damaged", ["", '{"ray_version": "2.60.0", "checkp'])
-def test_a_damaged_record_does_not_end_every_later_attempt(left_behind, tmp_path, damaged, capsys):
-    left_behind(2, snapshot=damaged)
-    assert run_name(Location.of(tmp_path)) == "run-2"
+def test_with_a_damaged_record_training_goes_on_from_the_newest_whole_checkpoint(
+    left_behind, tmp_path, damaged, capsys
+):
+    run = left_behind(2, 4, 6, snapshot=damaged)
+    (tmp_path / "run-1" / "checkpoint_006" / "weights").write_bytes(b"12")  # its upload was cut short
+    runs = Location.of(tmp_path)
+    assert run_name(runs) == "run-2"
     assert "is damaged" in capsys.readouterr().err
+    newest = newest_whole_checkpoint(runs)
+    assert newest is not None and newest.name == "checkpoint_004"
+    assert earliest_resume(runs / "run-2", fallback=newest) == 4
+    # From here on Ray keeps a record of its own, which counts.
+    left_behind(8, name="run-2")
+    assert earliest_resume(runs / "run-2", fallback=newest) == 8
+    assert run.exists()

@@ -22,14 +22,14 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
 
+from dpo_ray.checkpoint_reader import Planner, Reader
 from dpo_ray.optim import WeightAverage
-from dpo_ray.parallel import Rank, gathered_objects
+from dpo_ray.parallel import Rank, gathered_objects, trained_state
 from dpo_ray.storage import Location
 
 STATE = "state.json"
@@ -65,9 +65,10 @@ def save_checkpoint(
         warnings.simplefilter("ignore")  # torch remarks that one process without a group is alone, which is meant
         dcp.save(_tensors(policy, optimizer, average), checkpoint_id=folder, no_dist=not dist.is_initialized())
     torch.save(_random_state(), folder / f"random-{me.rank}.pt")
-    written = gathered_objects({f.name: f.stat().st_size for f in folder.iterdir()}, me)
     if me.rank == 0:
         (folder / HISTORY).write_text("".join(json.dumps(m, allow_nan=False) + "\n" for m in state.history))
+    written = gathered_objects({f.name: f.stat().st_size for f in folder.iterdir()}, me)
+    if me.rank == 0:
         record = {k: v for k, v in vars(state).items() if k != "history"}
         record["files"] = {name: size for part in written for name, size in part.items()}
         (folder / STATE).write_text(json.dumps(record, allow_nan=False))
@@ -85,7 +86,7 @@ def load_checkpoint(
     tensors = _tensors(policy, optimizer, average)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        dcp.load(tensors, storage_reader=Reader(folder), planner=Planner(), no_dist=not dist.is_initialized())
     set_model_state_dict(policy, tensors["model"], options=_TRAINED)
     set_optimizer_state_dict(policy, optimizer, tensors["optimizer"], options=_TRAINED)
     mine = folder / f"random-{me.rank}.pt"
@@ -98,12 +99,12 @@ def load_checkpoint(
 
 def load_weights(folder: Path, *, policy: nn.Module, average: WeightAverage | None) -> None:
     """Only the weights of a checkpoint, in place: what was evaluated at its step."""
-    tensors: dict[str, Any] = {"model": get_model_state_dict(policy, options=_TRAINED)}
+    tensors: dict[str, Any] = {"model": trained_state(policy, _TRAINED)}
     if average is not None:
         tensors["average"] = average.named_values()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        dcp.load(tensors, storage_reader=Reader(folder), planner=Planner(), no_dist=not dist.is_initialized())
     set_model_state_dict(policy, tensors["model"], options=_TRAINED)
 
 
@@ -116,18 +117,20 @@ def is_whole(checkpoint: Location) -> bool:
     """Whether every file of a checkpoint is there in its full size; an upload may have been cut short."""
     try:
         files = json.loads((checkpoint / STATE).read_bytes())["files"]
-        return (checkpoint / HISTORY).exists() and all(
-            (checkpoint / name).size() == size for name, size in files.items()
-        )
+        return all((checkpoint / name).size() == size for name, size in files.items())
     except (FileNotFoundError, ValueError):
         return False
 
 
 def _tensors(policy: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> dict[str, Any]:
+    fresh = not optimizer.state
     tensors: dict[str, Any] = {
-        "model": get_model_state_dict(policy, options=_TRAINED),
+        "model": trained_state(policy, _TRAINED),
         "optimizer": get_optimizer_state_dict(policy, optimizer, options=_TRAINED),
     }
+    if fresh:  # torch has filled it in by a step without gradients, which is to count for none
+        for values in optimizer.state.values():
+            values["step"].zero_()
     if average is not None:
         tensors["average"] = average.named_values()
     return tensors

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -121,5 +121,11 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
     Unsharded parameters on the CPU are given themselves, not copied: use them before they change.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+    return trained_state(model, StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True))
+
+
+def trained_state(model: nn.Module, options: StateDictOptions) -> dict[str, Any]:
+    """Trained parameters and buffers by name. Every rank must call it."""
+    # torch leaves a frozen parameter out under its first name only; tied weights have two.
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: v for name, v in get_model_state_dict(model, options=options).items() if name not in frozen}

@@ -274,7 +274,7 @@ def _per_pair(options: Train, losses: Tensor, logps: PairLogps) -> dict[str, tup
 
 def _named(options: Train, terms: BatchTerms) -> dict[str, float]:
     named = {}
-    if options.loss.needs_mismatched:
+    if isinstance(terms.kl, Tensor):  # measured, not assumed
         named["kl"] = float(terms.kl)
     if options.loss.tracks_reward_mean:
         named["reward_mean"] = float(terms.reward_mean)

@@ -31,25 +31,29 @@ from dpo_ray.train_step import Share
 VOCABULARY = 512
 
 
-def small_model(folder: Path) -> Path:
-    """A random two-layer Llama with a small vocabulary and a tokenizer of its own: half a second for ten steps."""
+def small_model(folder: Path, *, dtype: torch.dtype = torch.float32, **larger: int) -> Path:
+    """A random two-layer Llama with a small vocabulary and a tokenizer of its own: half a second for ten steps.
+
+    Args:
+        larger: other sizes, as LlamaConfig names them.
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-    )
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        model = LlamaForCausalLM(LlamaConfig(**{**sizes, **larger}, tie_word_embeddings=True))
+        model.to(dtype).save_pretrained(folder)
     words = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", bos_token="1", eos_token="2")
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -108,7 +112,7 @@ class Kept:
         self.die_at = die_at
 
     def keep(self, metrics: dict[str, Any], folder: Path, *, last: bool) -> None:
-        shutil.copytree(folder, self.folder / f"step-{metrics['step']}", dirs_exist_ok=True)
+        shutil.copytree(folder, self.folder / f"step-{metrics['step']}", copy_function=shutil.move, dirs_exist_ok=True)
         shutil.rmtree(folder)
         if dist.is_initialized():
             dist.barrier()

@@ -121,6 +121,25 @@ def test_a_sweep_trains_each_point_on_the_same_reference_artifact(first_run, job
     assert accuracies == sorted(accuracies, reverse=True)
 
 
+def test_training_stops_early_and_takes_the_best_weights_from_its_checkpoint(first_run, job):
+    folder, run = job
+    done = run(
+        "train",
+        train__learning_rate=0.3,  # soon far beyond what the model can follow
+        train__schedule="constant",
+        train__warmup_fraction=0,
+        train__epochs=5,
+        train__eval_every_steps=1,
+        train__keep_best="eval_loss",
+        train__early_stopping={"metric": "eval_loss", "patience": 3},
+        train__strategy="fsdp",
+    )
+    assert done.code == 0, done.log
+    train = summary_of(folder / "out")["train"]
+    assert train["num_steps"] == train["published_step"] + 3 < train["planned_steps"]
+    assert done.lines(f"the weights of step {train['published_step']} were best by eval_loss")
+
+
 def test_new_shards_cost_only_themselves(first_run, job, write_preferences):
     folder, run = job
     write_preferences(folder / "data", preference_rows(40, 20), name="train-00001.parquet")

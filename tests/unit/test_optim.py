@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dpo_ray.config import Train
-from dpo_ray.optim import learning_rate, make_optimizer
+from dpo_ray.optim import WeightAverage, learning_rate, make_optimizer
 
 
 def rates(num_steps: int, **options: object) -> list[float]:
@@ -78,3 +78,54 @@ def test_a_first_step_moves_each_weight_by_the_learning_rate():
     optimizer.step()
     expected = torch.tensor([[1.0 * 0.95 - 0.1, -2.0 * 0.95 + 0.1]])
     torch.testing.assert_close(weight.data, expected, rtol=0, atol=1e-6)
+
+
+class Two(nn.Module):
+    """One weight that is trained, one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained = nn.Parameter(torch.tensor([1.0, -2.0]))
+        self.frozen = nn.Parameter(torch.tensor([7.0]), requires_grad=False)
+
+    def set(self, *values: float) -> None:
+        with torch.no_grad():
+            self.trained.copy_(torch.tensor(values))
+
+
+def test_the_weight_average_by_hand():
+    model = Two()
+    average = WeightAverage(model, 0.75)
+    model.set(5.0, -2.0)
+    assert average.named_values()["trained"].tolist() == [1, -2]  # its own from the start
+    average.update()
+    assert average.named_values()["trained"].tolist() == [2, -2]  # ¾ · 1 + ¼ · 5
+    model.set(6.0, 2.0)
+    average.update()
+    assert average.named_values()["trained"].tolist() == [3, -1]  # ¾ · 2 + ¼ · 6
+    assert model.trained.tolist() == [6, 2]
+    assert average.named_values().keys() == {"trained"}
+
+
+def test_the_weights_are_the_averages_for_a_while():
+    model = Two()
+    average = WeightAverage(model, 0.5)
+    model.set(3.0, 0.0)
+    average.update()
+    parameter = model.trained
+    with average.in_place():
+        assert model.trained.tolist() == [2, -1]
+        assert model.trained is parameter
+    assert model.trained.tolist() == [3, 0]
+    with pytest.raises(KeyError), average.in_place():
+        raise KeyError
+    assert model.trained.tolist() == [3, 0]
+    assert average.named_values()["trained"].tolist() == [2, -1]
+
+
+def test_writing_into_the_named_values_changes_the_average():
+    model = Two()
+    average = WeightAverage(model, 0.5)
+    average.named_values()["trained"].copy_(torch.tensor([9.0, 9.0]))
+    with average.in_place():
+        assert model.trained.tolist() == [9, 9]

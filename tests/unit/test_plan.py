@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dpo_ray.artifacts import write_shard
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.pairs import TOKENIZED
-from dpo_ray.plan import PlanIndex, StepPlan, build_index, fit, pair_cost, spread
+from dpo_ray.plan import PlanIndex, StepPlan, build_index, fit, microbatches, pair_cost, split_up, spread
 from dpo_ray.storage import Location
 
 HIDDEN = 64
@@ -104,7 +104,7 @@ def test_the_pairs_of_a_step_do_not_depend_on_the_number_of_workers(world_size: 
     for _, rows in plan.steps():
         ranks = plan.microbatches(rows, world_size, 400)
         assert len(ranks) == world_size
-        assert all(rank and all(batch for batch in rank) for rank in ranks)
+        assert all(any(rank) for rank in ranks)
         assert Counter(row for rank in ranks for batch in rank for row in batch) == Counter(rows.tolist())
 
 
@@ -141,6 +141,44 @@ def test_items_are_fitted_longest_first():
 
 def test_an_item_over_the_limit_goes_alone():
     assert fit([3, 99, 4], 10) == [[1], [2, 0]]
+
+
+def test_groups_are_cut_in_halves_the_one_with_most_tokens_first():
+    tokens = np.array([5, 5, 9, 1, 1, 1])
+    # 0 and 1 have 10 tokens, 2 to 5 have 12: cut into [2, 4] with 10 and [3, 5] with 2.
+    assert split_up([[0, 1], [2, 3, 4, 5]], tokens, 3) == [[0, 1], [2, 4], [3, 5]]
+    # Of equals the first.
+    assert split_up([[0, 1], [2, 3, 4, 5]], tokens, 4) == [[2, 4], [3, 5], [0], [1]]
+    assert split_up([[0, 1], [2, 3, 4, 5]], tokens, 2) == [[0, 1], [2, 3, 4, 5]]
+
+
+def test_where_no_group_can_be_cut_empty_ones_are_added():
+    assert split_up([[2], [0, 1]], np.array([9, 1, 1]), 5) == [[2], [0], [1], [], []]
+    assert split_up([], np.array([]), 2) == [[], []]
+
+
+@given(
+    st.lists(st.tuples(*[st.integers(0, 60)] * 3), min_size=1, max_size=24),
+    st.integers(1, 6),
+    st.integers(1, 200),
+)
+def test_a_step_is_spread_whole_into_as_many_microbatches_on_every_rank(
+    lengths: list[tuple[int, int, int]], world_size: int, limit: int
+):
+    index = replace(index_of(len(lengths) + 5), lengths=np.array([(1, 1, 1)] * 5 + lengths, dtype=np.int32))
+    rows = np.arange(5, len(index))[::-1]  # not the rows from 0 on
+    ranks = microbatches(index, rows, world_size, limit, HIDDEN)
+    assert len(ranks) == world_size
+    assert len({len(rank) for rank in ranks}) == 1
+    assert sorted(row for rank in ranks for group in rank for row in group) == sorted(rows.tolist())
+    tokens = index.lengths.sum(axis=1)
+    for rank in ranks:
+        assert all(len(group) <= 1 or tokens[group].sum() <= limit for group in rank)
+        if not all(rank):  # an empty one only where each pair goes alone already
+            assert max(map(len, rank)) <= 1
+    # Some rank needed them all: none is there for nothing.
+    assert any(len(fit(tokens[[row for group in rank for row in group]], limit)) == len(rank) for rank in ranks)
+    assert microbatches(index, rows, world_size, limit, HIDDEN) == ranks
 
 
 @given(st.lists(st.floats(0.5, 1000), min_size=1, max_size=40), st.integers(1, 8))

@@ -49,6 +49,8 @@ class TrainState:
     reward_count: float = 0.0
     finished: bool = False
     """Whether this is the end: the last step, or an early stop."""
+    exported_step: int = 0
+    """At the end, the step whose weights are exported."""
 
 
 def save_checkpoint(

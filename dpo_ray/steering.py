@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from dpo_ray.config import EarlyStopping, Metric
 
 
-def best_step(history: list[dict[str, Any]], metric: Metric) -> int | None:
-    """The step whose evaluation was best, the earlier one of equals; None before the first evaluation."""
-    evaluated = [m for m in history if metric in m]
+def best_step(history: list[dict[str, Any]], metric: Metric, among: Collection[int] | None = None) -> int | None:
+    """The step whose evaluation was best, the later one of equals; None before the first evaluation.
+
+    Args:
+        among: the steps that may be chosen, where not all can be.
+    """
+    evaluated = [m for m in history if metric in m and (among is None or m["step"] in among)]
     if not evaluated:
         return None
-    return int(min(evaluated, key=lambda m: (_cost(m, metric), m["step"]))["step"])
+    return int(min(evaluated, key=lambda m: (_cost(m, metric), -m["step"]))["step"])
 
 
 def should_stop(history: list[dict[str, Any]], options: EarlyStopping) -> bool:

@@ -45,6 +45,9 @@ class Checkpoints(Protocol):
         It may return before the checkpoint is safe, unless it is the last one.
         """
 
+    def steps(self) -> set[int]:
+        """The steps after which a checkpoint was kept that is still there; every rank calls it."""
+
     def of_step(self, step: int) -> AbstractContextManager[Path]:
         """A folder with the whole checkpoint that was kept after a step; every rank calls it."""
 
@@ -143,15 +146,20 @@ def _checkpoint(
 ) -> None:
     """Hand over a checkpoint of this moment; the last one holds the exported model too."""
     policy, state, me = learner.scorer.model, learner.state, learner.me
+    keep_best = learner.options.keep_best
+    if state.finished:
+        # A checkpoint may be gone that was lost with a damaged record; the best of the others is taken then.
+        available = checkpoints.steps() | {state.next_step}
+        best = best_step(state.history, keep_best, among=available) if keep_best is not None else None
+        state.exported_step = best or state.next_step
     folder = Path(tempfile.mkdtemp(prefix="dpo-ray-checkpoint-"))  # whoever keeps it removes it
     save_checkpoint(folder, policy=policy, optimizer=learner.optimizer, average=learner.average, state=state, me=me)
     if state.finished:
         average = learner.average
-        best = best_step(state.history, learner.options.keep_best) if learner.options.keep_best else None
-        if best is not None and best != state.next_step:
+        if state.exported_step != state.next_step:
             if me.rank == 0:
-                say("train", f"the weights of step {best} were best by {learner.options.keep_best}; they are exported")
-            with checkpoints.of_step(best) as kept:
+                say("train", f"the weights of step {state.exported_step} were best by {keep_best}; they are exported")
+            with checkpoints.of_step(state.exported_step) as kept:
                 load_weights(kept, policy=policy, average=average)
         with average.in_place() if average is not None else nullcontext():
             weights = whole_state(policy)

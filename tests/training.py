@@ -119,6 +119,9 @@ class Kept:
         if metrics["step"] == self.die_at:
             raise InterruptedError("killed")
 
+    def steps(self) -> set[int]:
+        return {int(folder.name.removeprefix("step-")) for folder in self.folder.glob("step-*")}
+
     @contextmanager
     def of_step(self, step: int) -> Iterator[Path]:
         yield self.folder / f"step-{step}"
@@ -213,7 +216,7 @@ class Gang:
     def run(self, *arguments: Any, **values: Any) -> None:
         """training.run on every rank; raises what every rank raised."""
         futures = [executor.submit(_run_as_rank, arguments, values) for executor in self.executors]
-        errors = [future.exception(timeout=300) for future in futures]
+        errors = [future.exception(timeout=540) for future in futures]
         assert len({repr(error) for error in errors}) == 1, f"the ranks did not end alike: {errors}"
         if errors[0] is not None:
             raise errors[0]

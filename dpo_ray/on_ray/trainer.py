@@ -26,7 +26,7 @@ from dpo_ray.on_ray.session import connect, raise_ours
 from dpo_ray.parallel import Rank
 from dpo_ray.plan import PlanIndex, StepPlan, build_index
 from dpo_ray.progress import say
-from dpo_ray.steering import best_step, higher_is_better
+from dpo_ray.steering import higher_is_better
 from dpo_ray.storage import Location
 from dpo_ray.train_loop import EXPORT, train
 
@@ -65,12 +65,12 @@ def fit(output: Location, config: Config, pairs: Artifact) -> tuple[Artifact, bo
     began = time.monotonic()
     checkpoint = _run(config, plan, held_out, location)
     history = _collect(checkpoint, location)
+    exported_step = json.loads((checkpoint / STATE).read_bytes())["exported_step"]
     model_files = [
         describe_file(f).model_copy(update={"name": f"{MODEL_FOLDER}/{f.name}"})
         for f in (location / MODEL_FOLDER).list()
     ]
     losses = [m["loss"] for m in history if "loss" in m]
-    keep_best = config.train.keep_best
     artifact = publish(
         location,
         KIND,
@@ -90,7 +90,7 @@ def fit(output: Location, config: Config, pairs: Artifact) -> tuple[Artifact, bo
             "final": history[-1],
             "num_steps": history[-1]["step"],
             "planned_steps": plan.num_steps,
-            "published_step": (best_step(history, keep_best) if keep_best else None) or history[-1]["step"],
+            "published_step": exported_step,
             "tokens_per_second": sum(m["tokens_per_second"] for m in history) / len(history),
             "seconds": round(time.monotonic() - began, 1),
         },
@@ -141,7 +141,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
     connect(
         needed * options.cpus_per_worker,
         needed if options.use_gpu else 0,
-        wanted_cpus=options.num_workers * options.cpus_per_worker,
+        wanted_cpus=options.num_workers * options.cpus_per_worker + 1,  # the stages after this one read and write too
         why="train.num_workers or min_workers, cpus_per_worker, use_gpu",
     )
     import ray.train
@@ -322,14 +322,19 @@ class RayCheckpoints:
         if self.me.rank == 0:
             say(KIND, f"checkpoint at step {metrics['step']}/{self.num_steps}")
 
+    def steps(self) -> set[int]:
+        return set(self._kept())
+
     @contextmanager
     def of_step(self, step: int) -> Iterator[Path]:
+        with self._kept()[step].as_directory() as folder:
+            yield Path(folder)
+
+    def _kept(self) -> dict[int, Any]:
         import ray.train
 
         # It waits for the uploads that are under way.
-        kept = {int(c.metrics["step"]): c.checkpoint for c in ray.train.get_all_reported_checkpoints()}
-        with kept[step].as_directory() as folder:
-            yield Path(folder)
+        return {int(c.metrics["step"]): c.checkpoint for c in ray.train.get_all_reported_checkpoints()}
 
 
 def _collect(checkpoint: Location, location: Location) -> list[dict[str, Any]]:

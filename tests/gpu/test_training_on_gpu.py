@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def scored_in_bfloat16(pairs: list[TokenizedPair], model: Path, device: torch.de
 
 def train_and_resume(model: Path, pairs: list[TokenizedPair], me: Rank, folder: Path) -> tuple[Trained, Trained]:
     """A run over the same pairs again and again, and one that goes on from its half."""
-    options = {
+    options: dict[str, Any] = {
         "strategy": "fsdp",
         "activation_checkpointing": True,
         "global_batch_size": BATCH,

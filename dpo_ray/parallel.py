@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dpo_ray.errors import ConfigError
@@ -35,7 +35,8 @@ def parallelize(scorer: CompletionScorer, strategy: Literal["ddp", "fsdp"], me: 
     """The module to call for a forward pass that gradients are to flow through.
 
     fsdp shards each decoder layer on its own, in place (torch's fully_shard, arXiv:2304.11277), so that one layer
-    at a time is whole; in bfloat16 it gathers bfloat16 weights and reduces gradients in float32.
+    at a time is whole. Weights are gathered in float32 in bfloat16 training too: the forward pass is then the very
+    one that scored the reference, which layers in bfloat16 throughout are not.
 
     Raises ConfigError where the model does not name its decoder layers.
     """
@@ -49,14 +50,9 @@ def parallelize(scorer: CompletionScorer, strategy: Literal["ddp", "fsdp"], me: 
             "(_no_split_modules). Use train.strategy=ddp for this model."
         )
     mesh = init_device_mesh(me.device.type, (me.world_size,))
-    precision = (
-        MixedPrecisionPolicy()
-        if scorer.dtype == torch.float32
-        else MixedPrecisionPolicy(param_dtype=scorer.dtype, reduce_dtype=torch.float32)
-    )
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(scorer, mesh=mesh, mp_policy=precision)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(scorer, mesh=mesh)
     return scorer
 
 

@@ -65,7 +65,7 @@ def fit(output: Location, config: Config, pairs: Artifact) -> tuple[Artifact, bo
     began = time.monotonic()
     checkpoint = _run(config, plan, held_out, location)
     history = _collect(checkpoint, location)
-    exported_step = json.loads((checkpoint / STATE).read_bytes())["exported_step"]
+    exported_step = _state_of(checkpoint)["exported_step"]
     model_files = [
         describe_file(f).model_copy(update={"name": f"{MODEL_FOLDER}/{f.name}"})
         for f in (location / MODEL_FOLDER).list()
@@ -221,8 +221,11 @@ def run_name(runs: Location) -> str:
 
 
 def newest_whole_checkpoint(runs: Location) -> Location | None:
-    """The checkpoint of the furthest step among those that were written to the end, whatever Ray's record says."""
-    found = [c for run in runs.list() for c in _checkpoints(run) if is_whole(c)]
+    """The checkpoint of the furthest step among those that were written to the end, whatever Ray's record says.
+
+    Not the last one of a training, which could not be gone on from and whose model may be missing.
+    """
+    found = [c for run in runs.list() for c in _checkpoints(run) if is_whole(c) and not _state_of(c)["finished"]]
     return max(found, key=_step_of, default=None)
 
 
@@ -247,7 +250,11 @@ def _checkpoints(run: Location) -> list[Location]:
 
 
 def _step_of(checkpoint: Location) -> int:
-    return json.loads((checkpoint / STATE).read_bytes())["next_step"]
+    return _state_of(checkpoint)["next_step"]
+
+
+def _state_of(checkpoint: Location) -> dict[str, Any]:
+    return json.loads((checkpoint / STATE).read_bytes())
 
 
 def train_worker(job: dict[str, Any]) -> DpoRayError | None:

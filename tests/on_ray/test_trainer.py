@@ -24,7 +24,9 @@ def left_behind(tmp_path: Path):
             folder.mkdir(parents=True)
             (folder / "metrics.jsonl").write_text("")
             (folder / "weights").write_bytes(b"1234")
-            (folder / "state.json").write_text(json.dumps({"next_step": step, "files": {"weights": 4}}))
+            (folder / "state.json").write_text(
+                json.dumps({"next_step": step, "finished": step == 9, "files": {"weights": 4}})
+            )
         run.mkdir(exist_ok=True)
         if snapshot is not None:
             (run / SNAPSHOT).write_text(snapshot)
@@ -63,7 +65,7 @@ def test_a_whole_record_is_gone_on_with(left_behind, tmp_path):
 def test_with_a_damaged_record_training_goes_on_from_the_newest_whole_checkpoint(
     left_behind, tmp_path, damaged, capsys
 ):
-    run = left_behind(2, 4, 6, snapshot=damaged)
+    run = left_behind(2, 4, 6, 9, snapshot=damaged)  # 9 is the last one, after which there is no training
     (tmp_path / "run-1" / "checkpoint_006" / "weights").write_bytes(b"12")  # its upload was cut short
     runs = Location.of(tmp_path)
     assert run_name(runs) == "run-2"

@@ -296,11 +296,6 @@ class Config(Section):
             )
         if self.generate is not None and self.generate.sampling.samples < 2:
             raise ValueError("generate.sampling.samples is 1, but a pair needs at least 2 samples of a prompt")
-        if self.tune is not None and self.tune.beta is not None and not hasattr(self.train.loss, "beta"):
-            raise ValueError(
-                f"tune.beta searches train.loss.beta, but train.loss.type={self.train.loss.type} has no beta: set "
-                "tune.beta=null, and the sweep searches the learning rate alone"
-            )
         if self.publish.gate.win_rate_above is not None and self.evaluate.win_rate is None:
             raise ValueError(
                 "publish.gate.win_rate_above asks for a win rate that is not measured: "

@@ -84,11 +84,11 @@ def train(
 @app.command()
 def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = False, run_id: RunId = None) -> None:
     """Search train.loss.beta × train.learning_rate with Ray Tune; all trials share one reference pass, if any."""
+    from tuning.space import grid
     from tuning.sweep import run_sweep
 
     loaded = load_config(config, override)
-    if loaded.tune is None:
-        raise ConfigError(f"{config} has no section tune: add tune.beta and tune.learning_rate, the lists to search.")
+    grid(loaded)
     if dry_run:
         _print_plan(loaded, "train")
         return

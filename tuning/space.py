@@ -13,6 +13,11 @@ def grid(config: Config) -> list[Config]:
     """One configuration for each beta and learning rate of `tune`. Raises ConfigError where a value is no good."""
     if config.tune is None:
         raise ConfigError("There is no section tune: add tune.beta and tune.learning_rate, the lists to search.")
+    if config.tune.beta is not None and not hasattr(config.train.loss, "beta"):
+        raise ConfigError(
+            f"tune.beta searches train.loss.beta, but train.loss.type={config.train.loss.type} has no beta: set "
+            "tune.beta=null, and the sweep searches the learning rate alone."
+        )
     betas = config.tune.beta or (None,)
     return [trial_config(config, beta, rate) for beta, rate in product(betas, config.tune.learning_rate)]
 

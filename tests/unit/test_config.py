@@ -10,6 +10,7 @@ import yaml
 
 from dpo_ray.config import Config, Train, dump_config, load_config, parse_config
 from dpo_ray.errors import ConfigError
+from tuning.space import grid
 from dpo_ray.loss_options import HingeLoss, IPOLoss, RobustLoss, SigmoidLoss
 
 REPOSITORY = Path(__file__).parents[2]
@@ -266,9 +267,11 @@ def test_identity_holds_what_changes_the_result_and_nothing_else(option: str, va
 
 
 def test_a_sweep_over_beta_of_a_loss_without_one_is_refused_and_told_how():
+    loss = {"loss": {"type": "orpo"}}
     with pytest.raises(ConfigError, match=r"tune\.beta=null"):
-        parse_config(tree(tune={}, train={"loss": {"type": "orpo"}}))
-    assert parse_config(tree(tune={"beta": None}, train={"loss": {"type": "orpo"}})).tune is not None
+        grid(parse_config(tree(tune={}, train=loss)))
+    points = grid(parse_config(tree(tune={"beta": None, "learning_rate": [1e-6, 2e-6]}, train=loss)))
+    assert [point.train.learning_rate for point in points] == [1e-6, 2e-6]
 
 
 @pytest.mark.parametrize("key", ["sync_ref_model", "ref_model_sync_steps"])

@@ -10,8 +10,8 @@ import yaml
 
 from dpo_ray.config import Config, Train, dump_config, load_config, parse_config
 from dpo_ray.errors import ConfigError
-from tuning.space import grid
 from dpo_ray.loss_options import HingeLoss, IPOLoss, RobustLoss, SigmoidLoss
+from tuning.space import grid
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -59,7 +59,14 @@ def _start_embedded(num_cpus: float) -> None:
     say("ray", f"starting Ray on this machine with {cpus} logical CPUs")
     for attempt in (1, 2):
         try:
-            ray.init(num_cpus=cpus, log_to_driver=True, logging_level=logging.WARNING, runtime_env=_RUNTIME_ENV)
+            # "local": not another Ray that happens to run on this machine; who means that one sets RAY_ADDRESS.
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                log_to_driver=True,
+                logging_level=logging.WARNING,
+                runtime_env=_RUNTIME_ENV,
+            )
             return
         except Exception as error:
             # On a busy machine the node's agent can miss its start-up deadline; a second start mostly succeeds.

@@ -21,8 +21,8 @@ def history(metric: Metric, values: list[float | None]) -> list[dict[str, Any]]:
         ("eval_loss", [None, 0.7, None, 0.5, None, 0.6], 4),
         ("eval_rewards/accuracies", [None, 0.7, None, 0.5, None, 0.6], 2),
         ("eval_rewards/margins", [-2.0, -1.0, -3.0], 2),
-        ("eval_loss", [0.6, 0.5, 0.5], 2),  # the earlier of equals
-        ("eval_rewards/accuracies", [0.5, 1.0, 1.0], 2),
+        ("eval_loss", [0.6, 0.5, 0.5], 3),  # the later of equals: the one that Ray keeps
+        ("eval_rewards/accuracies", [0.5, 1.0, 1.0], 3),
         ("eval_loss", [None, None], None),
         ("eval_loss", [], None),
     ],
@@ -35,6 +35,12 @@ def test_the_best_step_goes_by_its_own_metric_alone():
     rows = [{"step": 3, "eval_loss": 0.1}, {"step": 6, "eval_loss": 0.9, "eval_rewards/margins": 0.2}]
     assert best_step(rows, "eval_loss") == 3
     assert best_step(rows, "eval_rewards/margins") == 6
+
+
+def test_the_best_step_is_one_whose_checkpoint_is_still_there():
+    rows = history("eval_loss", [0.5, 0.1, 0.3])
+    assert best_step(rows, "eval_loss", among={1, 3}) == 3
+    assert best_step(rows, "eval_loss", among=set()) is None
 
 
 def test_only_a_loss_is_to_fall():

@@ -185,6 +185,8 @@ class Train(Section):
     """Stop before the last step when the held-out metric no longer improves."""
     log_every_steps: int = Field(1, ge=1)
     """Steps between reported metrics."""
+    entropy_every_steps: int | None = Field(10, ge=1)
+    """Steps between reports of entropy and mean logits, which cost a pass over all logits; null: none."""
     max_nonfinite_steps: int = Field(0, ge=0)
     """Steps with a loss or gradient that is NaN or infinite that are left out, before the run stops at one more."""
     max_failures: int = Field(3, ge=0)
@@ -203,6 +205,7 @@ class Train(Section):
             "checkpoint_every_steps",
             "keep_checkpoints",
             "log_every_steps",
+            "entropy_every_steps",
             "max_failures",
         }
         return self.model_dump(mode="json", exclude=execution)

@@ -5,45 +5,162 @@ N completion tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-_CHUNK_TOKENS = 512  # 512 × 150k logits in float32 are 0.3 GB: the most that is held at once
+_CHUNK_TOKENS = 256  # 256 × 150k logits in float32 are 0.15 GB; three such tiles are the most that is held at once
 
 
-def token_logprobs(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, with_collisions: bool = False
-) -> Tensor:
-    """log p(target) at each position, in float32.
+@dataclass(frozen=True)
+class Head:
+    """A linear output layer: logits = cap · tanh(x / cap) with x = scale · (h Wᵀ + b)."""
+
+    weight: Tensor
+    """W [V, H]"""
+    bias: Tensor | None = None
+    """b [V]"""
+    scale: float = 1.0
+    cap: float | None = None
+    """Soft cap of the logits (Gemma 2, arXiv:2408.00118); None leaves them as they are."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, H] → [n, V] in float32, with no gradient."""
+        x = _matmul_float32(hidden, self.weight.T)
+        if self.bias is not None:
+            x += self.bias
+        if self.scale != 1.0:
+            x *= self.scale
+        return x.div_(self.cap).tanh_().mul_(self.cap) if self.cap is not None else x
+
+
+class TokenScores(NamedTuple):
+    """What is known of each completion token; each [N] in float32. Only the log-probs carry gradients."""
+
+    logprobs: Tensor
+    """log p(target), in nats."""
+    log_collisions: Tensor | None = None
+    """log Σ_v p(v)², in nats."""
+    entropies: Tensor | None = None
+    """−Σ_v p(v) log p(v), in nats."""
+    mean_logits: Tensor | None = None
+    """Σ_v logit(v) / V."""
+
+
+def token_scores(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    *,
+    with_collisions: bool = False,
+    with_entropies: bool = False,
+) -> TokenScores:
+    """Score the target at each position; logits exist tile by tile, and again in the backward pass.
 
     Args:
-        hidden: [N, H] the hidden states that predict the targets.
-        head: maps [n, H] to logits [n, V]; recomputed in the backward pass, chunk by chunk.
+        hidden: [N, H] the hidden states that predict the targets, in the head's dtype.
         targets: [N] token ids.
-        with_collisions: give also the log collision probability log Σ_v p(v)² of each position, without gradient.
-
-    Returns [N] float32 in nats; [2, N] with collisions, the log-probs first.
+        with_collisions: also the log collision probabilities.
+        with_entropies: also the entropies and the mean logits.
     """
-    chunks = [
-        checkpoint(_chunk, h, head, t, with_collisions, use_reentrant=False)
-        if torch.is_grad_enabled()
-        else _chunk(h, head, t, with_collisions)
-        for h, t in zip(hidden.split(_CHUNK_TOKENS), targets.split(_CHUNK_TOKENS), strict=True)
-    ]
-    if not chunks:
-        return hidden.new_zeros((2, 0) if with_collisions else (0,), dtype=torch.float32)
-    return torch.cat(chunks, dim=-1)
+    logprobs, collisions, entropies, means = _TokenScores.apply(
+        hidden, head.weight, head.bias, targets, head.scale, head.cap, with_collisions, with_entropies
+    )
+    return TokenScores(
+        logprobs,
+        collisions if with_collisions else None,
+        entropies if with_entropies else None,
+        means if with_entropies else None,
+    )
 
 
-def _chunk(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, with_collisions: bool) -> Tensor:
-    logits = head(hidden).float()
-    normalizer = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer
-    if not with_collisions:
-        return logprobs
-    with torch.no_grad():
-        collisions = (logits - normalizer[:, None]).mul_(2).logsumexp(-1)
-    return torch.stack((logprobs, collisions))
+class _TokenScores(torch.autograd.Function):
+    """Keeps hidden states, weights and targets for the backward pass, in which each tile of logits is made anew."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        cap: float | None,
+        with_collisions: bool,
+        with_entropies: bool,
+    ) -> tuple[Tensor, ...]:
+        head = Head(weight, bias, scale, cap)
+        scores = hidden.new_zeros(4, len(targets), dtype=torch.float32)
+        for tile in _tiles(len(targets)):
+            logits = head.logits(hidden[tile])
+            logprobs = logits.log_softmax(-1)
+            scores[0, tile] = logprobs.gather(-1, targets[tile, None]).squeeze(-1)
+            if with_collisions or with_entropies:
+                probabilities = (logits - logits.logsumexp(-1, keepdim=True)).exp_()
+            if with_entropies:
+                scores[2, tile] = torch.special.entr(probabilities).sum(-1)
+                scores[3, tile] = logits.mean(-1)
+            if with_collisions:
+                # The largest probability is at least 1/V, so that no square that matters is lost below 0.
+                scores[1, tile] = probabilities.square_().sum(-1).log()
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.scale, ctx.cap = scale, cap
+        found = tuple(scores)
+        ctx.mark_non_differentiable(*found[1:])
+        ctx.set_materialize_grads(False)
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        if grad is None:
+            return (None,) * 8
+        head = Head(weight, bias, ctx.scale, ctx.cap)
+        of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
+        d_hidden = torch.empty_like(hidden) if of_hidden else None
+        # Summed over tiles in float32: bfloat16 would lose a late tile beside the sum of many.
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
+        for tile in _tiles(len(targets)):
+            logits = head.logits(hidden[tile])
+            d_logits = logits.softmax(-1).mul_(-grad[tile, None])
+            d_logits.scatter_add_(-1, targets[tile, None], grad[tile, None])
+            if head.cap is not None:
+                d_logits.mul_(logits.div_(head.cap).square_().neg_().add_(1))
+            if head.scale != 1.0:
+                d_logits.mul_(head.scale)
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+            d_logits = d_logits.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(d_logits, weight, out=d_hidden[tile])
+            if d_weight is not None:
+                _add_product(d_weight, d_logits.T, hidden[tile])
+        return (
+            d_hidden,
+            d_weight.to(weight.dtype) if d_weight is not None else None,
+            d_bias.to(bias.dtype) if d_bias is not None else None,
+            *(None,) * 5,
+        )
+
+
+def _tiles(length: int) -> list[slice]:
+    return [slice(i, min(i + _CHUNK_TOKENS, length)) for i in range(0, length, _CHUNK_TOKENS)]
+
+
+def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32. On CUDA products of bfloat16 keep float32's digits; elsewhere they are rounded once."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b).float()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in total's float32."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += _matmul_float32(a, b)

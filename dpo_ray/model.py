@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dpo_ray import attention
 from dpo_ray.config import LoRA
 from dpo_ray.errors import ConfigError
-from dpo_ray.logprobs import token_logprobs
+from dpo_ray.logprobs import Head, TokenScores, token_scores
 from dpo_ray.lora import add_adapters
 from dpo_ray.packing import MicroBatch, pack, pad
 from dpo_ray.pairs import TokenizedPair
@@ -38,7 +36,8 @@ def load_policy(
         seed: of the adapters' start; the same on every rank, for each must start equal.
         activation_checkpointing: in train mode, compute each layer's activations again in the backward pass.
 
-    Raises ConfigError where adapters or activation checkpointing do not go with the model.
+    Raises ConfigError where adapters or activation checkpointing do not go with the model, or where its output layer
+    is not linear.
     """
     from transformers import AutoModelForCausalLM
 
@@ -48,6 +47,12 @@ def load_policy(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise ConfigError(
+            f"The output layer of {type(model).__name__} is a {type(model.get_output_embeddings()).__name__}, not a "
+            "linear layer from hidden states to logits: its log-probs cannot be computed tile by tile. Choose another "
+            "model.path."
+        )
     if not _use_packed_attention(model):
         say(
             "model",
@@ -83,13 +88,13 @@ def _use_packed_attention(model: PreTrainedModel) -> bool:
     before, was_training = model.config._attn_implementation, model.training
     ids = [i % model.config.vocab_size for i in range(7, 7 + 19)]
     pairs = [TokenizedPair("a", ids[:5], ids[5:8], ids[8:12]), TokenizedPair("b", ids[12:15], ids[15:18], ids[18:])]
-    scorer = CompletionScorer(model.eval(), torch.float32)
+    scorer = CompletionScorer(model.eval())
     with torch.inference_mode():
-        expected = scorer(pad(pairs))
+        expected = scorer(pad(pairs)).logprobs
         attention.register()
         model.set_attn_implementation(attention.IMPLEMENTATION)
         try:
-            serves = torch.allclose(scorer(pack(pairs)), expected, rtol=0, atol=1e-3)
+            serves = torch.allclose(scorer(pack(pairs)).logprobs, expected, rtol=0, atol=1e-3)
         except (RuntimeError, TypeError, ValueError, IndexError):
             serves = False  # it cannot take the layout at all
     if not serves:
@@ -104,10 +109,9 @@ class CompletionScorer(nn.Module):
     The same module scores the reference (engine `torch`), calibrates vLLM's scores, trains and evaluates.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
-        self.dtype = dtype
 
     @property
     def packs(self) -> bool:
@@ -118,39 +122,35 @@ class CompletionScorer(nn.Module):
         """The layout that this model can take."""
         return pack(pairs) if self.packs else pad(pairs)
 
-    def forward(self, batch: MicroBatch, *, with_collisions: bool = False) -> Tensor:
-        """Log-probs [N] in float32 of the micro-batch's completion tokens, in nats.
-
-        with_collisions: [2, N] instead, with each position's log collision probability log Σ_v π(v)² as the second
-        row, which has no gradient.
-        """
-        device = batch.input_ids.device.type
-        autocast = torch.autocast(device, self.dtype) if self.dtype != torch.float32 else nullcontext()
-        with autocast:
-            extra = {"segments": batch.segments} if batch.segments is not None else {}
-            hidden = self.model.base_model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                attention_mask=batch.attention_mask,
-                use_cache=False,
-                **extra,
-            ).last_hidden_state
-            return token_logprobs(
-                hidden.flatten(0, 1)[batch.predictors], head(self.model), batch.targets, with_collisions
-            )
+    def forward(self, batch: MicroBatch, *, with_collisions: bool = False, with_entropies: bool = False) -> TokenScores:
+        """Scores of the micro-batch's N completion tokens, in float32; see token_scores."""
+        extra = {"segments": batch.segments} if batch.segments is not None else {}
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            **extra,
+        ).last_hidden_state
+        head = output_head(self.model)
+        rows = hidden.flatten(0, 1)[batch.predictors].to(head.weight.dtype)
+        return token_scores(rows, head, batch.targets, with_collisions=with_collisions, with_entropies=with_entropies)
 
 
-def head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """Hidden states [N, H] → logits [N, V], with the scaling and soft cap that the model's configuration names."""
+def output_head(model: PreTrainedModel) -> Head:
+    """The model's output layer, with the scaling and soft cap that its configuration names."""
     output = model.get_output_embeddings()
-    cap = getattr(model.config, "final_logit_softcapping", None)
     scale = getattr(model.config, "logit_scale", None) or 1 / (getattr(model.config, "logits_scaling", None) or 1)
+    return Head(output.weight, output.bias, scale, getattr(model.config, "final_logit_softcapping", None))
 
-    def logits(hidden: Tensor) -> Tensor:
-        scaled = output(hidden) * scale if scale != 1 else output(hidden)
-        return cap * torch.tanh(scaled / cap) if cap else scaled
 
-    return logits
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring the weights of a model that only scores to a dtype, in place.
+
+    Buffers, as the rotary frequencies, stay in float32: FSDP's mixed precision leaves them so in training.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def torch_dtype(name: str) -> torch.dtype:

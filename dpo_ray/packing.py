@@ -5,6 +5,9 @@
 Both layouts name the same N completion tokens in the same order (pair by pair, chosen then rejected), so that
 what follows the forward pass need not know which one was used. A pair may lack one side (unpaired data): that side
 has no tokens in the packed row and no row of its own in the padded layout.
+
+What the packed row shares is the longest common prefix of the two sequences: the prompt, and the tokens with which
+both completions begin. These stand in the row once and are targets twice.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ class MicroBatch:
     """[rows, T]"""
     attention_mask: Tensor | None
     """[rows, T] of 0 and 1 in the padded layout; None in the packed one."""
-    segments: list[Segment] | None
+    segments: tuple[Segment, ...] | None
     """The pairs of the packed row; None in the padded layout."""
     predictors: Tensor
     """[N] index, into the flattened [rows · T] positions, of the position that predicts each completion token."""
@@ -58,7 +61,7 @@ class MicroBatch:
 
 
 def pack(pairs: Sequence[TokenizedPair]) -> MicroBatch:
-    """One row [prompt|chosen|rejected|prompt|chosen|…]: each prompt once, no padding.
+    """One row [shared|chosen|rejected|shared|chosen|…]: each common prefix once, no padding.
 
     Raises DataError where a pair's reference log-probs are not those of its tokens.
     """
@@ -71,18 +74,21 @@ def pack(pairs: Sequence[TokenizedPair]) -> MicroBatch:
     for i, pair in enumerate(pairs):
         start, p = len(ids), len(pair.prompt_ids)
         c, r = len(pair.chosen_ids), len(pair.rejected_ids)
-        ids += [*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids]
-        positions += [*range(p + c), *range(p, p + r)]
-        segments.append(Segment(start, p, c, r))
+        common = _common_prefix(pair.chosen_ids, pair.rejected_ids)
+        ids += [*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids[common:]]
+        positions += [*range(p + c), *range(p + common, p + r)]
+        segments.append(Segment(start, p + common, c - common, r - common))
         last = start + p - 1  # the last prompt token predicts the first token of both completions
-        predictors += _predictors(last, last + 1, c) + _predictors(last, last + c + 1, r)
+        predictors += range(last, last + c)
+        predictors += range(last, last + min(common + 1, r))
+        predictors += range(last + c + 1, last + c + r - common)
         targets += [*pair.chosen_ids, *pair.rejected_ids]
         sequences += [2 * i] * c + [2 * i + 1] * r
     return MicroBatch(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
         attention_mask=None,
-        segments=segments,
+        segments=tuple(segments),
         predictors=torch.tensor(predictors),
         targets=torch.tensor(targets),
         sequence_index=torch.tensor(sequences),
@@ -143,9 +149,12 @@ def mismatched(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
     ]
 
 
-def _predictors(last: int, first: int, count: int) -> list[int]:
-    """Positions that predict a completion of `count` tokens from position `first` on; `last` is the prompt's end."""
-    return [last, *range(first, first + count - 1)][:count]
+def _common_prefix(chosen: Sequence[int], rejected: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    for length, (one, other) in enumerate(zip(chosen, rejected, strict=False)):
+        if one != other:
+            return length
+    return min(len(chosen), len(rejected))
 
 
 def _reference_logprobs(pairs: Sequence[TokenizedPair]) -> Tensor | None:

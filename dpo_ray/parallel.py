@@ -1,6 +1,6 @@
 """Data parallelism over the workers of one run: DDP, or FSDP2, behind the same few functions.
 
-Both average gradients over the workers; with one worker and no process group nothing is wrapped.
+Both average gradients over the workers; one worker that trains in float32 is not wrapped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dpo_ray.errors import ConfigError
@@ -31,29 +31,51 @@ class Rank:
     device: torch.device
 
 
-def parallelize(scorer: CompletionScorer, strategy: Literal["ddp", "fsdp"], me: Rank) -> nn.Module:
+def parallelize(
+    scorer: CompletionScorer, strategy: Literal["ddp", "fsdp"], me: Rank, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """The module to call for a forward pass that gradients are to flow through.
 
     fsdp shards each decoder layer on its own, in place (torch's fully_shard, arXiv:2304.11277), so that one layer
-    at a time is whole. Weights are gathered in float32 in bfloat16 training too: the forward pass is then the very
-    one that scored the reference, which layers in bfloat16 throughout are not.
+    at a time is whole. In bfloat16, layers compute in it while weights, gradients and the optimizer stay in float32;
+    FSDP does that, for ddp on a mesh in which every worker is a shard of one and only gradients travel.
+
+    Args:
+        dtype: what the forward and backward pass compute in.
 
     Raises ConfigError where the model does not name its decoder layers.
     """
-    if strategy == "ddp":
+    if strategy == "ddp" and dtype == torch.float32:
         return DistributedDataParallel(scorer) if me.world_size > 1 else scorer
     names = set(scorer.model._no_split_modules or ())
     layers = [module for module in scorer.model.modules() if type(module).__name__ in names]
     if not layers:
         raise ConfigError(
-            f"train.strategy=fsdp shards decoder layers, but {type(scorer.model).__name__} does not name its own "
-            "(_no_split_modules). Use train.strategy=ddp for this model."
+            f"train.strategy=fsdp and model.dtype=bfloat16 wrap decoder layers one by one, but "
+            f"{type(scorer.model).__name__} does not name its own (_no_split_modules). Use train.strategy=ddp and "
+            "model.dtype=float32 for this model."
         )
-    mesh = init_device_mesh(me.device.type, (me.world_size,))
+    if not dist.is_initialized():
+        _start_group_of_one(me)
+    kind = me.device.type
+    if strategy == "fsdp":
+        mesh = init_device_mesh(kind, (me.world_size,))
+    else:
+        mesh = init_device_mesh(kind, (me.world_size, 1), mesh_dim_names=("replicate", "shard"))
+    precision = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    # Where every worker holds all weights, giving the computing copy up between the passes would save nothing.
+    keep = strategy == "ddp"
     for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(scorer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=not keep)
+    fully_shard(scorer, mesh=mesh, mp_policy=precision)
     return scorer
+
+
+def _start_group_of_one(me: Rank) -> None:
+    backend = "nccl" if me.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def accumulating(forward: nn.Module, *, last: bool) -> AbstractContextManager[Any]:

@@ -87,8 +87,8 @@ def train(
         seed=seed,
         activation_checkpointing=options.activation_checkpointing,
     ).to(me.device)
-    scorer = CompletionScorer(policy, torch_dtype(model.dtype)).train()
-    forward = parallelize(scorer, options.strategy, me)
+    scorer = CompletionScorer(policy).train()
+    forward = parallelize(scorer, options.strategy, me, torch_dtype(model.dtype))
     optimizer = make_optimizer(policy, options)
     average = WeightAverage(policy, options.ema_decay) if options.ema_decay is not None else None
     state = TrainState()
@@ -105,7 +105,13 @@ def train(
         number = step.number + 1
         rate = learning_rate(step.number, num_steps, options)
         at_start = step.number == 0 and options.loss.needs_reference
-        metrics = learner.step(step.share, rate, reference_tolerance if at_start else None)
+        every = options.entropy_every_steps
+        metrics = learner.step(
+            step.share,
+            rate,
+            reference_tolerance if at_start else None,
+            with_entropies=every is not None and number % every == 0,
+        )
         num_tokens += metrics["num_tokens"]
         metrics |= {
             "step": number,

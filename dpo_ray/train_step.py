@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from dpo_ray.checkpoint import TrainState
 from dpo_ray.config import Train
 from dpo_ray.errors import DataError, NonFiniteLoss, ReferenceMismatch
+from dpo_ray.logprobs import TokenScores
 from dpo_ray.losses import BatchTerms, kl_estimate, pair_loss, rewards
 from dpo_ray.model import CompletionScorer
 from dpo_ray.optim import WeightAverage
-from dpo_ray.packing import mismatched
-from dpo_ray.pair_logps import PairLogps, pair_logps
+from dpo_ray.packing import MicroBatch, mismatched
+from dpo_ray.pair_logps import PairLogps, pair_logps, sum_by_sequence
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.parallel import (
     Rank,
@@ -61,7 +62,9 @@ class Learner:
     me: Rank
     state: TrainState
 
-    def step(self, share: Share, rate: float, reference_tolerance: float | None) -> dict[str, Any]:
+    def step(
+        self, share: Share, rate: float, reference_tolerance: float | None, *, with_entropies: bool = False
+    ) -> dict[str, Any]:
         """Forward, backward and update. Returns metrics averaged over the global batch.
 
         Where the loss or the gradient is not finite the weights are left as they are, and `skipped_pairs` names the
@@ -71,6 +74,7 @@ class Learner:
             rate: the learning rate.
             reference_tolerance: largest |log π − log π_ref| of a completion in nats, where policy and reference must
                 still be the same; None where they need not be.
+            with_entropies: report entropy and mean logits too.
 
         Raises ReferenceMismatch, on every rank alike, where they are not the same.
         """
@@ -81,7 +85,8 @@ class Learner:
         seen: list[Tensor] = []
         for number, pairs in enumerate(share.microbatches):
             with accumulating(self.forward, last=number == len(share.microbatches) - 1):
-                logps, num_tokens = self._logps(self.forward, pairs or [share.filler])
+                scored = self._score(self.forward, pairs or [share.filler], with_entropies)
+                logps = scored.logps
                 if not pairs:
                     (0.0 * (logps.policy_chosen.sum() + logps.policy_rejected.sum())).backward()
                     continue
@@ -92,7 +97,7 @@ class Learner:
                 else:
                     losses, surrogate = coupled.of(logps, first=sums.num_pairs)
                     (surrogate * me.world_size).backward()
-            sums.add(_per_pair(options, losses, logps), len(pairs), num_tokens)
+            sums.add(_per_pair(options, losses, logps) | scored.statistics, len(pairs), scored.num_tokens)
             if reference_tolerance is not None:
                 seen += [logps.chosen_logratios.detach().abs(), logps.rejected_logratios.detach().abs()]
         if reference_tolerance is not None:
@@ -122,13 +127,13 @@ class Learner:
         Raises NonFiniteLoss, on every rank alike, where the loss is not finite.
         """
         self.scorer.eval()
-        everything, _ = self._global_logps(share)
+        everything, _, statistics = self._global_logps(share, with_entropies=True)
         terms = self._batch_terms(share)
         self.scorer.train()
         forget_gathered(self.forward)
         losses = pair_loss(self.options.loss, everything, terms)
         sums = _Sums()
-        sums.add(_per_pair(self.options, losses, everything), len(losses), 0)
+        sums.add(_per_pair(self.options, losses, everything) | statistics, len(losses), 0)
         means = {**sums.means(), **_named(self.options, terms)}
         if not all(math.isfinite(value) for value in means.values()):
             raise NonFiniteLoss(
@@ -137,27 +142,25 @@ class Learner:
             )
         return {f"eval_{name}": value for name, value in means.items()}
 
-    def _logps(self, module: nn.Module, pairs: Sequence[TokenizedPair]) -> tuple[PairLogps, int]:
-        """The pairs' log-probs, and their tokens as the field counts them: a prompt once for each completion."""
+    def _score(self, module: nn.Module, pairs: Sequence[TokenizedPair], with_entropies: bool = False) -> _Scored:
         loss = self.options.loss
         batch = self.scorer.collate(list(pairs)).to(self.me.device)
         if loss.needs_reference and batch.reference_logprobs is None:
             raise DataError(
                 f"Pair {pairs[0].pair_id} has no reference log-probs: train on a finished reference artifact."
             )
-        found = module(batch, with_collisions=loss.weights_by_policy)
-        token_logprobs, collisions = (found[0], found[1]) if loss.weights_by_policy else (found, None)
+        scores: TokenScores = module(batch, with_collisions=loss.weights_by_policy, with_entropies=with_entropies)
         logps = pair_logps(
-            token_logprobs,
+            scores.logprobs,
             batch.sequence_index,
             batch.num_pairs,
             ref_token_logprobs=batch.reference_logprobs if loss.needs_reference else None,
             ld_alpha=loss.token_tail_weight,
-            log_collisions=collisions,
+            log_collisions=scores.log_collisions,
         )
         sides = [side for p in pairs for side in (p.chosen_ids, p.rejected_ids) if side]
         prompts = sum(len(p.prompt_ids) * (bool(p.chosen_ids) + bool(p.rejected_ids)) for p in pairs)
-        return logps, prompts + sum(map(len, sides))
+        return _Scored(logps, _statistics(scores, batch, logps), prompts + sum(map(len, sides)))
 
     @torch.no_grad()
     def _batch_terms(self, share: Share) -> BatchTerms:
@@ -168,26 +171,27 @@ class Learner:
             ratios = [torch.zeros(0, device=self.me.device)]
             for pairs in share.microbatches:
                 rows = mismatched(pairs)
-                logps, _ = self._logps(self.scorer, rows or [share.filler])
+                scored = self._score(self.scorer, rows or [share.filler])
                 if rows:
-                    ratios.append(logps.chosen_logratios)
+                    ratios.append(scored.logps.chosen_logratios)
             everywhere = torch.cat(gathered(torch.cat(ratios), self.me))
             kl = kl_estimate(everywhere) if len(everywhere) else 0.0
         mean = state.reward_sum / state.reward_count if loss.tracks_reward_mean and state.reward_count else 0.0
         return BatchTerms(kl=kl, reward_mean=mean)
 
     @torch.no_grad()
-    def _global_logps(self, share: Share) -> tuple[PairLogps, int]:
-        """Log-probs of all ranks' pairs, in the order of the ranks, and where this rank's begin."""
+    def _global_logps(self, share: Share, with_entropies: bool = False) -> tuple[PairLogps, int, Statistics]:
+        """Of all ranks' pairs, in the order of the ranks: log-probs, where this rank's begin, and statistics."""
         parts = []
         for pairs in share.microbatches:
-            logps, _ = self._logps(self.scorer, pairs or [share.filler])
+            scored = self._score(self.scorer, pairs or [share.filler], with_entropies)
             if pairs:
-                parts.append(_stacked(logps))
-        width = _stacked(logps).shape[1]
-        mine = torch.cat(parts) if parts else torch.zeros(0, width, device=self.me.device)
+                parts.append(scored.stacked())
+        like = scored.stacked()
+        mine = torch.cat(parts) if parts else like[:0]
         ranks = gathered(mine, self.me)
-        return _unstacked(torch.cat(ranks), like=logps), sum(len(part) for part in ranks[: self.me.rank])
+        logps, statistics = scored.unstacked(torch.cat(ranks))
+        return logps, sum(len(part) for part in ranks[: self.me.rank]), statistics
 
     def _coupled(self, share: Share, terms: BatchTerms) -> _Coupled:
         """The loss over the whole global batch and its derivatives by each log-prob.
@@ -196,7 +200,7 @@ class Learner:
         gradients; the loss is taken over all of them; and the chain rule then goes through each micro-batch with the
         derivatives of this loss (as in arXiv:2101.06983). It costs one more forward pass.
         """
-        everything, first = self._global_logps(share)
+        everything, first, _ = self._global_logps(share)
         leaves = {name: getattr(everything, name).clone().requires_grad_() for name in _POLICY_FIELDS}
         values = {f.name: getattr(everything, f.name) for f in fields(everything)}
         with torch.enable_grad():
@@ -243,19 +247,50 @@ class _Coupled:
         return self.losses[here], surrogate
 
 
-def _stacked(logps: PairLogps) -> Tensor:
-    """[B, fields] of what is known, in the order of the fields."""
-    return torch.stack([v for f in fields(logps) if (v := getattr(logps, f.name)) is not None], dim=1)
+Statistics = dict[str, tuple[Tensor, Tensor]]
+"""Name of a metric → (what is summed [B], and over how many it is averaged [B])."""
 
 
-def _unstacked(stacked: Tensor, like: PairLogps) -> PairLogps:
-    columns: Iterator[Tensor] = iter(stacked.unbind(1))
-    values: dict[str, Any] = {f.name: None if getattr(like, f.name) is None else next(columns) for f in fields(like)}
-    return PairLogps(**values)
+@dataclass(frozen=True)
+class _Scored:
+    """A micro-batch after its forward pass."""
+
+    logps: PairLogps
+    statistics: Statistics
+    """Entropy and mean logits, where asked for."""
+    num_tokens: int
+    """As the field counts them: a prompt once for each of its completions."""
+
+    def stacked(self) -> Tensor:
+        """All of it in one tensor, [B, columns]; unstacked gives it back."""
+        values = [v for f in fields(self.logps) if (v := getattr(self.logps, f.name)) is not None]
+        return torch.stack([*values, *(column for both in self.statistics.values() for column in both)], dim=1)
+
+    def unstacked(self, stacked: Tensor) -> tuple[PairLogps, Statistics]:
+        """Of any number of pairs whose columns are those of this one."""
+        columns: Iterator[Tensor] = iter(stacked.unbind(1))
+        present = {f.name: getattr(self.logps, f.name) is not None for f in fields(self.logps)}
+        logps: dict[str, Any] = {name: next(columns) if there else None for name, there in present.items()}
+        return PairLogps(**logps), {name: (next(columns), next(columns)) for name in self.statistics}
 
 
-def _per_pair(options: Train, losses: Tensor, logps: PairLogps) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name → (values [B], which of them count [B]): what is reported, as averages over the pairs that have it."""
+def _statistics(scores: TokenScores, batch: MicroBatch, logps: PairLogps) -> Statistics:
+    if scores.entropies is None or scores.mean_logits is None:
+        return {}
+    entropies, logits = (
+        sum_by_sequence(values, batch.sequence_index, 2 * batch.num_pairs)
+        for values in (scores.entropies, scores.mean_logits)
+    )
+    chosen, rejected = logps.num_chosen_tokens, logps.num_rejected_tokens
+    return {
+        "entropy": (entropies[0::2] + entropies[1::2], chosen + rejected),
+        "logits/chosen": (logits[0::2], chosen),
+        "logits/rejected": (logits[1::2], rejected),
+    }
+
+
+def _per_pair(options: Train, losses: Tensor, logps: PairLogps) -> Statistics:
+    """What is reported as an average over the pairs that have it."""
     chosen, rejected = rewards(options.loss, logps)
     with_chosen, with_rejected = logps.num_chosen_tokens > 0, logps.num_rejected_tokens > 0
     both = with_chosen & with_rejected
@@ -289,6 +324,9 @@ _NAMES = (
     "rewards/accuracies",
     "logps/chosen",
     "logps/rejected",
+    "entropy",
+    "logits/chosen",
+    "logits/rejected",
 )
 
 
@@ -300,11 +338,14 @@ class _Sums:
         self.num_tokens = 0
         self.num_pairs = 0
 
-    def add(self, values: dict[str, tuple[Tensor, Tensor]], num_pairs: int, num_tokens: int) -> None:
+    def add(self, values: Statistics, num_pairs: int, num_tokens: int) -> None:
+        device = values["loss"][0].device
+        nothing = torch.zeros(1, device=device), torch.zeros(1, device=device)
+        both = [values.get(name, nothing) for name in _NAMES]
         # A value that does not count may be anything, NaN too.
-        kept = [torch.where(counts, v.double(), 0.0).sum() for v, counts in (values[name] for name in _NAMES)]
+        kept = [torch.where(counts > 0, v.double(), 0.0).sum() for v, counts in both]
         self._totals[0] += torch.stack(kept).cpu()
-        self._totals[1] += torch.stack([values[name][1].sum() for name in _NAMES]).cpu()
+        self._totals[1] += torch.stack([counts.double().sum() for _, counts in both]).cpu()
         self.num_tokens += num_tokens
         self.num_pairs += num_pairs
 

@@ -74,15 +74,16 @@ def random_pairs(count: int, *, seed: int = 0, vocabulary: int = VOCABULARY) -> 
 
 def scored(pairs: Sequence[TokenizedPair], folder: Path) -> list[TokenizedPair]:
     """The same with reference log-probs by the trainer's own forward."""
-    scorer = CompletionScorer(load_policy(folder), torch.float32).eval()
+    scorer = CompletionScorer(load_policy(folder)).eval()
     done = []
     with torch.no_grad():
         for pair in pairs:
-            values = scorer(scorer.collate([pair])).tolist()
+            values = scorer(scorer.collate([pair])).logprobs.tolist()
             cut = len(pair.chosen_ids)
             pair = replace(pair, chosen_ref_logprobs=values[:cut], rejected_ref_logprobs=values[cut:])
             if pair.mismatched_ids:
-                pair = replace(pair, mismatched_ref_logprobs=scorer(scorer.collate(mismatched([pair]))).tolist())
+                other = scorer(scorer.collate(mismatched([pair]))).logprobs
+                pair = replace(pair, mismatched_ref_logprobs=other.tolist())
             done.append(pair)
     return done
 

@@ -17,7 +17,7 @@ import torch
 from dpo_ray.artifacts import read_shard
 from dpo_ray.config import VLLM, Config, Model, Sampling
 from dpo_ray.errors import ConfigError
-from dpo_ray.model import CompletionScorer, load_policy, torch_dtype
+from dpo_ray.model import CompletionScorer, compute_in, load_policy, torch_dtype
 from dpo_ray.model_folders import load_tokenizer, resolve
 from dpo_ray.on_ray.shards import Pool
 from dpo_ray.packing import mismatched
@@ -81,7 +81,8 @@ class TorchScorer:
         folder = resolve(model.path, model.revision)
         policy = load_policy(folder, trust_remote_code=model.trust_remote_code)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.scorer = CompletionScorer(policy, torch_dtype(model.dtype)).to(self.device).eval()
+        compute_in(policy, torch_dtype(model.dtype))
+        self.scorer = CompletionScorer(policy).to(self.device).eval()
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[TokenizedPair]) -> tuple[list[list[float]], list[list[float]]]:
@@ -89,7 +90,7 @@ class TorchScorer:
         rejected: list[list[float]] = [[] for _ in pairs]
         for group in fit([p.num_tokens for p in pairs], _TORCH_BATCH_TOKENS):
             members = [pairs[i] for i in group]
-            values = self.scorer(self.scorer.collate(members).to(self.device)).tolist()
+            values = self.scorer(self.scorer.collate(members).to(self.device)).logprobs.tolist()
             at = 0
             for i, pair in zip(group, members, strict=True):
                 cut, end = at + len(pair.chosen_ids), at + len(pair.chosen_ids) + len(pair.rejected_ids)

@@ -43,9 +43,9 @@ def test_the_packed_forward_on_a_gpu_equals_the_one_on_cpu(tiny_model):
     from dpo_ray.pairs import TokenizedPair
 
     pairs = [TokenizedPair("a", [5, 6, 7], [8, 9], [10, 11, 12]), TokenizedPair("b", [20] * 17, [21] * 9, [22])]
-    scorer = CompletionScorer(load_policy(tiny_model), torch.float32).eval()
+    scorer = CompletionScorer(load_policy(tiny_model)).eval()
     with torch.inference_mode():
-        expected = scorer(scorer.collate(pairs))
+        expected = scorer(scorer.collate(pairs)).logprobs
         cuda = torch.device("cuda")
-        found = scorer.to(cuda)(scorer.collate(pairs).to(cuda)).cpu()
+        found = scorer.to(cuda)(scorer.collate(pairs).to(cuda)).logprobs.cpu()
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

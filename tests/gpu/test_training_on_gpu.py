@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dpo_ray.config import Model
-from dpo_ray.model import CompletionScorer, load_policy
+from dpo_ray.model import CompletionScorer, compute_in, load_policy
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.parallel import Rank
 from tests.training import Trained, run, small_model
@@ -62,11 +62,13 @@ def long_pairs(vocabulary: int, tokens: int) -> list[TokenizedPair]:
 
 def scored_in_bfloat16(pairs: list[TokenizedPair], model: Path, device: torch.device) -> list[TokenizedPair]:
     """With reference log-probs as the engine torch gives them."""
-    scorer = CompletionScorer(load_policy(model).to(device), torch.bfloat16).eval()
+    policy = load_policy(model).to(device)
+    compute_in(policy, torch.bfloat16)
+    scorer = CompletionScorer(policy).eval()
     done = []
     with torch.inference_mode():
         for pair in pairs:
-            values = scorer(scorer.collate([pair]).to(device)).tolist()
+            values = scorer(scorer.collate([pair]).to(device)).logprobs.tolist()
             cut = len(pair.chosen_ids)
             done.append(replace(pair, chosen_ref_logprobs=values[:cut], rejected_ref_logprobs=values[cut:]))
     return done

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from dpo_ray.attention import IMPLEMENTATION, Segment, packed_attention, register, serves
+from dpo_ray.attention import IMPLEMENTATION, Segment, packed_attention, register, serves, varlen_layout
 
 # The last two lack a side.
-SEGMENTS = [Segment(0, 3, 2, 4), Segment(9, 1, 1, 1), Segment(12, 5, 3, 1), Segment(21, 3, 2, 0), Segment(26, 2, 0, 3)]
+SEGMENTS = (Segment(0, 3, 2, 4), Segment(9, 1, 1, 1), Segment(12, 5, 3, 1), Segment(21, 3, 2, 0), Segment(26, 2, 0, 3))
 LENGTH = 31
 
 
-def visible(segments: list[Segment]) -> torch.Tensor:
+def visible(segments: tuple[Segment, ...]) -> torch.Tensor:
     """Which key each query sees, [T, T], written down from the definition, one position at a time."""
     sees = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
     for start, prompt, chosen, rejected in segments:
@@ -38,6 +39,20 @@ def test_packed_attention_equals_masked_attention_over_the_whole_row(heads: int,
     scores = (query @ k.mT) * (8**-0.5 if scaling is None else scaling)
     expected = scores.masked_fill(~visible(SEGMENTS), float("-inf")).softmax(-1) @ v
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=0, atol=1e-12)
+
+
+def test_the_layout_for_variable_length_attention_shows_each_query_the_keys_that_it_sees():
+    layout = varlen_layout(SEGMENTS, torch.device("cpu"))
+    sees = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
+    ends = zip(layout.query_ends.tolist(), layout.key_ends.tolist(), strict=True)
+    for (q, k), (q_end, k_end) in itertools.pairwise(ends):
+        for query in range(q, q_end):
+            # Bottom-right aligned: the last query sees all keys of its sequence, the one before all but the last.
+            sees[query, layout.keys[k : k_end - (q_end - 1 - query)]] = True
+    assert torch.equal(sees, visible(SEGMENTS))
+    assert layout.query_ends[-1] == LENGTH and layout.key_ends[-1] == len(layout.keys)
+    assert layout.longest_query == layout.query_ends.diff().max()
+    assert layout.longest_key == layout.key_ends.diff().max()
 
 
 def test_packed_attention_without_segments_is_refused():

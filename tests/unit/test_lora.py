@@ -20,7 +20,7 @@ from dpo_ray.config import LoRA, Model
 from dpo_ray.errors import ConfigError
 from dpo_ray.export import export_policy
 from dpo_ray.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from dpo_ray.model import CompletionScorer, load_policy
+from dpo_ray.model import CompletionScorer, compute_in, load_policy
 from dpo_ray.model_folders import resolve
 from dpo_ray.packing import pack, pad
 from dpo_ray.pairs import TokenizedPair
@@ -36,9 +36,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def scores(model: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    scorer = CompletionScorer(model, dtype).eval()
+    compute_in(model, dtype)
+    scorer = CompletionScorer(model).eval()
     with torch.no_grad():
-        return scorer(scorer.collate(PAIRS))
+        return scorer(scorer.collate(PAIRS)).logprobs
 
 
 def bare_scores(model: Any) -> Tensor:
@@ -55,7 +56,7 @@ def bare_scores(model: Any) -> Tensor:
 def scorer_for(policy: Any, layout: Callable[..., Any]) -> CompletionScorer:
     if layout is pad:
         policy.set_attn_implementation("sdpa")
-    return CompletionScorer(policy, torch.float32)
+    return CompletionScorer(policy)
 
 
 def trained(folder: Path, options: LoRA = SMALL) -> Any:
@@ -141,7 +142,7 @@ def test_targets_that_cannot_be_adapted_are_refused(tiny_model: Path, targets: A
 @pytest.mark.parametrize("layout", [pack, pad])
 def test_gradients_flow_to_the_adapters_and_nowhere_else(tiny_model: Path, layout: Callable[..., Any]):
     policy = trained(tiny_model)
-    scorer_for(policy, layout).train()(layout(PAIRS)).sum().backward()
+    scorer_for(policy, layout).train()(layout(PAIRS)).logprobs.sum().backward()
     for name, p in policy.named_parameters():
         assert (p.grad is not None and bool(p.grad.any())) == (".lora_" in name), name
 
@@ -165,7 +166,7 @@ def test_activation_checkpointing_changes_no_value_and_no_gradient(
         forwards = 0
         policy.model.layers[0].mlp.register_forward_pre_hook(count)
         scorer = scorer_for(policy, layout).train()
-        values = scorer(layout(PAIRS))
+        values = scorer(layout(PAIRS)).logprobs
         (values * torch.linspace(-1, 1, len(values))).sum().backward()
         assert forwards == 1 + checkpointing
         found.append((values.detach(), {n: p.grad for n, p in policy.named_parameters() if p.requires_grad}))

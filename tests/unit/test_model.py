@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
-from dpo_ray.model import CompletionScorer, head, load_policy, torch_dtype
+from dpo_ray.model import CompletionScorer, compute_in, load_policy, output_head, torch_dtype
 from dpo_ray.packing import pack
 from dpo_ray.pairs import TokenizedPair
 
@@ -26,18 +26,24 @@ def test_the_policy_has_float32_weights_and_no_dropout(tmp_path: Path):
     assert dropouts and all(m.p == 0.0 for m in dropouts)
 
 
+def scorer_in(dtype: str, folder: Path) -> CompletionScorer:
+    policy = load_policy(folder)
+    compute_in(policy, torch_dtype(dtype))
+    return CompletionScorer(policy)
+
+
 def test_scores_while_training_are_the_scores_while_evaluating(tiny_model: Path):
-    scorer = CompletionScorer(load_policy(tiny_model), torch.float32)
+    scorer = CompletionScorer(load_policy(tiny_model))
     with torch.no_grad():
-        assert torch.equal(scorer.train()(pack(PAIRS)), scorer.eval()(pack(PAIRS)))
+        assert torch.equal(scorer.train()(pack(PAIRS)).logprobs, scorer.eval()(pack(PAIRS)).logprobs)
 
 
 @pytest.mark.parametrize(("name", "atol"), [("float32", 1e-5), ("bfloat16", 0.05)])
 def test_scores_are_float32_log_probs_in_either_precision(tiny_model: Path, name: str, atol: float):
-    scorer = CompletionScorer(load_policy(tiny_model), torch_dtype(name))
+    scorer = scorer_in(name, tiny_model)
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
     with torch.no_grad():
-        got = scorer(scorer.collate(PAIRS))
+        got = scorer(scorer.collate(PAIRS)).logprobs
         first = plain(torch.tensor([[504, 314, 99, 100, 2]])).logits[0, 1:-1].log_softmax(-1)
     assert got.dtype == torch.float32
     expected = first.gather(-1, torch.tensor([[99], [100], [2]]))[:, 0]
@@ -46,15 +52,15 @@ def test_scores_are_float32_log_probs_in_either_precision(tiny_model: Path, name
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_collisions_are_over_the_whole_vocabulary(tiny_model: Path, name: str):
-    scorer = CompletionScorer(load_policy(tiny_model), torch_dtype(name))
+    scorer = scorer_in(name, tiny_model)
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
     with torch.no_grad():
         got = scorer(scorer.collate(PAIRS), with_collisions=True)
-        assert torch.equal(got[0], scorer(scorer.collate(PAIRS)))
+        assert torch.equal(got.logprobs, scorer(scorer.collate(PAIRS)).logprobs)
         first = plain(torch.tensor([[504, 314, 99, 100, 2]])).logits[0, 1:-1].softmax(-1)
-    assert got.shape == (2, 11) and got.dtype == torch.float32
+    assert got.log_collisions.shape == (11,) and got.log_collisions.dtype == torch.float32
     expected = first.double().square().sum(-1).log().float()
-    torch.testing.assert_close(got[1, :3], expected, rtol=0, atol=1e-4 if name == "float32" else 0.05)
+    torch.testing.assert_close(got.log_collisions[:3], expected, rtol=0, atol=1e-4 if name == "float32" else 0.05)
 
 
 class Bare(nn.Module):
@@ -80,5 +86,5 @@ class Bare(nn.Module):
     ],
 )
 def test_the_head_scales_and_caps_as_the_configuration_says(options: dict[str, Any], expected: list[float]):
-    got = head(Bare(**options))(torch.tensor([[3.0, -4.0]]))[0]
+    got = output_head(Bare(**options)).logits(torch.tensor([[3.0, -4.0]]))[0]
     torch.testing.assert_close(got, torch.tensor(expected), rtol=0, atol=1e-6)

@@ -26,6 +26,11 @@ PAIRS = [A, B, C]
 DESIRABLE = replace(A, pair_id="d", rejected_ids=[])
 UNDESIRABLE = replace(B, pair_id="u", chosen_ids=[])
 UNPAIRED = [UNDESIRABLE, DESIRABLE]
+ALIKE = [  # answers that begin alike, and one that the other goes on from
+    TokenizedPair("e", [40, 41], [50, 51, 52, 2], [50, 51, 53]),
+    TokenizedPair("f", [42], [50, 51, 52, 2], [50, 51]),
+    TokenizedPair("g", [43, 44], [50, 51], [50, 51, 52, 2]),
+]
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -65,7 +70,7 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 
 def scorer(folder: Path) -> CompletionScorer:
-    return CompletionScorer(load_policy(folder), torch.float32).eval()
+    return CompletionScorer(load_policy(folder)).eval()
 
 
 def unshared(folder: Path, pairs: list[TokenizedPair]) -> Tensor:
@@ -87,12 +92,21 @@ def test_a_packed_row_by_hand():
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11, 2, 12, 2, 20, 21, 22, 23, 24, 2]]
     # Both answers go on from the end of the prompt.
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 0, 1, 1, 2, 3, 4]]
-    assert batch.segments == [Segment(0, 5, 3, 2), Segment(10, 1, 1, 4)]
+    assert batch.segments == (Segment(0, 5, 3, 2), Segment(10, 1, 1, 4))
     assert batch.attention_mask is None
     assert batch.targets.tolist() == [10, 11, 2, 12, 2, 21, 22, 23, 24, 2]
     # The last prompt token predicts the first token of both answers.
     assert batch.predictors.tolist() == [4, 5, 6, 4, 8, 10, 10, 12, 13, 14]
     assert batch.sequence_index.tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 3, 3]
+
+
+def test_what_both_answers_begin_with_stands_in_the_row_once():
+    batch = pack(ALIKE)
+    assert batch.input_ids.tolist() == [[40, 41, 50, 51, 52, 2, 53, 42, 50, 51, 52, 2, 43, 44, 50, 51, 52, 2]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]]
+    assert batch.segments == (Segment(0, 4, 2, 1), Segment(7, 3, 2, 0), Segment(12, 4, 0, 2))
+    assert batch.targets.tolist() == [50, 51, 52, 2, 50, 51, 53, 50, 51, 52, 2, 50, 51, 50, 51, 50, 51, 52, 2]
+    assert batch.predictors.tolist() == [1, 2, 3, 4, 1, 2, 3, 7, 8, 9, 10, 7, 8, 13, 14, 13, 14, 15, 16]
 
 
 def test_padded_rows_by_hand():
@@ -113,7 +127,7 @@ def test_absent_sides_by_hand():
     packed = pack(UNPAIRED)
     assert packed.input_ids.tolist() == [[20, 22, 23, 24, 2, 5, 6, 7, 8, 9, 10, 11, 2]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6, 7]]
-    assert packed.segments == [Segment(0, 1, 0, 4), Segment(5, 5, 3, 0)]
+    assert packed.segments == (Segment(0, 1, 0, 4), Segment(5, 5, 3, 0))
     assert packed.predictors.tolist() == [0, 1, 2, 3, 9, 10, 11]
     # The first pair has rejected tokens only, the second chosen ones only.
     assert packed.sequence_index.tolist() == [1, 1, 1, 1, 2, 2, 2]
@@ -168,7 +182,7 @@ def test_mismatched_completions_are_chosen_sides_of_their_new_prompts():
     assert mismatched(PAIRS) == []
 
 
-@pytest.mark.parametrize("pairs", [[A], [B], PAIRS, PAIRS[::-1], UNPAIRED, [*UNPAIRED, *PAIRS], [DESIRABLE]])
+@pytest.mark.parametrize("pairs", [[A], [B], PAIRS, PAIRS[::-1], UNPAIRED, [*UNPAIRED, *PAIRS], [DESIRABLE], ALIKE])
 def test_both_layouts_name_the_same_tokens_in_the_same_order(pairs: list[TokenizedPair]):
     packed, padded = pack(pairs), pad(pairs)
     assert torch.equal(packed.targets, padded.targets)
@@ -190,6 +204,8 @@ def test_a_prompt_is_computed_once_and_its_tokens_are_never_targets():
         ("Qwen2", {}),
         ("Qwen3", {}),
         ("Gemma", {}),
+        ("GPTNeoX", {"rotary_pct": 0.5}),
+        ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
         ("Granite", {"logits_scaling": 4.0, "attention_multiplier": 0.2}),
         ("Mistral", {"sliding_window": None}),
     ],
@@ -197,11 +213,11 @@ def test_a_prompt_is_computed_once_and_its_tokens_are_never_targets():
 def test_packed_equals_padded_equals_unshared_in_values_and_gradients(
     saved_model: Build, architecture: str, options: dict[str, Any]
 ):
-    pairs = [*PAIRS, *UNPAIRED]
+    pairs = [*PAIRS, *UNPAIRED, *ALIKE]
     folder = saved_model(architecture, **options)
     packed = scorer(folder)
     assert packed.packs
-    values = packed(packed.collate(pairs))
+    values = packed(packed.collate(pairs)).logprobs
     torch.testing.assert_close(values, unshared(folder, pairs), rtol=0, atol=1e-5)
     # Weights that differ by token, so that a gradient in the wrong place shows.
     weights = torch.linspace(-1, 1, len(values))
@@ -210,7 +226,7 @@ def test_packed_equals_padded_equals_unshared_in_values_and_gradients(
     padded = scorer(folder)
     padded.model.set_attn_implementation("sdpa")
     assert not padded.packs
-    plain = padded(padded.collate(pairs))
+    plain = padded(padded.collate(pairs)).logprobs
     torch.testing.assert_close(values, plain, rtol=0, atol=1e-5)
     (plain * weights).sum().backward()
     compared = 0
@@ -228,7 +244,7 @@ def test_a_model_with_a_sliding_window_runs_padded_and_within_its_window(saved_m
     assert not windowed.packs
     assert windowed.model.config._attn_implementation == "sdpa"
     with torch.no_grad():
-        got = windowed(windowed.collate(PAIRS))
+        got = windowed(windowed.collate(PAIRS)).logprobs
     torch.testing.assert_close(got, unshared(folder, PAIRS), rtol=0, atol=1e-5)
     # The window matters here: these sequences are longer than it.
     wide = saved_model("Mistral", sliding_window=None)
@@ -254,7 +270,7 @@ def test_a_model_that_does_not_take_the_packed_attention_scores_right_or_is_refu
     except ConfigError:
         return
     with torch.no_grad():
-        got = model(model.collate(PAIRS))
+        got = model(model.collate(PAIRS)).logprobs
     torch.testing.assert_close(got, unshared(folder, PAIRS), rtol=0, atol=1e-5)
 
 
@@ -266,7 +282,7 @@ def llama(saved_model: Build) -> CompletionScorer:
 def sums(model: CompletionScorer, pairs: list[TokenizedPair]) -> Tensor:
     batch = pack(pairs)
     with torch.no_grad():
-        return sum_by_sequence(model(batch), batch.sequence_index, 2 * len(pairs)).view(-1, 2)
+        return sum_by_sequence(model(batch).logprobs, batch.sequence_index, 2 * len(pairs)).view(-1, 2)
 
 
 def test_the_chosen_tokens_do_not_reach_the_rejected_ones_nor_the_other_way(llama: CompletionScorer):

@@ -59,7 +59,7 @@ def learner_of(model: Path, loss: dict[str, Any], **values: Any) -> Learner:
     options = Train.model_validate(
         {"loss": loss, "global_batch_size": BATCH, "max_grad_norm": UNCLIPPED, **values}
     )  # fmt: skip
-    scorer = CompletionScorer(load_policy(model), torch.float32).train()
+    scorer = CompletionScorer(load_policy(model)).train()
     optimizer = Remembering(scorer.parameters(), lr=0.0)
     me = Rank(0, 1, torch.device("cpu"))
     return Learner(scorer, scorer, optimizer, None, options, me, TrainState())
@@ -77,7 +77,7 @@ def completion_logprobs(learner: Learner, pairs: Sequence[TokenizedPair]) -> lis
     """log π of chosen and rejected, pair by pair, with gradient: no packing, no sums by index."""
     found = []
     for pair in pairs:
-        values = learner.scorer(learner.scorer.collate([pair]))
+        values = learner.scorer(learner.scorer.collate([pair])).logprobs
         cut = len(pair.chosen_ids)
         found.append((values[:cut], values[cut:]))
     return found

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from dpo_ray import attention
 from dpo_ray.checkpoint import TrainState, read_history
 from dpo_ray.config import Model, Train
-from dpo_ray.model import CompletionScorer, load_policy
+from dpo_ray.model import CompletionScorer, compute_in, load_policy
 from dpo_ray.packing import mismatched
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.parallel import Rank
@@ -72,9 +72,11 @@ def random_pairs(count: int, *, seed: int = 0, vocabulary: int = VOCABULARY) -> 
     return [TokenizedPair(f"pair-{i}", ids(12), ids(8), ids(8), mismatched_ids=ids(8)) for i in range(count)]
 
 
-def scored(pairs: Sequence[TokenizedPair], folder: Path) -> list[TokenizedPair]:
+def scored(pairs: Sequence[TokenizedPair], folder: Path, dtype: torch.dtype = torch.float32) -> list[TokenizedPair]:
     """The same with reference log-probs by the trainer's own forward."""
-    scorer = CompletionScorer(load_policy(folder)).eval()
+    policy = load_policy(folder)
+    compute_in(policy, dtype)
+    scorer = CompletionScorer(policy).eval()
     done = []
     with torch.no_grad():
         for pair in pairs:

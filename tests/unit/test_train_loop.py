@@ -75,15 +75,24 @@ def swapped(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
     ]
 
 
-def plain_logprobs(model: Path, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
-    """Summed log-probs of completions by transformers' own forward, one sequence at a time, all logits held."""
+def plain_logits(model: Path, prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]:
+    """Of the positions that predict each completion, [length, V], by transformers' own forward."""
     policy = AutoModelForCausalLM.from_pretrained(model).eval()
-    sums = []
     with torch.no_grad():
-        for prompt, completion in zip(prompts, completions, strict=True):
-            logits = policy(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-            sums.append(logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None]).sum())
-    return torch.stack(sums)
+        return [
+            policy(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+
+
+def plain_logprobs(model: Path, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
+    """Summed log-probs of completions, one sequence at a time, all logits held."""
+    return torch.stack(
+        [
+            logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None]).sum()
+            for logits, completion in zip(plain_logits(model, prompts, completions), completions, strict=True)
+        ]
+    )
 
 
 def log_ratios(model: Path, base: Path, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,7 +271,18 @@ def test_evaluations_come_every_n_steps_and_are_those_of_the_model_of_that_step(
         # The reference's margins are sorted on their own.
         "aot": -logsigmoid(beta * _sorted_apart(trained.last / EXPORT, small_model, held_out)),
     }
+    prompts = [p.prompt_ids for p in held_out]
+    logits = {
+        side: torch.cat(plain_logits(trained.last / EXPORT, prompts, completions))
+        for side, completions in (
+            ("chosen", [p.chosen_ids for p in held_out]), ("rejected", [p.rejected_ids for p in held_out])
+        )
+    }  # fmt: skip
+    distributions = torch.distributions.Categorical(logits=torch.cat(list(logits.values())))
     expected = {
+        "entropy": distributions.entropy().mean(),
+        "logits/chosen": logits["chosen"].mean(),
+        "logits/rejected": logits["rejected"].mean(),
         "loss": losses[loss].mean(),
         "rewards/chosen": beta * chosen.mean(),
         "rewards/rejected": beta * rejected.mean(),
@@ -278,6 +298,18 @@ def test_evaluations_come_every_n_steps_and_are_those_of_the_model_of_that_step(
     }
     assert found == pytest.approx({name: float(value) for name, value in expected.items()}, abs=2e-5)
     assert abs(found["rewards/margins"]) > 1e-3
+
+
+def test_entropy_and_mean_logits_are_reported_every_n_steps(
+    small_model: Path, pairs: list[TokenizedPair], tmp_path: Path
+):
+    run(small_model, pairs[: 4 * BATCH], tmp_path / "some", entropy_every_steps=2)
+    run(small_model, pairs[: 4 * BATCH], tmp_path / "none", entropy_every_steps=None)
+    some, none = Trained(tmp_path / "some"), Trained(tmp_path / "none")
+    for name in ("entropy", "logits/chosen", "logits/rejected"):
+        assert [m["step"] for m in some.metrics if name in m] == [2, 4]
+        assert not any(name in m for m in none.metrics)
+    assert some.losses == none.losses
 
 
 def _sorted_apart(model: Path, base: Path, pairs: Sequence[TokenizedPair]) -> Tensor:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -41,37 +42,66 @@ class PairScorer(Protocol):
 
 
 class VLLMScorer:
-    """Scores by vLLM's prompt log-probs."""
+    """Scores by vLLM's prompt log-probs, all chosen completions first: the rejected ones then find their prompts' keys
+    and values in vLLM's prefix cache.
+
+    What lies in the cache is not computed again and so has no log-probs (the CPU build gives uninitialised memory for
+    it, vllm-project/vllm#42019). Where more than the prompt was found there, the sequence is scored again without.
+    """
 
     def __init__(self, model: Model, options: VLLM, max_model_len: int):
         self.llm = _engine(model.path, model.revision, model.dtype, model.trust_remote_code, options, max_model_len)
+        # The newer runner, on CUDA, computes log-probs of given tokens only; the other one those of the whole prompt.
+        self.by_token_ids = self.llm.llm_engine.vllm_config.use_v2_model_runner
 
     def score(self, pairs: Sequence[TokenizedPair]) -> tuple[list[list[float]], list[list[float]]]:
         chosen = self._score([(p.prompt_ids, p.chosen_ids) for p in pairs])
         return chosen, self._score([(p.prompt_ids, p.rejected_ids) for p in pairs])
 
     def _score(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
+        present = [i for i, (_, completion) in enumerate(sequences) if completion]
+        outputs = self._run([sequences[i] for i in present], read_cache=True)
+        scores: list[list[float]] = [[] for _ in sequences]
+        again = []
+        for i, output in zip(present, outputs, strict=True):
+            prompt, completion = sequences[i]
+            # The last token of the prompt predicts the first one of the completion: it must have been computed.
+            if output.num_cached_tokens is None or output.num_cached_tokens >= len(prompt):
+                again.append(i)
+            else:
+                scores[i] = self._logprobs(output, prompt, completion)
+        for i, output in zip(again, self._run([sequences[i] for i in again], read_cache=False), strict=True):
+            scores[i] = self._logprobs(output, *sequences[i])
+        return scores
+
+    def _run(self, sequences: list[tuple[list[int], list[int]]], *, read_cache: bool) -> list[Any]:
+        if not sequences:
+            return []
+        inputs = [{"prompt_token_ids": prompt + completion} for prompt, completion in sequences]
+        sampling = [self._sampling(prompt, completion, read_cache) for prompt, completion in sequences]
+        return self.llm.generate(inputs, sampling, use_tqdm=False)
+
+    def _sampling(self, prompt: list[int], completion: list[int], read_cache: bool) -> Any:
         import vllm
 
-        present = [(prompt, completion) for prompt, completion in sequences if completion]
-        if not present:
-            return [[] for _ in sequences]
-        sampling = vllm.SamplingParams(
-            max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        asked: dict[str, Any] = {"prompt_logprobs": 0, "flat_logprobs": True}
+        if self.by_token_ids:
+            asked = {
+                "prompt_logprob_token_ids": np.array(completion, dtype=np.int32)[:, None],
+                "prompt_logprob_start": len(prompt) - 1,
+            }
+        return vllm.SamplingParams(
+            max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=not read_cache, **asked
         )
-        inputs = [{"prompt_token_ids": prompt + completion} for prompt, completion in present]
-        outputs = iter(self.llm.generate(inputs, sampling, use_tqdm=False))
-        scores: list[list[float]] = []
-        for prompt, completion in sequences:
-            if not completion:
-                scores.append([])
-                continue
-            flat = next(outputs).prompt_logprobs
-            starts = flat.start_indices[len(prompt) : len(prompt) + len(completion)]
-            if [flat.token_ids[i] for i in starts] != completion:
-                raise RuntimeError("vLLM returned log-probs of other tokens than those asked for")
-            scores.append([flat.logprobs[i] for i in starts])
-        return scores
+
+    def _logprobs(self, output: Any, prompt: list[int], completion: list[int]) -> list[float]:
+        if self.by_token_ids:
+            return output.prompt_token_id_logprobs[:, 0].tolist()
+        flat = output.prompt_logprobs
+        starts = flat.start_indices[len(prompt) : len(prompt) + len(completion)]
+        if [flat.token_ids[i] for i in starts] != completion:
+            raise RuntimeError("vLLM returned log-probs of other tokens than those asked for")
+        return [flat.logprobs[i] for i in starts]
 
 
 class TorchScorer:

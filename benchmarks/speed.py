@@ -43,15 +43,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from flops import Lengths, ModelShape, flops, gemm_rate, gemms
+from flops import Lengths, ModelShape, gemm_rate, gemms
 from side_by_side import (
-    MODEL,
     OUR_PACKAGES,
     ROOT,
     SEED,
@@ -67,162 +66,36 @@ from side_by_side import (
     token_ids,
     token_ids_trainer,
     train_options,
-    versions,
     write_json,
     write_lines,
 )
+from speed_report import report
+from speed_runs import (
+    DATA,
+    DEFAULT,
+    DTYPES,
+    OURS,
+    ROWS,
+    TUNED,
+    Place,
+    Setting,
+    by_length,
+    fixed_pair,
+    generated_pairs,
+    lengths_of,
+    middle,
+    real_tokens,
+    repeated,
+    select,
+    settled,
+    shared_tokens,
+    speed,
+)
 
-DATA = ("hh_helpful", "tldr_human", "generated")
-DTYPES = ("float32", "bfloat16")
-OURS, FAIR, TUNED = "ours", "trl-fair", "trl-tuned"
-ROWS = (OURS, "trl-default", FAIR, TUNED)
 BETA = 0.1
-BUSY = 0.7
-"""Cores that others use at a run's start, above which the report marks it."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all runs of a folder have in common."""
-
-    model: str = MODEL
-    random_llama: str | None = None
-    device: str = "auto"
-    threads: int = 0
-    steps: int = 6
-    pairs_per_step: int = 4
-    max_tokens: int = 1024
-    tokens_per_microbatch: int | None = None
-    trl_batch_sizes: tuple[int, ...] = (2, 4, 8)
-
-    def __post_init__(self) -> None:
-        odd = [b for b in self.trl_batch_sizes if b < self.pairs_per_step and self.pairs_per_step % b]
-        if odd:
-            sys.exit(f"--trl-batch-sizes {odd} do not divide --pairs-per-step {self.pairs_per_step}.")
-        if self.steps < 2:
-            sys.exit("--steps must be 2 or more: the first one is a warm-up.")
-
-    @property
-    def measured_pairs(self) -> int:
-        return self.pairs_per_step * (self.steps - 1)
-
-    @property
-    def microbatch_tokens(self) -> int:
-        """--tokens-per-microbatch, or the product's default."""
-        from dpo_ray.config import Train
-
-        return self.tokens_per_microbatch or Train().tokens_per_microbatch
-
-
-def settled(folder: Path, given: Mapping[str, Any]) -> Setting:
-    """The folder's setting, or, of a new folder, the defaults with what was given. Ends where the two disagree."""
-    path = folder / "setting.json"
-    if path.is_file():
-        kept = json.loads(path.read_text())
-        other = [f"{name} {kept[name]}" for name, value in given.items() if kept[name] != value]
-        if other:
-            sys.exit(f"The runs in {folder} have {', '.join(other)}. Name another --folder, or remove this one.")
-        return Setting(**{**kept, "trl_batch_sizes": tuple(kept["trl_batch_sizes"])})
-    setting = Setting(**{"threads": len(os.sched_getaffinity(0)), **given})
-    write_json(path, asdict(setting))
-    return setting
-
-
-@dataclass(frozen=True)
-class Place:
-    """One data set and dtype of a folder."""
-
-    folder: Path
-    data: str
-    dtype: str
-
-    @property
-    def pairs(self) -> Path:
-        return self.folder / self.data / "pairs.jsonl"
-
-    @property
-    def probe(self) -> Path:
-        return self.folder / self.data / self.dtype / "probe.json"
-
-    @property
-    def gemm(self) -> Path:
-        return self.folder / self.data / self.dtype / "gemm.json"
-
-    def run(self, row: str, repeat: int) -> Path:
-        """Where a finished run is kept."""
-        return self.folder / self.data / self.dtype / f"{row}.{repeat}.json"
-
-    def runs(self) -> dict[str, dict[int, dict[str, Any]]]:
-        """Row → repeat → what is finished, in the order of ROWS."""
-        found: dict[str, dict[int, dict[str, Any]]] = {}
-        for row in ROWS:
-            for path in sorted(self.run(row, 0).parent.glob(f"{row}.*.json")):
-                found.setdefault(row, {})[int(path.name.split(".")[1])] = json.loads(path.read_text())
-        return found
 
 
 # The pairs
-
-
-def select(rows: Iterable[dict[str, Any]], count: int, max_tokens: int) -> Rows:
-    """The first `count` rows whose prompt and longer completion have at most `max_tokens` tokens."""
-    chosen: Rows = []
-    for row in rows:
-        if longest(row) <= max_tokens:
-            chosen.append(row)
-        if len(chosen) == count:
-            return chosen
-    sys.exit(f"Only {len(chosen)} pairs have at most {max_tokens} tokens; {count} are needed.")
-
-
-def generated_pairs(vocabulary: int, seed: int = SEED) -> Iterator[dict[str, Any]]:
-    """Endless pairs of random tokens, in lengths like those of HH: medians of 150, 45 and 45 tokens, log-normal."""
-    dice = random.Random(seed)
-    while True:
-        sizes = (dice.lognormvariate(math.log(median), 0.7) for median in (150, 45, 45))
-        yield fixed_pair(dice, vocabulary, [max(1, round(size)) for size in sizes])
-
-
-def fixed_pair(dice: random.Random, vocabulary: int, sizes: Sequence[int]) -> dict[str, Any]:
-    """A pair of random tokens with these P, C and R."""
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return {name: dice.choices(range(vocabulary), k=size) for name, size in zip(names, sizes, strict=True)}
-
-
-def by_length(rows: Rows) -> Rows:
-    """Longest first, so that memory is claimed once; ties in their order."""
-    return sorted(rows, key=longest, reverse=True)
-
-
-def repeated(rows: Rows, count: int) -> Rows:
-    """The rows again and again, `count` of them."""
-    return [rows[i % len(rows)] for i in range(count)]
-
-
-def middle(rows: Rows, count: int) -> Rows:
-    """`count` neighbours from the middle, or all where there are fewer."""
-    first = max(0, (len(rows) - count) // 2)
-    return rows[first : first + count]
-
-
-def lengths_of(row: dict[str, Any]) -> Lengths:
-    return len(row["prompt_ids"]), len(row["chosen_ids"]), len(row["rejected_ids"])
-
-
-def real_tokens(rows: Rows) -> int:
-    """2P + C + R of each pair: what its two completions with their prompts have, the same count for every trainer."""
-    return sum(2 * p + c + r for p, c, r in map(lengths_of, rows))
-
-
-def shared_tokens(rows: Rows) -> int:
-    """P + C + R of each pair."""
-    return sum(sum(lengths_of(row)) for row in rows)
-
-
-def padded_tokens(rows: Rows, batch_size: int) -> int:
-    """Tokens with padding where each completion has a row of its own, as wide as the batch's longest."""
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    return sum(2 * len(batch) * max(map(longest, batch)) for batch in batches)
 
 
 def write_pairs(place: Place, setting: Setting) -> None:
@@ -400,7 +273,7 @@ def train_ours(
     scorer = TorchScorer(model)
     clock.start()
     scores = zip(*scorer.score(unscored), strict=True)
-    reference = {**clock.stop(), "tokens": real_tokens(rows)}
+    reference = {**clock.stop(), "pairs": len(rows), "tokens": real_tokens(rows)}
     del scorer
     pairs = [
         replace(pair, chosen_ref_logprobs=chosen, rejected_ref_logprobs=rejected)
@@ -450,7 +323,7 @@ def run_trl(place: Place, setting: Setting, row: str, repeat: int) -> None:
         warm_up, measured = _tuned_pairs(rows, setting)
     else:
         batch_size, warm_up, measured = size, rows[:size], rows[size:]
-    default = row == "trl-default"
+    default = row == DEFAULT
     trained = _train_trl(place, setting, warm_up, measured, batch_size, checkpointing=default, precompute=not default)
     _write_run(place.run(row, repeat), load, TRL_PACKAGES, {"batch_size": batch_size, **trained})
 
@@ -485,7 +358,7 @@ def _train_trl(
 ) -> dict[str, Any]:
     import torch
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
     torch.set_num_threads(setting.threads)
     clock, reference_clock = Clock(), Clock()
@@ -528,12 +401,13 @@ def _train_trl(
         processing_class=AutoTokenizer.from_pretrained(model),
         callbacks=[Steps()],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     spent = {name: sum(p[name] for p in passes) for name in ("wall", "cpu")}
     return {
         # A live reference is part of the steps.
-        "reference": {**spent, "tokens": real_tokens(rows)} if precompute else None,
+        "reference": {**spent, "pairs": len(rows), "tokens": real_tokens(rows)} if precompute else None,
         "steps": _steps(times, losses, rows, size, len(warm_up) // size),
     }
 
@@ -652,203 +526,6 @@ def imbalance(steps: Sequence[Sequence[float]]) -> tuple[list[float], float]:
     """From the costs of the ranks in each step: max/mean of each, and of all steps where each waits for its slowest."""
     ratios = [max(costs) / statistics.mean(costs) for costs in steps]
     return ratios, sum(map(max, steps)) / sum(map(statistics.mean, steps))
-
-
-# The report
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Of the measured steps of a run, all together."""
-
-    wall: float
-    cpu: float
-    pairs: int
-    tokens: int
-    mean_loss: float
-    """Over pairs."""
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.wall
-
-
-def speed(run: Mapping[str, Any]) -> Speed:
-    """Of a run as it is kept; its warm-up does not count."""
-    steps = [step for step in run["steps"] if not step["warm_up"]]
-    pairs = sum(step["pairs"] for step in steps)
-    return Speed(
-        wall=sum(step["wall"] for step in steps),
-        cpu=sum(step["cpu"] for step in steps),
-        pairs=pairs,
-        tokens=sum(step["tokens"] for step in steps),
-        mean_loss=sum(step["loss"] * step["pairs"] for step in steps) / pairs,
-    )
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Of one number over the repeats."""
-
-    median: float
-    least: float
-    most: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        kept = list(values)
-        return cls(statistics.median(kept), min(kept), max(kept))
-
-    def text(self, form: str) -> str:
-        return f"{self.median:{form}} ({self.least:{form}}–{self.most:{form}})"
-
-
-def paired_ratios(ours: Mapping[int, float], other: Mapping[int, float]) -> Spread | None:
-    """Ours over the other's, repeat by repeat; None where they have no repeat in common."""
-    ratios = [ours[repeat] / other[repeat] for repeat in sorted(ours.keys() & other.keys())]
-    return Spread.of(ratios) if ratios else None
-
-
-def loss_differences(ours: Mapping[str, Any], other: Mapping[str, Any]) -> list[float]:
-    """Loss of each step, ours minus the other's, the warm-up's too; both have the same pairs in each."""
-    return [a["loss"] - b["loss"] for a, b in zip(ours["steps"], other["steps"], strict=True)]
-
-
-def report(folder: Path, setting: Setting, places: Sequence[Place]) -> None:
-    """Print what the finished runs say."""
-    everything = {place: runs for place in places if (runs := place.runs())}
-    if not everything:
-        sys.exit(f"There is no finished run in {folder}.")
-    print("\n".join(_heading(setting, everything)))
-    for place, runs in everything.items():
-        print(f"\n## {place.data}, {place.dtype}\n")
-        print("\n".join(_section(place, setting, runs)))
-
-
-def _heading(setting: Setting, everything: Mapping[Place, Any]) -> Iterator[str]:
-    runs = [run for rows in everything.values() for repeats in rows.values() for run in repeats.values()]
-    distinct: dict[str, None] = {}
-    for run in runs:
-        found = run["environment"]
-        distinct[f"{versions(found)}; {found['hardware']}; commit {found['commit']}"] = None
-    model = setting.model if setting.random_llama is None else f"random Llama {setting.random_llama}"
-    yield from distinct
-    yield f"{model}; {setting.threads} threads; {setting.pairs_per_step} pairs a step, of at most {setting.max_tokens}"
-    yield f"tokens with the prompt; {setting.steps - 1} steps measured after one of warm-up."
-
-
-def _section(place: Place, setting: Setting, runs: dict[str, dict[int, dict[str, Any]]]) -> Iterator[str]:
-    rows = read_lines(place.pairs)
-    measured = rows[setting.pairs_per_step :]
-    speeds = {row: {repeat: speed(run) for repeat, run in repeats.items()} for row, repeats in runs.items()}
-    yield f"{len(measured)} pairs: {real_tokens(measured)} real tokens, {shared_tokens(measured)} with shared prompts,"
-    yield f"{padded_tokens(measured, setting.pairs_per_step)} padded in batches of {setting.pairs_per_step} in order.\n"
-    yield from _speed_table(setting, runs, speeds)
-    if OURS in runs:
-        yield from _ratio_table(runs, speeds)
-        yield from _floor(place, setting, measured, speeds[OURS])
-        yield from _losses(runs, speeds)
-    loads = [
-        f"{row}.{repeat} {_load_text(run['load'])}"
-        for row, repeats in runs.items()
-        for repeat, run in sorted(repeats.items())
-    ]
-    yield f"\nLoad average, and cores in use, at each run's start (* more than {BUSY:g}): {'; '.join(loads)}."
-
-
-def _speed_table(
-    setting: Setting, runs: Mapping[str, Mapping[int, Any]], speeds: Mapping[str, Mapping[int, Speed]]
-) -> Iterator[str]:
-    size = setting.pairs_per_step
-    lines = []
-    for row, found in speeds.items():
-        some = next(iter(runs[row].values()))
-        batch = f", batches of {some['batch_size']}" if row == TUNED else ""
-        peaks = ["peak_rss", "peak_gpu"] if some["peak_gpu"] is not None else ["peak_rss"]
-        references = [run["reference"] for run in runs[row].values() if run["reference"] is not None]
-        lines.append(
-            [
-                row + batch,
-                Spread.of(s.tokens_per_second for s in found.values()).text(".0f"),
-                Spread.of(s.pairs / s.wall for s in found.values()).text(".2f"),
-                Spread.of(s.wall * size / s.pairs for s in found.values()).text(".2f"),
-                Spread.of(s.cpu * size / s.pairs for s in found.values()).text(".2f"),
-                " / ".join(Spread.of(run[p] / 1e9 for run in runs[row].values()).text(".2f") for p in peaks),
-                Spread.of(r["wall"] for r in references).text(".2f") if references else "in the steps",
-                Spread.of(r["tokens"] / r["wall"] for r in references).text(".0f") if references else "",
-            ]
-        )
-    head = [
-        "row",
-        "real tokens/s",
-        "pairs/s",
-        f"wall s / {size} pairs",
-        f"CPU s / {size} pairs",
-        "peak RSS (/ GPU), GB",
-    ]
-    yield table([*head, "reference pass, s", "its real tokens/s"], lines)
-
-
-def _ratio_table(runs: Mapping[str, Mapping[int, Any]], speeds: Mapping[str, Mapping[int, Speed]]) -> Iterator[str]:
-    lines = []
-    for row in speeds:
-        found = {
-            "speed": {name: {k: s.tokens_per_second for k, s in speeds[name].items()} for name in (OURS, row)},
-            "cpu": {name: {k: s.tokens / s.cpu for k, s in speeds[name].items()} for name in (OURS, row)},
-            "rss": {name: {k: run["peak_rss"] for k, run in runs[name].items()} for name in (OURS, row)},
-            "reference": {
-                name: {
-                    k: run["reference"]["tokens"] / run["reference"]["wall"]
-                    for k, run in runs[name].items()
-                    if run["reference"] is not None
-                }
-                for name in (OURS, row)
-            },
-        }
-        ratios = [paired_ratios(values[OURS], values[row]) for values in found.values()]
-        if row != OURS and ratios[0] is not None:
-            lines.append([row, *("" if ratio is None else ratio.text(".2f") for ratio in ratios)])
-    if lines:
-        yield "\nOurs over TRL's, median of the repeats (least–most):\n"
-        yield table(["against", "tokens/s", "tokens per CPU second", "peak RSS", "reference tokens/s"], lines)
-
-
-def _floor(place: Place, setting: Setting, measured: Rows, ours: Mapping[int, Speed]) -> Iterator[str]:
-    if not place.gemm.is_file():
-        return
-    shape = ModelShape.from_json(json.loads((place.folder / "model.json").read_text())["shape"])
-    rate = json.loads(place.gemm.read_text())["gflops_per_second"]
-    counted = flops(shape, map(lengths_of, measured))
-    seconds = counted / (rate * 1e9)
-    share = Spread.of(seconds / found.wall for found in ours.values())
-    steps = setting.steps - 1
-    yield (
-        f"\nFloor: {counted / steps / 1e9:.0f} GFLOP a step at {rate:.0f} GFLOP/s, this machine's rate for these "
-        f"matrix products, are {seconds / steps:.2f} s; ours reaches {share.text('.0%')} of it."
-    )
-
-
-def _losses(runs: Mapping[str, Mapping[int, Any]], speeds: Mapping[str, Mapping[int, Speed]]) -> Iterator[str]:
-    ours = runs[OURS][min(runs[OURS])]
-    in_order = {row: repeats[min(repeats)] for row, repeats in runs.items() if row != TUNED}
-    lines = [
-        [row, *(f"{step['loss']:.4f}" for step in run["steps"]), _difference_text(row, ours, run)]
-        for row, run in in_order.items()
-    ]
-    yield "\nLoss of each step, first repeat:\n"
-    yield table(["row", *(str(n + 1) for n in range(len(ours["steps"]))), "max abs. Δ to ours"], lines)
-    if TUNED in speeds:
-        means = {row: speeds[row][min(speeds[row])].mean_loss for row in (OURS, TUNED)}
-        yield f"\nMean loss of the measured pairs: ours {means[OURS]:.4f}, {TUNED} {means[TUNED]:.4f} in another order."
-
-
-def _difference_text(row: str, ours: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    return "" if row == OURS else f"{max(map(abs, loss_differences(ours, run))):.1e}"
-
-
-def _load_text(load: Mapping[str, Any]) -> str:
-    busy = load["busy_cores"]
-    return f"{load['average']:.2f}" + ("" if busy is None else f", {busy:.2f}{'*' if busy > BUSY else ''}")
 
 
 # Running

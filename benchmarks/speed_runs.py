@@ -46,10 +46,13 @@ class Setting:
 
     @property
     def microbatch_tokens(self) -> int:
-        """--tokens-per-microbatch, or the product's default."""
-        from dpo_ray.config import Train
+        """--tokens-per-microbatch, or what the product takes by itself where memory is not short."""
+        import torch
 
-        return self.tokens_per_microbatch or Train().tokens_per_microbatch
+        from dpo_ray.memory import MOST_TOKENS_CPU, MOST_TOKENS_GPU
+
+        on_gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        return self.tokens_per_microbatch or (MOST_TOKENS_GPU if on_gpu else MOST_TOKENS_CPU)
 
 
 def settled(folder: Path, given: Mapping[str, Any]) -> Setting:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -153,8 +153,8 @@ class Train(Section):
     """Gradients are clipped to this global norm."""
     global_batch_size: int = Field(64, ge=1)
     """Pairs in an optimizer step, over all workers: the same result whatever their number."""
-    tokens_per_microbatch: int = Field(4096, ge=1)
-    """Tokens that a worker computes at once; a pair longer than this goes alone."""
+    tokens_per_microbatch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Tokens that a worker computes at once; a longer pair goes alone. auto: by the model's shape and the memory."""
     epochs: int = Field(1, ge=1)
     """Passes over the training pairs."""
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dpo_ray.errors import ConfigError
@@ -98,9 +99,12 @@ def forget_gathered(forward: nn.Module) -> None:
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scale all gradients down to a global norm. Returns the norm before, over all shards."""
-    norm = nn.utils.clip_grad_norm_(list(parameters), max_norm)
-    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return float(whole)
+    trained = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    whole = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not whole <= max_norm:  # below it, a multiplication by 1 would pass over all gradients for nothing
+        nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+    return whole
 
 
 def summed(values: Tensor, me: Rank) -> Tensor:

@@ -101,9 +101,10 @@ def shares(pairs: Sequence[TokenizedPair], me: Rank, tokens_per_microbatch: int)
 
 def feed(pairs: Sequence[TokenizedPair], options: Train, me: Rank) -> Callable[[int], list[Step]]:
     """Steps of global_batch_size pairs, in order."""
-    size = options.global_batch_size
+    size, tokens = options.global_batch_size, options.tokens_per_microbatch
+    assert tokens != "auto"
     batches = [pairs[i : i + size] for i in range(0, len(pairs) - size + 1, size)]
-    steps = [Step(n, shares(batch, me, options.tokens_per_microbatch)) for n, batch in enumerate(batches)]
+    steps = [Step(n, shares(batch, me, tokens)) for n, batch in enumerate(batches)]
     return lambda start: steps[start:]
 
 
@@ -178,6 +179,7 @@ def run(
         {"learning_rate": 1e-3, "global_batch_size": 8, "checkpoint_every_steps": 100, "tokens_per_microbatch": 64}
         | values
     )
+    assert options.tokens_per_microbatch != "auto"
     layout = nullcontext() if packed else mock.patch.object(attention, "serves", return_value=False)
     with layout, _one_thread():
         return train(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -21,6 +22,7 @@ from dpo_ray.checkpoint import HISTORY, STATE, is_whole, read_history
 from dpo_ray.config import Config, Metric
 from dpo_ray.errors import ConfigError, DataError, DpoRayError, NonFiniteLoss, ReferenceMismatch
 from dpo_ray.losses import zero_margin_loss
+from dpo_ray.memory import shape_of, tokens_that_fit
 from dpo_ray.model_folders import resolve, weights_hash
 from dpo_ray.on_ray.session import connect, raise_ours
 from dpo_ray.parallel import Rank
@@ -149,6 +151,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
 
     from dpo_ray.on_ray.feeding import TRAIN, StepFeed, placeholder
 
+    tokens_per_microbatch = _tokens_per_microbatch(config)
     runs = location / "checkpoints"
     name = run_name(runs)
 
@@ -165,6 +168,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
             "seed": config.run.seed,
             "plan": plan,
             "held_out": held_out,
+            "tokens_per_microbatch": tokens_per_microbatch,
             "reference_tolerance": config.reference.tolerance,
             "fallback": fallback,
         },
@@ -186,7 +190,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
         ),
         torch_config=TorchConfig(backend="nccl" if options.use_gpu else "gloo"),
         datasets={TRAIN: placeholder},
-        dataset_config=StepFeed(plan, options.tokens_per_microbatch, reached),
+        dataset_config=StepFeed(plan, tokens_per_microbatch, reached),
     )
     try:
         result = trainer.fit()
@@ -199,6 +203,42 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
     assert result.checkpoint is not None
     path = result.checkpoint.path
     return Location(path) if Location(path).is_local else Location.of(f"{runs.uri.split('://')[0]}://{path}")
+
+
+def _tokens_per_microbatch(config: Config) -> int:
+    """As configured, or what fits into the memory of one worker."""
+    options, model = config.train, config.model
+    if options.tokens_per_microbatch != "auto":
+        return options.tokens_per_microbatch
+    import ray
+
+    fewest = options.min_workers or options.num_workers
+    memory = ray.remote(worker_memory).options(num_cpus=0, num_gpus=1 if options.use_gpu else 0).remote
+    shape = shape_of(resolve(model.path, model.revision), trust_remote_code=model.trust_remote_code)
+    tokens = tokens_that_fit(
+        shape,
+        model,
+        options,
+        memory=ray.get(memory(fewest, options.cpus_per_worker, options.use_gpu)),
+        num_workers=fewest,
+    )
+    say(KIND, f"micro-batches of at most {tokens} tokens (train.tokens_per_microbatch=auto)")
+    return tokens
+
+
+def worker_memory(num_workers: int, cpus_per_worker: float, use_gpu: bool) -> int:
+    """Bytes of one worker where this runs: its GPU's, or its part of the machine's memory.
+
+    All of the memory, free or not, so that a run that is gone on with is cut into micro-batches as before.
+    """
+    if use_gpu:
+        return torch.cuda.mem_get_info()[1]
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    beside = max(1, min(num_workers, int((os.cpu_count() or 1) // cpus_per_worker)))
+    return total // beside
 
 
 def run_name(runs: Location) -> str:
@@ -277,7 +317,7 @@ def train_worker(job: dict[str, Any]) -> DpoRayError | None:
     held_out = None
     if options.eval_every_steps is not None:
         rows = np.arange(min(options.eval_pairs, len(index)))
-        held_out = read_share(index, rows, me.rank, me.world_size, options.tokens_per_microbatch, plan.hidden_size)
+        held_out = read_share(index, rows, me.rank, me.world_size, job["tokens_per_microbatch"], plan.hidden_size)
     latest = ray.train.get_checkpoint()
     if latest is None and job["fallback"] is not None:
         filesystem, path = job["fallback"].filesystem()

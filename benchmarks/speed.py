@@ -15,9 +15,9 @@ batches larger than a step's pairs are steps of their own: fewer updates, in TRL
 Ours is timed from one request for a step to the next, TRL's from on_step_begin to on_step_end, which leaves out its
 loading and logging. A reference pass is timed apart, without loading the model.
 
-bfloat16 is float32 weights under autocast on both sides. TRL 1.16 loads weights in float32 and sets bf16, that is
-autocast, by default; its only faster choice, weights in bfloat16, would train no float32 weights. Its optimizer is the
-default too, fused AdamW like ours.
+In bfloat16 both sides train float32 weights. TRL 1.16 by default computes under autocast; its only faster choice,
+weights in bfloat16, would train no float32 weights. Ours computes on a copy of the weights in bfloat16. Both use fused
+AdamW.
 
 The folder:
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import statistics
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -194,6 +196,18 @@ def test_the_report_says_what_the_runs_say(tmp_path: Path, capsys: pytest.Captur
     assert "| trl-fair | 0.5000 | 0.7500 | 2.5e-01 |" in told
     assert "ours 0.5000, trl-tuned 0.2500" in told
     assert "ours.1 0.50, 0.90*" in told
+
+
+def test_our_side_runs_and_is_reported(tmp_path: Path, demo_model: str):
+    small = ["--random-llama", "64x2", "--threads", "1", "--steps", "2", "--pairs-per-step", "2", "--max-tokens", "200"]
+    chosen = ["--data", "generated", "--dtype", "bfloat16", "--rows", "ours", "--repeats", "1"]
+    script = Path(__file__).parents[2] / "benchmarks" / "speed.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--folder", str(tmp_path), *small, *chosen],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "## generated, bfloat16" in done.stdout and "\n| ours | " in done.stdout and "Floor: " in done.stdout
 
 
 def test_a_folder_without_runs_has_no_report(tmp_path: Path):

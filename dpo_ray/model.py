@@ -53,6 +53,8 @@ def load_policy(
             "linear layer from hidden states to logits: its log-probs cannot be computed tile by tile. Choose another "
             "model.path."
         )
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # the others leave the cap out without a word
     if not _use_packed_attention(model):
         say(
             "model",

@@ -258,6 +258,8 @@ def test_a_model_with_a_sliding_window_runs_padded_and_within_its_window(saved_m
         ("CodeGen", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}),
         ("Doge", {"keep_window_size": 4}),
         ("StableLm", {}),
+        ("Gemma2", {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0, "sliding_window": 4}),
+        ("Gemma3Text", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
         ("GPTNeo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4}),
     ],
 )

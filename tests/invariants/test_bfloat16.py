@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpo_ray.checkpoint import read_history
 from dpo_ray.config import Model
+from dpo_ray.train_loop import EXPORT
 from tests.training import Gang, Trained, random_pairs, scored, small_model
 
 STEPS, HALF = 12, 6
@@ -88,6 +90,19 @@ def test_weights_move_by_less_than_bfloat16_can_tell(runs: Runs, workers: int, s
     # AdamW moves a weight by about a learning rate a step: far under bfloat16's steps of these weights.
     assert STEPS * 1e-8 < moved.mean() < STEPS * 2e-7
     assert (after[name].bfloat16() == before[name].bfloat16()).float().mean() > 0.95
+
+
+@pytest.mark.parametrize(("workers", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+def test_adapters_train_beside_a_frozen_base(runs: Runs, tmp_path: Path, workers: int, strategy: str):
+    policy = Model.model_validate({"path": str(runs.model), "dtype": "bfloat16", "lora": {"rank": 4}})
+    runs.gangs[workers].run(
+        policy, runs.pairs["bfloat16"], tmp_path, strategy=strategy, schedule="constant", learning_rate=1e-2
+    )
+    steps = sorted(tmp_path.glob("step-*"))
+    losses = [m["loss"] for m in read_history(steps[-1])]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-3) and losses[-1] < 0.95 * losses[0]
+    adapter = load_file(steps[-1] / EXPORT / "adapter_model.safetensors")
+    assert all(value.dtype == torch.float32 and value.abs().max() > 0 for value in adapter.values())
 
 
 @pytest.mark.parametrize(("workers", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])

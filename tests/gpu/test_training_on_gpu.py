@@ -35,8 +35,8 @@ ONE_BILLION = {
     "max_position_embeddings": 2048,
 }
 BATCH, STEPS = 16, 4
-# The reference is scored with float32 weights under autocast, FSDP2 computes with weights in bfloat16: their log-probs
-# differ by rounding, in either direction. Summed over a completion that is a fraction of a nat.
+# The reference is scored a pair at a time, training takes several at once: bfloat16 rounds otherwise, in either
+# direction. Summed over a completion that is a fraction of a nat.
 FIRST_LOSS, COMPLETION = 0.02, 5.0
 RESUMED = 0.005  # CUDA adds up in no fixed order, so two runs differ by a rounding in bfloat16
 

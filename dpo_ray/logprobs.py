@@ -92,25 +92,24 @@ class _TokenScores(torch.autograd.Function):
         with_entropies: bool,
     ) -> tuple[Tensor, ...]:
         head = Head(weight, bias, scale, cap)
-        scores = hidden.new_zeros(4, len(targets), dtype=torch.float32)
+        # Tensors of their own, no views of one: FSDP hooks its backward pass to what a module returns.
+        logprobs, collisions, entropies, means = (hidden.new_zeros(len(targets), dtype=torch.float32) for _ in range(4))
         for tile in _tiles(len(targets)):
             logits = head.logits(hidden[tile])
-            logprobs = logits.log_softmax(-1)
-            scores[0, tile] = logprobs.gather(-1, targets[tile, None]).squeeze(-1)
+            logprobs[tile] = logits.log_softmax(-1).gather(-1, targets[tile, None]).squeeze(-1)
             if with_collisions or with_entropies:
                 probabilities = (logits - logits.logsumexp(-1, keepdim=True)).exp_()
             if with_entropies:
-                scores[2, tile] = torch.special.entr(probabilities).sum(-1)
-                scores[3, tile] = logits.mean(-1)
+                entropies[tile] = torch.special.entr(probabilities).sum(-1)
+                means[tile] = logits.mean(-1)
             if with_collisions:
                 # The largest probability is at least 1/V, so that no square that matters is lost below 0.
-                scores[1, tile] = probabilities.square_().sum(-1).log()
+                collisions[tile] = probabilities.square_().sum(-1).log()
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.scale, ctx.cap = scale, cap
-        found = tuple(scores)
-        ctx.mark_non_differentiable(*found[1:])
+        ctx.mark_non_differentiable(collisions, entropies, means)
         ctx.set_materialize_grads(False)
-        return found
+        return logprobs, collisions, entropies, means
 
     @staticmethod
     @torch.autograd.function.once_differentiable

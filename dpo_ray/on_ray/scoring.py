@@ -19,6 +19,7 @@ from dpo_ray.errors import DataError, ReferenceMismatch
 from dpo_ray.evaluation import calibration
 from dpo_ray.loss_options import Loss
 from dpo_ray.losses import pair_logps, preference_margins
+from dpo_ray.model import FORWARD
 from dpo_ray.model_folders import resolve, weights_hash
 from dpo_ray.on_ray.engines import (
     PolicyScoreShard,
@@ -76,7 +77,7 @@ def _score(
         arguments = {"model": model, "options": config.vllm, "max_model_len": length}
         pool = vllm_pool(config, vllm_work, arguments)
     else:
-        identity["engine_version"] = library_versions()["torch"]
+        identity["engine_version"] = _own_forward()
         pool = torch_pool(config, torch_work, {"model": model})
     return shard_stage(
         output,
@@ -89,13 +90,17 @@ def _score(
     )
 
 
+def _own_forward() -> str:
+    return f"torch {library_versions()['torch']}, forward {FORWARD}"
+
+
 def calibrate(output: Location, config: Config, reference: Artifact) -> tuple[Artifact, bool]:
     """Score some pairs again with the trainer's own forward; the artifact holds how far the two are apart.
 
     Raises ReferenceMismatch where a completion differs by more than reference.tolerance.
     """
     kind = "calibration"
-    identity = {"pairs": config.reference.calibration_pairs, "torch": library_versions()["torch"]}
+    identity = {"pairs": config.reference.calibration_pairs, "engine_version": _own_forward()}
     inputs = {"reference": reference.fingerprint}
     location = output / "artifacts" / kind / fingerprint(kind, identity, inputs)
     artifact = load(location, kind, location.name)
@@ -134,7 +139,7 @@ def score_policy(output: Location, config: Config, policy: Artifact, pairs: Arti
     return shard_stage(
         output,
         "policy_scores",
-        identity={"dtype": model.dtype, "torch": library_versions()["torch"], "policy": policy.fingerprint},
+        identity={"dtype": model.dtype, "engine_version": _own_forward(), "policy": policy.fingerprint},
         inputs={"policy": policy.fingerprint, pairs.manifest.kind: pairs.fingerprint},
         tasks=shard_tasks(pairs),
         pool=torch_pool(config, PolicyScoreShard, {"model": model}),

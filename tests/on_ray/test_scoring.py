@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,10 @@ import pytest
 from pydantic import TypeAdapter
 
 from dpo_ray.artifacts import Artifact, publish, write_shard
+from dpo_ray.config import VLLM, Model
 from dpo_ray.errors import DataError
 from dpo_ray.loss_options import Loss
+from dpo_ray.on_ray import engines
 from dpo_ray.on_ray.engines import MismatchShard, ScoreShard, VLLMScorer
 from dpo_ray.on_ray.scoring import held_out_margins
 from dpo_ray.pairs import MISMATCHED, REFERENCE, SCORES, TOKENIZED, TokenizedPair
@@ -179,24 +182,55 @@ def test_a_row_takes_the_side_that_a_single_answer_has(tmp_path: Path):
     assert table["mismatched_ids"].to_pylist() == [[21], [30], [10]]
 
 
-def test_vllm_is_not_asked_about_absent_sides(monkeypatch: pytest.MonkeyPatch):
-    asked = []
+class FakeVLLM:
+    """Gives each token the log-prob −id, and for the prompts in `cached` none that could be trusted, unless asked so."""
 
-    def generate(inputs: list[dict[str, list[int]]], *_: Any, **__: Any) -> list[Any]:
-        asked.extend(i["prompt_token_ids"] for i in inputs)
-        outputs = []
-        for i in inputs:
-            ids = i["prompt_token_ids"]
-            flat = SimpleNamespace(
-                start_indices=list(range(len(ids))), token_ids=ids, logprobs=[-float(t) for t in ids]
-            )
-            outputs.append(SimpleNamespace(prompt_logprobs=flat))
-        return outputs
+    def __init__(self, by_token_ids: bool, cached: tuple[int, ...] = ()):
+        self.cached = cached
+        self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(use_v2_model_runner=by_token_ids))
+        self.asked: list[tuple[list[int], bool]] = []
 
-    monkeypatch.setitem(__import__("sys").modules, "vllm", SimpleNamespace(SamplingParams=lambda **_: None))
-    scorer = VLLMScorer.__new__(VLLMScorer)
-    scorer.llm = SimpleNamespace(generate=generate)
+    def generate(self, inputs: list[dict[str, list[int]]], sampling: list[dict[str, Any]], **_: Any) -> list[Any]:
+        return [self._output(i["prompt_token_ids"], params) for i, params in zip(inputs, sampling, strict=True)]
+
+    def _output(self, ids: list[int], params: dict[str, Any]) -> Any:
+        skips = params["skip_reading_prefix_cache"]
+        self.asked.append((ids, skips))
+        found = len(ids) - 1 if ids[0] in self.cached and not skips else 0
+        logprobs = [math.nan if n < found else -float(t) for n, t in enumerate(ids)]
+        start = params.get("prompt_logprob_start")
+        return SimpleNamespace(
+            num_cached_tokens=found,
+            prompt_logprobs=SimpleNamespace(start_indices=list(range(len(ids))), token_ids=ids, logprobs=logprobs),
+            prompt_token_id_logprobs=None
+            if start is None
+            else -params["prompt_logprob_token_ids"].astype(float)
+            if not found
+            else None,
+        )
+
+
+def vllm_scorer(monkeypatch: pytest.MonkeyPatch, llm: FakeVLLM) -> VLLMScorer:
+    monkeypatch.setitem(__import__("sys").modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: options))
+    monkeypatch.setattr(engines, "_engine", lambda *_: llm)
+    return VLLMScorer(Model(path="m"), VLLM(), 16)
+
+
+@pytest.mark.parametrize("by_token_ids", [False, True])
+def test_vllm_is_not_asked_about_absent_sides(monkeypatch: pytest.MonkeyPatch, by_token_ids: bool):
+    llm = FakeVLLM(by_token_ids)
+    scorer = vllm_scorer(monkeypatch, llm)
     pairs = [TokenizedPair("d", [1], [2, 3], []), TokenizedPair("u", [4], [], [5]), TokenizedPair("p", [6], [7], [8])]
     assert scorer.score(pairs) == ([[-2.0, -3.0], [], [-7.0]], [[], [-5.0], [-8.0]])
-    assert asked == [[1, 2, 3], [6, 7], [4, 5], [6, 8]]
+    assert llm.asked == [([1, 2, 3], False), ([6, 7], False), ([4, 5], False), ([6, 8], False)]
     assert scorer.score(pairs[:1])[1] == [[]]
+
+
+@pytest.mark.parametrize("by_token_ids", [False, True])
+def test_what_the_cache_has_of_a_completion_is_scored_again_without_it(
+    monkeypatch: pytest.MonkeyPatch, by_token_ids: bool
+):
+    llm = FakeVLLM(by_token_ids, cached=(4,))
+    pairs = [TokenizedPair("a", [1], [2, 3], [9]), TokenizedPair("b", [4], [5, 6], [7, 8])]
+    assert vllm_scorer(monkeypatch, llm).score(pairs) == ([[-2.0, -3.0], [-5.0, -6.0]], [[-9.0], [-7.0, -8.0]])
+    assert [ids for ids, skips in llm.asked if skips] == [[4, 5, 6], [4, 7, 8]]

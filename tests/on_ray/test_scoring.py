@@ -183,7 +183,7 @@ def test_a_row_takes_the_side_that_a_single_answer_has(tmp_path: Path):
 
 
 class FakeVLLM:
-    """Gives each token the log-prob −id, and for the prompts in `cached` none that could be trusted, unless asked so."""
+    """Gives each token the log-prob −id; for prompts in `cached`, none that could be trusted, unless it may not read it."""
 
     def __init__(self, by_token_ids: bool, cached: tuple[int, ...] = ()):
         self.cached = cached

@@ -183,7 +183,7 @@ def test_a_row_takes_the_side_that_a_single_answer_has(tmp_path: Path):
 
 
 class FakeVLLM:
-    """Gives each token the log-prob −id; for prompts in `cached`, none that could be trusted, unless it may not read it."""
+    """Gives each token the log-prob −id; for prompts in `cached` none to be trusted, unless it may not read them."""
 
     def __init__(self, by_token_ids: bool, cached: tuple[int, ...] = ()):
         self.cached = cached

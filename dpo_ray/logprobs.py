@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_CHUNK_TOKENS = 256  # 256 × 150k logits in float32 are 0.15 GB; three such tiles are the most that is held at once
+TILE_TOKENS = 256  # 256 × 150k logits in float32 are 0.15 GB
+"""Rows whose logits exist at once; three tiles of them are the most that is held."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class _TokenScores(torch.autograd.Function):
 
 
 def _tiles(length: int) -> list[slice]:
-    return [slice(i, min(i + _CHUNK_TOKENS, length)) for i in range(0, length, _CHUNK_TOKENS)]
+    return [slice(i, min(i + TILE_TOKENS, length)) for i in range(0, length, TILE_TOKENS)]
 
 
 def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from dpo_ray.config import Model, Train
 from dpo_ray.errors import ConfigError
+from dpo_ray.logprobs import TILE_TOKENS
 
 MOST_TOKENS_CPU = 1024  # matrix products are no faster with more rows, and memory that is not taken costs nothing
 MOST_TOKENS_GPU = 16384
@@ -19,7 +20,7 @@ MOST_TOKENS_GPU = 16384
 _USABLE = 0.8  # of the memory; the rest is for the allocator's gaps, communication and what else runs there
 _HIDDEN_PER_LAYER = 18  # values of hidden size and of intermediate size that a layer keeps for each token
 _INTERMEDIATE_PER_LAYER = 4
-_LOGIT_TILES = 3 * 256 * 4  # bytes for each vocabulary entry: three tiles of 256 rows in float32
+_LOGIT_TILES = 3 * TILE_TOKENS * 4  # bytes for each vocabulary entry: three tiles in float32
 _GIB = 2**30
 
 

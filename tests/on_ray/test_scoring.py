@@ -198,15 +198,12 @@ class FakeVLLM:
         self.asked.append((ids, skips))
         found = len(ids) - 1 if ids[0] in self.cached and not skips else 0
         logprobs = [math.nan if n < found else -float(t) for n, t in enumerate(ids)]
-        start = params.get("prompt_logprob_start")
+        wanted = params.get("prompt_logprob_token_ids")
+        by_token_ids = None if wanted is None or found else -wanted.astype(float)
         return SimpleNamespace(
             num_cached_tokens=found,
             prompt_logprobs=SimpleNamespace(start_indices=list(range(len(ids))), token_ids=ids, logprobs=logprobs),
-            prompt_token_id_logprobs=None
-            if start is None
-            else -params["prompt_logprob_token_ids"].astype(float)
-            if not found
-            else None,
+            prompt_token_id_logprobs=by_token_ids,
         )
 
 

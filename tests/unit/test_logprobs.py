@@ -14,7 +14,7 @@ from dpo_ray.logprobs import Head, token_scores
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(logprobs, "_CHUNK_TOKENS", 4)
+    monkeypatch.setattr(logprobs, "TILE_TOKENS", 4)
 
 
 def plain_logits(hidden: Tensor, head: Head) -> Tensor:

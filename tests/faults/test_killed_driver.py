@@ -18,7 +18,7 @@ from tests.command_line import CONFIGS, Finished, dpo_ray, killed_at, overrides,
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(1500)]
 
-PROMPTS = 24
+PROMPTS = 18
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def command(output, demo_model) -> list[str]:
     """The demo, cut down to what three interruptions need."""
     prompts = output.parent / "prompts.jsonl"
     prompts.write_text("".join((CONFIGS / "demo_prompts.jsonl").read_text().splitlines(keepends=True)[:PROMPTS]))
-    sampling = {"samples": 4, "temperature": 0.8, "max_tokens": 48, "dtype": "float32"}
+    sampling = {"samples": 4, "temperature": 0.8, "max_tokens": 32, "dtype": "float32"}
     settings = {
         "run__output": str(output),
         "generate__prompts": str(prompts),

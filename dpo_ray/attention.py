@@ -30,6 +30,16 @@ class Segment(NamedTuple):
     rejected: int
 
 
+class Segments:
+    """The pairs of a packed row, in order and without gaps.
+
+    One opaque object, for torch.compile looks into a tuple and would compile again for every other number of pairs.
+    """
+
+    def __init__(self, pairs: tuple[Segment, ...]):
+        self.pairs = pairs
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -38,7 +48,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    segments: tuple[Segment, ...] | None = None,
+    segments: Segments | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Segment attention, with the signature of transformers' attention functions.
@@ -47,17 +57,17 @@ def packed_attention(
 
     Args:
         query: [1, heads, T, D]; key and value: [1, kv_heads, T, D].
-        segments: the pairs of the packed row, in order and without gaps, T tokens in all.
+        segments: the pairs of the packed row, T tokens in all.
 
     Returns ([1, T, heads, D], None).
     """
     if segments is None:
         raise ValueError(f"{IMPLEMENTATION} attention needs the segments of the packed row")
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _flash(query, key, value, segments, scaling), None
+    if query.dtype in (torch.bfloat16, torch.float16) and _has_flash(query.device):
+        return _flash(query, key, value, segments.pairs, scaling), None
     grouped = query.shape[1] != key.shape[1]
     parts = []
-    for start, shared, chosen, rejected in segments:
+    for start, shared, chosen, rejected in segments.pairs:
         cut = start + shared + chosen
         end = cut + rejected
         q, k, v = (x[:, :, start:cut] for x in (query, key, value))
@@ -79,6 +89,11 @@ def packed_attention(
             )
         )
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+@lru_cache
+def _has_flash(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], scaling: float | None) -> Tensor:
@@ -138,6 +153,11 @@ def register() -> None:
     """Make `attn_implementation="dpo_packed"` known to transformers; repeating it changes nothing."""
     AttentionInterface.register(IMPLEMENTATION, packed_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)
+
+
+def hide_from_compiler() -> None:
+    """Let compiled layers call the packed attention as it is: what it does differs with every packed row."""
+    AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(packed_attention))
 
 
 def serves(config: Any) -> bool:

@@ -167,6 +167,8 @@ class Train(Section):
     """ddp: each worker holds the whole model. fsdp: model, gradients and optimizer are sharded over the workers."""
     activation_checkpointing: bool = False
     """Compute the activations again in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile each decoder layer with torch.compile: minutes at the start, then fewer small kernels. On a GPU only."""
     cpus_per_worker: float = Field(1.0, gt=0.0)
     """Cores of one worker."""
     use_gpu: bool = False
@@ -200,6 +202,7 @@ class Train(Section):
             "min_workers",
             "strategy",
             "activation_checkpointing",
+            "compile",
             "cpus_per_worker",
             "use_gpu",
             "checkpoint_every_steps",
@@ -216,6 +219,11 @@ class Train(Section):
             raise ValueError(
                 f"train.global_batch_size is {self.global_batch_size}, but each of the "
                 f"{self.num_workers} workers (train.num_workers) needs at least one pair a step"
+            )
+        if self.compile and not self.use_gpu:
+            raise ValueError(
+                "train.compile is true, but train.use_gpu is false: on CPU, compiling takes minutes and gains nothing. "
+                "Leave train.compile out"
             )
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(

@@ -70,6 +70,32 @@ def load_policy(
     return model
 
 
+def decoder_layers(model: PreTrainedModel, *, wanted_by: str) -> list[nn.Module]:
+    """The layers that the model says must stay whole, in order.
+
+    Raises ConfigError naming `wanted_by`, the options that need them, where the model does not name its own.
+    """
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ConfigError(
+            f"{wanted_by}: this takes the decoder layers one by one, but {type(model).__name__} does not name its own "
+            "(_no_split_modules). Use train.strategy=ddp, model.dtype=float32 and train.compile=false for this model."
+        )
+    return layers
+
+
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """Compile each decoder layer on its own, once for all shapes; the attention in it is called as it is.
+
+    Raises ConfigError where the model does not name its decoder layers.
+    """
+    attention.hide_from_compiler()
+    for layer in decoder_layers(model, wanted_by="train.compile=true"):
+        # Not layer.compile(), which would take FSDP's hooks into what is compiled.
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)  # type: ignore[method-assign]
+
+
 def _checkpoint_activations(model: PreTrainedModel) -> None:
     if not model.supports_gradient_checkpointing:
         raise ConfigError(
@@ -129,7 +155,7 @@ class CompletionScorer(nn.Module):
 
     def forward(self, batch: MicroBatch, *, with_collisions: bool = False, with_entropies: bool = False) -> TokenScores:
         """Scores of the micro-batch's N completion tokens, in float32; see token_scores."""
-        extra = {"segments": batch.segments} if batch.segments is not None else {}
+        extra = {"segments": attention.Segments(batch.segments)} if batch.segments is not None else {}
         hidden = self.model.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,

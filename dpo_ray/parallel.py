@@ -19,8 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dpo_ray.errors import ConfigError
-from dpo_ray.model import CompletionScorer
+from dpo_ray.model import CompletionScorer, decoder_layers
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,7 @@ def parallelize(
     """
     if strategy == "ddp" and dtype == torch.float32:
         return DistributedDataParallel(scorer) if me.world_size > 1 else scorer
-    names = set(scorer.model._no_split_modules or ())
-    layers = [module for module in scorer.model.modules() if type(module).__name__ in names]
-    if not layers:
-        raise ConfigError(
-            f"train.strategy=fsdp and model.dtype=bfloat16 wrap decoder layers one by one, but "
-            f"{type(scorer.model).__name__} does not name its own (_no_split_modules). Use train.strategy=ddp and "
-            "model.dtype=float32 for this model."
-        )
+    layers = decoder_layers(scorer.model, wanted_by="train.strategy=fsdp or model.dtype=bfloat16")
     if not dist.is_initialized():
         _start_group_of_one(me)
     kind = me.device.type

@@ -16,7 +16,7 @@ from dpo_ray.checkpoint import TrainState, load_checkpoint, load_weights, save_c
 from dpo_ray.config import Model, Train
 from dpo_ray.errors import NonFiniteLoss
 from dpo_ray.export import export_policy
-from dpo_ray.model import CompletionScorer, load_policy, torch_dtype
+from dpo_ray.model import CompletionScorer, compile_layers, load_policy, torch_dtype
 from dpo_ray.model_folders import resolve
 from dpo_ray.optim import WeightAverage, learning_rate, make_optimizer
 from dpo_ray.parallel import Rank, parallelize, whole_state
@@ -87,6 +87,8 @@ def train(
         seed=seed,
         activation_checkpointing=options.activation_checkpointing,
     ).to(me.device)
+    if options.compile:
+        compile_layers(policy)
     scorer = CompletionScorer(policy).train()
     forward = parallelize(scorer, options.strategy, me, torch_dtype(model.dtype))
     optimizer = make_optimizer(policy, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpo_ray.attention import Segment, packed_attention
+from dpo_ray.attention import Segment, Segments, packed_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -24,7 +24,7 @@ def test_flash_attention_equals_attention_pair_by_pair_in_values_and_gradients(h
     found = []
     for dtype in (torch.float32, torch.bfloat16):  # in float32 it is a call a pair
         inputs = [x.to(dtype).requires_grad_() for x in exact]
-        out, _ = packed_attention(torch.nn.Module(), *inputs, None, scaling=0.125, segments=SEGMENTS)
+        out, _ = packed_attention(torch.nn.Module(), *inputs, None, scaling=0.125, segments=Segments(SEGMENTS))
         (out.float() * upstream).sum().backward()
         found.append([out.detach().float(), *(x.grad.float() for x in inputs)])
     for flash, right in zip(found[1], found[0], strict=True):

@@ -74,7 +74,9 @@ def scored_in_bfloat16(pairs: list[TokenizedPair], model: Path, device: torch.de
     return done
 
 
-def train_and_resume(model: Path, pairs: list[TokenizedPair], me: Rank, folder: Path) -> tuple[Trained, Trained]:
+def train_and_resume(
+    model: Path, pairs: list[TokenizedPair], me: Rank, folder: Path, **more: Any
+) -> tuple[Trained, Trained]:
     """A run over the same pairs again and again, and one that goes on from its half."""
     options: dict[str, Any] = {
         "strategy": "fsdp",
@@ -86,6 +88,7 @@ def train_and_resume(model: Path, pairs: list[TokenizedPair], me: Rank, folder: 
         "schedule": "constant",
         "warmup_fraction": 0.0,
         "reference_tolerance": COMPLETION,
+        **more,
     }
     policy = Model(path=str(model), dtype="bfloat16")
     run(policy, pairs * STEPS, folder / "whole", me=me, **options)
@@ -103,12 +106,13 @@ def require_training(whole: Trained, resumed: Trained) -> None:
     assert resumed.checkpoints == [STEPS]
 
 
-def test_a_model_of_a_billion_weights_trains_and_resumes(tmp_path: Path, alone: Rank):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_of_a_billion_weights_trains_and_resumes(tmp_path: Path, alone: Rank, compiled: bool):
     model = small_model(tmp_path / "model", dtype=torch.bfloat16, **ONE_BILLION)
     pairs = scored_in_bfloat16(long_pairs(ONE_BILLION["vocab_size"], 128), model, alone.device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    whole, resumed = train_and_resume(model, pairs, alone, tmp_path)
+    whole, resumed = train_and_resume(model, pairs, alone, tmp_path, compile=compiled, use_gpu=True)
     gib = torch.cuda.max_memory_allocated() / 2**30
     print(f"\n{max(whole.of('tokens_per_second')):.0f} tokens/s, {gib:.1f} GiB at most; losses {whole.losses}")
     require_training(whole, resumed)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from dpo_ray.attention import IMPLEMENTATION, Segment, packed_attention, register, serves, varlen_layout
+from dpo_ray.attention import IMPLEMENTATION, Segment, Segments, packed_attention, register, serves, varlen_layout
 
 # The last two lack a side.
 SEGMENTS = (Segment(0, 3, 2, 4), Segment(9, 1, 1, 1), Segment(12, 5, 3, 1), Segment(21, 3, 2, 0), Segment(26, 2, 0, 3))
@@ -33,7 +33,9 @@ def test_packed_attention_equals_masked_attention_over_the_whole_row(heads: int,
     torch.manual_seed(0)
     query = torch.randn(1, heads, LENGTH, 8, dtype=torch.float64)
     key, value = torch.randn(2, 1, kv_heads, LENGTH, 8, dtype=torch.float64)
-    out, weights = packed_attention(torch.nn.Module(), query, key, value, None, scaling=scaling, segments=SEGMENTS)
+    out, weights = packed_attention(
+        torch.nn.Module(), query, key, value, None, scaling=scaling, segments=Segments(SEGMENTS)
+    )
     assert weights is None
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
     scores = (query @ k.mT) * (8**-0.5 if scaling is None else scaling)

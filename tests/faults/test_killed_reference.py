@@ -1,0 +1,142 @@
+"""SIGKILL of the driver and of the vLLM actor at random moments of the reference stage: the same artifact, bit for bit.
+
+DPO_RAY_KILLS is how often (4 unless told), DPO_RAY_KILL_SEED draws the moments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.command_line import CONFIGS, DPO_RAY, dpo_ray, overrides
+
+KILLS = int(os.environ.get("DPO_RAY_KILLS", "4"))
+
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600 + 180 * KILLS)]
+
+NUM_PAIRS, ROWS_PER_SHARD = 48, 6
+LONGEST_WAIT = 40.0  # seconds from a start of the driver to the kill: Ray and vLLM start in about half of it
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, demo_model, write_preferences):
+    """command(output) → arguments of the stages up to reference, with many small shards."""
+    folder = tmp_path_factory.mktemp("killed_reference")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"What comes after {n}? Answer in a few words."}],
+            "chosen": [{"role": "assistant", "content": f"After {n} comes {n + 1}."}],
+            "rejected": [{"role": "assistant", "content": f"Who knows, perhaps {n * n} or something like it."}],
+        }
+        for n in range(NUM_PAIRS)
+    ]
+    write_preferences(folder / "data", rows)
+    settings = {
+        "model__path": str(demo_model),
+        "data__train": str(folder / "data"),
+        "data__rows_per_shard": ROWS_PER_SHARD,
+        "data__max_prompt_tokens": 128,
+        "data__max_completion_tokens": 64,
+        "reference__engine": "vllm",
+        "reference__calibration_pairs": 4,
+    }
+
+    def arguments(output: Path) -> list[str]:
+        return ["reference", str(CONFIGS / "align_cpu.yaml"), *overrides(**settings, run__output=str(output))]
+
+    return arguments
+
+
+def content(output: Path) -> dict[str, dict[str, Any]]:
+    """Of each finished stage: fingerprint, and the files with their hashes."""
+    found = {}
+    for path in sorted((output / "artifacts").glob("*/*/manifest.json")):
+        manifest = json.loads(path.read_text())
+        files = [(f["name"], f["rows"], f["sha256"]) for f in manifest["files"]]
+        found[manifest["kind"]] = {"fingerprint": manifest["fingerprint"], "files": files}
+    return found
+
+
+def actors_below(driver: int) -> list[int]:
+    """Pids of the shard workers that descend from a driver."""
+    listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in listing.splitlines()[1:]]
+    parents = {int(pid): int(parent) for pid, parent, _ in rows}
+
+    def descends(pid: int) -> bool:
+        while pid in parents and pid != driver:
+            pid = parents[pid]
+        return pid == driver
+
+    return [int(p) for p, _, args in rows if args.startswith("ray::") and "ShardWorker" in args and descends(int(p))]
+
+
+def run_and_kill(arguments: list[str], victim: str, moment: float) -> tuple[bool, int | None, str]:
+    """Start the command and kill once. Returns whether it was killed, the exit code (None of a killed driver), the log.
+
+    moment: seconds after the start; for the actor, the wait goes on until there is one.
+    """
+    process = subprocess.Popen([DPO_RAY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines: list[str] = []
+    assert process.stdout is not None
+    reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)
+    reader.start()
+    killed = False
+    due = time.monotonic() + moment
+    while process.poll() is None and not killed:
+        time.sleep(0.2)
+        if time.monotonic() < due:
+            continue
+        if victim == "driver":
+            process.send_signal(signal.SIGKILL)
+            killed = True
+        elif pids := actors_below(process.pid):
+            os.kill(pids[0], signal.SIGKILL)
+            killed = True
+    code = process.wait(300)
+    reader.join(60)
+    return killed, None if killed and victim == "driver" else code, "".join(lines)
+
+
+def test_killed_at_random_moments_the_artifacts_are_the_same(command, tmp_path):
+    undisturbed = dpo_ray(*command(tmp_path / "undisturbed"))
+    assert undisturbed.code == 0, undisturbed.log
+    chance = random.Random(os.environ.get("DPO_RAY_KILL_SEED", "kills"))
+    arguments = command(tmp_path / "killed")
+    done, log = 0, ""
+    finished = False
+    while done < KILLS:
+        victim = ("actor", "driver")[done % 2]
+        killed, code, text = run_and_kill(arguments, victim, chance.uniform(0, LONGEST_WAIT))
+        log += text
+        assert code in (0, None), text[-6000:]
+        if not killed or code == 0:
+            finished = True
+        if killed:
+            done += 1
+        if finished and done < KILLS:
+            # The run came through before all kills were spent: take shards away, as a lost disk would.
+            forget_some(tmp_path / "killed", chance)
+            finished = False
+    last = dpo_ray(*arguments)
+    assert last.code == 0, last.log
+    assert content(tmp_path / "killed") == content(tmp_path / "undisturbed")
+    assert "engine_crash" not in log + last.log and "engine_error" not in log + last.log
+
+
+def forget_some(output: Path, chance: random.Random) -> None:
+    """Remove the reference manifest and half of its shards, and what was made from it."""
+    for manifest in (output / "artifacts" / "reference").glob("*/manifest.json"):
+        shards = sorted(manifest.parent.glob("*.parquet"))
+        for shard in chance.sample(shards, len(shards) // 2):
+            shard.unlink()
+        manifest.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -277,6 +278,24 @@ def test_logits_of_scored_prompts_stay_below_a_gibibyte(vocab_size: int, tokens:
     assert tokens == 128 or tokens * vocab_size * 9 <= 2**30
 
 
+def engine_arguments(monkeypatch: pytest.MonkeyPatch, scores: bool, **options: Any) -> dict[str, Any]:
+    """What vLLM would be built with, for a vocabulary of 151 936."""
+    text = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=151_936))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **arguments: arguments))
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: text)
+    monkeypatch.setattr(engines, "resolve", lambda *_: Path("m"))
+    return engines._engine("m", None, "float32", False, VLLM(**options), 8192, scores)
+
+
+def test_a_scoring_engine_on_cpu_computes_only_tokens_whose_logits_have_room(monkeypatch: pytest.MonkeyPatch):
+    built = engine_arguments(monkeypatch, True, max_num_seqs=1000)
+    assert (built["max_num_batched_tokens"], built["max_num_seqs"], built["max_model_len"]) == (785, 785, 8193)
+    assert built["enable_chunked_prefill"]
+    assert engine_arguments(monkeypatch, True, max_num_batched_tokens=64)["max_num_batched_tokens"] == 64
+    for scores, gpus in ((False, 0), (True, 1)):  # no logits of prompts, or those of few tokens at a time
+        assert "max_num_batched_tokens" not in engine_arguments(monkeypatch, scores, gpus_per_actor=gpus)
+
+
 class FakeVLLM:
     """Gives each token the log-prob −id; for prompts in `cached` none to be trusted, unless it may not read them."""
 
@@ -303,7 +322,7 @@ class FakeVLLM:
 
 
 def vllm_scorer(monkeypatch: pytest.MonkeyPatch, llm: FakeVLLM) -> VLLMScorer:
-    monkeypatch.setitem(__import__("sys").modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: options))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: options))
     monkeypatch.setattr(engines, "_engine", lambda *_: llm)
     return VLLMScorer(Model(path="m"), VLLM(), 16)
 

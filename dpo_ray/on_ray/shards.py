@@ -7,6 +7,7 @@ killed loses the shards in flight and no others, and a stage over more input com
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 import traceback
@@ -209,6 +210,9 @@ class ShardWorker:
             # Ray starts this actor again, and the attempts tell its successor where to go on.
             traceback.print_exc()
             sys.stderr.flush()
+            # An engine on several GPUs has processes of its own, which would go on holding their memory.
+            for process in multiprocessing.active_children():
+                process.kill()
             os._exit(1)
         self._write(name, output)
         attempts.clear()

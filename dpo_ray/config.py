@@ -68,7 +68,8 @@ class Data(Section):
     max_completion_tokens: int = Field(512, ge=1)
     """A pair with a longer completion is dropped and counted as completion_too_long."""
     max_quarantined_fraction: float = Field(0.05, ge=0.0, le=1.0)
-    """Ingest fails when a larger share of the rows is unusable."""
+    """Ingest fails when a larger share of the rows is unusable, and so does the reference when its engine cannot score
+    a larger share."""
     rows_per_shard: int = Field(512, ge=1)
     """Rows in a unit of work: what is lost at most when a process dies, and what is computed at once."""
 
@@ -103,7 +104,7 @@ class Generate(Section):
 
 class VLLM(Section):
     num_actors: int = Field(1, ge=1)
-    """Engines that work side by side."""
+    """Engines that work side by side, at most: Ray starts one, and more while there is work and room for them."""
     cpus_per_actor: float = Field(1.0, gt=0.0)
     """Cores that Ray sets aside for one engine."""
     gpus_per_actor: int = Field(0, ge=0)
@@ -114,11 +115,15 @@ class VLLM(Section):
     """Share of a GPU's memory that an engine may take."""
     max_num_seqs: int = Field(256, ge=1)
     """Sequences that an engine works on at once."""
+    max_num_batched_tokens: int | None = Field(None, ge=16)
+    """Tokens that an engine computes at once; longer rows go in chunks. Scoring on CPU holds 9 bytes × vocabulary size
+    for each of them: left out, so many there as 1 GiB holds (128 to 4096). Otherwise left out: vLLM's own number."""
 
 
 class Reference(Section):
-    engine: Literal["vllm", "torch"] = "vllm"
-    """Who computes the reference log-probs: vLLM, or the trainer's own forward in Ray actors."""
+    engine: Literal["vllm", "torch", "auto"] = "vllm"
+    """Who computes the reference log-probs: vLLM, or the trainer's own forward in Ray actors. auto: vLLM if it is
+    installed and agrees with the trainer's forward within the tolerance, or else torch; decided once for a model."""
     tolerance: float = Field(0.05, gt=0.0)
     """Calibration gate: the largest |Δ| in nats, over summed log-probs of re-scored completions, accepted."""
     calibration_pairs: int = Field(32, ge=1)

@@ -6,6 +6,7 @@ an object store makes an object visible only when its upload ends, so there it i
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import glob
 import os
@@ -93,6 +94,12 @@ class Location:
         found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
         names = sorted(info.base_name for info in found)
         return [self / name for name in names if not name.startswith(".")]
+
+    def remove(self) -> None:
+        """Remove one file; it need not be there."""
+        fs, path = self.filesystem()
+        with contextlib.suppress(FileNotFoundError):
+            fs.delete_file(path)
 
     def copy_to(self, target: Location) -> None:
         """Copy one file; the target appears complete or not at all."""

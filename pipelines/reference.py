@@ -7,14 +7,17 @@ from dpo_ray.artifacts import Artifact, load
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DataError, ReferenceMismatch
 from dpo_ray.model_folders import load_tokenizer, resolve, weights_hash
-from dpo_ray.on_ray.scoring import calibrate, score_mismatched, score_reference
+from dpo_ray.on_ray.calibrating import calibrate
+from dpo_ray.on_ray.scoring import score_mismatched, score_reference
 from dpo_ray.storage import Location
 from dpo_ray.tokenization import tokenizer_identity
 from pipelines.context import RunContext
 
 
 def reference(context: RunContext, tokenized: Artifact) -> tuple[Artifact, Artifact | None]:
-    """The rows to train and to evaluate on, and the calibration of their reference scores. Raises ReferenceMismatch.
+    """The rows to train and to evaluate on, and the calibration of their reference scores.
+
+    Raises ReferenceMismatch, and DataError where too many rows could not be scored.
 
     They are the rows with reference scores that the trainer's own forward reproduces, with mismatched completions
     too for a loss that uses them. A loss without a reference takes the tokenized rows as they are: nothing is scored,
@@ -23,6 +26,7 @@ def reference(context: RunContext, tokenized: Artifact) -> tuple[Artifact, Artif
     if not context.config.train.loss.needs_reference:
         return tokenized, None
     scored = context.stage("reference", lambda: score_reference(context.output, context.config, tokenized))
+    require_enough_scored(scored, context.config.data.max_quarantined_fraction)
     calibration = check_calibration(context, scored)
     return with_mismatched(context, scored), calibration
 
@@ -31,7 +35,24 @@ def with_mismatched(context: RunContext, scored: Artifact) -> Artifact:
     """The reference artifact with mismatched completions, if the loss uses them; otherwise as it is."""
     if not context.config.train.loss.needs_mismatched:
         return scored
-    return context.stage("mismatched", lambda: score_mismatched(context.output, context.config, scored))
+    rows = context.stage("mismatched", lambda: score_mismatched(context.output, context.config, scored))
+    require_enough_scored(rows, context.config.data.max_quarantined_fraction)
+    return rows
+
+
+def require_enough_scored(scored: Artifact, max_quarantined_fraction: float) -> None:
+    """Raises DataError where the engine could not score too large a share of the rows."""
+    counters = scored.manifest.counters
+    reasons = {reason: count for reason in ("engine_error", "engine_crash") if (count := counters.get(reason, 0))}
+    lost, read = sum(reasons.values()), counters["read"]
+    if lost > max_quarantined_fraction * read:
+        named = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+        raise DataError(
+            f"The engine could not score {lost} of {read} rows ({named}), a share of {lost / read:.1%}, more than "
+            f"data.max_quarantined_fraction={max_quarantined_fraction:g} allows. The rows, with what the engine said, "
+            f"are in {scored.location}/quarantine. Mend their cause and remove {scored.location} to have all rows "
+            "scored again; or raise the limit, if these rows may be left out."
+        )
 
 
 def require_reference_use(config: Config) -> None:
@@ -80,5 +101,8 @@ def require_same_model(artifact: Artifact, config: Config) -> None:
 def check_calibration(context: RunContext, scored: Artifact) -> Artifact:
     """The calibration gate, recorded in the summary. Raises ReferenceMismatch."""
     checked = context.stage("calibrate", lambda: calibrate(context.output, context.config, scored))
-    context.results["reference"] = {"calibration": checked.manifest.metrics}
+    context.results["reference"] = {
+        "engine": scored.manifest.identity["engine"],
+        "calibration": checked.manifest.metrics,
+    }
     return checked

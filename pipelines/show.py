@@ -42,7 +42,8 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
         ),
         (
             "reference",
-            f"{config.reference.engine} in {config.model.dtype}{' with mismatched completions' * loss.needs_mismatched}"
+            f"{'vllm if it agrees, or else torch,' if config.reference.engine == 'auto' else config.reference.engine} "
+            f"in {config.model.dtype}{' with mismatched completions' * loss.needs_mismatched}"
             f"; {config.reference.calibration_pairs} pairs scored again by the trainer, tolerance "
             f"{config.reference.tolerance:g} nats"
             if loss.needs_reference

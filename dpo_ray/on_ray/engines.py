@@ -1,35 +1,36 @@
-"""The engines behind the model stages: vLLM generates and scores, the trainer's own forward scores.
-
-Each is a worker of on_ray.shards: it loads its model once and then takes shard after shard.
-"""
+"""The engines behind the model stages: vLLM generates and scores, the trainer's own forward scores."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from dpo_ray.artifacts import read_shard
+from dpo_ray.artifacts import library_versions, read_shard
 from dpo_ray.config import VLLM, Config, Model, Sampling
 from dpo_ray.errors import ConfigError
-from dpo_ray.model import CompletionScorer, compute_in, load_policy, torch_dtype
+from dpo_ray.isolation import EngineDied
+from dpo_ray.model import FORWARD, CompletionScorer, compute_in, load_policy, torch_dtype
 from dpo_ray.model_folders import load_tokenizer, resolve
 from dpo_ray.on_ray.shards import Pool
-from dpo_ray.packing import mismatched
-from dpo_ray.pairing import mismatched_rows
-from dpo_ray.pairs import CANDIDATES, MISMATCHED, SCORES, TokenizedPair, tokenized_pair
+from dpo_ray.pairs import CANDIDATES, TokenizedPair
 from dpo_ray.plan import fit
 from dpo_ray.shard_work import ShardOutput
 from dpo_ray.storage import Location
 from dpo_ray.tokenization import prompt_ids
 
 _TORCH_BATCH_TOKENS = 4096
+# Pairs of so many tokens are given to vLLM at once: enough to keep it busy, and their outputs, which hold an object or
+# two for every token of the prompt, stay small whatever the size of a shard.
+_VLLM_GROUP_TOKENS = 2**18
+_LOGITS_BYTES = 2**30
+_BYTES_PER_LOGIT = 9
 
 
 class PairScorer(Protocol):
@@ -50,13 +51,19 @@ class VLLMScorer:
     """
 
     def __init__(self, model: Model, options: VLLM, max_model_len: int):
-        self.llm = _engine(model.path, model.revision, model.dtype, model.trust_remote_code, options, max_model_len)
+        self.llm = _engine(
+            model.path, model.revision, model.dtype, model.trust_remote_code, options, max_model_len, True
+        )
         # The newer runner, on CUDA, computes log-probs of given tokens only; the other one those of the whole prompt.
         self.by_token_ids = self.llm.llm_engine.vllm_config.use_v2_model_runner
 
     def score(self, pairs: Sequence[TokenizedPair]) -> tuple[list[list[float]], list[list[float]]]:
-        chosen = self._score([(p.prompt_ids, p.chosen_ids) for p in pairs])
-        return chosen, self._score([(p.prompt_ids, p.rejected_ids) for p in pairs])
+        chosen: list[list[float]] = []
+        rejected: list[list[float]] = []
+        for group in _groups(pairs, _VLLM_GROUP_TOKENS):
+            chosen += self._score([(p.prompt_ids, p.chosen_ids) for p in group])
+            rejected += self._score([(p.prompt_ids, p.rejected_ids) for p in group])
+        return chosen, rejected
 
     def _score(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         present = [i for i, (_, completion) in enumerate(sequences) if completion]
@@ -79,7 +86,14 @@ class VLLMScorer:
             return []
         inputs = [{"prompt_token_ids": prompt + completion} for prompt, completion in sequences]
         sampling = [self._sampling(prompt, completion, read_cache) for prompt, completion in sequences]
-        return self.llm.generate(inputs, sampling, use_tqdm=False)
+        try:
+            return self.llm.generate(inputs, sampling, use_tqdm=False)
+        except Exception as error:
+            # Of requests that it refuses, vLLM takes back all. Where some are left it broke off in the middle of a
+            # step, and would return them with the next call.
+            if self.llm.llm_engine.has_unfinished_requests():
+                raise EngineDied("vLLM failed in the middle of a step") from error
+            raise
 
     def _sampling(self, prompt: list[int], completion: list[int], read_cache: bool) -> Any:
         import vllm
@@ -120,104 +134,16 @@ class TorchScorer:
         rejected: list[list[float]] = [[] for _ in pairs]
         for group in fit([p.num_tokens for p in pairs], _TORCH_BATCH_TOKENS):
             members = [pairs[i] for i in group]
-            values = self.scorer(self.scorer.collate(members).to(self.device)).logprobs.tolist()
+            try:
+                values = self.scorer(self.scorer.collate(members).to(self.device)).logprobs.tolist()
+            except torch.AcceleratorError as error:
+                raise EngineDied("the device is lost to this process") from error
             at = 0
             for i, pair in zip(group, members, strict=True):
                 cut, end = at + len(pair.chosen_ids), at + len(pair.chosen_ids) + len(pair.rejected_ids)
                 chosen[i], rejected[i] = values[at:cut], values[cut:end]
                 at = end
         return chosen, rejected
-
-
-class ScoreShard:
-    """Tokenized pairs → the same rows with their completion log-probs.
-
-    columns: names of the two columns that are added; `only_split`: leave the rows of the other side out.
-    """
-
-    def __init__(self, scorer: PairScorer, columns: tuple[str, str], only_split: str | None = None):
-        self.scorer = scorer
-        self.columns = columns
-        self.only_split = only_split
-
-    def __call__(self, source: dict[str, Any]) -> ShardOutput:
-        table = read_shard(Location(source["file"]))
-        counters = Counter(read=table.num_rows)
-        if self.only_split is not None:
-            keep = pa.array([side == self.only_split for side in table["split"].to_pylist()], pa.bool_())
-            table = table.filter(keep)
-            counters["other_split"] = counters["read"] - table.num_rows
-        chosen, rejected = self.scorer.score([tokenized_pair(row) for row in table.to_pylist()])
-        for name, values in zip(self.columns, (chosen, rejected), strict=True):
-            table = table.append_column(name, pa.array(values, pa.list_(pa.float32())))
-        return ShardOutput(table, counters)
-
-
-class MismatchShard:
-    """Reference-scored pairs → the same rows with a mismatched completion each, and its reference log-probs.
-
-    A mismatched completion is the one of another row, see pairing.mismatched_rows: its chosen side for rows at even
-    places of the shard and its rejected side at odd ones, so that both kinds occur; of an unpaired row the side that
-    it has. Rows without one have null in both columns.
-    """
-
-    def __init__(self, scorer: PairScorer):
-        self.scorer = scorer
-
-    def __call__(self, source: dict[str, Any]) -> ShardOutput:
-        table = read_shard(Location(source["file"]))
-        rows = table.to_pylist()
-        others = mismatched_rows(table["prompt_id"].to_pylist(), table["split"].to_pylist())
-        ids: list[list[int] | None] = []
-        for place, other in enumerate(others):
-            sides = ("chosen_ids", "rejected_ids") if place % 2 == 0 else ("rejected_ids", "chosen_ids")
-            ids.append(None if other is None else rows[other][sides[0]] or rows[other][sides[1]])
-        table = table.append_column("mismatched_ids", pa.array(ids, MISMATCHED.field("mismatched_ids").type))
-        scored, _ = self.scorer.score(mismatched([tokenized_pair(row) for row in table.to_pylist()]))
-        values = iter(scored)
-        logprobs = [None if completion is None else next(values) for completion in ids]
-        column = pa.array(logprobs, MISMATCHED.field("mismatched_ref_logprobs").type)
-        table = table.append_column("mismatched_ref_logprobs", column)
-        return ShardOutput(table, Counter(read=table.num_rows))
-
-
-class VLLMScoreShard(ScoreShard):
-    """The reference stage with vLLM."""
-
-    def __init__(self, model: Model, options: VLLM, max_model_len: int):
-        super().__init__(VLLMScorer(model, options, max_model_len), ("chosen_ref_logprobs", "rejected_ref_logprobs"))
-
-
-class TorchScoreShard(ScoreShard):
-    """The reference stage with the trainer's forward."""
-
-    def __init__(self, model: Model):
-        super().__init__(TorchScorer(model), ("chosen_ref_logprobs", "rejected_ref_logprobs"))
-
-
-class VLLMMismatchShard(MismatchShard):
-    """The mismatched stage with vLLM."""
-
-    def __init__(self, model: Model, options: VLLM, max_model_len: int):
-        super().__init__(VLLMScorer(model, options, max_model_len))
-
-
-class TorchMismatchShard(MismatchShard):
-    """The mismatched stage with the trainer's forward."""
-
-    def __init__(self, model: Model):
-        super().__init__(TorchScorer(model))
-
-
-class PolicyScoreShard(ScoreShard):
-    """A policy's log-probs of the held-out pairs."""
-
-    def __init__(self, model: Model):
-        super().__init__(TorchScorer(model), ("chosen_logprobs", "rejected_logprobs"), only_split="eval")
-
-    def __call__(self, source: dict[str, Any]) -> ShardOutput:
-        scored = super().__call__(source)
-        return ShardOutput(scored.table.select(SCORES.names), scored.counters)
 
 
 class GenerateShard:
@@ -237,6 +163,7 @@ class GenerateShard:
             model.trust_remote_code,
             options,
             max_prompt_tokens + sampling.max_tokens,
+            False,
         )
 
     def __call__(self, source: dict[str, Any]) -> ShardOutput:
@@ -274,9 +201,14 @@ class GenerateShard:
         )
 
 
+def has_vllm() -> bool:
+    """Whether vLLM is installed."""
+    return importlib.util.find_spec("vllm") is not None
+
+
 def require_vllm(asked_by: str) -> str:
     """The version of the installed vLLM. Raises ConfigError where there is none."""
-    if importlib.util.find_spec("vllm") is None:
+    if not has_vllm():
         raise ConfigError(
             f"{asked_by} needs vLLM, which is not installed. Install it (pip install 'dpo-ray[vllm]' on a GPU machine; "
             "`make env` on a CPU machine), or set reference.engine=torch where only the reference asks for it."
@@ -287,6 +219,11 @@ def require_vllm(asked_by: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return "unknown"
+
+
+def own_forward() -> str:
+    """The version of the trainer's forward, as an engine."""
+    return f"torch {library_versions()['torch']}, forward {FORWARD}"
 
 
 def vllm_pool(config: Config, build: Any, arguments: dict[str, Any]) -> Pool:
@@ -334,20 +271,62 @@ def _vllm_env(options: VLLM) -> dict[str, str]:
     return env
 
 
+def tokens_at_once(vocab_size: int) -> int:
+    """Tokens that vLLM's CPU build may score at once, so that their logits stay below 1 GiB: from 128 to 4096.
+
+    Its runner makes the logits [tokens, vocab_size] of a request's whole prefill chunk in the model's dtype, their
+    log-softmax in float32 and a comparison in bool: at most 4 + 4 + 1 bytes each. On CUDA they are made for 1024 tokens
+    at a time, whatever the chunk.
+    """
+    return max(128, min(4096, _LOGITS_BYTES // (_BYTES_PER_LOGIT * vocab_size)))
+
+
+def _groups(pairs: Sequence[TokenizedPair], limit: int) -> Iterator[list[TokenizedPair]]:
+    """Pairs in their order, in groups of at most `limit` tokens, the prompt counted for each side."""
+    group: list[TokenizedPair] = []
+    size = 0
+    for pair in pairs:
+        tokens = pair.num_tokens + len(pair.prompt_ids)
+        if group and size + tokens > limit:
+            yield group
+            group, size = [], 0
+        group.append(pair)
+        size += tokens
+    if group:
+        yield group
+
+
 def _engine(
-    path: str, revision: str | None, dtype: str, trust_remote_code: bool, options: VLLM, max_model_len: int
+    path: str,
+    revision: str | None,
+    dtype: str,
+    trust_remote_code: bool,
+    options: VLLM,
+    max_model_len: int,
+    scores: bool,
 ) -> Any:
     import vllm
+    from transformers import AutoConfig
 
     on_cpu = options.gpus_per_actor == 0
+    folder = resolve(path, revision)
+    batch: dict[str, Any] = {"max_num_seqs": options.max_num_seqs}
+    tokens = options.max_num_batched_tokens
+    if tokens is None and scores and on_cpu:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokens = tokens_at_once(config.get_text_config().vocab_size)
+    if tokens is not None:
+        # vLLM refuses more sequences than tokens at once.
+        batch = {"max_num_batched_tokens": tokens, "max_num_seqs": min(options.max_num_seqs, tokens)}
     return vllm.LLM(
-        model=str(resolve(path, revision)),
+        model=str(folder),
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         max_model_len=max_model_len + 1,  # vLLM wants room for one generated token also where it only scores
-        max_num_seqs=options.max_num_seqs,
+        enable_chunked_prefill=True,
         enforce_eager=on_cpu,
         tensor_parallel_size=max(1, options.gpus_per_actor),
         seed=0,
+        **batch,
         **({} if on_cpu else {"gpu_memory_utilization": options.gpu_memory_utilization}),
     )

@@ -1,10 +1,10 @@
-"""The model stages over tokenized pairs: reference scores, of mismatched completions too, their calibration, and a
-policy's scores."""
+"""The model stages over tokenized pairs: reference scores, of mismatched completions too, and a policy's scores."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -13,30 +13,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from dpo_ray.artifacts import Artifact, fingerprint, library_versions, load, publish, read_shard
+from dpo_ray.artifacts import Artifact, read_shard
 from dpo_ray.config import Config, Model
-from dpo_ray.errors import DataError, ReferenceMismatch
-from dpo_ray.evaluation import calibration
+from dpo_ray.errors import DataError
 from dpo_ray.loss_options import Loss
 from dpo_ray.losses import pair_logps, preference_margins
-from dpo_ray.model import FORWARD
 from dpo_ray.model_folders import resolve, weights_hash
-from dpo_ray.on_ray.engines import (
+from dpo_ray.on_ray.calibrating import choose_engine, max_pair_tokens
+from dpo_ray.on_ray.engines import own_forward, require_vllm, torch_pool, vllm_pool
+from dpo_ray.on_ray.score_shards import (
     PolicyScoreShard,
     TorchMismatchShard,
-    TorchScorer,
     TorchScoreShard,
     VLLMMismatchShard,
     VLLMScoreShard,
-    require_vllm,
-    torch_pool,
-    vllm_pool,
 )
-from dpo_ray.on_ray.session import connect, raise_ours
 from dpo_ray.on_ray.shards import ShardFunction, shard_stage, shard_tasks
 from dpo_ray.on_ray.trainer import MODEL_FOLDER
-from dpo_ray.pairs import TokenizedPair, tokenized_pair
-from dpo_ray.progress import say
 from dpo_ray.storage import Location
 
 _ROWS_AT_ONCE = 4096
@@ -44,7 +37,8 @@ _ROWS_AT_ONCE = 4096
 
 def score_reference(output: Location, config: Config, tokenized: Artifact) -> tuple[Artifact, bool]:
     """Reference log-probs of every tokenized pair. Neither beta nor any other training option is in its identity."""
-    return _score(output, config, "reference", tokenized, VLLMScoreShard, TorchScoreShard)
+    engine = choose_engine(output, config, tokenized)
+    return _score(output, config, "reference", tokenized, engine, VLLMScoreShard, TorchScoreShard)
 
 
 def score_mismatched(output: Location, config: Config, reference: Artifact) -> tuple[Artifact, bool]:
@@ -52,7 +46,10 @@ def score_mismatched(output: Location, config: Config, reference: Artifact) -> t
 
     A stage of its own, so that the reference artifact stays the one that every other loss shares.
     """
-    return _score(output, config, "mismatched", reference, VLLMMismatchShard, TorchMismatchShard)
+    engine = config.reference.engine
+    if engine == "auto":
+        engine = reference.manifest.identity["engine"]
+    return _score(output, config, "mismatched", reference, engine, VLLMMismatchShard, TorchMismatchShard)
 
 
 def _score(
@@ -60,24 +57,24 @@ def _score(
     config: Config,
     kind: str,
     rows: Artifact,
+    engine: str,
     vllm_work: Callable[..., ShardFunction],
     torch_work: Callable[..., ShardFunction],
 ) -> tuple[Artifact, bool]:
-    """A stage in which the model of the configuration, as reference.engine runs it, scores the rows of an artifact."""
+    """A stage in which the model of the configuration, as an engine runs it, scores the rows of an artifact."""
     model = config.model
     identity: dict[str, Any] = {
         "weights": weights_hash(resolve(model.path, model.revision)),
         "tokenizer": rows.manifest.identity["tokenizer"],
         "dtype": model.dtype,
-        "engine": config.reference.engine,
+        "engine": engine,
     }
-    if config.reference.engine == "vllm":
+    if engine == "vllm":
         identity["engine_version"] = require_vllm("reference.engine=vllm")
-        length = config.data.max_prompt_tokens + config.data.max_completion_tokens
-        arguments = {"model": model, "options": config.vllm, "max_model_len": length}
+        arguments = {"model": model, "options": config.vllm, "max_model_len": max_pair_tokens(config)}
         pool = vllm_pool(config, vllm_work, arguments)
     else:
-        identity["engine_version"] = _own_forward()
+        identity["engine_version"] = own_forward()
         pool = torch_pool(config, torch_work, {"model": model})
     return shard_stage(
         output,
@@ -85,51 +82,9 @@ def _score(
         identity=identity,
         inputs={rows.manifest.kind: rows.fingerprint},
         tasks=shard_tasks(rows),
-        pool=pool,
+        pool=replace(pool, isolates=True),
         unit="pairs",
     )
-
-
-def _own_forward() -> str:
-    return f"torch {library_versions()['torch']}, forward {FORWARD}"
-
-
-def calibrate(output: Location, config: Config, reference: Artifact) -> tuple[Artifact, bool]:
-    """Score some pairs again with the trainer's own forward; the artifact holds how far the two are apart.
-
-    Raises ReferenceMismatch where a completion differs by more than reference.tolerance.
-    """
-    kind = "calibration"
-    identity = {"pairs": config.reference.calibration_pairs, "engine_version": _own_forward()}
-    inputs = {"reference": reference.fingerprint}
-    location = output / "artifacts" / kind / fingerprint(kind, identity, inputs)
-    artifact = load(location, kind, location.name)
-    reused = artifact is not None
-    if artifact is None:
-        pairs = _sample(reference, config.reference.calibration_pairs)
-        say(kind, f"scoring {len(pairs)} pairs again with the trainer's forward")
-        metrics = _calibrate(config, pairs)
-        if not math.isfinite(metrics["sequence"]["max"]):
-            raise ReferenceMismatch(
-                f"Of {len(pairs)} pairs, some have log-probs that are not finite, by {config.reference.engine} or by "
-                "the trainer's own forward. The weights may be damaged, or model.dtype too narrow: try float32."
-            )
-        artifact = publish(location, kind, identity=identity, inputs=inputs, files=[], metrics=metrics)
-    metrics = artifact.manifest.metrics
-    worst, limit = metrics["sequence"]["max"], config.reference.tolerance
-    say(
-        kind,
-        f"|Δ| per token p50 {metrics['token']['p50']:.1e}, max {metrics['token']['max']:.1e}; per sequence p50 "
-        f"{metrics['sequence']['p50']:.1e}, max {worst:.1e} nats (tolerance {limit:g})",
-    )
-    if not worst <= limit:
-        raise ReferenceMismatch(
-            f"The reference log-probs (engine {config.reference.engine}, {config.model.dtype}) and the trainer's own "
-            f"forward differ by up to {worst:.3g} nats on one completion, over reference.tolerance={limit:g}; the mean "
-            f"difference per token is {metrics['bias_per_token']:.1e}. Training would start from a wrong zero. Set "
-            "reference.engine=torch, or model.dtype=float32, or, knowing what it means, a larger reference.tolerance."
-        )
-    return artifact, reused
 
 
 def score_policy(output: Location, config: Config, policy: Artifact, pairs: Artifact) -> tuple[Artifact, bool]:
@@ -139,7 +94,7 @@ def score_policy(output: Location, config: Config, policy: Artifact, pairs: Arti
     return shard_stage(
         output,
         "policy_scores",
-        identity={"dtype": model.dtype, "engine_version": _own_forward(), "policy": policy.fingerprint},
+        identity={"dtype": model.dtype, "engine_version": own_forward(), "policy": policy.fingerprint},
         inputs={"policy": policy.fingerprint, pairs.manifest.kind: pairs.fingerprint},
         tasks=shard_tasks(pairs),
         pool=torch_pool(config, PolicyScoreShard, {"model": model}),
@@ -239,35 +194,3 @@ def _margins(loss: Loss, rows: list[_Scored]) -> np.ndarray:
         )
         margins.append(preference_margins(loss, logps).numpy())
     return np.concatenate(margins)
-
-
-def _sample(reference: Artifact, count: int) -> list[TokenizedPair]:
-    """Pairs spread evenly over the shards, the first rows of each: the same ones every time."""
-    shards = reference.shards()
-    pairs: list[TokenizedPair] = []
-    for i, shard in enumerate(shards):
-        wanted = -(-(count - len(pairs)) // (len(shards) - i))
-        pairs += [tokenized_pair(row) for row in read_shard(shard).slice(0, wanted).to_pylist()]
-    if not pairs:
-        raise DataError(f"{reference.location} holds no pairs, so there is nothing to train on.")
-    return pairs
-
-
-def _calibrate(config: Config, pairs: list[TokenizedPair]) -> dict[str, Any]:
-    train = config.train
-    connect(train.cpus_per_worker, 1 if train.use_gpu else 0, why="train.cpus_per_worker, train.use_gpu")
-    import ray
-
-    rescore = ray.remote(num_cpus=train.cpus_per_worker, num_gpus=1 if train.use_gpu else 0)(_rescore)
-    try:
-        chosen, rejected = ray.get(rescore.remote(config.model, pairs))
-    except Exception as error:
-        raise_ours(error, "calibration")
-    scored = [p.chosen_ref_logprobs or [] for p in pairs] + [p.rejected_ref_logprobs or [] for p in pairs]
-    # A side that an unpaired row lacks agrees by its absence, and must not count as a completion that agrees.
-    both = [(mine, theirs) for mine, theirs in zip(scored, chosen + rejected, strict=True) if mine or theirs]
-    return calibration([mine for mine, _ in both], [theirs for _, theirs in both])
-
-
-def _rescore(model: Model, pairs: list[TokenizedPair]) -> tuple[list[list[float]], list[list[float]]]:
-    return TorchScorer(model).score(pairs)

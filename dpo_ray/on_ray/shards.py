@@ -7,6 +7,10 @@ killed loses the shards in flight and no others, and a stage over more input com
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,12 +30,14 @@ from dpo_ray.artifacts import (
     publish,
     write_shard,
 )
+from dpo_ray.isolation import MAX_ATTEMPTS, Attempts, EngineDied
 from dpo_ray.on_ray.session import connect, raise_ours
 from dpo_ray.progress import Progress, say
 from dpo_ray.shard_work import ShardOutput
 from dpo_ray.storage import Location
 
-ShardFunction = Callable[[dict[str, Any]], ShardOutput]
+ShardFunction = Callable[..., ShardOutput]
+"""Called with a task's source; where the pool isolates, with the shard's Attempts too."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,9 @@ class Pool:
     """Class of the worker; built once in each actor with `arguments`."""
     arguments: dict[str, Any]
     num_actors: int = 1
+    """At most: Ray Data starts with one, and adds more while tasks wait and the cluster has room."""
+    isolates: bool = False
+    """The worker finds the rows that it cannot do and quarantines them, also those that kill its process."""
     num_cpus: float = 1.0
     num_gpus: float = 0
     env: dict[str, str] = field(default_factory=dict)
@@ -138,8 +147,10 @@ def _take_over(stage_folder: Location, location: Location, wanted: set[str]) -> 
 def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask]], pool: Pool, unit: str) -> None:
     import ray.data
 
-    connect(pool.num_cpus * pool.num_actors + 1, pool.num_gpus * pool.num_actors, why=pool.why)
-    resources: dict[str, Any] = {"num_cpus": pool.num_cpus}
+    connect(pool.num_cpus + 1, pool.num_gpus, why=pool.why, wanted_cpus=pool.num_cpus * pool.num_actors + 1)
+    # A worker that dies is started again and its tasks with it. Ray Data would do so for ever, also with a process
+    # that dies of loading its model.
+    resources: dict[str, Any] = {"num_cpus": pool.num_cpus, "max_restarts": MAX_ATTEMPTS}
     if pool.num_gpus:
         resources["num_gpus"] = pool.num_gpus
     if pool.env:
@@ -149,7 +160,12 @@ def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask]]
         ShardWorker,
         batch_size=1,
         batch_format="pyarrow",
-        fn_constructor_kwargs={"location": location, "build": pool.build, "arguments": pool.arguments},
+        fn_constructor_kwargs={
+            "location": location,
+            "build": pool.build,
+            "arguments": pool.arguments,
+            "isolates": pool.isolates,
+        },
         compute=ray.data.ActorPoolStrategy(
             min_size=1, max_size=min(pool.num_actors, len(tasks)), max_tasks_in_flight_per_actor=2
         ),
@@ -168,18 +184,41 @@ def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask]]
 class ShardWorker:
     """An actor of the pool: builds its function once, then writes one shard a task."""
 
-    def __init__(self, location: Location, build: Callable[..., ShardFunction], arguments: dict[str, Any]):
+    def __init__(
+        self, location: Location, build: Callable[..., ShardFunction], arguments: dict[str, Any], isolates: bool = False
+    ):
         self.location = location
+        self.isolates = isolates
         self.work = build(**arguments)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         names = []
         for text in batch["task"].to_pylist():
             task = json.loads(text)
-            output = self.work(task["source"])
-            # The quarantine first: a shard that exists is finished, its quarantine included.
-            if output.quarantine is not None:
-                write_shard(self.location / "quarantine" / task["name"], output.quarantine, {})
-            write_shard(self.location / task["name"], output.table, dict(output.counters))
+            self._do(task["name"], task["source"])
             names.append(task["name"])
         return pa.table({"name": names})
+
+    def _do(self, name: str, source: dict[str, Any]) -> None:
+        if not self.isolates:
+            self._write(name, self.work(source))
+            return
+        attempts = Attempts(self.location / "attempts" / f"{name.removesuffix('.parquet')}.json")
+        try:
+            output = self.work(source, attempts)
+        except EngineDied:
+            # Ray starts this actor again, and the attempts tell its successor where to go on.
+            traceback.print_exc()
+            sys.stderr.flush()
+            # An engine on several GPUs has processes of its own, which would go on holding their memory.
+            for process in multiprocessing.active_children():
+                process.kill()
+            os._exit(1)
+        self._write(name, output)
+        attempts.clear()
+
+    def _write(self, name: str, output: ShardOutput) -> None:
+        # The quarantine first: a shard that exists is finished, its quarantine included.
+        if output.quarantine is not None:
+            write_shard(self.location / "quarantine" / name, output.quarantine, {})
+        write_shard(self.location / name, output.table, dict(output.counters))

@@ -1,4 +1,4 @@
-"""The reference engines: vLLM reads prompts from its prefix cache, and never log-probs from it."""
+"""The reference engines: vLLM reads prompts from its prefix cache, never log-probs from it, and long rows in chunks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.training import small_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
+CHUNK = 112  # tokens that vLLM computes at once: no multiple or part of a block
 BLOCK = 128  # tokens of a block of vLLM's cache on CPU: so many at least are found in it, or none
 
 
@@ -33,6 +35,7 @@ PAIRS = [
     TokenizedPair("the first prompt again", ids(BLOCK + 20, 1), ids(4, 11), ids(6, 12)),
     TokenizedPair("one answer", ids(BLOCK + 1, 13), ids(4, 14), []),
     TokenizedPair("too short for the cache", ids(3, 15), ids(2, 16), ids(1, 17)),
+    TokenizedPair("a prompt and answers of several chunks", ids(250, 18), ids(240, 19), ids(210, 20)),
 ]
 
 Scores = tuple[list[list[float]], list[list[float]]]
@@ -46,12 +49,13 @@ def set_up() -> None:
     }
 
 
-def both_engines(folder: str, pairs: list[TokenizedPair]) -> tuple[Scores, Scores, Scores, list[int]]:
-    """vLLM's scores, those of a second time, the trainer's, and how many tokens vLLM found in its cache."""
+def both_engines(folder: str, pairs: list[TokenizedPair]) -> tuple[Scores, Scores, Scores, list[int], dict[str, int]]:
+    """vLLM's scores, a second time, the trainer's, how many tokens vLLM found in its cache, and its schedule."""
     from dpo_ray.on_ray.engines import TorchScorer, VLLMScorer
 
     model = Model(path=folder, dtype="float32")
-    scorer = VLLMScorer(model, VLLM(kv_cache_gib=1), max_model_len=512)
+    scorer = VLLMScorer(model, VLLM(kv_cache_gib=1, max_num_batched_tokens=CHUNK), max_model_len=512)
+    schedule = vars(scorer.llm.llm_engine.vllm_config.scheduler_config)
     cached: list[int] = []
     run = scorer._run
 
@@ -61,11 +65,13 @@ def both_engines(folder: str, pairs: list[TokenizedPair]) -> tuple[Scores, Score
         return outputs
 
     scorer._run = counting
-    return scorer.score(pairs), scorer.score(pairs), TorchScorer(model).score(pairs), cached
+    first, again = scorer.score(pairs), scorer.score(pairs)
+    wanted = ("max_num_batched_tokens", "max_num_seqs", "enable_chunked_prefill")
+    return first, again, TorchScorer(model).score(pairs), cached, {name: schedule[name] for name in wanted}
 
 
 @pytest.fixture(scope="module")
-def scores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Scores, Scores, Scores, list[int]]]:
+def scores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, ...]]:
     pytest.importorskip("vllm")
     sizes = {"hidden_size": 128, "max_position_embeddings": 1024}  # vLLM has no attention for heads under 32
     folder: Path = small_model(tmp_path_factory.mktemp("engines") / "model", **sizes)
@@ -90,3 +96,8 @@ def test_prompts_were_read_from_the_cache(scores):
 
 def test_scores_of_a_side_that_is_absent_are_empty(scores):
     assert scores[0][1][4] == []
+
+
+def test_memory_is_bounded_by_chunks_of_long_rows(scores):
+    assert scores[4] == {"max_num_batched_tokens": CHUNK, "max_num_seqs": CHUNK, "enable_chunked_prefill": True}
+    assert len(PAIRS[-1].prompt_ids) + len(PAIRS[-1].chosen_ids) > 4 * CHUNK

@@ -1,9 +1,11 @@
-"""Margins of held-out rows as the loss sees them, and mismatched completions; no Ray is started."""
+"""Margins of held-out rows as the loss sees them, scored shards, and the choice of an engine; no Ray is started."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,16 +13,23 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pydantic import TypeAdapter
+from ray.exceptions import RayError
 
-from dpo_ray.artifacts import Artifact, publish, write_shard
-from dpo_ray.config import VLLM, Model
-from dpo_ray.errors import DataError
+from dpo_ray.artifacts import Artifact, publish, read_shard, write_shard
+from dpo_ray.config import VLLM, Config, Model
+from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.isolation import Attempts, EngineDied
 from dpo_ray.loss_options import Loss
-from dpo_ray.on_ray import engines
-from dpo_ray.on_ray.engines import MismatchShard, ScoreShard, VLLMScorer
+from dpo_ray.on_ray import calibrating, engines
+from dpo_ray.on_ray.calibrating import choose_engine
+from dpo_ray.on_ray.engines import VLLMScorer
+from dpo_ray.on_ray.score_shards import MismatchShard, ScoreShard
 from dpo_ray.on_ray.scoring import held_out_margins
-from dpo_ray.pairs import MISMATCHED, REFERENCE, SCORES, TOKENIZED, TokenizedPair
+from dpo_ray.on_ray.shards import ShardWorker
+from dpo_ray.pairs import MISMATCHED, QUARANTINE, REFERENCE, SCORES, TOKENIZED, TokenizedPair
+from dpo_ray.shard_work import ShardOutput
 from dpo_ray.storage import Location
+from pipelines.reference import require_enough_scored
 
 Sides = tuple[list[float], list[float]]
 
@@ -152,6 +161,81 @@ def shard(folder: Path, rows: list[tuple[str, str, int, list[int], list[int]]]) 
     return {"file": place.uri}
 
 
+class Broken(ByToken):
+    """Raises where one of the pairs has a certain token in its prompt."""
+
+    def __init__(self, token: int):
+        self.token = token
+
+    def score(self, pairs: Sequence[TokenizedPair]) -> tuple[list[list[float]], list[list[float]]]:
+        if any(self.token in pair.prompt_ids for pair in pairs):
+            raise RuntimeError(f"no token {self.token} here")
+        return super().score(pairs)
+
+
+FOUR = [(p, "train", i, [10 * i], [10 * i + 1]) for i, p in enumerate("abcd")]
+
+
+def quarantined(output: ShardOutput) -> list[tuple[int, str, dict[str, str]]]:
+    assert output.quarantine is not None and output.quarantine.schema.equals(QUARANTINE)
+    return [(row["row"], row["reason"], json.loads(row["raw"])) for row in output.quarantine.to_pylist()]
+
+
+def attempts_in(folder: Path) -> Attempts:
+    return Attempts(Location.of(folder) / "attempts" / "rows.json")
+
+
+def test_a_row_that_cannot_be_scored_is_quarantined_and_the_others_are_not(tmp_path: Path):
+    columns = ("chosen_ref_logprobs", "rejected_ref_logprobs")
+    source = {"file": str(tmp_path / "tokenized.parquet")}
+    rows = [
+        {"pair_id": str(n), "prompt_id": p, "split": s, "prompt_ids": [i], "chosen_ids": c, "rejected_ids": r}
+        for n, (p, s, i, c, r) in enumerate(FOUR)
+    ]
+    write_shard(Location(source["file"]), pa.Table.from_pylist(rows, schema=TOKENIZED), {})
+    output = ScoreShard(Broken(2), columns)(source, attempts_in(tmp_path))
+    assert output.table.schema.equals(REFERENCE)
+    assert output.table["pair_id"].to_pylist() == ["0", "1", "3"]
+    assert output.table["chosen_ref_logprobs"].to_pylist() == [[0.0], [-10 - 1 / 128], [-30 - 3 / 128]]
+    assert output.counters == {"read": 4, "engine_error": 1}
+    message = {"pair_id": "2", "message": "RuntimeError: no token 2 here"}
+    assert quarantined(output) == [(2, "engine_error", message)]
+    with pytest.raises(RuntimeError, match="no token 2"):
+        ScoreShard(Broken(2), columns)(source)
+
+
+def test_a_row_whose_mismatched_completion_cannot_be_scored_is_quarantined(tmp_path: Path):
+    source = shard(tmp_path, [("z", "eval", 9, [90], [91]), *FOUR])  # the first row has no mismatched completion
+    output = MismatchShard(Broken(2))(source, attempts_in(tmp_path))
+    assert output.table.schema.equals(MISMATCHED)
+    assert output.table["pair_id"].to_pylist() == ["0", "1", "2", "4"]
+    assert [n for n, scored in enumerate(output.table["mismatched_ref_logprobs"].to_pylist()) if scored is None] == [0]
+    assert output.table["mismatched_ref_logprobs"].to_pylist()[1:] == [[-11.0], [-20 - 1 / 128], [-3 / 128]]
+    assert [(place, reason) for place, reason, _ in quarantined(output)] == [(3, "engine_error")]
+
+
+def test_a_worker_writes_the_quarantine_and_forgets_the_attempts(tmp_path: Path):
+    source = shard(tmp_path / "in", FOUR)
+    output = Location.of(tmp_path / "out")
+    worker = ShardWorker(output, MismatchShard, {"scorer": Broken(1)}, isolates=True)
+    batch = pa.table({"task": [json.dumps({"name": "x.parquet", "source": source})]})
+    assert worker(batch)["name"].to_pylist() == ["x.parquet"]
+    assert read_shard(output / "x.parquet").num_rows == 3
+    assert read_shard(output / "quarantine" / "x.parquet").num_rows == 1
+    assert (output / "attempts").list() == []
+
+
+def test_the_share_of_rows_that_could_not_be_scored_is_limited(tmp_path: Path):
+    location = Location.of(tmp_path)
+    counters = {"read": 40, "kept": 37, "engine_error": 1, "engine_crash": 2}
+    scored = publish(location, "reference", identity={}, inputs={}, files=[], counters=counters)
+    require_enough_scored(scored, 0.075)
+    with pytest.raises(
+        DataError, match=r"3 of 40 rows \(engine_error 1, engine_crash 2\), a share of 7\.5%, more than"
+    ):
+        require_enough_scored(scored, 0.07)
+
+
 def test_mismatched_completions_are_of_other_prompts_of_either_kind_and_scored_after_this_one(tmp_path: Path):
     source = shard(
         tmp_path,
@@ -182,6 +266,36 @@ def test_a_row_takes_the_side_that_a_single_answer_has(tmp_path: Path):
     assert table["mismatched_ids"].to_pylist() == [[21], [30], [10]]
 
 
+def test_pairs_go_to_vllm_in_bounded_groups():
+    pairs = [TokenizedPair(str(n), [0] * n, [0], [0]) for n in (1, 2, 9, 1)]  # 4, 6, 20, 4 tokens
+    assert [[p.pair_id for p in group] for group in engines._groups(pairs, 10)] == [["1", "2"], ["9"], ["1"]]
+    assert list(engines._groups([], 10)) == []
+
+
+@pytest.mark.parametrize(("vocab_size", "tokens"), [(151_936, 785), (49_152, 2427), (512, 4096), (2_000_000, 128)])
+def test_logits_of_scored_prompts_stay_below_a_gibibyte(vocab_size: int, tokens: int):
+    assert engines.tokens_at_once(vocab_size) == tokens
+    assert tokens == 128 or tokens * vocab_size * 9 <= 2**30
+
+
+def engine_arguments(monkeypatch: pytest.MonkeyPatch, scores: bool, **options: Any) -> dict[str, Any]:
+    """What vLLM would be built with, for a vocabulary of 151 936."""
+    text = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=151_936))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **arguments: arguments))
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: text)
+    monkeypatch.setattr(engines, "resolve", lambda *_: Path("m"))
+    return engines._engine("m", None, "float32", False, VLLM(**options), 8192, scores)
+
+
+def test_a_scoring_engine_on_cpu_computes_only_tokens_whose_logits_have_room(monkeypatch: pytest.MonkeyPatch):
+    built = engine_arguments(monkeypatch, True, max_num_seqs=1000)
+    assert (built["max_num_batched_tokens"], built["max_num_seqs"], built["max_model_len"]) == (785, 785, 8193)
+    assert built["enable_chunked_prefill"]
+    assert engine_arguments(monkeypatch, True, max_num_batched_tokens=64)["max_num_batched_tokens"] == 64
+    for scores, gpus in ((False, 0), (True, 1)):  # no logits of prompts, or those of few tokens at a time
+        assert "max_num_batched_tokens" not in engine_arguments(monkeypatch, scores, gpus_per_actor=gpus)
+
+
 class FakeVLLM:
     """Gives each token the log-prob −id; for prompts in `cached` none to be trusted, unless it may not read them."""
 
@@ -208,7 +322,7 @@ class FakeVLLM:
 
 
 def vllm_scorer(monkeypatch: pytest.MonkeyPatch, llm: FakeVLLM) -> VLLMScorer:
-    monkeypatch.setitem(__import__("sys").modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: options))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: options))
     monkeypatch.setattr(engines, "_engine", lambda *_: llm)
     return VLLMScorer(Model(path="m"), VLLM(), 16)
 
@@ -231,3 +345,108 @@ def test_what_the_cache_has_of_a_completion_is_scored_again_without_it(
     pairs = [TokenizedPair("a", [1], [2, 3], [9]), TokenizedPair("b", [4], [5, 6], [7, 8])]
     assert vllm_scorer(monkeypatch, llm).score(pairs) == ([[-2.0, -3.0], [-5.0, -6.0]], [[-9.0], [-7.0, -8.0]])
     assert [ids for ids, skips in llm.asked if skips] == [[4, 5, 6], [4, 7, 8]]
+
+
+@pytest.mark.parametrize(("unfinished", "expected"), [(False, ValueError), (True, EngineDied)])
+def test_vllm_that_breaks_off_in_a_step_is_not_used_again(monkeypatch: pytest.MonkeyPatch, unfinished: bool, expected):
+    def refuse(*_: Any, **__: Any) -> list[Any]:
+        raise ValueError("too long")
+
+    llm = FakeVLLM(False)
+    llm.llm_engine.has_unfinished_requests = lambda: unfinished
+    monkeypatch.setattr(llm, "generate", refuse)
+    with pytest.raises(expected):
+        vllm_scorer(monkeypatch, llm).score([TokenizedPair("p", [6], [7], [8])])
+
+
+Settings = Callable[..., Config]
+
+
+@pytest.fixture
+def auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """A configuration with engine auto, of a model folder without a model in it."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(calibrating, "has_vllm", lambda: True)
+    monkeypatch.setattr(calibrating, "require_vllm", lambda _: "0.32.0")
+
+    def config(**options: Any) -> Config:
+        return Config.model_validate(
+            {
+                "run": {"name": "n", "output": str(tmp_path / "out")},
+                "model": {"path": str(tmp_path / "model")},
+                "data": {"train": "x"},
+                "reference": {"engine": "auto", "calibration_pairs": 2, **options},
+            }
+        )
+
+    return config
+
+
+def tokenized_rows(folder: Path) -> Artifact:
+    rows = [
+        {"pair_id": str(n), "prompt_id": p, "split": s, "prompt_ids": [i], "chosen_ids": c, "rejected_ids": r}
+        for n, (p, s, i, c, r) in enumerate(FOUR)
+    ]
+    location = Location.of(folder) / "tokenized"
+    files = [write_shard(location / "0.parquet", pa.Table.from_pylist(rows, schema=TOKENIZED), {})]
+    return publish(location, "tokenized", identity={"tokenizer": "t"}, inputs={}, files=files)
+
+
+def engines_that_say(monkeypatch: pytest.MonkeyPatch, vllm: Any, torch: Sequence[float]) -> list[str]:
+    """Both engines answer with these log-probs of chosen and rejected, or fail; returns who was asked."""
+    asked: list[str] = []
+
+    def scored(pool: Any) -> Any:
+        asked.append(pool.build.__name__)
+        if pool.build.__name__ == "_score_by_trainer":
+            return [[torch[0]]] * 2, [[torch[1]]] * 2
+        if isinstance(vllm, Exception):
+            raise vllm
+        return [[vllm[0]]] * 2, [[vllm[1]]] * 2
+
+    monkeypatch.setattr(calibrating, "_scored", scored)
+    return asked
+
+
+def test_auto_takes_vllm_where_it_agrees_and_keeps_to_it(tmp_path, auto: Settings, monkeypatch, capfd):
+    asked = engines_that_say(monkeypatch, (-1.0, -2.0), (-1.0, -2.04))
+    rows, output = tokenized_rows(tmp_path), Location.of(tmp_path / "out")
+    assert choose_engine(output, auto(), rows) == "vllm"
+    assert asked == ["_score_by_vllm", "_score_by_trainer"]
+    said = "".join(capfd.readouterr())
+    assert "vllm, for on 2 pairs" in said and "4.0e-02" in said
+    # Later it is not measured again, whatever would be found now; with another tolerance it is.
+    engines_that_say(monkeypatch, (-9.0, -9.0), (-1.0, -2.0))
+    assert choose_engine(output, auto(), rows) == "vllm"
+    assert choose_engine(output, auto(tolerance=0.01), rows) == "torch"
+    assert choose_engine(output, auto(engine="vllm"), rows) == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("vllm", "why"),
+    [
+        ((-1.0, -2.06), "differ by up to 6.0e-02"),
+        ((-1.0, math.nan), "not finite"),
+        (RayError("boom\nno such architecture"), "cannot score this model: no such architecture"),
+    ],
+)
+def test_auto_takes_torch_where_vllm_does_not_agree_or_fails(tmp_path, auto: Settings, monkeypatch, capfd, vllm, why):
+    engines_that_say(monkeypatch, vllm, (-1.0, -2.0))
+    assert choose_engine(Location.of(tmp_path / "out"), auto(), tokenized_rows(tmp_path)) == "torch"
+    said = "".join(capfd.readouterr())
+    assert "reference.engine=auto: torch, for " in said and why in said
+
+
+def test_auto_takes_torch_where_vllm_is_not_installed(tmp_path, auto: Settings, monkeypatch):
+    asked = engines_that_say(monkeypatch, (-1.0, -2.0), (-1.0, -2.0))
+    monkeypatch.setattr(calibrating, "has_vllm", lambda: False)
+    assert choose_engine(Location.of(tmp_path / "out"), auto(), tokenized_rows(tmp_path)) == "torch"
+    assert asked == []
+
+
+def test_auto_does_not_hide_errors_of_its_own(tmp_path, auto: Settings, monkeypatch):
+    engines_that_say(monkeypatch, ConfigError("the cluster is too small"), (-1.0, -2.0))
+    with pytest.raises(ConfigError, match="too small"):
+        choose_engine(Location.of(tmp_path / "out"), auto(), tokenized_rows(tmp_path))

@@ -117,3 +117,12 @@ def test_an_output_that_is_a_file_cannot_be_written_to(tmp_path: Path):
     (tmp_path / "out").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"run\.output is .*out"):
         (Location.of(tmp_path) / "out").require_writable()
+
+
+@pytest.mark.parametrize("how", ["local", "uri"])
+def test_removing_a_file_that_is_not_there_is_no_error(tmp_path: Path, how: str):
+    target = Location.of(place(tmp_path / "file", how))
+    target.remove()
+    target.write_bytes(b"x")
+    target.remove()
+    assert not target.exists()

@@ -1,0 +1,152 @@
+"""The workers of the scoring stages: each loads its engine once and then takes shard after shard."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from dpo_ray.artifacts import read_shard
+from dpo_ray.config import VLLM, Model
+from dpo_ray.isolation import Attempts, FailedRow, isolate
+from dpo_ray.on_ray.engines import PairScorer, TorchScorer, VLLMScorer
+from dpo_ray.packing import mismatched
+from dpo_ray.pairing import mismatched_rows
+from dpo_ray.pairs import MISMATCHED, QUARANTINE, SCORES, TokenizedPair, tokenized_pair
+from dpo_ray.shard_work import ShardOutput
+from dpo_ray.storage import Location
+
+
+class ScoreShard:
+    """Tokenized pairs → the same rows with their completion log-probs.
+
+    columns: names of the two columns that are added; `only_split`: leave the rows of the other side out.
+    With `attempts`, rows that the engine cannot score are quarantined; without, they are an error.
+    """
+
+    def __init__(self, scorer: PairScorer, columns: tuple[str, str], only_split: str | None = None):
+        self.scorer = scorer
+        self.columns = columns
+        self.only_split = only_split
+
+    def __call__(self, source: dict[str, Any], attempts: Attempts | None = None) -> ShardOutput:
+        table = read_shard(Location(source["file"]))
+        counters = Counter(read=table.num_rows)
+        if self.only_split is not None:
+            keep = pa.array([side == self.only_split for side in table["split"].to_pylist()], pa.bool_())
+            table = table.filter(keep)
+            counters["other_split"] = counters["read"] - table.num_rows
+        scores, failed = _scores(self.scorer, [tokenized_pair(row) for row in table.to_pylist()], attempts)
+        quarantine = _quarantined(table, failed, source, counters)
+        table = table.take(pa.array(sorted(scores), pa.int64()))
+        for side, name in enumerate(self.columns):
+            values = [scores[place][side] for place in sorted(scores)]
+            table = table.append_column(name, pa.array(values, pa.list_(pa.float32())))
+        return ShardOutput(table, counters, quarantine)
+
+
+class MismatchShard:
+    """Reference-scored pairs → the same rows with a mismatched completion each, and its reference log-probs.
+
+    A mismatched completion is the one of another row, see pairing.mismatched_rows: its chosen side for rows at even
+    places of the shard and its rejected side at odd ones, so that both kinds occur; of an unpaired row the side that
+    it has. Rows without one have null in both columns.
+    """
+
+    def __init__(self, scorer: PairScorer):
+        self.scorer = scorer
+
+    def __call__(self, source: dict[str, Any], attempts: Attempts | None = None) -> ShardOutput:
+        table = read_shard(Location(source["file"]))
+        rows = table.to_pylist()
+        others = mismatched_rows(table["prompt_id"].to_pylist(), table["split"].to_pylist())
+        ids: list[list[int] | None] = []
+        for place, other in enumerate(others):
+            sides = ("chosen_ids", "rejected_ids") if place % 2 == 0 else ("rejected_ids", "chosen_ids")
+            ids.append(None if other is None else rows[other][sides[0]] or rows[other][sides[1]])
+        table = table.append_column("mismatched_ids", pa.array(ids, MISMATCHED.field("mismatched_ids").type))
+        pairs = mismatched([tokenized_pair(row) for row in table.to_pylist()])
+        places = [place for place, completion in enumerate(ids) if completion is not None]
+        scores, failed = _scores(self.scorer, pairs, attempts)
+        failed = [row.model_copy(update={"place": places[row.place]}) for row in failed]
+        logprobs: list[list[float] | None] = [None] * table.num_rows
+        for n, (scored, _) in scores.items():
+            logprobs[places[n]] = scored
+        column = pa.array(logprobs, MISMATCHED.field("mismatched_ref_logprobs").type)
+        table = table.append_column("mismatched_ref_logprobs", column)
+        counters = Counter(read=table.num_rows)
+        quarantine = _quarantined(table, failed, source, counters)
+        kept = sorted(set(range(table.num_rows)) - {row.place for row in failed})
+        return ShardOutput(table.take(pa.array(kept, pa.int64())), counters, quarantine)
+
+
+def _scores(
+    scorer: PairScorer, pairs: Sequence[TokenizedPair], attempts: Attempts | None
+) -> tuple[dict[int, tuple[list[float], list[float]]], list[FailedRow]]:
+    """Log-probs of chosen and of rejected by place, and the places that have none."""
+
+    def score(first: int, count: int) -> list[tuple[list[float], list[float]]]:
+        return list(zip(*scorer.score(pairs[first : first + count]), strict=True))
+
+    if attempts is None:
+        return dict(enumerate(score(0, len(pairs)))), []
+    return isolate(len(pairs), score, attempts)
+
+
+def _quarantined(
+    table: pa.Table, failed: list[FailedRow], source: dict[str, Any], counters: Counter[str]
+) -> pa.Table | None:
+    """The quarantine's rows, counted by their reasons; None where nothing failed."""
+    counters.update(row.reason for row in failed)
+    bad = [
+        {
+            "source": source["file"],
+            "row": row.place,
+            "reason": row.reason,
+            "raw": json.dumps({"pair_id": table["pair_id"][row.place].as_py(), "message": row.message}),
+        }
+        for row in failed
+    ]
+    return pa.Table.from_pylist(bad, schema=QUARANTINE) if bad else None
+
+
+class VLLMScoreShard(ScoreShard):
+    """The reference stage with vLLM."""
+
+    def __init__(self, model: Model, options: VLLM, max_model_len: int):
+        super().__init__(VLLMScorer(model, options, max_model_len), ("chosen_ref_logprobs", "rejected_ref_logprobs"))
+
+
+class TorchScoreShard(ScoreShard):
+    """The reference stage with the trainer's forward."""
+
+    def __init__(self, model: Model):
+        super().__init__(TorchScorer(model), ("chosen_ref_logprobs", "rejected_ref_logprobs"))
+
+
+class VLLMMismatchShard(MismatchShard):
+    """The mismatched stage with vLLM."""
+
+    def __init__(self, model: Model, options: VLLM, max_model_len: int):
+        super().__init__(VLLMScorer(model, options, max_model_len))
+
+
+class TorchMismatchShard(MismatchShard):
+    """The mismatched stage with the trainer's forward."""
+
+    def __init__(self, model: Model):
+        super().__init__(TorchScorer(model))
+
+
+class PolicyScoreShard(ScoreShard):
+    """A policy's log-probs of the held-out pairs."""
+
+    def __init__(self, model: Model):
+        super().__init__(TorchScorer(model), ("chosen_logprobs", "rejected_logprobs"), only_split="eval")
+
+    def __call__(self, source: dict[str, Any], attempts: Attempts | None = None) -> ShardOutput:
+        scored = super().__call__(source, attempts)
+        return ShardOutput(scored.table.select(SCORES.names), scored.counters, scored.quarantine)

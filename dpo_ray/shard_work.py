@@ -62,6 +62,7 @@ class IngestShard:
                 {
                     "pair_id": pair.pair_id,
                     "prompt_id": pair.prompt_id,
+                    "couple_id": pair.couple_id,
                     "split": split,
                     "prompt": list(pair.prompt),
                     "chosen": pair.chosen,
@@ -100,6 +101,7 @@ class PairShard:
                 {
                     "pair_id": pair.pair_id,
                     "prompt_id": row["prompt_id"],
+                    "couple_id": pair.couple_id,
                     "split": row["split"],
                     "prompt": row["prompt"],
                     "chosen": pair.chosen,

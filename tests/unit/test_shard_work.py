@@ -49,6 +49,7 @@ def test_good_rows_become_canonical_pairs(tmp_path: Path, write_preferences: Wri
     assert first == {
         "pair_id": pair.pair_id,
         "prompt_id": pair.prompt_id,
+        "couple_id": pair.couple_id,
         "split": "train",
         "prompt": raw(0)["prompt"],
         "chosen": "Good 0",
@@ -166,6 +167,7 @@ def pairs_shard(folder: Path, pairs: list[PreferencePair]) -> dict[str, str]:
         {
             "pair_id": p.pair_id,
             "prompt_id": p.prompt_id,
+            "couple_id": p.couple_id,
             "split": "train",
             "prompt": list(p.prompt),
             "chosen": p.chosen,
@@ -279,7 +281,8 @@ def test_scored_candidates_become_pairs(tmp_path: Path, monkeypatch: pytest.Monk
     [pair] = output.table.to_pylist()
     assert (pair["chosen"], pair["rejected"]) == ("aaaa", "aaaaaa")
     assert (pair["prompt_id"], pair["split"]) == ("id of Say a", "eval")
-    assert pair["pair_id"] == PreferencePair(question("Say a"), "aaaa", "aaaaaa").pair_id
+    expected = PreferencePair(question("Say a"), "aaaa", "aaaaaa")
+    assert (pair["pair_id"], pair["couple_id"]) == (expected.pair_id, expected.couple_id)
     assert output.counters == {
         "read": 3,
         "duplicate": 1,

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_ray.artifacts import write_shard
+from dpo_ray.artifacts import FileEntry, publish, write_shard
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.model_folders import load_tokenizer
 from dpo_ray.pairs import CANDIDATES, PAIRS, PROMPTS, QUARANTINE, TOKENIZED, PreferencePair, prompt_id, split_of
-from dpo_ray.shard_work import IngestShard, PairShard, TokenizeShard, prompt_table, read_prompts
+from dpo_ray.shard_work import DuplicatesShard, IngestShard, PairShard, TokenizeShard, prompt_table, read_prompts
 from dpo_ray.storage import Location
 from dpo_ray.tokenization import completion_ids, prompt_ids
 
@@ -220,6 +220,29 @@ def test_pairs_over_a_limit_are_dropped_whole_and_counted(tmp_path: Path, tiny_m
     assert output.counters == {"read": 4, "prompt_too_long": 1, "completion_too_long": 2}
     assert output.table["pair_id"].to_pylist() == [fits.pair_id]
     assert len(output.table["chosen_ids"][0]) == longest
+
+
+def test_rows_that_are_left_out_are_counted_and_not_tokenized(tmp_path: Path, tiny_model: Path):
+    pairs = [PreferencePair(question("Why?"), f"Answer {n}.", "No.") for n in range(4)]
+    shard = {**pairs_shard(tmp_path, pairs), "left_out": {"duplicate": [1], "contradiction": [0, 3]}}
+    output = TokenizeShard(str(tiny_model), None, False, 64, 16)(shard)
+    assert output.table["pair_id"].to_pylist() == [pairs[2].pair_id]
+    assert output.counters == {"read": 4, "duplicate": 1, "contradiction": 2}
+
+
+def test_the_rows_to_leave_out_are_found_over_all_shards_of_an_artifact(tmp_path: Path):
+    pairs = [PreferencePair(question("Why?"), *sides) for sides in [("a", "b"), ("a", "b"), ("c", "d"), ("d", "c")]]
+    shards = [pairs_shard(tmp_path / name, part) for name, part in (("1", pairs[:1]), ("2", pairs[1:]))]
+    entries = [FileEntry(name=f"{n + 1}/pairs.parquet", rows=1 + 2 * n, bytes=1, sha256="") for n in range(2)]
+    publish(Location.of(tmp_path), "pairs", identity={}, inputs={}, files=entries)
+    assert all(Path(shard["file"]).exists() for shard in shards)
+    source = {"artifact": str(tmp_path), "bucket": 0, "buckets": 1}
+    output = DuplicatesShard()(source)
+    assert output.table.to_pylist() == [
+        {"shard": "pairs.parquet", "row": row, "reason": reason}
+        for row, reason in enumerate(["duplicate", "contradiction", "contradiction"])
+    ]
+    assert output.counters == {"read": 4, "kept": 1, "duplicate": 1, "contradiction": 2}
 
 
 def test_an_absent_side_has_no_token_ids(tmp_path: Path, tiny_model: Path):

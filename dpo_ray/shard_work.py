@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_ray.artifacts import open_artifact, read_shard
+from dpo_ray.data_report import measure_pairs, measure_reference, measure_tokens, to_table
 from dpo_ray.duplicates import find, left_out_table, read_bucket, read_kept
 from dpo_ray.errors import DataError
 from dpo_ray.formats import PAIRED_COLUMNS, UNPAIRED_COLUMNS, canonical_pair, canonical_prompt, is_unpaired
@@ -204,6 +205,15 @@ class DuplicatesShard:
         counters["read"] = len(rows.row)
         counters["kept"] = len(rows.row) - table.num_rows
         return ShardOutput(table, counters)
+
+
+class MeasureShard:
+    """A pairs, tokenized or reference shard → its part of the data report, as source["what"] says."""
+
+    def __call__(self, source: dict[str, Any]) -> ShardOutput:
+        measure = {"pairs": measure_pairs, "tokens": measure_tokens, "reference": measure_reference}[source["what"]]
+        table, counters = read_kept(source)
+        return ShardOutput(to_table(measure(table)), counters)
 
 
 def _json_prompts(data: bytes, uri: str) -> Iterable[tuple[int, dict[str, Any]]]:

@@ -14,6 +14,7 @@ from dpo_ray.rewards import load_reward
 from dpo_ray.tokenization import require_chat_template
 from pipelines import STAGES, Stage
 from pipelines.context import RunContext
+from pipelines.data_report import report_data
 from pipelines.deduplicate import deduplicate
 from pipelines.evaluate import evaluate
 from pipelines.generate import generate
@@ -30,9 +31,12 @@ def align(context: RunContext, until: Stage = "publish") -> None:
     if until in {"ingest", "generate"}:
         return
     tokenized = tokenize(context, pairs, left_out)
+    report_data(context, pairs, left_out, tokenized)
     if until == "tokenize":
         return
     rows, calibration = reference(context, tokenized)
+    if calibration is not None:
+        report_data(context, pairs, left_out, tokenized, rows)
     if until == "reference":
         return
     policy = train(context, rows)
@@ -56,7 +60,13 @@ def prepare_reference(context: RunContext) -> tuple[Artifact, Artifact | None]:
 
     Without a reference in the loss these are the tokenized pairs and None.
     """
-    return reference(context, tokenize(context, *preferences(context)))
+    pairs, left_out = preferences(context)
+    tokenized = tokenize(context, pairs, left_out)
+    report_data(context, pairs, left_out, tokenized)
+    rows, calibration = reference(context, tokenized)
+    if calibration is not None:
+        report_data(context, pairs, left_out, tokenized, rows)
+    return rows, calibration
 
 
 def preflight(config: Config, until: Stage = "publish") -> None:

@@ -56,9 +56,8 @@ class RunContext:
         }
         if not reused:
             # The rows of its shards, or those that it keeps where its shards hold something else.
-            rows = (
-                f"{counters.get('kept', artifact.manifest.rows)} rows, " if artifact.manifest.rows is not None else ""
-            )
+            in_shards = artifact.manifest.rows
+            rows = f"{counters.get('kept', in_shards)} rows, " if in_shards is not None else ""
             said = (
                 f" (dropped {', '.join(f'{k}: {v}' for k, v in dropped.items())})"
                 if "kept" in counters and dropped

@@ -162,7 +162,7 @@ def test_bytes_that_are_not_utf8_are_an_error_that_names_the_file(tmp_path: Path
         IngestShard(0.1, 0)(source(tmp_path / "f.parquet"))
 
 
-def pairs_shard(folder: Path, pairs: list[PreferencePair]) -> dict[str, str]:
+def pairs_shard(folder: Path, pairs: list[PreferencePair], name: str = "pairs.parquet") -> dict[str, str]:
     rows = [
         {
             "pair_id": p.pair_id,
@@ -175,7 +175,7 @@ def pairs_shard(folder: Path, pairs: list[PreferencePair]) -> dict[str, str]:
         }
         for p in pairs
     ]
-    location = Location.of(folder) / "pairs.parquet"
+    location = Location.of(folder) / name
     write_shard(location, pa.Table.from_pylist(rows, schema=PAIRS), {})
     return {"file": location.uri}
 
@@ -232,14 +232,13 @@ def test_rows_that_are_left_out_are_counted_and_not_tokenized(tmp_path: Path, ti
 
 def test_the_rows_to_leave_out_are_found_over_all_shards_of_an_artifact(tmp_path: Path):
     pairs = [PreferencePair(question("Why?"), *sides) for sides in [("a", "b"), ("a", "b"), ("c", "d"), ("d", "c")]]
-    shards = [pairs_shard(tmp_path / name, part) for name, part in (("1", pairs[:1]), ("2", pairs[1:]))]
-    entries = [FileEntry(name=f"{n + 1}/pairs.parquet", rows=1 + 2 * n, bytes=1, sha256="") for n in range(2)]
-    publish(Location.of(tmp_path), "pairs", identity={}, inputs={}, files=entries)
-    assert all(Path(shard["file"]).exists() for shard in shards)
-    source = {"artifact": str(tmp_path), "bucket": 0, "buckets": 1}
-    output = DuplicatesShard()(source)
+    for name, part in (("1.parquet", pairs[:1]), ("2.parquet", pairs[1:])):
+        pairs_shard(tmp_path, part, name)
+    files = [FileEntry(name=f"{n}.parquet", rows=rows, bytes=1, sha256="") for n, rows in ((1, 1), (2, 3))]
+    publish(Location.of(tmp_path), "pairs", identity={}, inputs={}, files=files)
+    output = DuplicatesShard()({"artifact": str(tmp_path), "bucket": 0, "buckets": 1})
     assert output.table.to_pylist() == [
-        {"shard": "pairs.parquet", "row": row, "reason": reason}
+        {"shard": "2.parquet", "row": row, "reason": reason}
         for row, reason in enumerate(["duplicate", "contradiction", "contradiction"])
     ]
     assert output.counters == {"read": 4, "kept": 1, "duplicate": 1, "contradiction": 2}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, get_args
 
@@ -117,11 +117,13 @@ def report(
     ingested: Mapping[str, int] | None,
     left_out: Mapping[str, int] | None,
     tokenized: Mapping[str, int],
+    noted: Collection[str] = NOTED,
 ) -> dict[str, Any]:
     """The report: what was not measured is absent.
 
     Args:
         ingested, left_out, tokenized: counters of these stages; without the first two the pairs were generated.
+        noted: counters of tokenization that are of rows which are kept all the same.
 
     `pairs` is how many rows were tokenized and `splits` on which side; `scripts` counts the rows before the length
     limits. `tokens` holds quantiles by nearest rank; in `prompt_token_share` a prompt counts once a pair. Of
@@ -133,9 +135,9 @@ def report(
         found |= {"read": ingested["read"], "quarantined": _named(ingested, get_args(Reason))}
     if left_out is not None:
         found["left_out"] = _named(left_out, duplicates.REASONS)
-    others = {"read", "kept", *NOTED, *duplicates.REASONS}
+    others = {"read", "kept", *noted, *duplicates.REASONS}
     found["dropped"] = _named(tokenized, sorted(tokenized.keys() - others))
-    found["noted"] = _named(tokenized, NOTED)
+    found["noted"] = _named(tokenized, noted)
     found["splits"] = _group(measures, "split")
     lengths = {part: dict(sorted(_values(measures, f"tokens/{part}").items())) for part in _PARTS}
     found["tokens"] = {part: quantiles(of_part) for part, of_part in lengths.items() if of_part}
@@ -250,5 +252,5 @@ def _listed(counts: Mapping[str, Any], into: str) -> str:
 
 
 def _said(share: dict[str, Any]) -> str:
-    apart = _listed(_named(share, ("tie", "not_finite")), "; apart from it {}")
+    apart = "".join(f", {name.replace('_', ' ')} {share[name]}" for name in ("tie", "not_finite") if name in share)
     return f"{share['value']:.3f} [{share['low']:.3f}, {share['high']:.3f}] (n={share['n']}{apart})"

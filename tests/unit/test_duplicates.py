@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -250,3 +252,24 @@ def test_a_damaged_shard_is_an_error_that_names_it(tmp_path: Path):
     (tmp_path / "0.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"0\.parquet"):
         read_bucket([Location.of(tmp_path) / "0.parquet"], 0, 1)
+
+
+def test_the_repetition_and_the_contradiction_of_the_dirty_set_are_found(real_data: Path, tmp_path: Path):
+    expected = json.loads((real_data / "dirty" / "expected.json").read_text())["files"]["dirty.parquet"]["expect"]
+    raw = pq.read_table(real_data / "dirty" / "dirty.parquet").to_pylist()
+    across = {"duplicate", "contradiction"}
+    whole = [e for e in expected if e["valid"] or set(e["reasons"]) <= across]
+    rows: list[Row] = []
+    for e in whole:
+        row = raw[e["index"]]
+        answers = (row[side][0]["content"] for side in ("chosen", "rejected"))
+        rows.append((PreferencePair(tuple(row["prompt"]), *answers), "train"))
+    place = {e["row_id"]: number for number, e in enumerate(whole)}
+    [duplicate] = [e for e in whole if e["reasons"] == ["duplicate"]]
+    [second] = [e for e in whole if e["reasons"] == ["contradiction"]]
+    assert found_in(write(tmp_path, [rows])) == {
+        "0.parquet": {
+            "duplicate": [place[duplicate["row_id"]]],
+            "contradiction": [place[second["pair_with"]], place[second["row_id"]]],
+        }
+    }

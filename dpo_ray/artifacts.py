@@ -120,6 +120,14 @@ def load(location: Location, kind: str, expected: str) -> Artifact | None:
     return Artifact(location=location, manifest=manifest)
 
 
+def open_artifact(location: Location) -> Artifact:
+    """An artifact that is known to be finished, as its manifest says; its files are not looked for.
+
+    Raises FileNotFoundError where there is no manifest, and ValidationError where it is none.
+    """
+    return Artifact(location=location, manifest=Manifest.model_validate_json((location / MANIFEST).read_bytes()))
+
+
 def publish(
     location: Location,
     kind: str,
@@ -169,11 +177,11 @@ def write_shard(location: Location, table: pa.Table, counters: dict[str, int]) -
     return _entry(location.name, table.num_rows, data)
 
 
-def read_shard(location: Location) -> pa.Table:
-    """Read a Parquet shard. Raises DataError naming the file."""
+def read_shard(location: Location, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet shard, or some columns of it. Raises DataError naming the file."""
     fs, path = location.filesystem()
     try:
-        return pq.read_table(path, filesystem=fs)
+        return pq.read_table(path, columns=columns, filesystem=fs)
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"{location} cannot be read as Parquet ({error}). Remove it; the stage that made it will compute it again."

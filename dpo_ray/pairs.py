@@ -41,6 +41,11 @@ class PreferencePair:
         """Content id of the prompt: 16 hex digits."""
         return prompt_id(list(self.prompt))
 
+    @property
+    def couple_id(self) -> str:
+        """Content id of the prompt and its answers, whichever is the better one: 16 hex digits."""
+        return _digest([self.prompt_id, *sorted(side for side in (self.chosen, self.rejected) if side is not None)])
+
 
 @dataclass(frozen=True)
 class TokenizedPair:
@@ -89,6 +94,7 @@ PAIRS = pa.schema(
     [
         ("pair_id", pa.string()),
         ("prompt_id", pa.string()),
+        ("couple_id", pa.string()),
         ("split", pa.string()),
         ("prompt", _MESSAGES),
         ("chosen", pa.string()),

@@ -23,6 +23,7 @@ def html_report(config: Config, summary: dict[str, Any], history: list[dict[str,
         autoescape=True,
         summary=summary,
         estimates=_estimates(summary.get("eval") or {}),
+        data_shares=_data_shares(summary.get("data") or {}),
         figure=Markup(_figure(history)) if any("loss" in m for m in history) else None,
         config=dump_config(config),
     )
@@ -41,6 +42,13 @@ def _render(template: str, *, autoescape: bool = False, **values: Any) -> str:
 def _estimates(evaluation: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     names = {"accuracy": "preference accuracy", "win_rate": "win rate against the base model"}
     return [(label, evaluation[name]) for name, label in names.items() if evaluation.get(name)]
+
+
+def _data_shares(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    shares = {"the chosen answer is the longer one": data.get("chosen_longer")}
+    for by, share in data.get("reference_prefers_chosen", {}).items():
+        shares[f"the reference prefers chosen, by the {by} of log-probs"] = share
+    return [(label, share) for label, share in shares.items() if share]
 
 
 # The first three that are measured: single answers have rewards, but neither accuracies nor margins.

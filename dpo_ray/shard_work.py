@@ -15,7 +15,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_ray.artifacts import read_shard
+from dpo_ray.artifacts import open_artifact, read_shard
+from dpo_ray.data_report import measure_pairs, measure_reference, measure_tokens, to_table
+from dpo_ray.duplicates import find, left_out_table, read_bucket, read_kept
 from dpo_ray.errors import DataError
 from dpo_ray.formats import PAIRED_COLUMNS, UNPAIRED_COLUMNS, canonical_pair, canonical_prompt, is_unpaired
 from dpo_ray.model_folders import PACKAGE, load_tokenizer, package_file, resolve
@@ -62,6 +64,7 @@ class IngestShard:
                 {
                     "pair_id": pair.pair_id,
                     "prompt_id": pair.prompt_id,
+                    "couple_id": pair.couple_id,
                     "split": split,
                     "prompt": list(pair.prompt),
                     "chosen": pair.chosen,
@@ -100,6 +103,7 @@ class PairShard:
                 {
                     "pair_id": pair.pair_id,
                     "prompt_id": row["prompt_id"],
+                    "couple_id": pair.couple_id,
                     "split": row["split"],
                     "prompt": row["prompt"],
                     "chosen": pair.chosen,
@@ -111,7 +115,10 @@ class PairShard:
 
 
 class TokenizeShard:
-    """Canonical pairs → token ids; pairs over the length limits are dropped and counted. An absent side has no ids."""
+    """Canonical pairs → token ids; an absent side has no ids.
+
+    Rows that the source leaves out, as duplicates.read_kept reads it, and pairs over the length limits are counted.
+    """
 
     def __init__(self, model: str, revision: str | None, trust_remote_code: bool, max_prompt: int, max_completion: int):
         self.tokenizer = load_tokenizer(resolve(model, revision), trust_remote_code=trust_remote_code)
@@ -119,9 +126,9 @@ class TokenizeShard:
         self.max_completion = max_completion
 
     def __call__(self, source: dict[str, Any]) -> ShardOutput:
-        kept, counters = [], Counter[str]()
-        for row in read_shard(Location(source["file"])).to_pylist():
-            counters["read"] += 1
+        kept: list[dict[str, Any]] = []
+        table, counters = read_kept(source)
+        for row in table.to_pylist():
             prompt = prompt_ids(self.tokenizer, row["prompt"])
             if len(prompt) > self.max_prompt:
                 counters["prompt_too_long"] += 1
@@ -184,6 +191,29 @@ def read_prompts(uri: str, held_out_fraction: float, seed: int) -> dict[str, lis
 def prompt_table(rows: list[dict[str, Any]]) -> pa.Table:
     """Rows of read_prompts as a shard."""
     return pa.Table.from_pylist(rows, schema=PROMPTS)
+
+
+class DuplicatesShard:
+    """A bucket of a pairs artifact's rows → those of them that are left out."""
+
+    def __call__(self, source: dict[str, Any]) -> ShardOutput:
+        pairs = open_artifact(Location(source["artifact"]))
+        shards = pairs.shards()
+        rows = read_bucket(shards, source["bucket"], source["buckets"])
+        table = left_out_table(rows, find(rows), [shard.name for shard in shards])
+        counters = Counter[str](table["reason"].to_pylist())
+        counters["read"] = len(rows.row)
+        counters["kept"] = len(rows.row) - table.num_rows
+        return ShardOutput(table, counters)
+
+
+class MeasureShard:
+    """A pairs, tokenized or reference shard → its part of the data report, as source["what"] says."""
+
+    def __call__(self, source: dict[str, Any]) -> ShardOutput:
+        measure = {"pairs": measure_pairs, "tokens": measure_tokens, "reference": measure_reference}[source["what"]]
+        table, counters = read_kept(source)
+        return ShardOutput(to_table(measure(table)), counters)
 
 
 def _json_prompts(data: bytes, uri: str) -> Iterable[tuple[int, dict[str, Any]]]:

@@ -14,6 +14,8 @@ from dpo_ray.rewards import load_reward
 from dpo_ray.tokenization import require_chat_template
 from pipelines import STAGES, Stage
 from pipelines.context import RunContext
+from pipelines.data_report import report_data
+from pipelines.deduplicate import deduplicate
 from pipelines.evaluate import evaluate
 from pipelines.generate import generate
 from pipelines.ingest import ingest, input_files
@@ -25,14 +27,16 @@ from pipelines.train import train
 
 def align(context: RunContext, until: Stage = "publish") -> None:
     """All stages up to the named one; what is finished is taken over."""
-    config = context.config
-    pairs = generate(context) if config.generate is not None else ingest(context)
+    pairs, left_out = preferences(context)
     if until in {"ingest", "generate"}:
         return
-    tokenized = tokenize(context, pairs)
+    tokenized = tokenize(context, pairs, left_out)
+    report_data(context, pairs, left_out, tokenized)
     if until == "tokenize":
         return
     rows, calibration = reference(context, tokenized)
+    if calibration is not None:
+        report_data(context, pairs, left_out, tokenized, rows)
     if until == "reference":
         return
     policy = train(context, rows)
@@ -43,13 +47,26 @@ def align(context: RunContext, until: Stage = "publish") -> None:
         publish(context, policy, evaluation)
 
 
+def preferences(context: RunContext) -> tuple[Artifact, Artifact | None]:
+    """The pairs, generated or read, and of those that were read which are left out as duplicates and the like."""
+    if context.config.generate is not None:
+        return generate(context), None
+    pairs = ingest(context)
+    return pairs, deduplicate(context, pairs)
+
+
 def prepare_reference(context: RunContext) -> tuple[Artifact, Artifact | None]:
     """The stages before training, which every trial of a sweep shares: the rows to train on, and their calibration.
 
     Without a reference in the loss these are the tokenized pairs and None.
     """
-    pairs = generate(context) if context.config.generate is not None else ingest(context)
-    return reference(context, tokenize(context, pairs))
+    pairs, left_out = preferences(context)
+    tokenized = tokenize(context, pairs, left_out)
+    report_data(context, pairs, left_out, tokenized)
+    rows, calibration = reference(context, tokenized)
+    if calibration is not None:
+        report_data(context, pairs, left_out, tokenized, rows)
+    return rows, calibration
 
 
 def preflight(config: Config, until: Stage = "publish") -> None:

@@ -55,7 +55,9 @@ class RunContext:
             "rows": {"in": counters.get("read"), "kept": counters.get("kept"), "dropped": dropped},
         }
         if not reused:
-            rows = f"{artifact.manifest.rows} rows, " if artifact.manifest.rows is not None else ""
+            # The rows of its shards, or those that it keeps where its shards hold something else.
+            in_shards = artifact.manifest.rows
+            rows = f"{counters.get('kept', in_shards)} rows, " if in_shards is not None else ""
             said = (
                 f" (dropped {', '.join(f'{k}: {v}' for k, v in dropped.items())})"
                 if "kept" in counters and dropped

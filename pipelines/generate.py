@@ -11,6 +11,7 @@ from dpo_ray.config import Generate, Model, Sampling
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.generating import sample_completions
 from dpo_ray.on_ray.shards import Pool, shard_stage, shard_tasks
+from dpo_ray.pairs import PAIRS
 from dpo_ray.shard_work import PairShard, prompt_table, read_prompts
 from dpo_ray.storage import Location
 from pipelines.context import RunContext
@@ -67,7 +68,7 @@ def _tables(rows: list[dict[str, Any]], rows_per_shard: int) -> list[pa.Table]:
 
 
 def _pair(context: RunContext, options: Generate, candidates: Artifact) -> tuple[Artifact, bool]:
-    identity = {
+    arguments: dict[str, Any] = {
         "reward": options.reward,
         "min_score_gap": options.min_score_gap,
         "pairs_per_prompt": options.pairs_per_prompt,
@@ -75,10 +76,10 @@ def _pair(context: RunContext, options: Generate, candidates: Artifact) -> tuple
     artifact, reused = shard_stage(
         context.output,
         "pairs",
-        identity=identity,
+        identity={**arguments, "columns": PAIRS.names},
         inputs={"candidates": candidates.fingerprint},
         tasks=shard_tasks(candidates),
-        pool=Pool(PairShard, identity),
+        pool=Pool(PairShard, arguments),
         unit="prompts",
     )
     if artifact.manifest.rows == 0:

@@ -13,6 +13,7 @@ from dpo_ray.errors import DataError
 from dpo_ray.formats import check_columns, is_unpaired
 from dpo_ray.loss_options import LossOptions
 from dpo_ray.on_ray.shards import Pool, ShardTask, shard_stage
+from dpo_ray.pairs import PAIRS
 from dpo_ray.shard_work import IngestShard
 from dpo_ray.storage import Location, find_files
 from pipelines.context import RunContext
@@ -75,6 +76,7 @@ def _ingest(context: RunContext) -> tuple[Artifact, bool]:
     identity: dict[str, Any] = {
         "held_out_fraction": data.held_out_fraction if data.eval is None else None,
         "seed": seed,
+        "columns": PAIRS.names,
     }
     artifact, reused = shard_stage(
         context.output,

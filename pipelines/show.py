@@ -32,7 +32,9 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
         ]
     else:
         held_out = config.data.eval or f"{config.data.held_out_fraction:g} of the prompts"
-        first = [("ingest", f"pairs of {config.data.train}, held out: {held_out}")]
+        first = [
+            ("ingest", f"pairs of {config.data.train}, held out: {held_out}; without duplicates and contradictions")
+        ]
     steps = [
         *first,
         (

@@ -5,18 +5,23 @@ from __future__ import annotations
 from dpo_ray.artifacts import Artifact
 from dpo_ray.errors import DataError
 from dpo_ray.model_folders import load_tokenizer, resolve
-from dpo_ray.on_ray.shards import Pool, shard_stage, shard_tasks
+from dpo_ray.on_ray.shards import Pool, shard_stage
 from dpo_ray.shard_work import TokenizeShard
 from dpo_ray.tokenization import require_chat_template, tokenizer_identity
 from pipelines.context import RunContext
+from pipelines.deduplicate import kept_tasks
 
 
-def tokenize(context: RunContext, pairs: Artifact) -> Artifact:
-    """The pairs as token ids, within the length limits. Raises DataError where none is left."""
-    return context.stage("tokenize", lambda: _tokenize(context, pairs))
+def tokenize(context: RunContext, pairs: Artifact, left_out: Artifact | None) -> Artifact:
+    """The pairs as token ids, within the length limits. Raises DataError where none is left.
+
+    Args:
+        left_out: what pipelines.deduplicate made of the pairs; None leaves out nothing.
+    """
+    return context.stage("tokenize", lambda: _tokenize(context, pairs, left_out))
 
 
-def _tokenize(context: RunContext, pairs: Artifact) -> tuple[Artifact, bool]:
+def _tokenize(context: RunContext, pairs: Artifact, left_out: Artifact | None) -> tuple[Artifact, bool]:
     model, data = context.config.model, context.config.data
     tokenizer = load_tokenizer(resolve(model.path, model.revision), trust_remote_code=model.trust_remote_code)
     require_chat_template(tokenizer, model.path)
@@ -28,8 +33,8 @@ def _tokenize(context: RunContext, pairs: Artifact) -> tuple[Artifact, bool]:
             "max_prompt_tokens": data.max_prompt_tokens,
             "max_completion_tokens": data.max_completion_tokens,
         },
-        inputs={"pairs": pairs.fingerprint},
-        tasks=shard_tasks(pairs),
+        inputs={"pairs": pairs.fingerprint, **({"duplicates": left_out.fingerprint} if left_out else {})},
+        tasks=kept_tasks(pairs, left_out),
         pool=Pool(
             TokenizeShard,
             {

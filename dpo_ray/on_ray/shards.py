@@ -98,7 +98,7 @@ def shard_stage(
     location = stage_folder / fingerprint(kind, identity, inputs)
     done = load(location, kind, location.name)
     if done is not None:
-        say(kind, f"reused: {done.manifest.rows} rows in {location}")
+        say(kind, f"reused: {done.manifest.counters['kept']} rows in {location}")
         return done, True
     # A name covers all that a shard depends on, so that a sibling artifact's shard can be taken over.
     names = [f"{digest([kind, SCHEMA_VERSION, identity, task.content])}.parquet" for task in tasks]
@@ -117,7 +117,8 @@ def shard_stage(
         if quarantine.exists():
             entry = describe_file(quarantine)
             quarantines.append(entry.model_copy(update={"name": f"quarantine/{name}"}))
-    counters["kept"] = sum(e.rows or 0 for e in entries.values())
+    if "kept" not in counters:  # a stage whose rows are not those that it keeps counts them itself
+        counters["kept"] = sum(e.rows or 0 for e in entries.values())
     artifact = publish(
         location,
         kind,

@@ -49,6 +49,24 @@ def test_the_same_answer_judged_otherwise_is_another_row():
     assert PreferencePair(PROMPT, "Paint.", None).pair_id != PreferencePair(PROMPT, None, "Paint.").pair_id
 
 
+def test_a_couple_is_its_prompt_and_its_answers_in_either_order():
+    assert len(PAIR.couple_id) == 16
+    assert PreferencePair(PROMPT, PAIR.rejected, PAIR.chosen).couple_id == PAIR.couple_id
+    assert PreferencePair(PROMPT, "a", None).couple_id == PreferencePair(PROMPT, None, "a").couple_id
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        PreferencePair(PROMPT, "Scattering.", "Paint"),
+        PreferencePair(PROMPT, "Scattering.", None),
+        PreferencePair((Message(role="system", content="s"), *PROMPT), "Scattering.", "Paint."),
+    ],
+)
+def test_other_answers_or_another_prompt_are_another_couple(other: PreferencePair):
+    assert other.couple_id != PAIR.couple_id
+
+
 def test_pairs_of_one_prompt_share_its_id():
     assert PreferencePair(PROMPT, "a", "b").prompt_id == PAIR.prompt_id != PAIR.pair_id
 

@@ -38,6 +38,20 @@ FULL: dict[str, Any] = {
     "published": "/models/r/1",
     "reasons": [],
 }
+DATA: dict[str, Any] = {
+    "pairs": 41,
+    "read": 49,
+    "quarantined": {"null_field": 5},
+    "left_out": {"contradiction": 3},
+    "dropped": {},
+    "noted": {"boundary_merge": 17},
+    "splits": {"eval": 11, "train": 30},
+    "tokens": {"prompt": {"p5": 12, "p50": 34, "p95": 56, "p99": 78, "max": 910, "n": 41}},
+    "prompt_token_share": 0.4321,
+    "chosen_longer": {**ESTIMATE, "tie": 6},
+    "scripts": {"Latin": 40, "Han": 1},
+    "reference_prefers_chosen": {"sum": {**ESTIMATE, "value": 0.625}, "mean": {**ESTIMATE, "value": 0.375}},
+}
 EMPTY: dict[str, Any] = {
     "run_id": "run-2",
     "exit_code": 3,
@@ -71,6 +85,25 @@ def test_what_was_not_measured_is_absent_and_never_a_number(config: Config):
 def test_a_failed_run_says_why_and_that_nothing_was_published(config: Config):
     html = html_report(config, EMPTY, [])
     assert "No pairs were left." in html and "Nothing was published." in html
+
+
+def test_the_data_are_described(config: Config):
+    html = html_report(config, {**FULL, "data": DATA}, [])
+    section = html[html.index("<h2>Data</h2>") : html.index("<h2>Reference log-probs")]
+    for shown in ("41 pairs, of them 11 eval and 30 train", "49 rows were read", "43.2%", "<td>910</td>", "Han: 1"):
+        assert shown in section, shown
+    for shown in ("null_field: 5", "contradiction: 3", "boundary_merge: 17", "<td>6</td>", "0.625", "0.375"):
+        assert shown in section, shown
+    assert "dropped" not in section
+    assert "<h2>Data</h2>" not in html_report(config, FULL, [])
+
+
+def test_of_the_data_nothing_is_said_that_was_not_measured(config: Config):
+    few = {name: DATA[name] for name in ("pairs", "splits", "dropped", "noted", "scripts")} | {"tokens": {}}
+    html = html_report(config, {**EMPTY, "data": few}, []).split("<h2>Configuration")[0]
+    assert "41 pairs" in html
+    for said in ("rows were read", "% of the tokens", "longer", "prefers", "None", "Undefined"):
+        assert said not in html, said
 
 
 @pytest.mark.parametrize("place", ["samples", "reasons", "config"])

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_ray.artifacts import write_shard
+from dpo_ray.artifacts import FileEntry, publish, write_shard
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.model_folders import load_tokenizer
 from dpo_ray.pairs import CANDIDATES, PAIRS, PROMPTS, QUARANTINE, TOKENIZED, PreferencePair, prompt_id, split_of
-from dpo_ray.shard_work import IngestShard, PairShard, TokenizeShard, prompt_table, read_prompts
+from dpo_ray.shard_work import DuplicatesShard, IngestShard, PairShard, TokenizeShard, prompt_table, read_prompts
 from dpo_ray.storage import Location
 from dpo_ray.tokenization import completion_ids, prompt_ids
 
@@ -49,6 +49,7 @@ def test_good_rows_become_canonical_pairs(tmp_path: Path, write_preferences: Wri
     assert first == {
         "pair_id": pair.pair_id,
         "prompt_id": pair.prompt_id,
+        "couple_id": pair.couple_id,
         "split": "train",
         "prompt": raw(0)["prompt"],
         "chosen": "Good 0",
@@ -161,11 +162,12 @@ def test_bytes_that_are_not_utf8_are_an_error_that_names_the_file(tmp_path: Path
         IngestShard(0.1, 0)(source(tmp_path / "f.parquet"))
 
 
-def pairs_shard(folder: Path, pairs: list[PreferencePair]) -> dict[str, str]:
+def pairs_shard(folder: Path, pairs: list[PreferencePair], name: str = "pairs.parquet") -> dict[str, str]:
     rows = [
         {
             "pair_id": p.pair_id,
             "prompt_id": p.prompt_id,
+            "couple_id": p.couple_id,
             "split": "train",
             "prompt": list(p.prompt),
             "chosen": p.chosen,
@@ -173,7 +175,7 @@ def pairs_shard(folder: Path, pairs: list[PreferencePair]) -> dict[str, str]:
         }
         for p in pairs
     ]
-    location = Location.of(folder) / "pairs.parquet"
+    location = Location.of(folder) / name
     write_shard(location, pa.Table.from_pylist(rows, schema=PAIRS), {})
     return {"file": location.uri}
 
@@ -218,6 +220,28 @@ def test_pairs_over_a_limit_are_dropped_whole_and_counted(tmp_path: Path, tiny_m
     assert output.counters == {"read": 4, "prompt_too_long": 1, "completion_too_long": 2}
     assert output.table["pair_id"].to_pylist() == [fits.pair_id]
     assert len(output.table["chosen_ids"][0]) == longest
+
+
+def test_rows_that_are_left_out_are_counted_and_not_tokenized(tmp_path: Path, tiny_model: Path):
+    pairs = [PreferencePair(question("Why?"), f"Answer {n}.", "No.") for n in range(4)]
+    shard = {**pairs_shard(tmp_path, pairs), "left_out": {"duplicate": [1], "contradiction": [0, 3]}}
+    output = TokenizeShard(str(tiny_model), None, False, 64, 16)(shard)
+    assert output.table["pair_id"].to_pylist() == [pairs[2].pair_id]
+    assert output.counters == {"read": 4, "duplicate": 1, "contradiction": 2}
+
+
+def test_the_rows_to_leave_out_are_found_over_all_shards_of_an_artifact(tmp_path: Path):
+    pairs = [PreferencePair(question("Why?"), *sides) for sides in [("a", "b"), ("a", "b"), ("c", "d"), ("d", "c")]]
+    for name, part in (("1.parquet", pairs[:1]), ("2.parquet", pairs[1:])):
+        pairs_shard(tmp_path, part, name)
+    files = [FileEntry(name=f"{n}.parquet", rows=rows, bytes=1, sha256="") for n, rows in ((1, 1), (2, 3))]
+    publish(Location.of(tmp_path), "pairs", identity={}, inputs={}, files=files)
+    output = DuplicatesShard()({"artifact": str(tmp_path), "bucket": 0, "buckets": 1})
+    assert output.table.to_pylist() == [
+        {"shard": "2.parquet", "row": row, "reason": reason}
+        for row, reason in enumerate(["duplicate", "contradiction", "contradiction"])
+    ]
+    assert output.counters == {"read": 4, "kept": 1, "duplicate": 1, "contradiction": 2}
 
 
 def test_an_absent_side_has_no_token_ids(tmp_path: Path, tiny_model: Path):
@@ -279,7 +303,8 @@ def test_scored_candidates_become_pairs(tmp_path: Path, monkeypatch: pytest.Monk
     [pair] = output.table.to_pylist()
     assert (pair["chosen"], pair["rejected"]) == ("aaaa", "aaaaaa")
     assert (pair["prompt_id"], pair["split"]) == ("id of Say a", "eval")
-    assert pair["pair_id"] == PreferencePair(question("Say a"), "aaaa", "aaaaaa").pair_id
+    expected = PreferencePair(question("Say a"), "aaaa", "aaaaaa")
+    assert (pair["pair_id"], pair["couple_id"]) == (expected.pair_id, expected.couple_id)
     assert output.counters == {
         "read": 3,
         "duplicate": 1,

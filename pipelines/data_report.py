@@ -1,0 +1,65 @@
+"""Pairs, tokenized pairs and reference scores → the data report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dpo_ray.artifacts import Artifact, fingerprint, load, publish, read_shard
+from dpo_ray.data_report import VERSION, merge, preference_lines, report, report_lines
+from dpo_ray.on_ray.shards import Pool, ShardTask, shard_stage, shard_tasks
+from dpo_ray.progress import say
+from dpo_ray.shard_work import MeasureShard
+from pipelines.context import RunContext
+from pipelines.deduplicate import kept_tasks
+
+KIND = "data_report"
+
+
+def report_data(
+    context: RunContext, pairs: Artifact, left_out: Artifact | None, tokenized: Artifact, scored: Artifact | None = None
+) -> Artifact:
+    """Measure the data and say it; the artifact's metrics are the report, which is `data` in the summary.
+
+    Args:
+        left_out: what pipelines.deduplicate made of the pairs; None where they were generated.
+        scored: the tokenized rows with reference log-probs, once there are such.
+    """
+    name = KIND if scored is None else "data_report_reference"
+    artifact = context.stage(name, lambda: _report(context, pairs, left_out, tokenized, scored))
+    found = artifact.manifest.metrics
+    context.results["data"] = found
+    for line in report_lines(found) if scored is None else preference_lines(found):
+        say("data", line)
+    return artifact
+
+
+def _report(
+    context: RunContext, pairs: Artifact, left_out: Artifact | None, tokenized: Artifact, scored: Artifact | None
+) -> tuple[Artifact, bool]:
+    made = {"pairs": pairs, "duplicates": left_out, "tokenized": tokenized, "scored": scored}
+    inputs = {name: artifact.fingerprint for name, artifact in made.items() if artifact is not None}
+    identity = {"version": VERSION}
+    location = context.output / "artifacts" / KIND / fingerprint(KIND, identity, inputs)
+    done = load(location, KIND, location.name)
+    if done is not None:
+        return done, True
+    # All in one stage, so that Ray is asked once; what an earlier report measured is taken over.
+    tasks = [
+        *(_task(task, "pairs") for task in kept_tasks(pairs, left_out)),
+        *(_task(task, "tokens") for task in shard_tasks(tokenized)),
+        *(_task(task, "reference") for task in (shard_tasks(scored) if scored is not None else [])),
+    ]
+    measured, _ = shard_stage(
+        context.output, "measures", identity=identity, inputs=inputs, tasks=tasks, pool=Pool(MeasureShard, {}, 2)
+    )
+    metrics = report(
+        merge(read_shard(shard) for shard in measured.shards()),
+        ingested=pairs.manifest.counters if left_out is not None else None,
+        left_out=left_out.manifest.counters if left_out is not None else None,
+        tokenized=tokenized.manifest.counters,
+    )
+    return publish(location, KIND, identity=identity, inputs=inputs, files=[], metrics=metrics), False
+
+
+def _task(task: ShardTask, what: str) -> ShardTask:
+    return replace(task, source={**task.source, "what": what}, content=f"{what} {task.content}")

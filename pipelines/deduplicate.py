@@ -1,0 +1,71 @@
+"""Canonical pairs → which of their rows are left out: duplicates, contradictions, prompts on both sides."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dpo_ray.artifacts import Artifact, digest, read_shard
+from dpo_ray.duplicates import REASONS, by_shard, num_buckets
+from dpo_ray.errors import DataError
+from dpo_ray.on_ray.shards import Pool, ShardTask, shard_stage, shard_tasks
+from dpo_ray.progress import say
+from dpo_ray.shard_work import DuplicatesShard
+from pipelines.context import RunContext
+
+
+def deduplicate(context: RunContext, pairs: Artifact) -> Artifact:
+    """The rows of the pairs that later stages leave out, found over all shards. Raises DataError where none is left."""
+    left_out = context.stage("duplicates", lambda: _find(context, pairs))
+    counters = left_out.manifest.counters
+    if shared := counters.get("prompt_in_eval"):
+        say("duplicates", f"{shared} training rows are left out, for their prompts are in data.eval too")
+    if not counters["kept"]:
+        reasons = ", ".join(f"{reason} {counters[reason]}" for reason in REASONS if counters.get(reason))
+        raise DataError(
+            f"Of {counters['read']} pairs none is left to train or to evaluate on ({reasons}). A contradiction is two "
+            "answers that are judged both ways round: look whether chosen and rejected were swapped in some of the "
+            f"files. The rows are named in {left_out.location}."
+        )
+    return left_out
+
+
+def kept_tasks(pairs: Artifact, left_out: Artifact | None) -> list[ShardTask]:
+    """One task for each shard of the pairs, with the rows to leave out (see duplicates.read_kept).
+
+    These are part of what a task is made of, so that new shards change only those old ones that lose further rows.
+    """
+    tasks = shard_tasks(pairs)
+    if left_out is None:
+        return tasks
+    rows = by_shard(read_shard(shard) for shard in left_out.shards())
+    shards = [shard.name for shard in pairs.shards()]
+    return [
+        replace(
+            task,
+            source={**task.source, "left_out": rows[shard]},
+            content=f"{task.content} without {digest(rows[shard])}",
+        )
+        if shard in rows
+        else task
+        for shard, task in zip(shards, tasks, strict=True)
+    ]
+
+
+def _find(context: RunContext, pairs: Artifact) -> tuple[Artifact, bool]:
+    rows = pairs.manifest.rows or 0
+    buckets = num_buckets(rows)
+    return shard_stage(
+        context.output,
+        "duplicates",
+        identity={"reasons": list(REASONS)},
+        inputs={"pairs": pairs.fingerprint},
+        tasks=[
+            ShardTask(
+                source={"artifact": pairs.location.uri, "bucket": bucket, "buckets": buckets},
+                content=f"{pairs.fingerprint}: bucket {bucket} of {buckets}",
+                rows=rows // buckets,
+            )
+            for bucket in range(buckets)
+        ],
+        pool=Pool(DuplicatesShard, {}, num_actors=2),
+    )

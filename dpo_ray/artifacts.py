@@ -95,6 +95,31 @@ def load(location: Location, kind: str, expected: str) -> Artifact | None:
 
     Raises DataError where there is a manifest, but not of this artifact, or where a file of it is missing.
     """
+    manifest = _manifest(location, kind, expected)
+    if manifest is None:
+        return None
+    if missing := _missing(location, manifest):
+        raise DataError(
+            f"{location} lacks {len(missing)} of its {len(manifest.files)} files, the first being {missing[0]}. "
+            "Bring them back; or remove this folder, and the stage that made it will compute all of it."
+        )
+    return Artifact(location=location, manifest=manifest)
+
+
+def lost_files(location: Location, kind: str, expected: str) -> list[str]:
+    """Names of the files that a finished artifact should have and has not.
+
+    Raises DataError where there is a manifest, but not of this artifact.
+    """
+    manifest = _manifest(location, kind, expected)
+    return [] if manifest is None else _missing(location, manifest)
+
+
+def _missing(location: Location, manifest: Manifest) -> list[str]:
+    return [f.name for f in manifest.files if not (location / f.name).exists()]
+
+
+def _manifest(location: Location, kind: str, expected: str) -> Manifest | None:
     try:
         raw = (location / MANIFEST).read_bytes()
     except FileNotFoundError:
@@ -111,13 +136,7 @@ def load(location: Location, kind: str, expected: str) -> Artifact | None:
             f"{location} holds {manifest.kind} {manifest.fingerprint}, not {kind} {expected}. Folders of artifacts "
             "must keep their names; remove it, and the stage will be computed again."
         )
-    missing = [f.name for f in manifest.files if not (location / f.name).exists()]
-    if missing:
-        raise DataError(
-            f"{location} lacks {len(missing)} of its {len(manifest.files)} files, the first being {missing[0]}. "
-            f"Remove its {MANIFEST}; the stage will then compute the missing files only."
-        )
-    return Artifact(location=location, manifest=manifest)
+    return manifest
 
 
 def open_artifact(location: Location) -> Artifact:

@@ -58,6 +58,9 @@ class VLLMScorer:
         self.by_token_ids = self.llm.llm_engine.vllm_config.use_v2_model_runner
 
     def score(self, pairs: Sequence[TokenizedPair]) -> tuple[list[list[float]], list[list[float]]]:
+        # What an engine scored before would change the last bits: a prefix that lies in the cache is computed in
+        # other pieces than one that does not.
+        self.llm.reset_prefix_cache()
         chosen: list[list[float]] = []
         rejected: list[list[float]] = []
         for group in _groups(pairs, _VLLM_GROUP_TOKENS):

@@ -27,6 +27,7 @@ from dpo_ray.artifacts import (
     fingerprint,
     inspect_shard,
     load,
+    lost_files,
     publish,
     write_shard,
 )
@@ -96,7 +97,12 @@ def shard_stage(
     """
     stage_folder = output / "artifacts" / kind
     location = stage_folder / fingerprint(kind, identity, inputs)
-    done = load(location, kind, location.name)
+    lost = lost_files(location, kind, location.name)
+    for name in lost:
+        (location / name.removeprefix("quarantine/")).remove()  # a quarantine is made with its shard
+    if lost:
+        say(kind, f"{location} has lost {len(lost)} files, the first being {lost[0]}: they are made again")
+    done = None if lost else load(location, kind, location.name)
     if done is not None:
         say(kind, f"reused: {done.manifest.counters['kept']} rows in {location}")
         return done, True

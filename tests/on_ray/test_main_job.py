@@ -38,7 +38,7 @@ def job(tmp_path_factory, tiny_model, write_preferences):
             "model__path": str(tiny_model),
             "data__train": str(folder / "data" / "*.parquet"),
             "data__held_out_fraction": 0.25,
-            "data__rows_per_shard": 20,
+            "data__rows_per_shard": 5,
             "reference__engine": "torch",
             "reference__calibration_pairs": 4,
             "train__global_batch_size": 8,
@@ -143,11 +143,28 @@ def test_training_stops_early_and_takes_the_best_weights_from_its_checkpoint(fir
 
 def test_new_shards_cost_only_themselves(first_run, job, write_preferences):
     folder, run = job
-    write_preferences(folder / "data", preference_rows(40, 20), name="train-00001.parquet")
+    write_preferences(folder / "data", preference_rows(40, 10), name="train-00001.parquet")
     done = run("reference")
     assert done.code == 0, done.log
     for stage in ("pairs", "tokenized", "reference"):
-        assert done.lines(f"[{stage}] 2 of 3 shards are finished already, 1 to compute")
+        assert done.lines(f"[{stage}] 8 of 10 shards are finished already, 2 to compute"), done.log
+
+
+def test_a_lost_file_is_made_again_and_no_other(first_run, job):
+    folder, run = job
+    manifests = (folder / "out" / "artifacts" / "reference").glob("*/manifest.json")
+    [manifest] = [path for path in manifests if len(json.loads(path.read_text())["files"]) == 10]
+    before = manifest.read_text()
+    shard = manifest.parent / json.loads(before)["files"][3]["name"]
+    content = shard.read_bytes()
+    shard.unlink()
+    done = run("reference")
+    assert done.code == 0, done.log
+    assert done.lines("[reference] 9 of 10 shards are finished already, 1 to compute"), done.log
+    for stage in ("pairs", "tokenized"):
+        assert done.lines(f"[{stage}] reused")
+    assert shard.read_bytes() == content
+    assert json.loads(manifest.read_text())["files"] == json.loads(before)["files"]
 
 
 def test_beta_and_learning_rate_leave_the_reference_as_it_is(first_run, job):

@@ -18,6 +18,7 @@ from dpo_ray.artifacts import (
     fingerprint,
     inspect_shard,
     load,
+    lost_files,
     publish,
     read_shard,
     write_shard,
@@ -112,6 +113,16 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path):
     Path((artifact.location / "part-0.parquet").uri).unlink()
     with pytest.raises(DataError, match=r"lacks 1 of its 1 files, the first being part-0\.parquet"):
         load(artifact.location, "pairs", artifact.fingerprint)
+
+
+def test_lost_files_are_named(tmp_path: Path):
+    artifact = finished(tmp_path)
+    place = (artifact.location, "pairs", artifact.fingerprint)
+    assert lost_files(*place) == []
+    Path((artifact.location / "part-0.parquet").uri).unlink()
+    assert lost_files(*place) == ["part-0.parquet"]
+    Path((artifact.location / MANIFEST).uri).unlink()
+    assert lost_files(*place) == []  # nothing is known to be lost of what was never finished
 
 
 def test_a_shard_carries_its_counters(tmp_path: Path):

@@ -18,7 +18,7 @@ def deduplicate(context: RunContext, pairs: Artifact) -> Artifact:
     left_out = context.stage("duplicates", lambda: _find(context, pairs))
     counters = left_out.manifest.counters
     if shared := counters.get("prompt_in_eval"):
-        say("duplicates", f"{shared} training rows are left out, for their prompts are in data.eval too")
+        say("duplicates", f"training rows left out because their prompts are in data.eval too: {shared}")
     if not counters["kept"]:
         reasons = ", ".join(f"{reason} {counters[reason]}" for reason in REASONS if counters.get(reason))
         raise DataError(

@@ -74,7 +74,7 @@ def test_every_row_read_is_kept_quarantined_or_left_out(two_runs):
 
 
 def test_the_log_says_how_many_training_rows_gave_way_to_held_out_ones(two_runs):
-    assert two_runs[1][0].lines("[duplicates] 1 training rows are left out, for their prompts are in data.eval too")
+    assert two_runs[1][0].lines("[duplicates] training rows left out because their prompts are in data.eval too: 1")
 
 
 def test_what_is_scored_has_neither_repetitions_nor_contradictions_nor_prompts_on_both_sides(two_runs):

@@ -64,7 +64,7 @@ def preflight(config: Config, until: Stage = "publish") -> None:
         )
     for key, pattern in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if pattern is not None:
-            input_files(pattern, key, config.train.loss)
+            input_files(pattern, key, config.data, config.train.loss)
     if config.generate is not None:
         require_vllm("generate")
         load_reward(config.generate.reward)

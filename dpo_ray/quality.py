@@ -21,6 +21,10 @@ Reason = Literal[
     "prompt_repeated",
     "invalid_unicode",
     "bad_label",
+    "invalid_utf8",
+    "malformed_json",
+    "not_an_object",
+    "too_long",
 ]
 
 

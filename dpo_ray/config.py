@@ -18,6 +18,7 @@ from dpo_ray.loss_options import Loss, SigmoidLoss
 from dpo_ray.section import Section
 
 Dtype = Literal["float32", "bfloat16"]
+Paths = str | Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class Run(Section):
@@ -57,10 +58,11 @@ class Model(Section):
 
 
 class Data(Section):
-    train: str | None = None
-    """Parquet preference shards: a file, a folder or a glob. Left out when `generate` makes the pairs."""
-    eval: str | None = None
-    """Held-out preference shards. Left out: held_out_fraction of the prompts of `train`."""
+    train: Paths | None = None
+    """Preference data, Parquet or JSON lines (.jsonl, .ndjson, also .gz or .zst): a file, a folder or a glob, local or
+    a URI, or a list of these. Left out when `generate` makes the pairs."""
+    eval: Paths | None = None
+    """Held-out preference data, named likewise. Left out: held_out_fraction of the prompts of `train`."""
     held_out_fraction: float = Field(0.1, ge=0.0, lt=1.0)
     """Share of the prompts, chosen by their hash, kept from training for evaluation."""
     max_prompt_tokens: int = Field(1024, ge=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,17 @@ import pyarrow.parquet as pq
 
 from dpo_ray.artifacts import read_shard
 from dpo_ray.errors import DataError
-from dpo_ray.formats import PAIRED_COLUMNS, UNPAIRED_COLUMNS, canonical_pair, canonical_prompt, is_unpaired
+from dpo_ray.formats import PAIRED_COLUMNS, UNPAIRED_COLUMNS, canonical_pair, canonical_prompt
 from dpo_ray.model_folders import PACKAGE, load_tokenizer, package_file, resolve
 from dpo_ray.pairing import make_pairs
 from dpo_ray.pairs import PAIRS, PROMPTS, QUARANTINE, TOKENIZED, prompt_id, split_of
 from dpo_ray.quality import BadRow
+from dpo_ray.raw_files import Unreadable, read_rows
 from dpo_ray.rewards import load_reward
 from dpo_ray.storage import Location
 from dpo_ray.tokenization import completion_ids, prompt_ids
 
+_COLUMNS = frozenset(PAIRED_COLUMNS + UNPAIRED_COLUMNS)
 _RAW_BOUND = 2000  # characters of a quarantined row that are kept
 
 
@@ -48,8 +50,12 @@ class IngestShard:
 
     def __call__(self, source: dict[str, Any]) -> ShardOutput:
         kept, bad, counters = [], [], Counter[str]()
-        for number, row in _raw_rows(source):
+        for number, row in read_rows(source, _COLUMNS):
             counters["read"] += 1
+            if isinstance(row, Unreadable):
+                counters[row.reason] += 1
+                bad.append({"source": source["file"], "row": number, "reason": row.reason, "raw": row.raw})
+                continue
             try:
                 pair = canonical_pair(row)
             except BadRow as error:
@@ -202,28 +208,3 @@ def _parquet_prompts(data: bytes, uri: str) -> Iterable[tuple[int, dict[str, Any
         yield from enumerate(pq.read_table(io.BytesIO(data)).to_pylist())
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{uri} cannot be read as Parquet ({error}).") from error
-
-
-def _raw_rows(source: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows [first, first + count) of a raw file, with their numbers. Raises DataError naming the file."""
-    location, first, count = Location(source["file"]), source["first"], source["count"]
-    fs, path = location.filesystem()
-    try:
-        with fs.open_input_file(path) as stream:
-            parquet = pq.ParquetFile(stream)
-            present = parquet.schema_arrow.names
-            wanted = UNPAIRED_COLUMNS if is_unpaired(present) else PAIRED_COLUMNS
-            columns = [c for c in wanted if c in present]
-            start = 0
-            for group in range(parquet.num_row_groups):
-                size = parquet.metadata.row_group(group).num_rows
-                if start < first + count and start + size > first:
-                    table = parquet.read_row_group(group, columns=columns)
-                    low, high = max(0, first - start), min(size, first + count - start)
-                    yield from enumerate(table.slice(low, high - low).to_pylist(), start=start + low)
-                start += size
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{location} is damaged: rows {first} to {first + count - 1} cannot be read ({error}). Write "
-            "the file again, or take it out of data.train and data.eval."
-        ) from error

@@ -102,13 +102,8 @@ def open_parquet(location: Location, **options: Any) -> Iterator[pq.ParquetFile]
 def open_lines(location: Location) -> Iterator[Bytes]:
     """The bytes of a file of JSON lines, decompressed as they are read."""
     fs, path = location.filesystem()
-    codec = format_of(location.name).codec
-    with fs.open_input_stream(path) as stream:
-        if codec is None:
-            yield stream
-        else:
-            with pa.CompressedInputStream(stream, codec) as plain:
-                yield plain
+    with fs.open_input_stream(path, compression=format_of(location.name).codec) as stream:
+        yield stream
 
 
 def read_rows(

@@ -108,19 +108,22 @@ def look(location: Location) -> Look:
             f"{location} is empty, which a compressed file never is. Write it again, or take it out of data.train and "
             "data.eval; it is not passed over silently."
         )
-    read, objects, columns = 0, 0, dict[str, None]()
+    read, objects, is_array, columns = 0, 0, False, dict[str, None]()
     with reading(location, what), open_lines(location) as stream:
         lines = (line for line, _ in raw_lines(stream) if not is_blank(line))
         for line in itertools.islice(lines, _SAMPLE_LINES):
+            # Only its last element may look like a line.
+            is_array |= read == 0 and line.strip() == b"["
             row = parse_line(line)
             read += 1
             if not isinstance(row, Unreadable):
                 objects += 1
                 columns |= dict.fromkeys(row)
-    if read and not objects:
+    if is_array or (read and not objects):
+        why = "it is a JSON array" if is_array else f"none of its first {read} lines is a JSON object"
         raise DataError(
-            f"{location} is not a file of JSON lines: none of its first {read} lines is a JSON object. Each line holds "
-            "one row; write a JSON array as such lines (jq -c '.[]'), and text in another encoding as UTF-8."
+            f"{location} is not a file of JSON lines: {why}. Each line holds one row; write a JSON array as such lines "
+            "(jq -c '.[]'), and text in another encoding as UTF-8."
         )
     return Look(tuple(columns), {}, read > 0)
 

@@ -19,6 +19,7 @@ from dpo_ray.loss_options import Loss, SigmoidLoss
 from dpo_ray.section import Section
 
 Dtype = Literal["float32", "bfloat16"]
+Paths = str | Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class Run(Section):
@@ -110,10 +111,11 @@ class Pairing(Section):
 
 
 class Data(Section):
-    train: str | None = None
-    """Parquet preference shards: a file, a folder or a glob. Left out when `generate` makes the pairs."""
-    eval: str | None = None
-    """Held-out preference shards. Left out: held_out_fraction of the prompts of `train`."""
+    train: Paths | None = None
+    """Preference data, Parquet or JSON lines (.jsonl, .ndjson, also .gz or .zst): a file, a folder or a glob, local or
+    a URI, or a list of these. Left out when `generate` makes the pairs."""
+    eval: Paths | None = None
+    """Held-out preference data, named likewise. Left out: held_out_fraction of the prompts of `train`."""
     layout: Literal["auto", Layout] = "auto"
     """What the rows are: paired (chosen, rejected, and prompt where these are not whole dialogues), implicit_prompt
     (whole dialogues; a prompt column is not read), unpaired (prompt, completion, label) or ranked (prompt, completions,

@@ -37,6 +37,11 @@ def fields_of(layout: Layout) -> tuple[str, ...]:
     return _REQUIRED[layout] + _OPTIONAL[layout]
 
 
+def texts_of(layout: Layout) -> tuple[str, ...]:
+    """Those of the fields that are text or messages."""
+    return tuple(field for field in fields_of(layout) if field in {"prompt", "chosen", "rejected", "completion"})
+
+
 def layout_of(fields: Collection[str]) -> Layout | None:
     """The first layout whose required fields are all there; None where there is none.
 

@@ -281,11 +281,31 @@ def not_utf8(*values: bytes) -> pa.Array:
     return pa.Array.from_buffers(pa.string(), len(values), [None, offsets, pa.py_buffer(b"".join(values))])
 
 
-def test_bytes_that_are_not_utf8_are_an_error_that_names_the_file(tmp_path: Path):
+def test_bytes_that_are_not_utf8_cost_their_row_only(tmp_path: Path):
     table = pa.table({"prompt": ["Why?", "Why?"], "chosen": not_utf8(b"\xff\xfe", b"ok"), "rejected": ["a", "b"]})
     pq.write_table(table, tmp_path / "f.parquet")
-    with pytest.raises(DataError, match=r"f\.parquet"):
-        IngestShard(0.1, 0)(source(tmp_path / "f.parquet"))
+    output = IngestShard(0.1, 0)(source(tmp_path / "f.parquet"))
+    assert output.table["chosen"].to_pylist() == ["ok"]
+    assert output.counters == {"read": 2, "invalid_utf8": 1}
+    assert output.quarantine is not None
+    raw = '{"prompt": "Why?", "chosen": "\\\\xff\\\\xfe", "rejected": "a"}'
+    assert output.quarantine.to_pylist() == [
+        {"source": str(tmp_path / "f.parquet"), "row": 0, "reason": "invalid_utf8", "raw": raw}
+    ]
+
+
+def test_lines_that_cannot_be_parsed_go_to_quarantine_with_their_line_numbers(tmp_path: Path):
+    lines = [json.dumps(raw(0)).encode(), b"", b"{", b'{"a": "\xff"}', json.dumps(raw(1)).encode(), b"[]"]
+    (tmp_path / "f.jsonl").write_bytes(b"\n".join(lines))
+    output = IngestShard(0.1, 0)({"file": str(tmp_path / "f.jsonl"), "layout": "paired", "split": "train"})
+    assert output.table["chosen"].to_pylist() == ["Good 0", "Good 1"]
+    assert output.counters == {"read": 5, "malformed_json": 1, "invalid_utf8": 1, "not_an_object": 1}
+    assert output.quarantine is not None
+    assert [(q["row"], q["reason"], q["raw"]) for q in output.quarantine.to_pylist()] == [
+        (3, "malformed_json", "{"),
+        (4, "invalid_utf8", '{"a": "\\xff"}'),
+        (6, "not_an_object", "[]"),
+    ]
 
 
 def pairs_shard(folder: Path, pairs: list[PreferencePair]) -> dict[str, str]:

@@ -226,7 +226,7 @@ def file_hash(location: Location) -> str:
     """sha256 of a file's bytes, in constant memory."""
     fs, path = location.filesystem()
     hashed = hashlib.sha256()
-    with fs.open_input_stream(path) as stream:
+    with fs.open_input_stream(path, compression=None) as stream:  # not what a .gz file unpacks to
         while chunk := stream.read(1 << 22):
             hashed.update(chunk)
     return hashed.hexdigest()

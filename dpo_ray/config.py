@@ -14,10 +14,12 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from dpo_ray.errors import ConfigError
+from dpo_ray.layouts import Layout, fields_of
 from dpo_ray.loss_options import Loss, SigmoidLoss
 from dpo_ray.section import Section
 
 Dtype = Literal["float32", "bfloat16"]
+Paths = str | Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class Run(Section):
@@ -56,11 +58,72 @@ class Model(Section):
     """Train adapters only; left out: all weights."""
 
 
+class Columns(Section):
+    """What the fields of a row are called in the files, where not by their own names."""
+
+    prompt: str | None = None
+    """Column of the prompt: text or messages."""
+    chosen: str | None = None
+    """Column of the better answer, or of the dialogue that ends with it."""
+    rejected: str | None = None
+    """Column of the worse answer, or of the dialogue that ends with it."""
+    completion: str | None = None
+    """Column of a single answer."""
+    label: str | None = None
+    """Column that tells whether a single answer is desirable: true, false, 1 or 0."""
+    completions: str | None = None
+    """Column of ranked answers: a list of them."""
+    scores: str | None = None
+    """Column of the scores of ranked answers: a number for each."""
+    tools: str | None = None
+    """Column of the tools that the chat template shows: a list of JSON schemas, or that list as JSON text."""
+
+    def renamed(self) -> dict[str, str]:
+        """Field → its column, for the fields that are named here."""
+        return {field: column for field, column in self if column is not None}
+
+    def in_files(self) -> dict[str, str]:
+        """Field → its column. A field whose own name is another field's column stands in no column."""
+        renamed = self.renamed()
+        taken = set(renamed.values())
+        return {f: renamed.get(f, f) for f in type(self).model_fields if f in renamed or f not in taken}
+
+    @model_validator(mode="after")
+    def _once(self) -> Columns:
+        fields: dict[str, str] = {}
+        for field, column in self.renamed().items():
+            if column in fields:
+                raise ValueError(
+                    f"data.columns.{fields[column]} and data.columns.{field} both name the column {column!r}: a column "
+                    "is one field"
+                )
+            fields[column] = field
+        return self
+
+
+class Pairing(Section):
+    """How ranked answers become pairs: best against worst, second best against second worst, and so on."""
+
+    min_score_gap: float = Field(0.1, gt=0.0)
+    """A pair whose scores are nearer than this is a tie, and is no pair."""
+    pairs_per_prompt: int = Field(1, ge=1)
+    """At most so many pairs a row."""
+
+
 class Data(Section):
-    train: str | None = None
-    """Parquet preference shards: a file, a folder or a glob. Left out when `generate` makes the pairs."""
-    eval: str | None = None
-    """Held-out preference shards. Left out: held_out_fraction of the prompts of `train`."""
+    train: Paths | None = None
+    """Preference data, Parquet or JSON lines (.jsonl, .ndjson, also .gz or .zst): a file, a folder or a glob, local or
+    a URI, or a list of these. Left out when `generate` makes the pairs."""
+    eval: Paths | None = None
+    """Held-out preference data, named likewise. Left out: held_out_fraction of the prompts of `train`."""
+    layout: Literal["auto", Layout] = "auto"
+    """What the rows are: paired (chosen, rejected, and prompt where these are not whole dialogues), implicit_prompt
+    (whole dialogues; a prompt column is not read), unpaired (prompt, completion, label) or ranked (prompt, completions,
+    scores). auto: each file by its columns, the first of these layouts that they make up."""
+    columns: Columns = Columns()
+    """Column names of the files that differ from the names of the fields."""
+    pairing: Pairing = Pairing()
+    """How rows of ranked answers become pairs."""
     held_out_fraction: float = Field(0.1, ge=0.0, lt=1.0)
     """Share of the prompts, chosen by their hash, kept from training for evaluation."""
     max_prompt_tokens: int = Field(1024, ge=1)
@@ -70,8 +133,33 @@ class Data(Section):
     max_quarantined_fraction: float = Field(0.05, ge=0.0, le=1.0)
     """Ingest fails when a larger share of the rows is unusable, and so does the reference when its engine cannot score
     a larger share."""
+    max_characters: int = Field(1_000_000, ge=1)
+    """A row with more characters is quarantined as too_long, unseen: it could fill a worker's memory before the limits
+    in tokens, which are what decides for all other rows, can tell."""
     rows_per_shard: int = Field(512, ge=1)
     """Rows in a unit of work: what is lost at most when a process dies, and what is computed at once."""
+
+    def require_used(self, layouts: set[Layout]) -> None:
+        """Raises ConfigError where an option means nothing to rows of any of these layouts."""
+        found = " and ".join(sorted(layouts))
+        used = {field for layout in layouts for field in fields_of(layout)}
+        for field, column in self.columns.renamed().items():
+            if field not in used:
+                raise ConfigError(
+                    f"data.columns.{field}={column} names a field that {found} rows do not have: leave it out, or set "
+                    "data.layout to what the rows are"
+                )
+        if self.pairing != Pairing() and "ranked" not in layouts:
+            raise ConfigError(
+                f"data.pairing is for ranked rows (prompt, completions, scores), and these are {found}: leave it out, "
+                "or set data.layout=ranked"
+            )
+
+    @model_validator(mode="after")
+    def _all_used(self) -> Data:
+        if self.layout != "auto":
+            self.require_used({self.layout})
+        return self
 
 
 class Sampling(Section):
@@ -310,6 +398,11 @@ class Config(Section):
             raise ValueError(
                 "data.eval goes with data.train; with generate, data.held_out_fraction of the prompts is held out"
             )
+        if self.generate is not None:
+            for key in ("layout", "columns", "pairing"):
+                value = getattr(self.data, key)
+                if value != Data.model_fields[key].default:
+                    raise ValueError(f"data.{key} is about the rows of data.train; with generate, leave it out")
         if self.generate is not None and self.generate.sampling.samples < 2:
             raise ValueError("generate.sampling.samples is 1, but a pair needs at least 2 samples of a prompt")
         if self.publish.gate.win_rate_above is not None and self.evaluate.win_rate is None:

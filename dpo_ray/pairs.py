@@ -30,16 +30,19 @@ class PreferencePair:
     prompt: tuple[Message, ...]
     chosen: str | None
     rejected: str | None
+    tools: str | None = None
+    """The tools that the chat template shows with the prompt: JSON text of a list, None where there are none."""
 
     @property
     def pair_id(self) -> str:
         """Content id of the pair: 16 hex digits."""
-        return _digest([list(self.prompt), self.chosen, self.rejected])
+        tools = [] if self.tools is None else [self.tools]
+        return _digest([list(self.prompt), self.chosen, self.rejected, *tools])
 
     @property
     def prompt_id(self) -> str:
-        """Content id of the prompt: 16 hex digits."""
-        return prompt_id(list(self.prompt))
+        """Content id of the prompt with its tools: 16 hex digits."""
+        return prompt_id(list(self.prompt), self.tools)
 
     @property
     def couple_id(self) -> str:
@@ -99,6 +102,7 @@ PAIRS = pa.schema(
         ("prompt", _MESSAGES),
         ("chosen", pa.string()),
         ("rejected", pa.string()),
+        ("tools", pa.string()),
     ]
 )
 
@@ -122,9 +126,9 @@ MISMATCHED = pa.schema([*REFERENCE, ("mismatched_ids", _IDS), ("mismatched_ref_l
 QUARANTINE = pa.schema([("source", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("raw", pa.string())])
 
 
-def prompt_id(prompt: list[Message]) -> str:
-    """Content id of a prompt: 16 hex digits."""
-    return _digest(prompt)
+def prompt_id(prompt: list[Message], tools: str | None = None) -> str:
+    """Content id of a prompt, with its tools if it has any: 16 hex digits."""
+    return _digest(prompt if tools is None else [prompt, tools])
 
 
 def split_of(identifier: str, held_out_fraction: float, seed: int) -> Split:

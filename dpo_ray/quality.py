@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NoReturn
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NoReturn, get_args
 
 from dpo_ray.pairs import Message, PreferencePair
 
 Reason = Literal[
+    "invalid_utf8",
+    "malformed_json",
+    "not_an_object",
+    "too_long",
     "null_field",
     "missing_field",
     "non_string_content",
@@ -21,7 +28,38 @@ Reason = Literal[
     "prompt_repeated",
     "invalid_unicode",
     "bad_label",
+    "bad_scores",
+    "too_few_distinct",
+    "tie",
+    "bad_tools",
 ]
+REASONS: tuple[Reason, ...] = get_args(Reason)
+
+MEANING: dict[Reason, str] = {
+    "invalid_utf8": "not UTF-8",
+    "malformed_json": "not a whole JSON value",
+    "not_an_object": "JSON, but not an object",
+    "too_long": "more characters than data.max_characters",
+    "null_field": "a field, a role or a content is null",
+    "missing_field": "a field is absent and cannot be derived; say with data.columns what it is called",
+    "non_string_content": "a field or a content is of another type than text or messages",
+    "mixed_types": "some fields are text and others messages; data.layout=implicit_prompt passes over a prompt column",
+    "empty_prompt": "no prompt, or an empty message in it",
+    "empty_response": "an answer without text",
+    "identical_pair": "both answers are equal",
+    "unknown_role": "a role other than system, user and assistant",
+    "role_order": "the prompt is not an optional system turn, then user and assistant in turn, at the end the user",
+    "bad_completion": "an answer is not one message of the assistant",
+    "diverging_prefix": "the dialogues differ before their last turn",
+    "prompt_repeated": "the answers hold the prompt again; data.layout=implicit_prompt takes it from them alone",
+    "invalid_unicode": "a lone surrogate",
+    "bad_label": "the label is neither true, false, 1 nor 0",
+    "bad_scores": "not one finite number for each completion",
+    "too_few_distinct": "less than two different completions",
+    "tie": "no two scores differ by data.pairing.min_score_gap",
+    "bad_tools": "the tools are not a list of named functions, or not JSON",
+}
+"""What is wrong with a row, in the words of an error message."""
 
 
 class BadRow(Exception):
@@ -48,6 +86,22 @@ def check_text(text: Any) -> str:
     except UnicodeEncodeError:
         reject("invalid_unicode")
     return text
+
+
+def check_length(fields: Mapping[str, Any], max_characters: int) -> None:
+    """At most so many characters of text in all the fields together, keys left aside. Raises BadRow."""
+    left = max_characters
+    waiting: list[Any] = list(fields.values())
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str | bytes):
+            left -= len(value)
+            if left < 0:
+                reject("too_long")
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value.values()
 
 
 def check_message(message: Any) -> Message:
@@ -81,6 +135,57 @@ def check_label(label: Any) -> bool:
     if not isinstance(label, int) or label not in (0, 1):
         reject("bad_label")
     return bool(label)
+
+
+def check_scores(scores: Any, completions: int) -> list[float]:
+    """A finite number for each completion. Raises BadRow."""
+    if not isinstance(scores, list) or len(scores) != completions:
+        reject("bad_scores")
+    try:
+        # A bool is an int to Python, and judges an answer, but ranks none.
+        numbers = [float(s) if isinstance(s, int | float) and not isinstance(s, bool) else math.nan for s in scores]
+    except OverflowError:
+        reject("bad_scores")
+    if not all(math.isfinite(number) for number in numbers):
+        reject("bad_scores")
+    return numbers
+
+
+def check_tools(tools: Any) -> str | None:
+    """The tools of a row as JSON text, None where there are none: null, blank text or an empty list. Raises BadRow.
+
+    Tools are a list of JSON schemas, each with a name of its own or, one level down, in `function`; or that list as
+    JSON text. In a list that is not text, what is null is left out: a column of structs has every key of every row.
+    """
+    try:
+        if isinstance(tools, str):
+            tools = json.loads(tools, parse_constant=_no_number) if tools.strip() else None
+        else:
+            tools = _without_nulls(tools)
+        if tools is None or tools == []:
+            return None
+        if not isinstance(tools, list) or not all(_is_tool(tool) for tool in tools):
+            reject("bad_tools")
+        text = json.dumps(tools, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        reject("bad_tools")
+    return check_text(text)
+
+
+def _is_tool(tool: Any) -> bool:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return isinstance(name, str) and bool(name.strip())
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def check_pair(pair: PreferencePair) -> PreferencePair:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +16,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_ray.artifacts import open_artifact, read_shard
+from dpo_ray.config import Columns, Pairing
 from dpo_ray.data_report import measure_pairs, measure_reference, measure_tokens, to_table
 from dpo_ray.duplicates import find, left_out_table, read_bucket, read_kept
 from dpo_ray.errors import DataError
-from dpo_ray.formats import PAIRED_COLUMNS, UNPAIRED_COLUMNS, canonical_pair, canonical_prompt, is_unpaired
+from dpo_ray.formats import canonical_pairs, canonical_prompt
+from dpo_ray.layouts import Layout, fields_of
 from dpo_ray.model_folders import PACKAGE, load_tokenizer, package_file, resolve
 from dpo_ray.pairing import make_pairs
-from dpo_ray.pairs import PAIRS, PROMPTS, QUARANTINE, TOKENIZED, prompt_id, split_of
-from dpo_ray.quality import BadRow
+from dpo_ray.pairs import PAIRS, PROMPTS, TOKENIZED, PreferencePair, prompt_id, split_of
+from dpo_ray.quality import BadRow, check_length, reject
+from dpo_ray.quarantine import quarantine_table, quarantined
+from dpo_ray.raw_files import Unreadable, read_rows
 from dpo_ray.rewards import load_reward
 from dpo_ray.storage import Location
 from dpo_ray.tokenization import completion_ids, prompt_ids
-
-_RAW_BOUND = 2000  # characters of a quarantined row that are kept
 
 
 @dataclass(frozen=True)
@@ -42,37 +44,62 @@ class ShardOutput:
 
 
 class IngestShard:
-    """Raw rows → canonical pairs; bad rows → quarantine with the reason."""
+    """Raw rows → canonical pairs, in order; bad rows → quarantine with the reason.
 
-    def __init__(self, held_out_fraction: float, seed: int):
+    A source names its `layout` (dpo_ray.layouts). A row with more than `max_characters` is bad.
+    """
+
+    def __init__(
+        self,
+        held_out_fraction: float,
+        seed: int,
+        columns: Columns = Columns(),
+        pairing: Pairing = Pairing(),
+        max_characters: int | None = None,
+    ):
         self.held_out_fraction = held_out_fraction
         self.seed = seed
+        self.columns = columns.in_files()
+        self.pairing = pairing
+        self.max_characters = max_characters
 
     def __call__(self, source: dict[str, Any]) -> ShardOutput:
+        fields = {f: self.columns[f] for f in fields_of(source["layout"]) if f in self.columns}
         kept, bad, counters = [], [], Counter[str]()
-        for number, row in _raw_rows(source):
+        for number, row in read_rows(source, set(fields.values())):
             counters["read"] += 1
             try:
-                pair = canonical_pair(row)
+                pairs = self._pairs(row, source["layout"], fields)
             except BadRow as error:
                 counters[error.reason] += 1
-                raw = json.dumps(row, ensure_ascii=True, default=str)[:_RAW_BOUND]
-                bad.append({"source": source["file"], "row": number, "reason": error.reason, "raw": raw})
+                raw = row.raw if isinstance(row, Unreadable) else row
+                bad.append(quarantined(source["file"], number, error.reason, raw))
                 continue
-            split = source["split"] or split_of(pair.prompt_id, self.held_out_fraction, self.seed)
-            kept.append(
-                {
-                    "pair_id": pair.pair_id,
-                    "prompt_id": pair.prompt_id,
-                    "couple_id": pair.couple_id,
-                    "split": split,
-                    "prompt": list(pair.prompt),
-                    "chosen": pair.chosen,
-                    "rejected": pair.rejected,
-                }
-            )
-        quarantine = pa.Table.from_pylist(bad, schema=QUARANTINE) if bad else None
-        return ShardOutput(pa.Table.from_pylist(kept, schema=PAIRS), counters, quarantine)
+            if len(pairs) > 1:
+                counters["more_pairs"] += len(pairs) - 1
+            for pair in pairs:
+                split = source["split"] or split_of(pair.prompt_id, self.held_out_fraction, self.seed)
+                kept.append(
+                    {
+                        "pair_id": pair.pair_id,
+                        "prompt_id": pair.prompt_id,
+                        "couple_id": pair.couple_id,
+                        "split": split,
+                        "prompt": list(pair.prompt),
+                        "chosen": pair.chosen,
+                        "rejected": pair.rejected,
+                        "tools": pair.tools,
+                    }
+                )
+        return ShardOutput(pa.Table.from_pylist(kept, schema=PAIRS), counters, quarantine_table(bad))
+
+    def _pairs(self, row: dict[str, Any] | Unreadable, layout: Layout, fields: dict[str, str]) -> list[PreferencePair]:
+        if isinstance(row, Unreadable):
+            reject(row.reason)
+        named = {field: row[column] for field, column in fields.items() if column in row}
+        if self.max_characters is not None:
+            check_length(named, self.max_characters)
+        return canonical_pairs(named, layout, self.pairing)
 
 
 class PairShard:
@@ -232,28 +259,3 @@ def _parquet_prompts(data: bytes, uri: str) -> Iterable[tuple[int, dict[str, Any
         yield from enumerate(pq.read_table(io.BytesIO(data)).to_pylist())
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{uri} cannot be read as Parquet ({error}).") from error
-
-
-def _raw_rows(source: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows [first, first + count) of a raw file, with their numbers. Raises DataError naming the file."""
-    location, first, count = Location(source["file"]), source["first"], source["count"]
-    fs, path = location.filesystem()
-    try:
-        with fs.open_input_file(path) as stream:
-            parquet = pq.ParquetFile(stream)
-            present = parquet.schema_arrow.names
-            wanted = UNPAIRED_COLUMNS if is_unpaired(present) else PAIRED_COLUMNS
-            columns = [c for c in wanted if c in present]
-            start = 0
-            for group in range(parquet.num_row_groups):
-                size = parquet.metadata.row_group(group).num_rows
-                if start < first + count and start + size > first:
-                    table = parquet.read_row_group(group, columns=columns)
-                    low, high = max(0, first - start), min(size, first + count - start)
-                    yield from enumerate(table.slice(low, high - low).to_pylist(), start=start + low)
-                start += size
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{location} is damaged: rows {first} to {first + count - 1} cannot be read ({error}). Write "
-            "the file again, or take it out of data.train and data.eval."
-        ) from error

@@ -119,10 +119,11 @@ class Location:
             ) from error
 
 
-def find_files(pattern: str, suffix: str) -> list[Location]:
-    """The files that a path names: a file itself, the files with this suffix in a folder, or the matches of a glob.
+def find_files(pattern: str, suffix: str | tuple[str, ...]) -> list[Location]:
+    """The files that a path names: a file itself, the files with such a suffix in a folder, or the matches of a glob.
 
-    Sorted by name, empty where nothing is found.
+    In a folder, files and folders whose names begin with a dot or an underscore are no data (unfinished writes, caches,
+    _SUCCESS). Sorted by name, empty where nothing is found.
     """
     place = Location.of(pattern)
     # In a URI a question mark begins its options.
@@ -138,7 +139,8 @@ def find_files(pattern: str, suffix: str) -> list[Location]:
     if kind == pafs.FileType.File:
         return [place]
     if kind == pafs.FileType.Directory:
-        return [f for f in _files_below(place) if f.uri.endswith(suffix)]
+        below = [(f, f.uri[len(place.uri) :].split("/")) for f in _files_below(place)]
+        return [f for f, parts in below if f.uri.endswith(suffix) and not any(p.startswith((".", "_")) for p in parts)]
     return []
 
 

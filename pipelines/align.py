@@ -18,7 +18,7 @@ from pipelines.data_report import report_data
 from pipelines.deduplicate import deduplicate
 from pipelines.evaluate import evaluate
 from pipelines.generate import generate
-from pipelines.ingest import ingest, input_files
+from pipelines.ingest import check_inputs, ingest
 from pipelines.publish import publish
 from pipelines.reference import reference, require_reference_use
 from pipelines.tokenize import tokenize
@@ -79,9 +79,8 @@ def preflight(config: Config, until: Stage = "publish") -> None:
         raise ConfigError(
             "This configuration reads its pairs from data.train: run `dpo-ray ingest` instead of generate."
         )
-    for key, pattern in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if pattern is not None:
-            input_files(pattern, key, config.train.loss)
+    if config.data.train is not None:
+        check_inputs(config)
     if config.generate is not None:
         require_vllm("generate")
         load_reward(config.generate.reward)

@@ -47,7 +47,8 @@ class RunContext:
         began = time.monotonic()
         artifact, reused = make()
         counters = artifact.manifest.counters
-        dropped = {k: v for k, v in counters.items() if k not in {"read", "kept", "tokens", "other_split"} and v}
+        not_dropped = {"read", "kept", "more_pairs", "tokens", "other_split"}
+        dropped = {k: v for k, v in counters.items() if k not in not_dropped and v}
         self.stages[name] = {
             "fingerprint": artifact.fingerprint,
             "reused": reused,

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from dpo_ray.artifacts import Artifact, digest, file_hash
+from dpo_ray.artifacts import Artifact, digest
+from dpo_ray.config import Config, Data, Paths
 from dpo_ray.errors import DataError
-from dpo_ray.formats import check_columns, is_unpaired
-from dpo_ray.loss_options import LossOptions
+from dpo_ray.layouts import Layout, recognise, texts_of
+from dpo_ray.on_ray.scanning import scan_files
 from dpo_ray.on_ray.shards import Pool, ShardTask, shard_stage
 from dpo_ray.pairs import PAIRS
+from dpo_ray.quarantine import require_enough_kept
+from dpo_ray.raw_files import SUFFIXES, Stamp
+from dpo_ray.raw_scan import FileRecord, Look, each, look, read_record, require_usable
 from dpo_ray.shard_work import IngestShard
 from dpo_ray.storage import Location, find_files
 from pipelines.context import RunContext
+
+FILES = "artifacts/files"
+"""Below run.output: what was found out about the input files."""
 
 
 def ingest(context: RunContext) -> Artifact:
@@ -24,59 +28,94 @@ def ingest(context: RunContext) -> Artifact:
     return context.stage("ingest", lambda: _ingest(context))
 
 
-def input_files(pattern: str, key: str, loss: LossOptions) -> list[tuple[Location, int]]:
-    """The Parquet files that a path names, each with its number of rows; every footer is read.
+def check_inputs(config: Config) -> None:
+    """What a first look at the input files can tell before work begins; files that were scanned are not opened.
 
-    Raises DataError where there is none, where a file is not Parquet, where it can hold no preferences, or where its
-    rows are unpaired and the loss compares two answers.
+    Raises DataError where there is no file or no row, where files are unreadable or can hold no preferences, or where
+    their rows are unpaired and the loss compares two answers; ConfigError where an option is of no use to them.
     """
-    found = find_files(pattern, ".parquet")
-    if not found:
-        raise DataError(
-            f"{key} is {pattern}, and no file is there. Check the path; a glob is quoted in the shell, as in "
-            f"-o '{key}=data/*.parquet'."
-        )
-    return [(location, _rows(location, loss)) for location in found]
+    layouts = set()
+    for key, files, _ in _sides(config.data):
+        found = each(lambda file: _known(file, config), files)
+        _require_rows([file for file, _ in found], key)
+        layouts |= {layout for _, layout in found if layout is not None}
+    config.data.require_used(layouts)
 
 
-def _rows(location: Location, loss: LossOptions) -> int:
-    fs, path = location.filesystem()
-    try:
-        with fs.open_input_file(path) as stream:
-            parquet = pq.ParquetFile(stream)
-            columns, rows = parquet.schema_arrow.names, parquet.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
+def _known(file: Location, config: Config) -> tuple[Look | FileRecord, Layout | None]:
+    folder = Location.of(config.run.output) / FILES
+    found = read_record(folder, Stamp.of(file), config.data.rows_per_shard) or look(file)
+    return found, _layout(found, str(file), config)
+
+
+def _sides(data: Data) -> list[tuple[str, list[Location], str | None]]:
+    """Key of the configuration, its files, and the side of the split that they are; None: it is cut from them."""
+    assert data.train is not None
+    sides = [("data.train", _find(data.train, "data.train"), "train" if data.eval else None)]
+    return [*sides, ("data.eval", _find(data.eval, "data.eval"), "eval")] if data.eval else sides
+
+
+def _find(paths: Paths, key: str) -> list[Location]:
+    """The files that one or several paths name, each once."""
+    files: dict[Location, None] = {}
+    for pattern in [paths] if isinstance(paths, str) else paths:
+        found = find_files(pattern, SUFFIXES)
+        if not found:
+            raise DataError(
+                f"{key} is {pattern}, and no file is there. Check the path; of a folder, the files with these suffixes "
+                f"are taken: {', '.join(SUFFIXES)}; a glob is quoted in the shell, as in -o '{key}=data/*.parquet'."
+            )
+        files |= dict.fromkeys(found)
+    return list(files)
+
+
+def _layout(found: Look | FileRecord, source: str, config: Config) -> Layout | None:
+    """What the rows of a file are, None for an empty file of JSON lines, which has no columns to be wrong."""
+    if not found.has_rows and not found.columns:
+        return None
+    names, loss = config.data.columns.in_files(), config.train.loss
+    layout = recognise(found.columns, source, option=config.data.layout, names=names)
+    require_usable(found, [names[field] for field in texts_of(layout) if field in names], source)
+    if layout == "unpaired" and not loss.accepts_unpaired:
         raise DataError(
-            f"{location} is not a readable Parquet file ({' '.join(str(error).split())}). Write it again, or take it "
-            "out of data.train and data.eval; it is not passed over silently."
-        ) from error
-    check_columns(columns, str(location))
-    if is_unpaired(columns) and not loss.accepts_unpaired:
-        raise DataError(
-            f"{location} holds single answers with a label (prompt, completion, label), and train.loss.type="
+            f"{source} holds single answers with a label (prompt, completion, label), and train.loss.type="
             f"{loss.type} compares two answers to a prompt. Set train.loss.type=kto, which learns from single answers, "
             "or give paired data: chosen and rejected."
         )
-    return rows
+    return layout
+
+
+def _require_rows(found: Sequence[Look | FileRecord], key: str) -> None:
+    if not any(file.has_rows for file in found):
+        raise DataError(f"{key} names {len(found)} readable files, but not a single row is in them.")
 
 
 def _ingest(context: RunContext) -> tuple[Artifact, bool]:
     data, seed = context.config.data, context.config.run.seed
-    assert data.train is not None
+    sides = _sides(data)
+    folder = context.output / FILES
+    records = scan_files(folder, [file for _, files, _ in sides for file in files], data.rows_per_shard)
+    found = each(lambda record: (record, _layout(record, record.uri, context.config)), records)
+    data.require_used({layout for _, layout in found if layout is not None})
     tasks: list[ShardTask] = []
-    sides = [(data.train, "data.train", "train" if data.eval else None)]
-    if data.eval:
-        sides.append((data.eval, "data.eval", "eval"))
-    for pattern, key, split in sides:
-        files = input_files(pattern, key, context.config.train.loss)
-        if not any(rows for _, rows in files):
-            raise DataError(f"{key} is {pattern}: {len(files)} readable files, but not a single row in them.")
-        for location, rows in files:
-            tasks += _tasks(location, rows, split, data.rows_per_shard)
+    for key, files, split in sides:
+        side, found = found[: len(files)], found[len(files) :]
+        _require_rows([record for record, _ in side], key)
+        for record, layout in side:
+            tasks += [] if layout is None else _tasks(record, layout, folder, split, data)
+    options = {
+        "held_out_fraction": data.held_out_fraction,
+        "seed": seed,
+        "columns": data.columns,
+        "pairing": data.pairing,
+        "max_characters": data.max_characters,
+    }
     identity: dict[str, Any] = {
         "held_out_fraction": data.held_out_fraction if data.eval is None else None,
         "seed": seed,
         "columns": PAIRS.names,
+        "renamed": data.columns.renamed(),
+        "max_characters": data.max_characters,
     }
     artifact, reused = shard_stage(
         context.output,
@@ -84,35 +123,22 @@ def _ingest(context: RunContext) -> tuple[Artifact, bool]:
         identity=identity,
         inputs={"files": digest([t.content for t in tasks])},
         tasks=tasks,
-        pool=Pool(IngestShard, {"held_out_fraction": data.held_out_fraction, "seed": seed}, num_actors=2),
+        pool=Pool(IngestShard, options, num_actors=2),
     )
     require_enough_kept(artifact, data.max_quarantined_fraction)
     return artifact, reused
 
 
-def _tasks(location: Location, rows: int, split: str | None, rows_per_shard: int) -> list[ShardTask]:
-    content = file_hash(location)
-    task = ShardTask(source={"file": location.uri, "split": split}, content=f"{content}:{split}", rows=0)
-    tasks = []
-    for first in range(0, rows, rows_per_shard):
-        count = min(rows_per_shard, rows - first)
-        source = {**task.source, "first": first, "count": count}
-        tasks.append(replace(task, source=source, content=f"{task.content}:{first}:{count}", rows=count))
-    return tasks
-
-
-def require_enough_kept(pairs: Artifact, max_quarantined_fraction: float) -> None:
-    """Raises DataError where too large a share of the rows was quarantined, or where no pair is left."""
-    counters = pairs.manifest.counters
-    read, kept = counters["read"], counters["kept"]
-    bad = {k: v for k, v in counters.items() if k not in {"read", "kept"}}
-    quarantined = sum(bad.values())
-    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(bad.items(), key=lambda item: -item[1]))
-    if quarantined > max_quarantined_fraction * read:
-        raise DataError(
-            f"{quarantined} of {read} rows ({quarantined / read:.1%}) make no preference pair ({reasons}), more than "
-            f"data.max_quarantined_fraction={max_quarantined_fraction:g} allows. The rows, with their reasons, are in "
-            f"{pairs.location}/quarantine; mend the input, or raise the limit if they may be left out."
+def _tasks(record: FileRecord, layout: Layout, folder: Location, split: str | None, data: Data) -> list[ShardTask]:
+    """A task for each part. Its content is the file's, not its name: a file that was moved is the same."""
+    # The layout is part of what the rows are, and so is the pairing for those that it makes pairs of; as options of the
+    # stage, they would have every other shard computed again.
+    how = f"{layout}:{digest(data.pairing.model_dump())}" if layout == "ranked" else layout
+    return [
+        ShardTask(
+            source={**source, "layout": layout, "split": split},
+            content=f"{record.sha256}:{split}:{how}:{part.first}:{part.rows}",
+            rows=part.rows,
         )
-    if kept == 0:
-        raise DataError(f"None of the {read} rows read makes a preference pair ({reasons}).")
+        for part, source in record.sources(folder)
+    ]

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from dpo_ray.config import Config
+from dpo_ray.config import Config, Paths
 from dpo_ray.errors import ConfigError
 from dpo_ray.storage import Location
 
 if TYPE_CHECKING:
     from pipelines import Stage
     from pipelines.context import RunContext
+
+
+def _named(paths: Paths) -> str:
+    return paths if isinstance(paths, str) else ", ".join(paths)
 
 
 def plan_lines(config: Config, until: Stage) -> list[str]:
@@ -31,9 +35,13 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
             )
         ]
     else:
-        held_out = config.data.eval or f"{config.data.held_out_fraction:g} of the prompts"
+        data = config.data
+        held_out = _named(data.eval) if data.eval else f"{data.held_out_fraction:g} of the prompts"
         first = [
-            ("ingest", f"pairs of {config.data.train}, held out: {held_out}; without duplicates and contradictions")
+            (
+                "ingest",
+                f"pairs of {_named(data.train or ())}, held out: {held_out}; without duplicates and contradictions",
+            )
         ]
     steps = [
         *first,

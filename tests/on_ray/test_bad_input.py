@@ -62,6 +62,33 @@ def test_unreadable_parquet(attempt, tmp_path):
     readable(attempt(), 3, "broken.parquet", "not a readable Parquet file")
 
 
+def test_all_bad_files_are_told_at_once(attempt, tmp_path, write_preferences):
+    (tmp_path / "data" / "broken.parquet").write_bytes(b"PAR1 this is not Parquet")
+    (tmp_path / "data" / "half.jsonl.gz").write_bytes(b"not gzip")
+    write_preferences(tmp_path / "data", [{"prompt": "a", "answer": "b"}], name="other.parquet")
+    write_preferences(tmp_path / "data", [{"prompt": "a", "chosen": 1, "rejected": 2}], name="types.parquet")
+    done = attempt(data__train=str(tmp_path / "data"))
+    readable(
+        done, 3, "4 files cannot be used", "broken.parquet is not", "half.jsonl.gz is not", "types.parquet", "int64"
+    )
+    assert "other.parquet has no column chosen" in done.log
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_no_known_kind(attempt, tmp_path):
+    (tmp_path / "data" / "notes.txt").write_text("read me")
+    readable(attempt(data__train=str(tmp_path / "data" / "*")), 3, "notes.txt", ".parquet, .jsonl", "Rename")
+
+
+def test_a_json_array(attempt, tmp_path):
+    (tmp_path / "data" / "a.json").write_text('[{"prompt": "a", "chosen": "b", "rejected": "c"}]')
+    readable(attempt(data__train=str(tmp_path / "data" / "a.json")), 3, "a.json", "JSON lines", "jq -c")
+
+
+def test_one_of_several_paths_is_missing(attempt, tmp_path):
+    readable(attempt(data__train=[str(tmp_path / "data"), "/nowhere"]), 3, "data.train is /nowhere", "no file")
+
+
 def test_missing_column(attempt, tmp_path, write_preferences):
     write_preferences(tmp_path / "data", [{"prompt": "a", "answer": "b"}], name="other.parquet")
     readable(attempt(), 3, "other.parquet", "no column chosen", "rename")

@@ -152,6 +152,58 @@ def test_pairs_need_exactly_one_origin():
     assert "both is given" in message(tree(generate={"prompts": "p.jsonl"}))
 
 
+def test_columns_are_named_by_field():
+    columns = parse_config(tree(data={"train": "t", "columns": {"prompt": "question"}})).data.columns
+    assert columns.in_files()["prompt"] == "question" and columns.in_files()["chosen"] == "chosen"
+    said = message(tree(data={"train": "t", "columns": {"promt": "question"}}))
+    assert "data.columns.promt is not a known key; did you mean prompt?" in said
+
+
+def test_a_column_is_one_field():
+    said = message(tree(data={"train": "t", "columns": {"chosen": "a", "rejected": "a"}}))
+    assert "data.columns.chosen and data.columns.rejected both name the column 'a'" in said
+    # A name that is taken stands for the field that takes it.
+    columns = parse_config(tree(data={"train": "t", "columns": {"chosen": "completion"}})).data.columns
+    assert columns.in_files()["chosen"] == "completion" and "completion" not in columns.in_files()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"layout": "paired", "pairing": {"pairs_per_prompt": 2}}, "data.pairing is for ranked rows"),
+        ({"layout": "unpaired", "columns": {"chosen": "a"}}, "data.columns.chosen=a"),
+        ({"layout": "implicit_prompt", "columns": {"prompt": "a"}}, "data.columns.prompt=a"),
+        ({"layout": "ranking"}, "data.layout='ranking'"),
+        ({"pairing": {"min_score_gap": 0}}, "data.pairing.min_score_gap=0"),
+        ({"pairing": {"pairs": 2}}, "data.pairing.pairs is not a known key"),
+    ],
+)
+def test_options_that_mean_nothing_to_the_layout_fail(data: dict[str, Any], said: str):
+    assert said in message(tree(data={"train": "t", **data}))
+
+
+def test_options_of_the_layouts_that_are_there_pass():
+    data = parse_config(
+        tree(data={"train": "t", "columns": {"label": "good"}, "pairing": {"pairs_per_prompt": 2}})
+    ).data
+    data.require_used({"unpaired", "ranked"})
+    with pytest.raises(ConfigError, match=r"data\.columns\.label=good .* paired and ranked rows"):
+        data.require_used({"paired", "ranked"})
+    with pytest.raises(ConfigError, match=r"data\.pairing .* these are unpaired"):
+        data.require_used({"unpaired"})
+
+
+def test_the_resolved_tree_of_a_named_layout_loads_again():
+    config = parse_config(tree(data={"train": "t", "layout": "paired"}))
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize("key", ["layout", "columns", "pairing"])
+def test_options_of_read_rows_do_not_go_with_generated_ones(key: str):
+    value = {"layout": "ranked", "columns": {"prompt": "a"}, "pairing": {"pairs_per_prompt": 2}}[key]
+    assert f"data.{key} is about the rows" in message(tree(data={key: value}, generate={"prompts": "p.jsonl"}))
+
+
 def test_held_out_pairs_do_not_go_with_generated_ones():
     assert "data.eval" in message(tree(data={"eval": "e.parquet"}, generate={"prompts": "p.jsonl"}))
 

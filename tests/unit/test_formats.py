@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dpo_ray.errors import DataError
-from dpo_ray.formats import canonical_pair, canonical_prompt, check_columns, is_unpaired
+from dpo_ray.config import Pairing
+from dpo_ray.formats import canonical_pairs, canonical_prompt
+from dpo_ray.layouts import layout_of
 from dpo_ray.pairs import PreferencePair
-from dpo_ray.quality import BadRow, Reason
+from dpo_ray.quality import REASONS, BadRow, Reason
 
 
 def user(text: Any = "Why?") -> dict[str, Any]:
@@ -32,6 +31,12 @@ def row(**fields: Any) -> dict[str, Any]:
 
 def without(name: str) -> dict[str, Any]:
     return {k: v for k, v in row().items() if k != name}
+
+
+def canonical_pair(raw: dict[str, Any]) -> PreferencePair:
+    """The one pair of a row, whose layout is seen by its fields."""
+    [pair] = canonical_pairs(raw, layout_of(raw) or "paired", Pairing())
+    return pair
 
 
 EXPECTED = PreferencePair((user(),), "Because.", "No idea.")  # type: ignore[arg-type]
@@ -167,6 +172,82 @@ def test_a_bad_row_is_rejected_for_the_rule_that_it_breaks(raw: dict[str, Any], 
     assert caught.value.reason == reason
 
 
+@pytest.mark.parametrize("prompt", ["Why?", [user()], None], ids=["text", "messages", "null"])
+def test_a_prompt_beside_whole_dialogues_is_passed_over_on_request(prompt: Any):
+    assert canonical_pairs({"prompt": prompt, **IMPLICIT}, "implicit_prompt", Pairing()) == [EXPECTED]
+
+
+def ranked(**fields: Any) -> dict[str, Any]:
+    """A good row of ranked answers, with fields laid over it."""
+    return {"prompt": "Why?", "completions": ["No idea.", "Because.", "Who?"], "scores": [1, 3.5, 2], **fields}
+
+
+@pytest.mark.parametrize("prompt", ["Why?", [user()]], ids=["text", "messages"])
+@pytest.mark.parametrize(
+    "completions",
+    [["No idea.", "Because.", "Who?"], [[assistant("No idea.")], [assistant("Because.")], "Who?"]],
+    ids=["text", "messages"],
+)
+def test_ranked_answers_become_the_pair_of_the_best_and_the_worst(prompt: Any, completions: Any):
+    assert canonical_pairs(ranked(prompt=prompt, completions=completions), "ranked", Pairing()) == [EXPECTED]
+
+
+def test_ranked_answers_become_several_pairs_on_request_and_ties_end_them():
+    raw = ranked(completions=list("abcdef"), scores=[1, 6, 2, 5, 3, 4])
+    of_row = [(p.chosen, p.rejected) for p in canonical_pairs(raw, "ranked", Pairing(pairs_per_prompt=9))]
+    assert of_row == [("b", "a"), ("d", "c"), ("f", "e")]
+    wide = Pairing(pairs_per_prompt=9, min_score_gap=3)
+    assert [(p.chosen, p.rejected) for p in canonical_pairs(raw, "ranked", wide)] == [("b", "a"), ("d", "c")]
+
+
+def test_a_ranked_answer_without_text_or_for_the_second_time_is_passed_over():
+    raw = ranked(completions=["", "No idea.", "Because.", [], "Because."], scores=[9, 1, 3, 9, 9])
+    assert canonical_pairs(raw, "ranked", Pairing()) == [EXPECTED]
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        ({"prompt": "Why?", "completions": ["a", "b"]}, "missing_field"),
+        (ranked(prompt=None), "null_field"),
+        (ranked(completions=None), "null_field"),
+        (ranked(scores=None), "null_field"),
+        (ranked(completions=["a", None, "b"]), "null_field"),
+        (ranked(prompt=[]), "empty_prompt"),
+        (ranked(completions="abc"), "non_string_content"),
+        (ranked(completions=["a", 7, "b"]), "non_string_content"),
+        (ranked(completions=[assistant("a"), assistant("b"), assistant("c")]), "non_string_content"),
+        (ranked(completions=["a", [user("b")], "c"]), "bad_completion"),
+        (ranked(completions=["a", [user(), assistant("b")], "c"]), "prompt_repeated"),
+        (ranked(completions=["a", "b"]), "bad_scores"),
+        (ranked(scores=[1, None, 2]), "bad_scores"),
+        (ranked(completions=["", " ", "\n"]), "empty_response"),
+        (ranked(completions=[], scores=[]), "empty_response"),
+        (ranked(completions=["a", "a ", ""]), "too_few_distinct"),
+        (ranked(completions=["a"], scores=[1]), "too_few_distinct"),
+        (ranked(scores=[2, 2, 2.05]), "tie"),
+    ],
+)
+def test_a_ranked_row_without_a_pair_is_bad_for_the_rule_that_it_breaks(raw: dict[str, Any], reason: Reason):
+    with pytest.raises(BadRow) as caught:
+        canonical_pairs(raw, "ranked", Pairing())
+    assert caught.value.reason == reason
+
+
+TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize("raw", [row(), IMPLICIT, single(), ranked()], ids=["paired", "implicit", "unpaired", "ranked"])
+def test_rows_of_every_layout_may_have_tools(raw: dict[str, Any]):
+    plain, with_tools = canonical_pair(raw), canonical_pair({**raw, "tools": TOOLS})
+    assert plain.tools is None
+    assert with_tools.tools is not None and json.loads(with_tools.tools) == TOOLS
+    assert (with_tools.prompt, with_tools.chosen, with_tools.rejected) == (plain.prompt, plain.chosen, plain.rejected)
+    assert canonical_pair({**raw, "tools": json.dumps(TOOLS, indent=2)}) == with_tools
+    with pytest.raises(BadRow, match="bad_tools"):
+        canonical_pair({**raw, "tools": "look_up"})
+
+
 _TEXT = st.text(st.characters(), max_size=4) | st.sampled_from(["user", "assistant", "system", "Why?"])
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | _TEXT,
@@ -175,10 +256,15 @@ _JSON = st.recursive(
 )
 _MESSAGE = st.fixed_dictionaries({}, optional={"role": _TEXT | _JSON, "content": _TEXT | _JSON})
 _FIELD = _JSON | st.lists(_MESSAGE | _JSON, max_size=4)
+_FIELDS = {
+    **dict.fromkeys(("prompt", "chosen", "rejected", "completion"), _FIELD),
+    "label": _JSON,
+    "completions": st.lists(_FIELD, max_size=4) | _JSON,
+    "scores": st.lists(_JSON, max_size=4) | _JSON,
+    "tools": _JSON,
+}
 _ROW = st.dictionaries(_TEXT, _JSON, max_size=2).flatmap(
-    lambda other: st.fixed_dictionaries(
-        {}, optional={**dict.fromkeys(("prompt", "chosen", "rejected", "completion"), _FIELD), "label": _JSON}
-    ).map(lambda fields: {**other, **fields})
+    lambda other: st.fixed_dictionaries({}, optional=_FIELDS).map(lambda fields: {**other, **fields})
 )
 
 
@@ -186,28 +272,29 @@ _ROW = st.dictionaries(_TEXT, _JSON, max_size=2).flatmap(
 @example(row())
 @example({"prompt": "Why?", "chosen": "a", "rejected": "b"})
 @example(single(label=False))
-def test_any_row_makes_a_good_pair_or_is_a_bad_row_and_nothing_else(raw: dict[str, Any]):
+@example(ranked(tools=TOOLS))
+def test_any_row_makes_good_pairs_or_is_a_bad_row_and_nothing_else(raw: dict[str, Any]):
+    layout = layout_of(raw) or "paired"
     try:
-        pair = canonical_pair(raw)
+        pairs = canonical_pairs(raw, layout, Pairing(pairs_per_prompt=2))
     except BadRow as error:
-        assert error.reason in get_args(Reason)
+        assert error.reason in REASONS
         return
-    assert pair.prompt[-1]["role"] == "user"
-    json.dumps([pair.prompt, pair.chosen, pair.rejected], ensure_ascii=False).encode()
-    assert len(pair.pair_id) == 16
-    if pair.chosen is None or pair.rejected is None:
-        text = pair.chosen if pair.rejected is None else pair.rejected
-        assert text is not None and text.strip()
-        again = {"prompt": list(pair.prompt), "completion": text, "label": pair.rejected is None}
-        assert is_unpaired(raw) and canonical_pair(again) == pair
-        return
-    assert pair.chosen.strip() and pair.rejected.strip() and pair.chosen.strip() != pair.rejected.strip()
-    assert (
-        canonical_pair(
-            {"prompt": list(pair.prompt), "chosen": [assistant(pair.chosen)], "rejected": [assistant(pair.rejected)]}
-        )
-        == pair
-    )
+    assert pairs and (len(pairs) == 1 or layout == "ranked")
+    for pair in pairs:
+        assert pair.prompt[-1]["role"] == "user"
+        json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.tools], ensure_ascii=False).encode()
+        assert len(pair.pair_id) == 16
+        assert (pair.chosen is None or pair.rejected is None) == (layout == "unpaired")
+        again: dict[str, Any] = {"prompt": list(pair.prompt), "tools": pair.tools}
+        if layout == "unpaired":
+            text = pair.chosen if pair.rejected is None else pair.rejected
+            assert text is not None and text.strip()
+            again |= {"completion": text, "label": pair.rejected is None}
+        else:
+            assert pair.chosen and pair.rejected and "" != pair.chosen.strip() != pair.rejected.strip() != ""
+            again |= {"chosen": [assistant(pair.chosen)], "rejected": [assistant(pair.rejected)]}
+        assert canonical_pair(again) == pair
 
 
 @pytest.mark.parametrize(
@@ -238,84 +325,3 @@ def test_what_is_no_prompt_is_rejected(value: Any, reason: Reason):
     with pytest.raises(BadRow) as caught:
         canonical_prompt(value)
     assert caught.value.reason == reason
-
-
-def test_columns_that_hold_pairs_pass():
-    check_columns(["source", "rejected", "chosen"], "f.parquet")
-    check_columns(["label", "completion", "prompt", "source"], "f.parquet")
-
-
-@pytest.mark.parametrize(
-    ("columns", "expected"),
-    [
-        (["prompt", "completion", "label", "id"], True),
-        (["prompt", "completion"], False),
-        (["completion", "label"], False),
-        (["prompt", "chosen", "rejected"], False),
-        # Pairs that also have columns of those names are pairs.
-        (["prompt", "chosen", "rejected", "completion", "label"], False),
-    ],
-)
-def test_a_file_is_unpaired_by_its_columns(columns: list[str], expected: bool):
-    assert is_unpaired(columns) is expected
-
-
-@pytest.mark.parametrize(
-    ("columns", "missing"),
-    [(["prompt", "chosen"], "rejected"), (["text"], "chosen"), (["prompt", "completion"], "chosen"), ([], "chosen")],
-)
-def test_a_file_without_the_columns_fails_with_its_name_and_what_is_missing(columns: list[str], missing: str):
-    with pytest.raises(DataError) as caught:
-        check_columns(columns, "f.parquet")
-    assert "f.parquet" in str(caught.value) and f"no column {missing}" in str(caught.value)
-    assert "prompt, completion and label" in str(caught.value)
-
-
-# Rules on files, lines and rows among each other; a row alone cannot break them.
-_NOT_OF_A_ROW = {
-    "too_long",
-    "duplicate",
-    "contradiction",
-    "invalid_utf8",
-    "malformed_json",
-    "blank_line",
-    "not_an_object",
-}
-
-
-def _expected(real_data: Path, file: str) -> list[dict[str, Any]]:
-    listed = json.loads((real_data / "dirty" / "expected.json").read_text())["files"][file]["expect"]
-    return [entry for entry in listed if not _NOT_OF_A_ROW & set(entry["reasons"])]
-
-
-def _reasons(raw: dict[str, Any]) -> list[str]:
-    try:
-        canonical_pair(raw)
-    except BadRow as error:
-        return [error.reason]
-    return []
-
-
-def test_the_rows_of_the_dirty_parquet_file_are_judged_as_expected(real_data: Path):
-    rows = pq.read_table(real_data / "dirty" / "dirty.parquet").to_pylist()
-    expected = {entry["row_id"]: entry["reasons"] for entry in _expected(real_data, "dirty.parquet")}
-    assert len(expected) == 28
-    found = {raw["pair_id"]: _reasons(raw) for raw in rows if raw["pair_id"] in expected}
-    assert found == expected
-
-
-def test_the_rows_of_the_dirty_json_lines_are_judged_as_expected(real_data: Path):
-    lines = (real_data / "dirty" / "dirty.jsonl").read_bytes().split(b"\n")
-    entries = _expected(real_data, "dirty.jsonl")
-    assert len(entries) == 39
-    found = {entry["row_id"]: _reasons(json.loads(lines[entry["line"] - 1])) for entry in entries}
-    assert found == {entry["row_id"]: entry["reasons"] for entry in entries}
-
-
-@pytest.mark.parametrize("name", ["string_columns.parquet", "other_types.parquet", "implicit_prompt.parquet"])
-def test_the_other_layouts_are_recognised(real_data: Path, name: str):
-    rows = pq.read_table(real_data / "dirty" / name).to_pylist()
-    about = json.loads((real_data / "dirty" / "expected.json").read_text())["files"][name]
-    assert sum(not _reasons(raw) for raw in rows) == about["valid"]
-    if "expect" in about:
-        assert [_reasons(raw) for raw in rows] == [entry["reasons"] for entry in about["expect"]]

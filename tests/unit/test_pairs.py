@@ -11,6 +11,7 @@ from dpo_ray.pairs import (
     Message,
     PreferencePair,
     TokenizedPair,
+    prompt_id,
     split_of,
     tokenized_pair,
 )
@@ -22,6 +23,18 @@ PAIR = PreferencePair(PROMPT, "Scattering.", "Paint.")
 def test_the_pair_id_is_sixteen_hex_digits_of_content():
     assert len(PAIR.pair_id) == 16 and int(PAIR.pair_id, 16) >= 0
     assert PreferencePair(PROMPT, "Scattering.", "Paint.").pair_id == PAIR.pair_id
+
+
+def test_ids_stay_what_they_are():
+    # Recorded: artifacts on disk are joined by these.
+    assert (PAIR.pair_id, PAIR.prompt_id) == ("8747ae78b308690d", "1605842c984444a6")
+    assert PreferencePair(PROMPT, None, "Paint.").pair_id == "4965825210c6b674"
+
+
+def test_tools_are_part_of_the_prompt_and_of_the_pair():
+    tools = [PreferencePair(PROMPT, "Scattering.", "Paint.", text) for text in (None, '[{"name": "f"}]', "[]")]
+    assert len({pair.pair_id for pair in tools}) == len({pair.prompt_id for pair in tools}) == 3
+    assert tools[1].prompt_id == prompt_id(list(PROMPT), '[{"name": "f"}]') != prompt_id(list(PROMPT))
 
 
 def test_the_order_of_keys_in_a_message_does_not_matter():

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from dpo_ray.pairs import Message, PreferencePair
-from dpo_ray.quality import BadRow, Reason, check_label, check_message, check_pair, check_prompt, check_text, reject
+from dpo_ray.quality import (
+    MEANING,
+    REASONS,
+    BadRow,
+    Reason,
+    check_label,
+    check_length,
+    check_message,
+    check_pair,
+    check_prompt,
+    check_scores,
+    check_text,
+    check_tools,
+    reject,
+)
 
 
 def dialogue(*roles: str) -> list[Message]:
@@ -120,7 +136,116 @@ def test_any_other_label_is_rejected_and_never_taken_for_true_or_false(label: An
     assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize("reason", get_args(Reason))
+@pytest.mark.parametrize(
+    ("scores", "numbers"), [([1, 2.5], [1.0, 2.5]), ([-1, 0], [-1.0, 0.0]), ([10**300, 0], [1e300, 0.0])]
+)
+def test_scores_are_finite_numbers(scores: Any, numbers: list[float]):
+    assert check_scores(scores, 2) == numbers
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [1],
+        [1, 2, 3],
+        [1, None],
+        [1, "2"],
+        [True, False],
+        [1, float("nan")],
+        [float("inf"), 1],
+        [10**400, 1],
+        "12",
+        {"a": 1, "b": 2},
+        1,
+    ],
+)
+def test_what_is_not_a_finite_number_for_each_completion_is_rejected(scores: Any):
+    with pytest.raises(BadRow, match="bad_scores"):
+        check_scores(scores, 2)
+
+
+TOOL = {"type": "function", "function": {"name": "größe", "parameters": {"properties": {"a": {"default": None}}}}}
+
+
+@pytest.mark.parametrize("tools", [None, "", " \n", [], "[]", "null"])
+def test_no_tools_are_none(tools: Any):
+    assert check_tools(tools) is None
+
+
+@pytest.mark.parametrize("tool", [{"name": "f"}, {"type": "function", "function": {"name": "f"}}])
+def test_a_tool_has_a_name_of_its_own_or_in_its_function(tool: Any):
+    assert check_tools([tool]) == check_tools(json.dumps([tool])) == json.dumps([tool])
+
+
+def test_tools_as_text_are_kept_as_they_are_but_for_white_space():
+    text = json.dumps([TOOL], indent=4)
+    assert check_tools(text) == json.dumps([TOOL], ensure_ascii=False)
+
+
+def test_what_is_null_in_a_column_of_structs_is_left_out_of_the_tools():
+    column = pa.array([[{"name": "f", "p": {"a": 1}}], [{"name": "g", "p": {"b": [None, 2]}}]])
+    assert [check_tools(row) for row in column.to_pylist()] == [
+        '[{"name": "f", "p": {"a": 1}}]',
+        '[{"name": "g", "p": {"b": [null, 2]}}]',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tools", "reason"),
+    [
+        ("look_up", "bad_tools"),
+        ('[{"name": "f"}', "bad_tools"),
+        ('[{"name": "f", "x": NaN}]', "bad_tools"),
+        ('[{"name": "f", "x": 1e999}]', "bad_tools"),
+        ("[" * 100_000, "bad_tools"),
+        ({"name": "f"}, "bad_tools"),
+        (["f"], "bad_tools"),
+        ([None], "bad_tools"),
+        ([{"name": ""}], "bad_tools"),
+        ([{"name": 1}], "bad_tools"),
+        ([{"function": "f"}], "bad_tools"),
+        ([{"name": "f"}, {"description": "no name"}], "bad_tools"),
+        ([{"name": "f", "x": b"y"}], "bad_tools"),
+        ([{"name": "f", "x": float("nan")}], "bad_tools"),
+        (7, "bad_tools"),
+        (b"[]", "bad_tools"),
+        ([{"name": "\ud800"}], "invalid_unicode"),
+        ('[{"name": "\\ud800"}]', "invalid_unicode"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_what_are_no_tools_is_rejected(tools: Any, reason: Reason):
+    with pytest.raises(BadRow) as caught:
+        check_tools(tools)
+    assert caught.value.reason == reason
+
+
+def test_characters_are_counted_over_all_the_text_of_a_row():
+    row = {
+        "prompt": [{"role": "user", "content": "Why?"}],
+        "chosen": "yes",
+        "label": 1,
+        "more": [["a", None], {"k": b"b"}],
+    }
+    check_length(row, 13)
+    with pytest.raises(BadRow, match="too_long"):
+        check_length(row, 12)
+
+
+def test_a_row_nested_beyond_recursion_is_counted_all_the_same():
+    nested: Any = "abc"
+    for _ in range(100_000):
+        nested = [nested]
+    check_length({"prompt": nested}, 3)
+    with pytest.raises(BadRow, match="too_long"):
+        check_length({"prompt": nested}, 2)
+
+
+def test_every_reason_has_a_meaning_in_words():
+    assert set(MEANING) == set(REASONS)
+
+
+@pytest.mark.parametrize("reason", REASONS)
 def test_a_rejection_carries_its_reason(reason: Reason):
     with pytest.raises(BadRow) as caught:
         reject(reason)

@@ -96,6 +96,23 @@ def test_a_folder_names_the_files_with_the_suffix_below_it(shards: Path, how: st
 
 
 @pytest.mark.parametrize("how", ["local", "uri"])
+def test_a_folder_may_hold_several_kinds_of_files(shards: Path, how: str):
+    names = ["a.parquet", "b.parquet", "notes.txt", "old/c.parquet"]
+    found = find_files(place(shards, how), (".parquet", ".txt"))
+    assert [f.uri for f in found] == [place(shards / n, how) for n in names]
+
+
+@pytest.mark.parametrize("how", ["local", "uri"])
+def test_unfinished_and_hidden_files_of_a_folder_are_no_data(tmp_path: Path, how: str):
+    # The folder itself may be hidden: it was named.
+    folder = tmp_path / "_cache"
+    for name in ("a.parquet", "_temporary/0/b.parquet", ".cache/c.parquet", "_metadata.parquet", "sub/.d.parquet"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    assert [f.uri for f in find_files(place(folder, how), ".parquet")] == [place(folder / "a.parquet", how)]
+
+
+@pytest.mark.parametrize("how", ["local", "uri"])
 def test_a_glob_names_its_matches_and_not_those_further_down(shards: Path, how: str):
     names = ["a.parquet", "b.parquet"]
     found = find_files(place(shards / "*.parquet", how), ".parquet")

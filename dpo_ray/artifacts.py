@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dpo_ray.errors import DataError
+from dpo_ray.errors import DataError, StorageError
 from dpo_ray.storage import Location
 
 SCHEMA_VERSION = 1
@@ -111,7 +111,8 @@ def load(location: Location, kind: str, expected: str) -> Artifact | None:
             f"{location} holds {manifest.kind} {manifest.fingerprint}, not {kind} {expected}. Folders of artifacts "
             "must keep their names; remove it, and the stage will be computed again."
         )
-    missing = [f.name for f in manifest.files if not (location / f.name).exists()]
+    present = {str(location.same_store(info.path)) for info in location.files()}
+    missing = [f.name for f in manifest.files if str(location / f.name) not in present]
     if missing:
         raise DataError(
             f"{location} lacks {len(missing)} of its {len(manifest.files)} files, the first being {missing[0]}. "
@@ -171,9 +172,10 @@ def write_shard(location: Location, table: pa.Table, counters: dict[str, int]) -
 
 def read_shard(location: Location) -> pa.Table:
     """Read a Parquet shard. Raises DataError naming the file."""
-    fs, path = location.filesystem()
     try:
-        return pq.read_table(path, filesystem=fs)
+        return pq.read_table(pa.BufferReader(location.read_bytes()))
+    except StorageError:  # it says nothing of the file itself
+        raise
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"{location} cannot be read as Parquet ({error}). Remove it; the stage that made it will compute it again."
@@ -197,15 +199,12 @@ def _entry(name: str, rows: int | None, data: bytes) -> FileEntry:
 
 def file_hash(location: Location) -> str:
     """sha256 of a file's bytes, in constant memory."""
-    fs, path = location.filesystem()
     hashed = hashlib.sha256()
-    with fs.open_input_stream(path) as stream:
-        while chunk := stream.read(1 << 22):
-            hashed.update(chunk)
+    for chunk in location.read_chunks():
+        hashed.update(chunk)
     return hashed.hexdigest()
 
 
 def describe_file(location: Location) -> FileEntry:
     """The entry of a file that is not a shard (model weights, figures)."""
-    fs, path = location.filesystem()
-    return FileEntry(name=location.name, rows=None, bytes=fs.get_file_info(path).size, sha256=file_hash(location))
+    return FileEntry(name=location.name, rows=None, bytes=location.size(), sha256=file_hash(location))

@@ -170,10 +170,10 @@ def write_shard(location: Location, table: pa.Table, counters: dict[str, int]) -
     return _entry(location.name, table.num_rows, data)
 
 
-def read_shard(location: Location) -> pa.Table:
-    """Read a Parquet shard. Raises DataError naming the file."""
+def read_shard(location: Location, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet shard, or some columns of it. Raises DataError naming the file."""
     try:
-        return pq.read_table(pa.BufferReader(location.read_bytes()))
+        return pq.read_table(pa.BufferReader(location.read_bytes()), columns=columns)
     except StorageError:  # it says nothing of the file itself
         raise
     except (OSError, pa.ArrowException) as error:

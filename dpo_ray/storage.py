@@ -14,7 +14,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -132,7 +132,7 @@ class Location:
             thread.submit(_upload, fs, path, data).result()
 
     def exists(self) -> bool:
-        """Whether there is a file, or a folder with something in it."""
+        """Whether there is a file or a folder. Without anything in it, a folder of an object store may be none."""
         fs, path = self.filesystem()
         with self._asked():
             return fs.get_file_info(path).type != pafs.FileType.NotFound
@@ -189,6 +189,12 @@ class Location:
             if out.tell() != source.size():
                 raise OSError(f"{out.tell()} of {source.size()} bytes came")
 
+    def remove(self) -> None:
+        """Remove one file; it need not be there."""
+        fs, path = self.filesystem()
+        with suppress(FileNotFoundError), self._asked():
+            fs.delete_file(path)
+
     def remove_folder(self) -> None:
         """Remove a folder with all that is in it; without a folder, nothing."""
         fs, path = self.filesystem()
@@ -228,10 +234,11 @@ class Location:
             ) from error
 
 
-def find_files(pattern: str, suffix: str) -> list[Location]:
-    """The files that a path names: a file itself, the files with this suffix in a folder, or the matches of a glob.
+def find_files(pattern: str, suffix: str | tuple[str, ...]) -> list[Location]:
+    """The files that a path names: a file itself, the files with such a suffix in a folder, or the matches of a glob.
 
-    Sorted by name, empty where nothing is found.
+    In a folder, files and folders whose names begin with a dot or an underscore are no data (unfinished writes, caches,
+    _SUCCESS). Sorted by name, empty where nothing is found.
     """
     place = Location.of(pattern)
     wild = "*?[" if place.is_local else "*["
@@ -249,7 +256,8 @@ def find_files(pattern: str, suffix: str) -> list[Location]:
     if kind == pafs.FileType.File:
         return [place]
     if kind == pafs.FileType.Directory:
-        return [place.same_store(f.path) for f in place.files() if f.path.endswith(suffix)]
+        inside = [(place.same_store(f.path), f.path[len(path) :].split("/")) for f in place.files()]
+        return [f for f, parts in inside if f.uri.endswith(suffix) and not any(p.startswith((".", "_")) for p in parts)]
     return []
 
 

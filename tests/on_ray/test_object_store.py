@@ -113,8 +113,7 @@ def test_a_lost_shard_alone_is_computed_again(first_run, job):
     reference = OUT / "artifacts" / "reference" / first_run[1]["stages"]["reference"]["fingerprint"]
     shard = next(f for f in reference.list() if f.name.endswith(".parquet"))
     for lost in (reference / "manifest.json", shard):
-        fs, path = lost.filesystem()
-        fs.delete_file(path)
+        lost.remove()
     done = job("third")
     assert done.code == 0, done.log
     assert done.lines("[reference] 1 of 2 shards are finished already, 1 to compute")

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dpo_ray.errors import DataError
+from dpo_ray.errors import DataError, StorageError
 from dpo_ray.storage import Location
 
 SCHEMA_VERSION = 1
@@ -116,7 +116,8 @@ def lost_files(location: Location, kind: str, expected: str) -> list[str]:
 
 
 def _missing(location: Location, manifest: Manifest) -> list[str]:
-    return [f.name for f in manifest.files if not (location / f.name).exists()]
+    present = {str(location.same_store(info.path)) for info in location.files()}
+    return [f.name for f in manifest.files if str(location / f.name) not in present]
 
 
 def _manifest(location: Location, kind: str, expected: str) -> Manifest | None:
@@ -198,9 +199,11 @@ def write_shard(location: Location, table: pa.Table, counters: dict[str, int]) -
 
 def read_shard(location: Location, columns: list[str] | None = None) -> pa.Table:
     """Read a Parquet shard, or some columns of it. Raises DataError naming the file."""
-    fs, path = location.filesystem()
     try:
-        return pq.read_table(path, columns=columns, filesystem=fs)
+        source = pa.memory_map(location.uri) if location.is_local else pa.BufferReader(location.read_bytes())
+        return pq.read_table(source, columns=columns)
+    except StorageError:  # it says nothing of the file itself
+        raise
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"{location} cannot be read as Parquet ({error}). Remove it; the stage that made it will compute it again."
@@ -224,15 +227,12 @@ def _entry(name: str, rows: int | None, data: bytes) -> FileEntry:
 
 def file_hash(location: Location) -> str:
     """sha256 of a file's bytes, in constant memory."""
-    fs, path = location.filesystem()
     hashed = hashlib.sha256()
-    with fs.open_input_stream(path, compression=None) as stream:  # not what a .gz file unpacks to
-        while chunk := stream.read(1 << 22):
-            hashed.update(chunk)
+    for chunk in location.read_chunks():
+        hashed.update(chunk)
     return hashed.hexdigest()
 
 
 def describe_file(location: Location) -> FileEntry:
     """The entry of a file that is not a shard (model weights, figures)."""
-    fs, path = location.filesystem()
-    return FileEntry(name=location.name, rows=None, bytes=fs.get_file_info(path).size, sha256=file_hash(location))
+    return FileEntry(name=location.name, rows=None, bytes=location.size(), sha256=file_hash(location))

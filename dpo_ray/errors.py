@@ -5,6 +5,7 @@ the command line:
 
     DpoRayError                 1   something unexpected
     ├── NonFiniteLoss           1   training met NaN or infinity more often than allowed
+    ├── StorageError            1   an object store refused, or did not answer
     ├── ConfigError             2   configuration or usage
     ├── DataError               3   data unreadable, or too much of it quarantined
     ├── ReferenceMismatch       3   reference log-probs and the trainer's forward disagree
@@ -38,6 +39,10 @@ class ReferenceMismatch(DataError):
 
 class NonFiniteLoss(DpoRayError):
     """A loss or gradient that is NaN or infinite."""
+
+
+class StorageError(DpoRayError, OSError):
+    """An object store that cannot be reached or does not do what it is asked for."""
 
 
 class GateFailed(DpoRayError):

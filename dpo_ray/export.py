@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpo_ray.config import Model
 from dpo_ray.lora import merge, save_adapter
-from dpo_ray.model_folders import is_hub_id, is_made_here, load_tokenizer
+from dpo_ray.model_folders import is_copy, is_hub_id, is_made_here, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,8 +62,10 @@ def _without_tied(policy: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[
 
 
 def _name_of_base(options: Model, source: Path) -> tuple[str, str | None]:
-    """Where others find the base: its hub id and revision, or the absolute folder."""
-    # A hub id that stands for an adapter was merged here: the base is the merged folder, not the hub's adapter.
+    """Where others find the base: its hub id and revision, its place in an object store, or the absolute folder."""
+    # What stands for an adapter was merged here: the base is the merged folder, not the adapter that was named.
     if is_hub_id(options.path) and not is_made_here(source):
         return options.path, options.revision
+    if is_copy(source, options.path):
+        return options.path, None
     return str(source.absolute()), None

@@ -9,11 +9,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
 import torch
 
 from dpo_ray.artifacts import digest, file_hash
@@ -23,6 +23,7 @@ from dpo_ray.storage import Location
 
 PACKAGE = "package://"
 
+_DOWNLOADS = 4  # at once
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
 
 
@@ -67,6 +68,12 @@ def resolve(path: str, revision: str | None = None) -> Path:
 def is_made_here(folder: Path) -> bool:
     """Whether resolve made the folder, by converting, copying or merging."""
     return folder.is_relative_to(cache_folder() / "models")
+
+
+def is_copy(folder: Path, path: str) -> bool:
+    """Whether resolve copied the folder, as it is, from this place in an object store."""
+    there = "://" in path and not path.startswith(PACKAGE)
+    return there and is_made_here(folder) and folder.name.rpartition("-")[0] == Location.of(path).name
 
 
 def _located(path: str, revision: str | None) -> Path:
@@ -186,9 +193,7 @@ def converted_gguf(gguf: Path) -> Path:
 
 def _fetched(remote: Location) -> Path:
     """A folder of an object store, copied once into the cache folder; a changed one is copied again."""
-    fs, path = remote.filesystem()
-    infos = sorted(fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)), key=lambda i: i.path)
-    files = [(i.base_name, i.size, i.mtime_ns) for i in infos if i.type == pafs.FileType.File]
+    files = _listed(remote)
     if not any(name in ("config.json", ADAPTER_CONFIG) for name, _, _ in files):
         raise ConfigError(
             f"model.path is {remote}, and there is no config.json and no {ADAPTER_CONFIG} in it. Name a folder written "
@@ -197,9 +202,20 @@ def _fetched(remote: Location) -> Path:
     target = cache_folder() / "models" / f"{remote.name}-{digest([remote.uri, files])}"
     with _making(target) as partial:
         if partial is not None:
-            for name, _, _ in files:
-                (remote / name).copy_to(Location.of(partial / name))
+            copy = [((remote / name), Location.of(partial / name)) for name, _, _ in files]
+            with ThreadPoolExecutor(_DOWNLOADS) as threads:
+                list(threads.map(lambda pair: pair[0].copy_to(pair[1]), copy))
+            if _listed(remote) != files:
+                raise ConfigError(
+                    f"model.path is {remote}, and its files changed while they were copied. Run again when whoever "
+                    "writes there has finished."
+                )
     return target
+
+
+def _listed(remote: Location) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of each file in a folder of an object store."""
+    return [(info.base_name, info.size, info.mtime_ns) for info in remote.files(recursive=False)]
 
 
 @contextmanager

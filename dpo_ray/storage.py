@@ -1,35 +1,68 @@
 """One path type for local folders and object stores.
 
-A file appears under its name complete or not at all: locally it is written beside its place and renamed;
-an object store makes an object visible only when its upload ends, so there it is written in place.
+A file appears under its name complete or not at all: locally it is written beside its place and renamed; an object
+store makes an object visible only when its upload ends, so there the whole content is sent by one call.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import glob
 import os
+import shutil
+import tempfile
 import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import urlsplit
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, StorageError
+
+_CHUNK = 16 << 20
+_READS = 10
+_LARGEST_SERVER_COPY = 5 << 30  # what S3 copies by one request
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
 @dataclass(frozen=True)
 class Location:
-    """A place below a local folder or an URI that pyarrow.fs knows (s3://…, gs://…)."""
+    """A place below a local folder or an URI that pyarrow.fs knows (s3://…, gs://…).
+
+    What an object store refuses raises StorageError, except for a missing file: FileNotFoundError, as locally.
+    """
 
     uri: str
 
     @classmethod
     def of(cls, path: str | Path) -> Location:
-        """Build from a URI or a local path; local paths become absolute, for Ray workers change folder."""
+        """Build from a URI or a local path; local paths become absolute, for Ray workers change folder.
+
+        Raises ConfigError on a URI with credentials or options in it, which would end up in logs and manifests.
+        """
         text = str(path)
-        return cls(text.rstrip("/") if "://" in text else str(Path(text).expanduser().absolute()))
+        if "://" not in text:
+            return cls(str(Path(text).expanduser().absolute()))
+        parts = urlsplit(text)
+        if parts.password is not None or (parts.username is not None and parts.scheme in {"s3", "gs"}):
+            raise ConfigError(
+                f"The {parts.scheme}:// path below {parts.hostname} holds credentials, and paths are written into logs "
+                "and reports. Take them out of it, and give them in the environment (AWS_ACCESS_KEY_ID, "
+                "AWS_SECRET_ACCESS_KEY) or by the machine's role."
+            )
+        if parts.query or "?" in text:
+            raise ConfigError(
+                f"{text} holds a question mark, after which object stores expect options. Give region and endpoint in "
+                "the environment (AWS_REGION, AWS_ENDPOINT_URL), and use * or […] in a pattern."
+            )
+        return cls(text.rstrip("/"))
 
     def __truediv__(self, name: str) -> Location:
         return Location(f"{self.uri}/{name}")
@@ -46,64 +79,128 @@ class Location:
         return "://" not in self.uri
 
     def filesystem(self) -> tuple[pafs.FileSystem, str]:
-        """The pyarrow filesystem and the path inside it."""
+        """The pyarrow filesystem, made once in a process, and the path inside it. Raises ConfigError."""
         if self.is_local:
             return pafs.LocalFileSystem(), self.uri
-        return pafs.FileSystem.from_uri(self.uri)
+        root, inside = self._split()
+        fs, base = _filesystem(root)
+        return fs, f"{base}/{inside}" if inside else base
+
+    def same_store(self, path: str) -> Location:
+        """The place of a path inside this one's filesystem."""
+        if self.is_local:
+            return Location(path)
+        root, _ = self._split()
+        return Location(root + "/" + path.removeprefix(_filesystem(root)[1]).lstrip("/"))
+
+    def _split(self) -> tuple[str, str]:
+        """scheme://bucket, and the rest."""
+        scheme, _, rest = self.uri.partition("://")
+        bucket, _, inside = rest.partition("/")
+        return f"{scheme}://{bucket}", inside
 
     def read_bytes(self) -> bytes:
-        """Raises FileNotFoundError."""
+        """The whole of a file. Raises FileNotFoundError."""
         fs, path = self.filesystem()
-        with fs.open_input_stream(path) as stream:
-            return stream.read()
+        with self._asked():
+            for _ in range(_READS):
+                with fs.open_input_file(path) as file:
+                    data = file.read()
+                # An object that is replaced between the request for its size and that for its bytes comes cut off.
+                if self.is_local or len(data) == self.size():
+                    return data
+            raise OSError(f"it was replaced during each of {_READS} attempts to read it")
 
-    def write_bytes(self, data: bytes) -> None:
-        """Write atomically: readers see the old content or the new one, never a part."""
+    def read_chunks(self) -> Iterator[bytes]:
+        """The bytes of a file of any size, piece by piece. Raises FileNotFoundError."""
         fs, path = self.filesystem()
-        if not self.is_local:
-            with fs.open_output_stream(path) as stream:
+        with self._asked(), fs.open_input_file(path) as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+
+    def write_bytes(self, data: bytes | pa.Buffer) -> None:
+        """Write atomically: readers see the old content or the new one, never a part."""
+        if self.is_local:
+            with _replacing(Path(self.uri)) as stream:
                 stream.write(data)
             return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-        try:
-            with partial.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        fs, path = self.filesystem()
+        # pyarrow cannot give an upload up: whatever was written to a stream becomes an object when the stream is closed
+        # or collected, after an exception too (apache/arrow#40502). So everything goes in by one call, whose failure it
+        # remembers, and on a thread of its own, where no interrupt can come before it.
+        with self._asked(), ThreadPoolExecutor(1) as thread:
+            thread.submit(_upload, fs, path, data).result()
 
     def exists(self) -> bool:
+        """Whether there is a file or a folder. Without anything in it, a folder of an object store may be none."""
         fs, path = self.filesystem()
-        return fs.get_file_info(path).type != pafs.FileType.NotFound
+        with self._asked():
+            return fs.get_file_info(path).type != pafs.FileType.NotFound
 
     def size(self) -> int:
         """Bytes of the file. Raises FileNotFoundError."""
         fs, path = self.filesystem()
-        info = fs.get_file_info(path)
+        with self._asked():
+            info = fs.get_file_info(path)
         if info.type == pafs.FileType.NotFound:
             raise FileNotFoundError(str(self))
         return info.size or 0
 
+    def files(self, *, recursive: bool = True) -> list[pafs.FileInfo]:
+        """What is known of the files below this folder, by path, asked for in few requests; empty without a folder.
+
+        same_store(info.path) is the place of one.
+        """
+        infos = self._infos(recursive=recursive)
+        return sorted((info for info in infos if info.type == pafs.FileType.File), key=lambda info: info.path)
+
+    def _infos(self, *, recursive: bool) -> list[pafs.FileInfo]:
+        fs, path = self.filesystem()
+        with self._asked():
+            return fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
+
     def list(self) -> list[Location]:
         """Children by name; empty where there is no such folder. Unfinished files are not listed."""
-        fs, path = self.filesystem()
-        found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-        names = sorted(info.base_name for info in found)
+        names = sorted(info.base_name for info in self._infos(recursive=False))
         return [self / name for name in names if not name.startswith(".")]
+
+    def copy_to(self, target: Location) -> None:
+        """Copy one file, whatever its size; the target appears complete or not at all. Raises FileNotFoundError."""
+        if target.is_local:
+            self._download(Path(target.uri))
+        elif self.is_local:
+            with pa.memory_map(self.uri) as content:
+                target.write_bytes(content.read_buffer())
+        else:
+            (fs, path), (to, to_path) = self.filesystem(), target.filesystem()
+            if fs.equals(to) and self.size() <= _LARGEST_SERVER_COPY:
+                with self._asked():
+                    fs.copy_file(path, to_path)
+                return
+            with tempfile.TemporaryDirectory(prefix="dpo-ray-copy-") as scratch:
+                between = Location(f"{scratch}/{self.name}")
+                self.copy_to(between)
+                between.copy_to(target)
+
+    def _download(self, target: Path) -> None:
+        fs, path = self.filesystem()
+        with self._asked(), fs.open_input_file(path) as source, _replacing(target) as out:
+            shutil.copyfileobj(source, out, _CHUNK)
+            if out.tell() != source.size():
+                raise OSError(f"{out.tell()} of {source.size()} bytes came")
 
     def remove(self) -> None:
         """Remove one file; it need not be there."""
         fs, path = self.filesystem()
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), self._asked():
             fs.delete_file(path)
 
-    def copy_to(self, target: Location) -> None:
-        """Copy one file; the target appears complete or not at all."""
-        target.write_bytes(self.read_bytes())
+    def remove_folder(self) -> None:
+        """Remove a folder with all that is in it; without a folder, nothing."""
+        fs, path = self.filesystem()
+        if self.exists():
+            with self._asked():
+                fs.delete_dir(path)
 
     def require_writable(self) -> None:
         """Raises ConfigError where a small file cannot be written and removed."""
@@ -113,9 +210,27 @@ class Location:
             fs, path = probe.filesystem()
             fs.delete_file(path)
         except OSError as error:
+            reason = error.__cause__ if isinstance(error, StorageError) else error
             raise ConfigError(
-                f"run.output is {self}, but nothing can be written there ({error}). Choose another folder with "
+                f"run.output is {self}, but nothing can be written there ({reason}). Choose another folder with "
                 "-o run.output=…, or give this user write access to it."
+            ) from error
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """What goes wrong in an object store as an error that says where and what to look at."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if self.is_local or isinstance(error, StorageError):
+                raise
+            endpoint = next((f"{n}={os.environ[n]}" for n in _ENDPOINTS if os.environ.get(n)), "the store's own")
+            raise StorageError(
+                f"{self} could not be read or written: {' '.join(str(error).split())} Check the bucket's name, the "
+                f"network, the endpoint ({endpoint}) and the credentials in the environment of this machine and of the "
+                "Ray workers. What is finished is kept: the same command goes on from there."
             ) from error
 
 
@@ -126,21 +241,23 @@ def find_files(pattern: str, suffix: str | tuple[str, ...]) -> list[Location]:
     _SUCCESS). Sorted by name, empty where nothing is found.
     """
     place = Location.of(pattern)
-    # In a URI a question mark begins its options.
     wild = "*?[" if place.is_local else "*["
     if any(c in pattern for c in wild):
         if place.is_local:
             return [Location(p) for p in sorted(glob.glob(place.uri, recursive=True)) if Path(p).is_file()]
-        root = place.uri[: min(i for c in wild if (i := place.uri.find(c)) >= 0)].rsplit("/", 1)[0]
+        root, _, _ = place.uri[: min(i for c in wild if (i := place.uri.find(c)) >= 0)].rpartition("/")
         parts = place.uri.split("/")
-        return [f for f in _files_below(Location(root)) if _matches(f.uri.split("/"), parts)]
+        deeper = "/" in place.uri.removeprefix(f"{root}/")
+        below = [place.same_store(f.path) for f in Location(root).files(recursive=deeper)]
+        return [f for f in below if _matches(f.uri.split("/"), parts)]
     fs, path = place.filesystem()
-    kind = fs.get_file_info(path).type
+    with place._asked():
+        kind = fs.get_file_info(path).type
     if kind == pafs.FileType.File:
         return [place]
     if kind == pafs.FileType.Directory:
-        below = [(f, f.uri[len(place.uri) :].split("/")) for f in _files_below(place)]
-        return [f for f, parts in below if f.uri.endswith(suffix) and not any(p.startswith((".", "_")) for p in parts)]
+        inside = [(place.same_store(f.path), f.path[len(path) :].split("/")) for f in place.files()]
+        return [f for f, parts in inside if f.uri.endswith(suffix) and not any(p.startswith((".", "_")) for p in parts)]
     return []
 
 
@@ -153,8 +270,44 @@ def _matches(path: list[str], pattern: list[str]) -> bool:
     return fnmatch.fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
 
 
-def _files_below(folder: Location) -> list[Location]:
-    fs, path = folder.filesystem()
-    found = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
-    prefix = folder.uri.removesuffix(path)
-    return [Location(prefix + i.path) for i in sorted(found, key=lambda i: i.path) if i.type == pafs.FileType.File]
+@lru_cache(maxsize=64)
+def _filesystem(root: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of scheme://bucket and the bucket's path in it."""
+    try:
+        fs, base = pafs.FileSystem.from_uri(f"{root}/")
+    except pa.ArrowInvalid as error:
+        raise ConfigError(
+            f"{root} is no place that can be read or written ({error}). Name a local folder, or a bucket as in "
+            "s3://bucket/folder or gs://bucket/folder."
+        ) from error
+    if isinstance(fs, pafs.S3FileSystem):
+        # from_uri finds the region, but it waits for a few seconds only, and makes three requests for a small file.
+        fs = pafs.S3FileSystem(
+            region=fs.region,
+            endpoint_override=next((os.environ[n] for n in _ENDPOINTS if os.environ.get(n)), None),
+            connect_timeout=10,
+            request_timeout=60,
+            retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=6),
+            allow_delayed_open=True,
+        )
+    return fs, base.rstrip("/")
+
+
+def _upload(fs: pafs.FileSystem, path: str, data: bytes | pa.Buffer) -> None:
+    with fs.open_output_stream(path, compression=None) as stream:
+        stream.write(data)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[BinaryIO]:
+    """A file to fill, which takes the target's place when the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with partial.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)

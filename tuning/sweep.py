@@ -82,11 +82,12 @@ def _run(output: Location, config: Config, options: Tune, rows: Artifact, noise:
             }
         )
 
+    filesystem, storage_path = (output / "sweeps").filesystem()
     tuner = tune.Tuner(
         tune.with_resources(trial, {"CPU": _DRIVER_CPUS}),
         param_space={"config": tune.grid_search(grid(config))},
         tune_config=tune.TuneConfig(max_concurrent_trials=options.max_concurrent_trials),
-        run_config=tune.RunConfig(name="sweep", storage_path=(output / "sweeps").uri, verbose=1),
+        run_config=tune.RunConfig(name="sweep", storage_path=storage_path, storage_filesystem=filesystem, verbose=1),
     )
     results = tuner.fit()
     failed = [str(error).strip().splitlines()[-1] for error in results.errors]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.fs as pafs
 import torch
 
 from dpo_ray.artifacts import Artifact, describe_file, fingerprint, load, publish
@@ -154,6 +152,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
     tokens_per_microbatch = _tokens_per_microbatch(config)
     runs = location / "checkpoints"
     name = run_name(runs)
+    filesystem, storage_path = runs.filesystem()
 
     def reached() -> int:
         return earliest_resume(runs / name, fallback)
@@ -179,7 +178,8 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=runs.uri,
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=options.keep_checkpoints,
                 checkpoint_score_attribute=options.keep_best,
@@ -201,8 +201,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
     if isinstance(result.return_value, DpoRayError):
         raise result.return_value
     assert result.checkpoint is not None
-    path = result.checkpoint.path
-    return Location(path) if Location(path).is_local else Location.of(f"{runs.uri.split('://')[0]}://{path}")
+    return runs.same_store(result.checkpoint.path)
 
 
 def _tokens_per_microbatch(config: Config) -> int:
@@ -389,19 +388,16 @@ def _collect(checkpoint: Location, location: Location) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / HISTORY).write_bytes((checkpoint / HISTORY).read_bytes())
         history = read_history(Path(scratch))
-    source, source_path = (checkpoint / EXPORT).filesystem()
-    target, target_path = (location / MODEL_FOLDER).filesystem()
-    target.create_dir(target_path, recursive=True)
-    pafs.copy_files(source_path, target_path, source_filesystem=source, destination_filesystem=target)
-    (location / HISTORY).write_bytes((checkpoint / HISTORY).read_bytes())
+    for file in (checkpoint / EXPORT).list():
+        file.copy_to(location / MODEL_FOLDER / file.name)
+    (checkpoint / HISTORY).copy_to(location / HISTORY)
     return history
 
 
 def _remove_runs(location: Location) -> None:
     """The checkpoints have served once the artifact is published."""
     runs = location / "checkpoints"
-    if runs.is_local:
-        shutil.rmtree(runs.uri, ignore_errors=True)
-    else:
-        fs, path = runs.filesystem()
-        fs.delete_dir(path)
+    try:
+        runs.remove_folder()
+    except OSError as error:
+        say(KIND, f"{runs} could not be removed ({error}); nothing needs it any more")

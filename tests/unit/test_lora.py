@@ -252,6 +252,24 @@ def test_the_base_of_an_adapter_of_a_hub_model_is_its_hub_id(tiny_model: Path, t
     assert base(made) == (str(made), None)
 
 
+def test_the_base_of_an_adapter_of_a_model_in_an_object_store_is_its_place_there(
+    tiny_model: Path, tmp_path: Path, own_cache: Path
+):
+    policy = trained(tiny_model)
+
+    def base(made: str) -> str:
+        source, target = own_cache / "models" / made, tmp_path / made
+        shutil.copytree(tiny_model, source)
+        options = Model(path="s3://bucket/some-model", lora=SMALL)
+        export_policy(target, policy=policy, source=source, options=options, state=state_of(policy))
+        return json.loads((target / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+
+    assert base("some-model-0123456789abcdef") == "s3://bucket/some-model"
+    # What lies there was an adapter.
+    merged = "some-model-0123456789abcdef-merged-0123456789abcdef"
+    assert base(merged) == str(own_cache / "models" / merged)
+
+
 def test_a_model_trained_whole_is_exported_whole(tiny_model: Path, tmp_path: Path):
     policy = load_policy(tiny_model)
     with torch.no_grad():

@@ -19,6 +19,9 @@ from dpo_ray.section import Section
 
 Dtype = Literal["float32", "bfloat16"]
 
+LongPrompts = Literal["drop", "keep_start", "keep_end"]
+LongCompletions = Literal["drop", "cut"]
+
 
 class Run(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
@@ -64,9 +67,17 @@ class Data(Section):
     held_out_fraction: float = Field(0.1, ge=0.0, lt=1.0)
     """Share of the prompts, chosen by their hash, kept from training for evaluation."""
     max_prompt_tokens: int = Field(1024, ge=1)
-    """A pair with a longer prompt is dropped and counted as prompt_too_long."""
+    """The longest prompt, with all that the chat template writes."""
+    long_prompts: LongPrompts = "drop"
+    """A pair with a longer prompt is dropped and counted as prompt_too_long; or the prompt is cut and the pair counted
+    as truncated_prompt. keep_start keeps its first tokens, and then the end of the user's turn and the opening of the
+    assistant's. keep_end keeps its last tokens, after the BOS. A prompt that is sampled for is never cut: a longer one
+    is left out there."""
     max_completion_tokens: int = Field(512, ge=1)
-    """A pair with a longer completion is dropped and counted as completion_too_long."""
+    """The longest completion, with its end-of-turn token."""
+    long_completions: LongCompletions = "drop"
+    """A pair with a longer completion is dropped and counted as completion_too_long; or the completion is cut, without
+    an end-of-turn token, for it did not end there, and the pair counted as truncated_completion."""
     max_quarantined_fraction: float = Field(0.05, ge=0.0, le=1.0)
     """Ingest fails when a larger share of the rows is unusable."""
     rows_per_shard: int = Field(512, ge=1)
@@ -296,6 +307,11 @@ class Config(Section):
         if self.generate is not None and self.data.eval is not None:
             raise ValueError(
                 "data.eval goes with data.train; with generate, data.held_out_fraction of the prompts is held out"
+            )
+        if self.generate is not None and self.data.long_prompts != "drop":
+            raise ValueError(
+                f"data.long_prompts={self.data.long_prompts} goes with data.train; with generate, a prompt over "
+                "data.max_prompt_tokens is never sampled for: raise that limit, or leave data.long_prompts out"
             )
         if self.generate is not None and self.generate.sampling.samples < 2:
             raise ValueError("generate.sampling.samples is 1, but a pair needs at least 2 samples of a prompt")

@@ -21,6 +21,9 @@ from dpo_ray.section import Section
 Dtype = Literal["float32", "bfloat16"]
 Paths = str | Annotated[tuple[str, ...], Field(min_length=1)]
 
+LongPrompts = Literal["drop", "keep_start", "keep_end"]
+LongCompletions = Literal["drop", "cut"]
+
 
 class Run(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
@@ -127,9 +130,17 @@ class Data(Section):
     held_out_fraction: float = Field(0.1, ge=0.0, lt=1.0)
     """Share of the prompts, chosen by their hash, kept from training for evaluation."""
     max_prompt_tokens: int = Field(1024, ge=1)
-    """A pair with a longer prompt is dropped and counted as prompt_too_long."""
+    """The longest prompt, with all that the chat template writes."""
+    long_prompts: LongPrompts = "drop"
+    """A pair with a longer prompt is dropped and counted as prompt_too_long; or the prompt is cut and the pair counted
+    as truncated_prompt. keep_start keeps its first tokens, and then the end of the user's turn and the opening of the
+    assistant's. keep_end keeps its last tokens, after the BOS. A prompt that is sampled for is never cut: a longer one
+    is left out there."""
     max_completion_tokens: int = Field(512, ge=1)
-    """A pair with a longer completion is dropped and counted as completion_too_long."""
+    """The longest completion, with its end-of-turn token."""
+    long_completions: LongCompletions = "drop"
+    """A pair with a longer completion is dropped and counted as completion_too_long; or the completion is cut, without
+    an end-of-turn token, for it did not end there, and the pair counted as truncated_completion."""
     max_quarantined_fraction: float = Field(0.05, ge=0.0, le=1.0)
     """Ingest fails when a larger share of the rows is unusable, and so does the reference when its engine cannot score
     a larger share."""
@@ -403,6 +414,11 @@ class Config(Section):
                 value = getattr(self.data, key)
                 if value != Data.model_fields[key].default:
                     raise ValueError(f"data.{key} is about the rows of data.train; with generate, leave it out")
+        if self.generate is not None and self.data.long_prompts != "drop":
+            raise ValueError(
+                f"data.long_prompts={self.data.long_prompts} goes with data.train; with generate, a prompt over "
+                "data.max_prompt_tokens is never sampled for: raise that limit, or leave data.long_prompts out"
+            )
         if self.generate is not None and self.generate.sampling.samples < 2:
             raise ValueError("generate.sampling.samples is 1, but a pair needs at least 2 samples of a prompt")
         if self.publish.gate.win_rate_above is not None and self.evaluate.win_rate is None:

@@ -29,17 +29,6 @@ MEASURES = pa.schema([("measure", pa.string()), ("value", pa.int64()), ("count",
 Measures = Counter[tuple[str, int]]
 """(measure, value) → rows."""
 
-NOTED = (
-    "truncated_prompt",
-    "truncated_completion",
-    "boundary_merge",
-    "double_bos",
-    "double_eos",
-    "inner_control_token",
-    "tools_ignored",
-)
-"""Counters of tokenization that are worth a look, of rows that are kept all the same."""
-
 _PERCENTS = (5, 50, 95, 99)
 _PARTS = ("prompt", "chosen", "rejected")
 
@@ -117,7 +106,7 @@ def report(
     ingested: Mapping[str, int] | None,
     left_out: Mapping[str, int] | None,
     tokenized: Mapping[str, int],
-    noted: Collection[str] = NOTED,
+    noted: Collection[str],
 ) -> dict[str, Any]:
     """The report: what was not measured is absent.
 

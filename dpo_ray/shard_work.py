@@ -22,15 +22,14 @@ from dpo_ray.duplicates import find, left_out_table, read_bucket, read_kept
 from dpo_ray.errors import DataError
 from dpo_ray.formats import canonical_pairs, canonical_prompt
 from dpo_ray.layouts import Layout, fields_of
-from dpo_ray.model_folders import PACKAGE, load_tokenizer, package_file, resolve
+from dpo_ray.model_folders import PACKAGE, package_file
 from dpo_ray.pairing import make_pairs
-from dpo_ray.pairs import PAIRS, PROMPTS, TOKENIZED, PreferencePair, prompt_id, split_of
+from dpo_ray.pairs import PAIRS, PROMPTS, PreferencePair, prompt_id, split_of
 from dpo_ray.quality import BadRow, check_length, reject
 from dpo_ray.quarantine import quarantine_table, quarantined
 from dpo_ray.raw_files import Unreadable, read_rows
 from dpo_ray.rewards import load_reward
 from dpo_ray.storage import Location
-from dpo_ray.tokenization import completion_ids, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -139,46 +138,6 @@ class PairShard:
                 for pair in pairs
             ]
         return ShardOutput(pa.Table.from_pylist(kept, schema=PAIRS), counters)
-
-
-class TokenizeShard:
-    """Canonical pairs → token ids; an absent side has no ids.
-
-    Rows that the source leaves out, as duplicates.read_kept reads it, and pairs over the length limits are counted.
-    """
-
-    def __init__(self, model: str, revision: str | None, trust_remote_code: bool, max_prompt: int, max_completion: int):
-        self.tokenizer = load_tokenizer(resolve(model, revision), trust_remote_code=trust_remote_code)
-        self.max_prompt = max_prompt
-        self.max_completion = max_completion
-
-    def __call__(self, source: dict[str, Any]) -> ShardOutput:
-        kept: list[dict[str, Any]] = []
-        table, counters = read_kept(source)
-        for row in table.to_pylist():
-            prompt = prompt_ids(self.tokenizer, row["prompt"])
-            if len(prompt) > self.max_prompt:
-                counters["prompt_too_long"] += 1
-                continue
-            chosen, rejected = (
-                completion_ids(self.tokenizer, row["prompt"], row[side]) if row[side] is not None else []
-                for side in ("chosen", "rejected")
-            )
-            if max(len(chosen), len(rejected)) > self.max_completion:
-                counters["completion_too_long"] += 1
-                continue
-            if chosen == rejected:
-                counters["identical_tokens"] += 1
-                continue
-            kept.append(
-                {
-                    **{name: row[name] for name in ("pair_id", "prompt_id", "split")},
-                    "prompt_ids": prompt,
-                    "chosen_ids": chosen,
-                    "rejected_ids": rejected,
-                }
-            )
-        return ShardOutput(pa.Table.from_pylist(kept, schema=TOKENIZED), counters)
 
 
 def read_prompts(uri: str, held_out_fraction: float, seed: int) -> dict[str, list[dict[str, Any]]]:

@@ -11,7 +11,7 @@ from dpo_ray.model_folders import load_tokenizer, resolve
 from dpo_ray.on_ray.engines import require_vllm
 from dpo_ray.report import html_report
 from dpo_ray.rewards import load_reward
-from dpo_ray.tokenization import require_chat_template
+from dpo_ray.tokenization import require_chat_template, require_prompt_room
 from pipelines import STAGES, Stage
 from pipelines.context import RunContext
 from pipelines.data_report import report_data
@@ -96,6 +96,7 @@ def preflight(config: Config, until: Stage = "publish") -> None:
         folder = resolve(config.model.path, config.model.revision)
         tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
         require_chat_template(tokenizer, config.model.path)
+        require_prompt_room(tokenizer, config.data)
 
 
 def write_report(context: RunContext, summary: dict) -> None:

@@ -13,6 +13,7 @@ from dpo_ray.artifacts import Artifact
 from dpo_ray.config import Config, dump_config
 from dpo_ray.progress import say
 from dpo_ray.storage import Location
+from dpo_ray.tokenize_shard import NOTED
 
 
 @dataclass
@@ -47,13 +48,15 @@ class RunContext:
         began = time.monotonic()
         artifact, reused = make()
         counters = artifact.manifest.counters
-        not_dropped = {"read", "kept", "more_pairs", "tokens", "other_split"}
+        noted = {k: v for k, v in counters.items() if k in NOTED and v}
+        not_dropped = {"read", "kept", "more_pairs", "tokens", "other_split", *noted}
         dropped = {k: v for k, v in counters.items() if k not in not_dropped and v}
         self.stages[name] = {
             "fingerprint": artifact.fingerprint,
             "reused": reused,
             "seconds": round(time.monotonic() - began, 1),
             "rows": {"in": counters.get("read"), "kept": counters.get("kept"), "dropped": dropped},
+            "noted": noted,
         }
         if not reused:
             # The rows of its shards, or those that it keeps where its shards hold something else.

@@ -9,6 +9,7 @@ from dpo_ray.data_report import VERSION, merge, preference_lines, report, report
 from dpo_ray.on_ray.shards import Pool, ShardTask, shard_stage, shard_tasks
 from dpo_ray.progress import say
 from dpo_ray.shard_work import MeasureShard
+from dpo_ray.tokenize_shard import NOTED
 from pipelines.context import RunContext
 from pipelines.deduplicate import kept_tasks
 
@@ -57,6 +58,7 @@ def _report(
         ingested=pairs.manifest.counters if left_out is not None else None,
         left_out=left_out.manifest.counters if left_out is not None else None,
         tokenized=tokenized.manifest.counters,
+        noted=NOTED,
     )
     return publish(location, KIND, identity=identity, inputs=inputs, files=[], metrics=metrics), False
 

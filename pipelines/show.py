@@ -47,8 +47,8 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
         *first,
         (
             "tokenize",
-            f"prompts up to {config.data.max_prompt_tokens} tokens, completions up to "
-            f"{config.data.max_completion_tokens}",
+            f"prompts up to {config.data.max_prompt_tokens} tokens (longer: {config.data.long_prompts}), "
+            f"completions up to {config.data.max_completion_tokens} (longer: {config.data.long_completions})",
         ),
         (
             "reference",

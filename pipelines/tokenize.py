@@ -6,8 +6,9 @@ from dpo_ray.artifacts import Artifact
 from dpo_ray.errors import DataError
 from dpo_ray.model_folders import load_tokenizer, resolve
 from dpo_ray.on_ray.shards import Pool, shard_stage
-from dpo_ray.shard_work import TokenizeShard
-from dpo_ray.tokenization import require_chat_template, tokenizer_identity
+from dpo_ray.progress import say
+from dpo_ray.tokenization import require_chat_template, require_prompt_room, tokenizer_identity
+from dpo_ray.tokenize_shard import NOTED, TokenizeShard
 from pipelines.context import RunContext
 from pipelines.deduplicate import kept_tasks
 
@@ -25,33 +26,31 @@ def _tokenize(context: RunContext, pairs: Artifact, left_out: Artifact | None) -
     model, data = context.config.model, context.config.data
     tokenizer = load_tokenizer(resolve(model.path, model.revision), trust_remote_code=model.trust_remote_code)
     require_chat_template(tokenizer, model.path)
+    require_prompt_room(tokenizer, data)
     artifact, reused = shard_stage(
         context.output,
         "tokenized",
         identity={
             "tokenizer": tokenizer_identity(tokenizer),
             "max_prompt_tokens": data.max_prompt_tokens,
+            "long_prompts": data.long_prompts,
             "max_completion_tokens": data.max_completion_tokens,
+            "long_completions": data.long_completions,
         },
         inputs={"pairs": pairs.fingerprint, **({"duplicates": left_out.fingerprint} if left_out else {})},
         tasks=kept_tasks(pairs, left_out),
-        pool=Pool(
-            TokenizeShard,
-            {
-                "model": model.path,
-                "revision": model.revision,
-                "trust_remote_code": model.trust_remote_code,
-                "max_prompt": data.max_prompt_tokens,
-                "max_completion": data.max_completion_tokens,
-            },
-            num_actors=2,
-        ),
+        pool=Pool(TokenizeShard, {"model": model, "data": data}, num_actors=2),
         unit="pairs",
     )
+    counters = artifact.manifest.counters
     if artifact.manifest.rows == 0:
-        dropped = ", ".join(f"{k} {v}" for k, v in artifact.manifest.counters.items() if k not in {"read", "kept"})
+        dropped = ", ".join(f"{k} {v}" for k, v in counters.items() if k not in {"read", "kept"})
         raise DataError(
             f"No pair fits data.max_prompt_tokens={data.max_prompt_tokens} and data.max_completion_tokens="
             f"{data.max_completion_tokens} (dropped: {dropped}). Raise these limits."
         )
+    if not reused:
+        for name in NOTED:
+            if counters.get(name):
+                say("tokenize", f"{name}, {counters[name]} of {artifact.manifest.rows} pairs: {NOTED[name]}")
     return artifact, reused

@@ -28,6 +28,7 @@ from dpo_ray.data_report import (
 from dpo_ray.pairs import PAIRS, REFERENCE, TOKENIZED
 from dpo_ray.shard_work import MeasureShard
 from dpo_ray.storage import Location
+from dpo_ray.tokenize_shard import NOTED
 
 
 def tokenized(*lengths: tuple[int, int, int], split: str = "train") -> pa.Table:
@@ -60,7 +61,7 @@ def texts(*rows: tuple[str, str | None, str | None]) -> pa.Table:
 
 
 def reported(*tables: pa.Table, kept: int = 4, **counters: Any) -> dict[str, Any]:
-    given = {"ingested": None, "left_out": None, "tokenized": {"read": kept, "kept": kept}, **counters}
+    given = {"ingested": None, "left_out": None, "tokenized": {"read": kept, "kept": kept}, "noted": NOTED, **counters}
     return report(merge(tables), **given)
 
 

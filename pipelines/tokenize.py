@@ -47,7 +47,8 @@ def _tokenize(context: RunContext, pairs: Artifact, left_out: Artifact | None) -
         dropped = ", ".join(f"{k} {v}" for k, v in counters.items() if k not in {"read", "kept"})
         raise DataError(
             f"No pair fits data.max_prompt_tokens={data.max_prompt_tokens} and data.max_completion_tokens="
-            f"{data.max_completion_tokens} (dropped: {dropped}). Raise these limits."
+            f"{data.max_completion_tokens} (dropped: {dropped}). Raise these limits, or have what is longer cut "
+            "(data.long_prompts, data.long_completions)."
         )
     if not reused:
         for name in NOTED:

@@ -204,6 +204,12 @@ def test_options_of_read_rows_do_not_go_with_generated_ones(key: str):
     assert f"data.{key} is about the rows" in message(tree(data={key: value}, generate={"prompts": "p.jsonl"}))
 
 
+def test_prompts_that_are_sampled_for_are_not_cut():
+    cut = tree(data={"long_prompts": "keep_end"}, generate={"prompts": "p.jsonl"})
+    assert "data.long_prompts=keep_end goes with data.train" in message(cut)
+    assert parse_config(tree(data={"train": "t.parquet", "long_prompts": "keep_end"})).data.long_prompts == "keep_end"
+
+
 def test_held_out_pairs_do_not_go_with_generated_ones():
     assert "data.eval" in message(tree(data={"eval": "e.parquet"}, generate={"prompts": "p.jsonl"}))
 

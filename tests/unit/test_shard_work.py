@@ -18,13 +18,11 @@ from dpo_ray.artifacts import FileEntry, publish, write_shard
 from dpo_ray.config import Columns, Pairing
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.layouts import Layout
-from dpo_ray.model_folders import load_tokenizer
-from dpo_ray.pairs import CANDIDATES, PAIRS, PROMPTS, QUARANTINE, TOKENIZED, PreferencePair, prompt_id, split_of
+from dpo_ray.pairs import CANDIDATES, PAIRS, PROMPTS, QUARANTINE, PreferencePair, prompt_id, split_of
 from dpo_ray.quality import REASONS
 from dpo_ray.raw_files import Unreadable
-from dpo_ray.shard_work import DuplicatesShard, IngestShard, PairShard, TokenizeShard, prompt_table, read_prompts
+from dpo_ray.shard_work import DuplicatesShard, IngestShard, PairShard, prompt_table, read_prompts
 from dpo_ray.storage import Location
-from dpo_ray.tokenization import completion_ids, prompt_ids
 
 Write = Callable[..., Path]
 
@@ -331,52 +329,6 @@ def question(text: str) -> tuple[Any, ...]:
     return ({"role": "user", "content": text},)
 
 
-def test_pairs_become_token_ids(tmp_path: Path, tiny_model: Path):
-    pair = PreferencePair(question("Why?"), "Because.", "No idea.")
-    output = TokenizeShard(str(tiny_model), None, False, 64, 16)(pairs_shard(tmp_path, [pair]))
-    tokenizer = load_tokenizer(tiny_model)
-    assert output.table.schema.equals(TOKENIZED)
-    assert output.table.to_pylist() == [
-        {
-            "pair_id": pair.pair_id,
-            "prompt_id": pair.prompt_id,
-            "split": "train",
-            "prompt_ids": prompt_ids(tokenizer, pair.prompt),
-            "chosen_ids": completion_ids(tokenizer, pair.prompt, "Because."),
-            "rejected_ids": completion_ids(tokenizer, pair.prompt, "No idea."),
-        }
-    ]
-
-
-def test_pairs_over_a_limit_are_dropped_whole_and_counted(tmp_path: Path, tiny_model: Path):
-    tokenizer = load_tokenizer(tiny_model)
-    prompt = question("Why?")
-    limit, answer = len(prompt_ids(tokenizer, prompt)), "One two three four five."
-    longest = len(completion_ids(tokenizer, prompt, answer))
-    fits = PreferencePair(prompt, answer, "No.")
-    shard = pairs_shard(
-        tmp_path,
-        [
-            PreferencePair(question("Why is it so?"), "Yes.", "No."),
-            fits,
-            PreferencePair(prompt, f"{answer} Six.", "No."),
-            PreferencePair(prompt, "No.", f"{answer} Six."),
-        ],
-    )
-    output = TokenizeShard(str(tiny_model), None, False, limit, longest)(shard)
-    assert output.counters == {"read": 4, "prompt_too_long": 1, "completion_too_long": 2}
-    assert output.table["pair_id"].to_pylist() == [fits.pair_id]
-    assert len(output.table["chosen_ids"][0]) == longest
-
-
-def test_rows_that_are_left_out_are_counted_and_not_tokenized(tmp_path: Path, tiny_model: Path):
-    pairs = [PreferencePair(question("Why?"), f"Answer {n}.", "No.") for n in range(4)]
-    shard = {**pairs_shard(tmp_path, pairs), "left_out": {"duplicate": [1], "contradiction": [0, 3]}}
-    output = TokenizeShard(str(tiny_model), None, False, 64, 16)(shard)
-    assert output.table["pair_id"].to_pylist() == [pairs[2].pair_id]
-    assert output.counters == {"read": 4, "duplicate": 1, "contradiction": 2}
-
-
 def test_the_rows_to_leave_out_are_found_over_all_shards_of_an_artifact(tmp_path: Path):
     pairs = [PreferencePair(question("Why?"), *sides) for sides in [("a", "b"), ("a", "b"), ("c", "d"), ("d", "c")]]
     for name, part in (("1.parquet", pairs[:1]), ("2.parquet", pairs[1:])):
@@ -389,29 +341,6 @@ def test_the_rows_to_leave_out_are_found_over_all_shards_of_an_artifact(tmp_path
         for row, reason in enumerate(["duplicate", "contradiction", "contradiction"])
     ]
     assert output.counters == {"read": 4, "kept": 1, "duplicate": 1, "contradiction": 2}
-
-
-def test_an_absent_side_has_no_token_ids(tmp_path: Path, tiny_model: Path):
-    rows = [PreferencePair(question("Why?"), "Because.", None), PreferencePair(question("Why?"), None, "Because.")]
-    output = TokenizeShard(str(tiny_model), None, False, 64, 16)(pairs_shard(tmp_path, rows))
-    ids = completion_ids(load_tokenizer(tiny_model), question("Why?"), "Because.")
-    assert output.table["chosen_ids"].to_pylist() == [ids, []]
-    assert output.table["rejected_ids"].to_pylist() == [[], ids]
-    assert output.counters == {"read": 2}
-
-
-def test_a_single_answer_over_the_limit_is_dropped_and_counted(tmp_path: Path, tiny_model: Path):
-    rows = [PreferencePair(question("Why?"), None, "Because it is so.")]
-    output = TokenizeShard(str(tiny_model), None, False, 64, 3)(pairs_shard(tmp_path, rows))
-    assert output.counters == {"read": 1, "completion_too_long": 1}
-
-
-def test_answers_of_the_same_tokens_are_no_pair(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("dpo_ray.shard_work.completion_ids", lambda tokenizer, prompt, answer: [len(answer)])
-    shard = pairs_shard(tmp_path, [PreferencePair(question("Why?"), "ab", "cd")])
-    output = TokenizeShard(str(tiny_model), None, False, 64, 16)(shard)
-    assert output.counters == {"read": 1, "identical_tokens": 1}
-    assert output.table.num_rows == 0
 
 
 def candidates_shard(folder: Path, samples: dict[str, list[tuple[str, bool]]]) -> dict[str, str]:

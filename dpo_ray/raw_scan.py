@@ -203,7 +203,8 @@ def read_record(folder: Location, stamp: Stamp, rows_per_shard: int) -> FileReco
 def _scan_parquet(location: Location, rows_per_shard: int, folder: Location) -> tuple[str, list[Part], str | None]:
     with reading(location, "cannot be read"):
         sha256 = file_hash(location)
-    with open_parquet(location, buffer_size=1 << 20) as parquet:
+    # A row group is read as it comes, not fetched whole.
+    with open_parquet(location, buffer_size=1 << 20, pre_buffer=False) as parquet:
         metadata = parquet.metadata
         rows = metadata.num_rows
         parts = [Part(first, min(rows_per_shard, rows - first)) for first in range(0, rows, rows_per_shard)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,28 @@ def test_parts_of_parquet_are_its_rows_once_and_large_row_groups_are_copied(tmp_
     assert [part.first for part in record.parts] == list(range(0, 100, rows))
     assert part_rows(record, tmp_path) == [(n, {"chosen": f"c{n}", "rejected": f"r{n}"}) for n in range(100)]
     assert record.sha256 == file_hash(Location.of(path))
+
+
+@pytest.mark.parametrize("name", ["f.parquet", "f.jsonl.gz"])
+def test_a_large_file_is_never_held_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    texts = [random.Random(n).randbytes(500).hex() for n in range(40_000)]  # 40 MB
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table({"chosen": texts}), tmp_path / name)
+    else:
+        write_lines(tmp_path / name, b"".join(json.dumps({"chosen": t}).encode() + b"\n" for t in texts))
+    del texts
+    before, most, rows = pa.total_allocated_bytes(), 0, 0
+
+    def watched(tables: Any, folder: Location) -> list[Any]:
+        nonlocal most, rows
+        for _, table in tables:
+            most, rows = max(most, pa.total_allocated_bytes() - before), rows + table.num_rows
+        return []
+
+    monkeypatch.setattr(raw_scan, "copy_parts", watched)
+    scanned(tmp_path / name, 1000)
+    assert rows == 40_000
+    assert most < 10_000_000
 
 
 def test_a_file_whose_footer_outweighs_its_rows_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -141,6 +141,19 @@ def test_a_record_is_found_again_until_the_file_is_written_or_cut_otherwise(tmp_
     assert read_record(folder, stamp, 2) is None
 
 
+def test_a_damaged_record_or_copy_says_what_to_remove(tmp_path: Path):
+    path = write_lines(tmp_path / "f.jsonl.gz", b'{"chosen": 1}\n' * 5)
+    folder, stamp = Location.of(tmp_path) / "files", Stamp.of(Location.of(path))
+    record = scan(stamp, 2, folder)
+    (folder / record_name(stamp, 2)).write_bytes(b"{}")
+    with pytest.raises(DataError, match=r"\.json is not a valid record of .*f\.jsonl\.gz.*Remove it"):
+        read_record(folder, stamp, 2)
+    [_, (_, second), _] = record.sources(folder)
+    Path(second["copy"]).unlink()
+    with pytest.raises(DataError, match=r"copy that was made of .*f\.jsonl\.gz.*part-00001.*remove the folder"):
+        list(read_rows(second))
+
+
 def test_a_file_that_is_written_to_while_it_is_scanned_is_an_error(tmp_path: Path):
     path = write_lines(tmp_path / "f.jsonl", b'{"chosen": 1}\n')
     stamp = Stamp.of(Location.of(path))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dpo_ray.errors import ConfigError
 from dpo_ray.layouts import Layout, fields_of
@@ -19,7 +19,16 @@ from dpo_ray.loss_options import Loss, SigmoidLoss
 from dpo_ray.section import Section
 
 Dtype = Literal["float32", "bfloat16"]
-Paths = str | Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+def _check_paths(value: Any) -> Any:
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list | tuple) or not paths or not all(isinstance(path, str) and path for path in paths):
+        raise ValueError(f"{value!r} is no path; name a file, a folder or a glob, or a list of these")
+    return value
+
+
+Paths = Annotated[str | tuple[str, ...], BeforeValidator(_check_paths)]
 
 LongPrompts = Literal["drop", "keep_start", "keep_end"]
 LongCompletions = Literal["drop", "cut"]

@@ -61,15 +61,16 @@ class Stamp:
         return cls(location.uri, info.size, info.mtime_ns)
 
 
-def format_of(name: str) -> Format:
-    """The format that a file's name tells. Raises DataError where it tells none."""
+def format_of(uri: str) -> Format:
+    """The format that the name of a file tells. Raises DataError where it tells none."""
+    name = uri.partition("?")[0] if "://" in uri else uri  # there, the options of an object store follow
     if name.endswith(".parquet"):
         return Format(True, None)
     suffix = next((suffix for suffix in _CODECS if name.endswith(suffix)), "")
     if name.removesuffix(suffix).endswith((*_LINES, ".json")):
         return Format(False, _CODECS.get(suffix))
     raise DataError(
-        f"{name} has none of the suffixes of preference files ({', '.join(SUFFIXES)}). Rename it by what is in it, or "
+        f"{uri} has none of the suffixes of preference files ({', '.join(SUFFIXES)}). Rename it by what is in it, or "
         "name the files of data.train and data.eval more closely."
     )
 
@@ -102,7 +103,7 @@ def open_parquet(location: Location, **options: Any) -> Iterator[pq.ParquetFile]
 def open_lines(location: Location) -> Iterator[Bytes]:
     """The bytes of a file of JSON lines, decompressed as they are read."""
     fs, path = location.filesystem()
-    with fs.open_input_stream(path, compression=format_of(location.name).codec) as stream:
+    with fs.open_input_stream(path, compression=format_of(location.uri).codec) as stream:
         yield stream
 
 
@@ -121,12 +122,10 @@ def read_rows(
     row groups. Raises DataError naming the file where it is damaged, or has changed since it was cut into parts.
     """
     location = Location(source["file"])
-    is_parquet = format_of(location.name).is_parquet
+    is_parquet = format_of(location.uri).is_parquet
     first, count = source.get("first", 0 if is_parquet else 1), source.get("count")
     if "copy" in source:
-        place = Location(source["copy"])
-        for start, batch in _parquet_batches(place, 0, None, columns if is_parquet else None):
-            yield from _parquet_rows(place, batch, first + start) if is_parquet else _copied_lines(batch, columns)
+        yield from _copied_rows(Location(source["copy"]), location, is_parquet, first, columns)
         return
     if "size" in source and Stamp.of(location) != Stamp(location.uri, source["size"], source["mtime_ns"]):
         raise DataError(f"{location} {_CHANGED}")
@@ -204,11 +203,22 @@ def _parquet_row(row: pa.RecordBatch) -> dict[str, Any] | Unreadable:
     return values
 
 
-def _copied_lines(
-    batch: pa.RecordBatch, columns: Collection[str] | None
+def _copied_rows(
+    place: Location, location: Location, is_parquet: bool, first: int, columns: Collection[str] | None
 ) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
-    for number, line in zip(batch["line"].to_pylist(), batch["raw"].to_pylist(), strict=True):
-        yield number, parse_line(line, columns)
+    try:
+        for start, batch in _parquet_batches(place, 0, None, columns if is_parquet else None):
+            if is_parquet:
+                yield from _parquet_rows(place, batch, first + start)
+                continue
+            for number, line in zip(batch["line"].to_pylist(), batch["raw"].to_pylist(), strict=True):
+                yield number, parse_line(line, columns)
+    except DataError as error:
+        folder = place.uri.rsplit("/", 1)[0]
+        raise DataError(
+            f"The copy that was made of {location} cannot be read: {error} This file is the run's own: remove the "
+            f"folder {folder}, and the next run makes it again."
+        ) from error
 
 
 def _legible(value: pa.Scalar) -> Any:

@@ -35,7 +35,7 @@ _PARTS = TypeAdapter(list[Part])
 
 
 def cut_lines(lines: Iterable[tuple[bytes, int]], rows_per_shard: int) -> Iterator[Part]:
-    """Parts of raw_files.raw_lines: whole lines, one after the other; lines without a row after them are in none."""
+    """Parts of json_lines.raw_lines: whole lines, one after the other; lines without a row after them are in none."""
     first, count, offset, length = 1, 0, 0, 0
     for number, (line, size) in enumerate(lines, start=1):
         if count == rows_per_shard or (count and length >= PART_BYTES):

@@ -16,19 +16,12 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.types as pt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpo_ray.artifacts import digest, file_hash
 from dpo_ray.errors import DataError
 from dpo_ray.json_lines import Unreadable, is_blank, parse_line, raw_lines
-from dpo_ray.raw_files import (
-    Format,
-    Stamp,
-    format_of,
-    open_lines,
-    open_parquet,
-    reading,
-)
+from dpo_ray.raw_files import Format, Stamp, format_of, open_lines, open_parquet, reading
 from dpo_ray.raw_parts import Part, copy_is_finished, copy_parts, cut_lines, line_tables, part_file, row_tables
 from dpo_ray.storage import Location
 
@@ -98,7 +91,7 @@ def record_name(stamp: Stamp, rows_per_shard: int) -> str:
 
 def look(location: Location) -> Look:
     """A footer or the first lines. Raises DataError where the file cannot hold a row."""
-    form = format_of(location.name)
+    form = format_of(location.uri)
     if form.is_parquet:
         with open_parquet(location) as parquet:
             return _look_at_schema(parquet.schema_arrow, parquet.metadata.num_rows)
@@ -169,7 +162,7 @@ def scan(stamp: Stamp, rows_per_shard: int, folder: Location) -> FileRecord:
     """
     location = Location(stamp.uri)
     found = look(location)
-    form = format_of(location.name)
+    form = format_of(location.uri)
     if form.is_parquet:
         sha256, parts, copied_to = _scan_parquet(location, rows_per_shard, folder)
     else:
@@ -189,12 +182,18 @@ def scan(stamp: Stamp, rows_per_shard: int, folder: Location) -> FileRecord:
 
 
 def read_record(folder: Location, stamp: Stamp, rows_per_shard: int) -> FileRecord | None:
-    """The record of a file; None where it must be scanned, be it that its copy was removed."""
+    """The record of a file; None where it must be scanned, be it that its copy was removed. Raises DataError."""
     try:
         data = (folder / record_name(stamp, rows_per_shard)).read_bytes()
     except FileNotFoundError:
         return None
-    record = FileRecord.model_validate_json(data)
+    try:
+        record = FileRecord.model_validate_json(data)
+    except ValidationError as error:
+        raise DataError(
+            f"{folder / record_name(stamp, rows_per_shard)} is not a valid record of {stamp.uri} "
+            f"({error.error_count()} errors). Remove it; the file will then be looked through again."
+        ) from error
     if record.copied_to is not None and not copy_is_finished(folder / record.copied_to):
         return None
     return record
@@ -203,13 +202,14 @@ def read_record(folder: Location, stamp: Stamp, rows_per_shard: int) -> FileReco
 def _scan_parquet(location: Location, rows_per_shard: int, folder: Location) -> tuple[str, list[Part], str | None]:
     with reading(location, "cannot be read"):
         sha256 = file_hash(location)
-    with open_parquet(location, buffer_size=1 << 20) as parquet:
+    # A row group is read as it comes, not fetched whole.
+    with open_parquet(location, buffer_size=1 << 20, pre_buffer=False) as parquet:
         metadata = parquet.metadata
         rows = metadata.num_rows
         parts = [Part(first, min(rows_per_shard, rows - first)) for first in range(0, rows, rows_per_shard)]
         largest = max((metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)), default=0)
         footers = metadata.serialized_size * len(parts)
-        small_groups = largest <= _OVERREAD * rows_per_shard or largest == 0
+        small_groups = largest <= _OVERREAD * rows_per_shard
         if small_groups and footers <= max(_FOOTER_BYTES, _OVERREAD * Stamp.of(location).size):
             return sha256, parts, None
         tables = row_tables(parquet.iter_batches(_ROWS_AT_ONCE, use_threads=False), rows_per_shard)

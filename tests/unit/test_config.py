@@ -248,6 +248,17 @@ def test_an_override_may_be_null_or_a_list(config_file: Path):
     assert config.tune is not None and config.tune.beta == (0.1, 0.2)
 
 
+def test_data_is_one_path_or_several(config_file: Path):
+    config = load_config(config_file, ["data.train=[a, 'b/*.jsonl.gz']"])
+    assert config.data.train == ("a", "b/*.jsonl.gz")
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize("value", ["", [], 3, {"a": "b"}, [1]])
+def test_data_that_is_no_path_fails_with_the_key(value: Any):
+    assert f"data.train: {value!r} is no path; name a file, a folder or a glob" in message(tree(data={"train": value}))
+
+
 def test_the_last_of_two_overrides_wins(config_file: Path):
     assert load_config(config_file, ["run.seed=1", "run.seed=2"]).run.seed == 2
 

@@ -39,6 +39,7 @@ def test_every_suffix_of_a_folder_names_a_format(suffix: str):
     form = format_of(f"s3://bucket/train-00000-of-00002{suffix}")
     assert form.is_parquet == (suffix == ".parquet")
     assert form.codec == CODECS.get("." + suffix.rsplit(".", 1)[1])
+    assert format_of(f"s3://bucket/train{suffix}?region=eu-west-1") == form
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])

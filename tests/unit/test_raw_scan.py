@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,28 @@ def test_parts_of_parquet_are_its_rows_once_and_large_row_groups_are_copied(tmp_
     assert record.sha256 == file_hash(Location.of(path))
 
 
+@pytest.mark.parametrize("name", ["f.parquet", "f.jsonl.gz"])
+def test_a_large_file_is_never_held_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    texts = [random.Random(n).randbytes(500).hex() for n in range(40_000)]  # 40 MB
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table({"chosen": texts}), tmp_path / name)
+    else:
+        write_lines(tmp_path / name, b"".join(json.dumps({"chosen": t}).encode() + b"\n" for t in texts))
+    del texts
+    before, most, rows = pa.total_allocated_bytes(), 0, 0
+
+    def watched(tables: Any, folder: Location) -> list[Any]:
+        nonlocal most, rows
+        for _, table in tables:
+            most, rows = max(most, pa.total_allocated_bytes() - before), rows + table.num_rows
+        return []
+
+    monkeypatch.setattr(raw_scan, "copy_parts", watched)
+    scanned(tmp_path / name, 1000)
+    assert rows == 40_000
+    assert most < 10_000_000
+
+
 def test_a_file_whose_footer_outweighs_its_rows_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = write_rows(tmp_path / "f.parquet", 200, 1)
     assert scanned(path, 2).copied_to is None
@@ -116,6 +139,19 @@ def test_a_record_is_found_again_until_the_file_is_written_or_cut_otherwise(tmp_
     assert record.copied_to is not None
     (tmp_path / "files" / record.copied_to / "parts.json").unlink()
     assert read_record(folder, stamp, 2) is None
+
+
+def test_a_damaged_record_or_copy_says_what_to_remove(tmp_path: Path):
+    path = write_lines(tmp_path / "f.jsonl.gz", b'{"chosen": 1}\n' * 5)
+    folder, stamp = Location.of(tmp_path) / "files", Stamp.of(Location.of(path))
+    record = scan(stamp, 2, folder)
+    (folder / record_name(stamp, 2)).write_bytes(b"{}")
+    with pytest.raises(DataError, match=r"\.json is not a valid record of .*f\.jsonl\.gz.*Remove it"):
+        read_record(folder, stamp, 2)
+    [_, (_, second), _] = record.sources(folder)
+    Path(second["copy"]).unlink()
+    with pytest.raises(DataError, match=r"copy that was made of .*f\.jsonl\.gz.*part-00001.*remove the folder"):
+        list(read_rows(second))
 
 
 def test_a_file_that_is_written_to_while_it_is_scanned_is_an_error(tmp_path: Path):

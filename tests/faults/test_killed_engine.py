@@ -107,12 +107,12 @@ POISON = 1013  # the prompt of one row of the second shard
 
 class Scorer:
     def score(self, pairs):
-        if any(p.prompt_ids == [POISON] for p in pairs):
-            os.kill(os.getpid(), signal.SIGKILL)
         began = time.time()
         time.sleep(2)  # long enough for a second engine to get work
         with open(OUT + "/calls.txt", "a") as calls:
             calls.write(json.dumps([os.getpid(), began, time.time()]) + "\\n")
+        if any(p.prompt_ids == [POISON] for p in pairs):
+            os.kill(os.getpid(), signal.SIGKILL)
         logprobs = [[-1.0]] * len(pairs)
         return logprobs, logprobs
 
@@ -122,7 +122,7 @@ class Worker(ScoreShard):
 
 output = Location.of(OUT)
 files = []
-for shard in range(8):
+for shard in range(16):
     rows = [
         {"pair_id": str(n), "prompt_id": str(n), "split": "train", "prompt_ids": [n], "chosen_ids": [1],
          "rejected_ids": [2]}
@@ -149,7 +149,7 @@ def test_a_row_that_kills_its_engine_is_quarantined_and_engines_are_added_while_
     assert done.returncode == 0 and made, done.stdout[-6000:]
     folder = Path(made[1])
     counters = json.loads((folder / "manifest.json").read_text())["counters"]
-    assert counters == {"engine_crash": 1, "kept": 79, "read": 80}
+    assert counters == {"engine_crash": 1, "kept": 159, "read": 160}
     [quarantine] = (folder / "quarantine").iterdir()
     [row] = pq.read_table(quarantine).to_pylist()
     assert row["row"] == 3 and row["reason"] == "engine_crash"

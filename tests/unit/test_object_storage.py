@@ -18,7 +18,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from dpo_ray import storage
-from dpo_ray.artifacts import MANIFEST, describe_file, file_hash, inspect_shard, load, publish, read_shard, write_shard
+from dpo_ray.artifacts import describe_file, file_hash, inspect_shard, load, publish, read_shard, write_shard
 from dpo_ray.errors import ConfigError, DataError, StorageError
 from dpo_ray.model_folders import is_copy, resolve
 from dpo_ray.storage import Location, find_files
@@ -267,7 +267,7 @@ def test_an_artifact_is_published_read_and_missed_as_in_a_folder(place: Location
     assert describe_file(location / "part.parquet").bytes == entry.bytes
     (location / "part.parquet").remove()
     (location / "part.parquet").remove()
-    with pytest.raises(DataError, match=rf"lacks 1 of its 2 files, the first being part\.parquet.*{MANIFEST}"):
+    with pytest.raises(DataError, match=r"lacks 1 of its 2 files, the first being part\.parquet"):
         load(location, "pairs", artifact.fingerprint)
     with pytest.raises(DataError, match=r"part\.parquet"):
         read_shard(location / "part.parquet")

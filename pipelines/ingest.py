@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from dpo_ray.artifacts import Artifact, digest
@@ -103,6 +105,7 @@ def _ingest(context: RunContext) -> tuple[Artifact, bool]:
         _require_rows([record for record, _ in side], key)
         for record, layout in side:
             tasks += [] if layout is None else _tasks(record, layout, folder, split, data)
+    tasks = _each_its_own(tasks)
     options = {
         "held_out_fraction": data.held_out_fraction,
         "seed": seed,
@@ -127,6 +130,17 @@ def _ingest(context: RunContext) -> tuple[Artifact, bool]:
     )
     require_enough_kept(artifact, data.max_quarantined_fraction)
     return artifact, reused
+
+
+def _each_its_own(tasks: list[ShardTask]) -> list[ShardTask]:
+    """Tasks over copies of one file would be taken for one; their rows are to be read, and counted as duplicates."""
+    seen: Counter[str] = Counter()
+    own = []
+    for task in tasks:
+        copy = seen[task.content]
+        seen[task.content] += 1
+        own.append(replace(task, content=f"{task.content}:copy {copy}") if copy else task)
+    return own
 
 
 def _tasks(record: FileRecord, layout: Layout, folder: Location, split: str | None, data: Data) -> list[ShardTask]:

@@ -15,6 +15,8 @@ from typing import Any
 
 DPO_RAY = str(Path(sys.executable).parent / "dpo-ray")
 CONFIGS = Path(__file__).parent.parent / "pipelines" / "configs"
+WORKER = "ray::MapWorker(MapBatches(ShardWorker))"
+"""How the command line of a shard worker begins."""
 
 
 @dataclass(frozen=True)
@@ -86,3 +88,19 @@ def summary_of(output: Path) -> dict[str, Any]:
     """summary.json of the newest run of an output folder."""
     newest = max((output / "runs").iterdir(), key=lambda folder: folder.stat().st_mtime)
     return json.loads((newest / "summary.json").read_text())
+
+
+def processes_below(root: int) -> dict[int, str]:
+    """Process id → command line, of all descendants of a process."""
+    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    lines = [line.split(None, 2) for line in listing.splitlines()]
+    parents = {int(pid): int(parent) for pid, parent, *_ in lines}
+
+    def is_below(pid: int) -> bool:
+        while pid in parents:
+            pid = parents[pid]
+            if pid == root:
+                return True
+        return False
+
+    return {int(pid): " ".join(args) for pid, _, *args in lines if is_below(int(pid))}

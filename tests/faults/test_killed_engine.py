@@ -14,28 +14,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.command_line import CONFIGS, DPO_RAY, dpo_ray, overrides, summary_of
+from tests.command_line import CONFIGS, DPO_RAY, WORKER, dpo_ray, overrides, processes_below, summary_of
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(900)]
 
 SHARDS, ROWS = 12, 24
-WORKER = "ray::MapWorker(MapBatches(ShardWorker))"
-
-
-def processes_below(root: int) -> dict[int, str]:
-    """Process id → command line, of all descendants of a process."""
-    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-    lines = [line.split(None, 2) for line in listing.splitlines()]
-    parents = {int(pid): int(parent) for pid, parent, *_ in lines}
-
-    def is_below(pid: int) -> bool:
-        while pid in parents:
-            pid = parents[pid]
-            if pid == root:
-                return True
-        return False
-
-    return {int(pid): " ".join(args) for pid, _, *args in lines if is_below(int(pid))}
 
 
 @pytest.fixture(scope="module")

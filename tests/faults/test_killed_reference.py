@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.command_line import CONFIGS, DPO_RAY, dpo_ray, overrides
+from tests.command_line import CONFIGS, DPO_RAY, WORKER, dpo_ray, overrides, processes_below
 
 KILLS = int(os.environ.get("DPO_RAY_KILLS", "4"))
 
@@ -66,20 +66,6 @@ def content(output: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def actors_below(driver: int) -> list[int]:
-    """Pids of the shard workers that descend from a driver."""
-    listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in listing.splitlines()[1:]]
-    parents = {int(pid): int(parent) for pid, parent, _ in rows}
-
-    def descends(pid: int) -> bool:
-        while pid in parents and pid != driver:
-            pid = parents[pid]
-        return pid == driver
-
-    return [int(p) for p, _, args in rows if args.startswith("ray::") and "ShardWorker" in args and descends(int(p))]
-
-
 def run_and_kill(arguments: list[str], victim: str, moment: float) -> tuple[bool, int | None, str]:
     """Start the command and kill once. Returns whether it was killed, the exit code (None of a killed driver), the log.
 
@@ -99,7 +85,7 @@ def run_and_kill(arguments: list[str], victim: str, moment: float) -> tuple[bool
         if victim == "driver":
             process.send_signal(signal.SIGKILL)
             killed = True
-        elif pids := actors_below(process.pid):
+        elif pids := [pid for pid, name in processes_below(process.pid).items() if name.startswith(WORKER)]:
             os.kill(pids[0], signal.SIGKILL)
             killed = True
     code = process.wait(300)

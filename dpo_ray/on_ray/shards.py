@@ -226,6 +226,9 @@ class ShardWorker:
 
     def _write(self, name: str, output: ShardOutput) -> None:
         # The quarantine first: a shard that exists is finished, its quarantine included.
+        quarantine = self.location / "quarantine" / name
         if output.quarantine is not None:
-            write_shard(self.location / "quarantine" / name, output.quarantine, {})
+            write_shard(quarantine, output.quarantine, {})
+        else:
+            quarantine.remove()  # of an attempt that died just after it had written this
         write_shard(self.location / name, output.table, dict(output.counters))

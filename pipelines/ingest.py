@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_ray.artifacts import Artifact, digest
-from dpo_ray.config import Config, Data, Paths
+from dpo_ray.config import Config, Paths
 from dpo_ray.errors import DataError
 from dpo_ray.formats import PAIRED_COLUMNS, UNPAIRED_COLUMNS, check_columns, is_unpaired
 from dpo_ray.loss_options import LossOptions
@@ -33,7 +33,7 @@ def check_inputs(config: Config) -> None:
     Raises DataError where there is no file or no row, where files are unreadable or can hold no preferences, or where
     their rows are unpaired and the loss compares two answers.
     """
-    for key, files, _ in _sides(config.data):
+    for key, files, _ in _sides(config):
         _require_rows(each(lambda file: _known(file, config), files), key)
 
 
@@ -44,18 +44,26 @@ def _known(file: Location, config: Config) -> Look | FileRecord:
     return found
 
 
-def _sides(data: Data) -> list[tuple[str, list[Location], str | None]]:
+def _sides(config: Config) -> list[tuple[str, list[Location], str | None]]:
     """Key of the configuration, its files, and the side of the split that they are; None: it is cut from them."""
+    data, output = config.data, Location.of(config.run.output)
     assert data.train is not None
-    sides = [("data.train", _find(data.train, "data.train"), "train" if data.eval else None)]
-    return [*sides, ("data.eval", _find(data.eval, "data.eval"), "eval")] if data.eval else sides
+    sides = [("data.train", input_files(data.train, "data.train", output), "train" if data.eval else None)]
+    return [*sides, ("data.eval", input_files(data.eval, "data.eval", output), "eval")] if data.eval else sides
 
 
-def _find(paths: Paths, key: str) -> list[Location]:
-    """The files that one or several paths name, each once."""
+def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
+    """The files that one or several paths name, each once; of `output` only where a path leads into it.
+
+    Raises DataError where a path names none.
+    """
     files: dict[Location, None] = {}
     for pattern in [paths] if isinstance(paths, str) else paths:
         found = find_files(pattern, SUFFIXES)
+        # A folder may hold the output as well, whose shards would look like preference data in the next run.
+        inside = f"{output}/"
+        if not Location.of(pattern).uri.startswith(inside):
+            found = [file for file in found if not file.uri.startswith(inside)]
         if not found:
             raise DataError(
                 f"{key} is {pattern}, and no file is there. Check the path; of a folder, the files with these suffixes "
@@ -85,7 +93,7 @@ def _require_rows(found: Sequence[Look | FileRecord], key: str) -> None:
 
 def _ingest(context: RunContext) -> tuple[Artifact, bool]:
     data, seed = context.config.data, context.config.run.seed
-    sides = _sides(data)
+    sides = _sides(context.config)
     folder = context.output / FILES
     records = scan_files(folder, [file for _, files, _ in sides for file in files], data.rows_per_shard)
     each(lambda record: _require_preferences(record, record.uri, context.config.train.loss), records)

@@ -125,7 +125,8 @@ class Pairing(Section):
 class Data(Section):
     train: Paths | None = None
     """Preference data, Parquet or JSON lines (.jsonl, .ndjson, also .gz or .zst): a file, a folder or a glob, local or
-    a URI, or a list of these. Left out when `generate` makes the pairs."""
+    a URI, or a list of these. What lies in run.output is taken only where a path leads into it. Left out when
+    `generate` makes the pairs."""
     eval: Paths | None = None
     """Held-out preference data, named likewise. Left out: held_out_fraction of the prompts of `train`."""
     layout: Literal["auto", Layout] = "auto"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from dpo_ray.artifacts import Artifact, digest
-from dpo_ray.config import Config, Data, Paths
+from dpo_ray.config import Config, Paths
 from dpo_ray.errors import DataError
 from dpo_ray.layouts import Layout, recognise, texts_of
 from dpo_ray.on_ray.scanning import scan_files
@@ -37,7 +37,7 @@ def check_inputs(config: Config) -> None:
     their rows are unpaired and the loss compares two answers; ConfigError where an option is of no use to them.
     """
     layouts = set()
-    for key, files, _ in _sides(config.data):
+    for key, files, _ in _sides(config):
         found = each(lambda file: _known(file, config), files)
         _require_rows([file for file, _ in found], key)
         layouts |= {layout for _, layout in found if layout is not None}
@@ -50,18 +50,26 @@ def _known(file: Location, config: Config) -> tuple[Look | FileRecord, Layout | 
     return found, _layout(found, str(file), config)
 
 
-def _sides(data: Data) -> list[tuple[str, list[Location], str | None]]:
+def _sides(config: Config) -> list[tuple[str, list[Location], str | None]]:
     """Key of the configuration, its files, and the side of the split that they are; None: it is cut from them."""
+    data, output = config.data, Location.of(config.run.output)
     assert data.train is not None
-    sides = [("data.train", _find(data.train, "data.train"), "train" if data.eval else None)]
-    return [*sides, ("data.eval", _find(data.eval, "data.eval"), "eval")] if data.eval else sides
+    sides = [("data.train", input_files(data.train, "data.train", output), "train" if data.eval else None)]
+    return [*sides, ("data.eval", input_files(data.eval, "data.eval", output), "eval")] if data.eval else sides
 
 
-def _find(paths: Paths, key: str) -> list[Location]:
-    """The files that one or several paths name, each once."""
+def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
+    """The files that one or several paths name, each once; of `output` only where a path leads into it.
+
+    Raises DataError where a path names none.
+    """
     files: dict[Location, None] = {}
     for pattern in [paths] if isinstance(paths, str) else paths:
         found = find_files(pattern, SUFFIXES)
+        # A folder may hold the output as well, whose shards would look like preference data in the next run.
+        inside = f"{output}/"
+        if not Location.of(pattern).uri.startswith(inside):
+            found = [file for file in found if not file.uri.startswith(inside)]
         if not found:
             raise DataError(
                 f"{key} is {pattern}, and no file is there. Check the path; of a folder, the files with these suffixes "
@@ -94,7 +102,7 @@ def _require_rows(found: Sequence[Look | FileRecord], key: str) -> None:
 
 def _ingest(context: RunContext) -> tuple[Artifact, bool]:
     data, seed = context.config.data, context.config.run.seed
-    sides = _sides(data)
+    sides = _sides(context.config)
     folder = context.output / FILES
     records = scan_files(folder, [file for _, files, _ in sides for file in files], data.rows_per_shard)
     found = each(lambda record: (record, _layout(record, record.uri, context.config)), records)

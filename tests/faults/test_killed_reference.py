@@ -1,6 +1,6 @@
 """SIGKILL of the driver and of the vLLM actor at random moments of the reference stage: the same artifact, bit for bit.
 
-DPO_RAY_KILLS is how often (4 unless told), DPO_RAY_KILL_SEED draws the moments.
+DPO_RAY_KILLS is how often (2 unless told), DPO_RAY_KILL_SEED draws the moments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 
 from tests.command_line import CONFIGS, DPO_RAY, WORKER, dpo_ray, overrides, processes_below
 
-KILLS = int(os.environ.get("DPO_RAY_KILLS", "4"))
+KILLS = int(os.environ.get("DPO_RAY_KILLS", "2"))
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600 + 180 * KILLS)]
 

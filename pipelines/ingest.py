@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from dpo_ray.artifacts import Artifact, digest
-from dpo_ray.config import Config, Paths
+from dpo_ray.config import Config, Data, Paths
 from dpo_ray.errors import DataError
 from dpo_ray.layouts import Layout, recognise, texts_of
 from dpo_ray.on_ray.scanning import scan_files

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dpo_ray.storage import Location
-from tests.command_line import CONFIGS, Finished, dpo_ray, overrides
+from tests.command_line import CONFIGS, Finished, dpo_ray, killed_at, overrides
 from tests.object_store import BUCKET, ObjectStore, object_store, upload
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
@@ -48,11 +48,15 @@ def job(store: ObjectStore, tmp_path_factory, tiny_model: Path, write_preference
         "publish__gate__accuracy_above": None,
     }
 
-    def run(run_id: str, **more: Any) -> Finished:
+    def run(run_id: str, command: str = "run", kill_at: str | None = None, **more: Any) -> Finished:
         arguments = (str(CONFIGS / "align_cpu.yaml"), "--run-id", run_id, *overrides(**{**values, **more}))
-        return dpo_ray("run", *arguments, timeout=1500, env={"DPO_RAY_CACHE": str(folder / "cache")})
+        if kill_at is not None:
+            return killed_at(kill_at, command, *arguments, timeout=1500)
+        return dpo_ray(command, *arguments, timeout=1500)
 
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DPO_RAY_CACHE", str(folder / "cache"))
+        yield run
 
 
 def summary_of(run_id: str) -> dict[str, Any]:
@@ -118,6 +122,31 @@ def test_a_lost_shard_alone_is_computed_again(first_run, job):
     assert done.code == 0, done.log
     assert done.lines("[reference] 1 of 2 shards are finished already, 1 to compute")
     assert summary_of("third")["stages"]["train"]["reused"]
+
+
+@pytest.mark.faults
+def test_a_killed_training_goes_on_from_its_checkpoint_there(first_run, job, store: ObjectStore):
+    lora = {"model__lora": {"rank": 4}, "train__epochs": 4}
+    job("killed", kill_at="checkpoint at step 4/", **lora)
+    assert any("checkpoint_" in key for key in store.names("team/out/artifacts/train/"))
+    done = job("resumed", **lora)
+    assert done.code == 0, done.log
+    assert done.lines("[train] going on from checkpoint_")
+    summary = summary_of("resumed")
+    steps = [
+        json.loads(line)["step"] for line in (OUT / "runs" / "resumed" / "metrics.jsonl").read_bytes().splitlines()
+    ]
+    assert steps == list(range(1, summary["train"]["num_steps"] + 1))
+    adapter = json.loads((Location.of(summary["published"]) / "adapter_config.json").read_bytes())
+    assert adapter["base_model_name_or_path"] == f"s3://{BUCKET}/models/tiny"
+    assert not [key for key in store.names() if "checkpoint" in key]
+
+
+def test_the_trials_of_a_sweep_keep_their_records_there(first_run, job):
+    done = job("sweep", command="sweep", tune__beta=[0.1, 0.5], tune__learning_rate=[1e-3])
+    assert done.code == 0, done.log
+    assert {trial["beta"] for trial in summary_of("sweep")["sweep"]["trials"]} == {0.1, 0.5}
+    assert (OUT / "runs" / "sweep" / "sweep.json").exists()
 
 
 def test_a_bucket_that_is_not_there_ends_as_one_paragraph(store: ObjectStore, job):

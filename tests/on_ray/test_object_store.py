@@ -125,8 +125,8 @@ def test_a_lost_shard_alone_is_computed_again(first_run, job):
 
 @pytest.mark.faults
 def test_a_killed_training_goes_on_from_its_checkpoint_there(first_run, job, store: ObjectStore):
-    lora = {"model__lora": {"rank": 4}, "train__epochs": 4}
-    job("killed", kill_at="checkpoint at step 4/", **lora)
+    lora = {"model__lora": {"rank": 4}, "train__epochs": 6}
+    job("killed", kill_at="checkpoint at step 12/", **lora)
     assert any("checkpoint_" in key for key in store.names("team/out/artifacts/train/"))
     done = job("resumed", **lora)
     assert done.code == 0, done.log

@@ -10,15 +10,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo_ray import duplicates
+from dpo_ray import duplicates, quality
 from dpo_ray.evaluation import wilson
-from dpo_ray.quality import Reason
 
 VERSION = 1
 """Of what is measured; another one makes the shards be measured again."""
@@ -64,7 +63,7 @@ def measure_pairs(table: pa.Table) -> Measures:
 def measure_tokens(table: pa.Table) -> Measures:
     """Sides of the split and token counts of the rows of a tokenized shard, and which answer is the longer one.
 
-    A side that an unpaired row lacks has no count, and such a row no longer answer.
+    A side that an unpaired row lacks has no count, and of such a row neither answer is the longer one.
     """
     lengths = {part: pc.list_value_length(table[f"{part}_ids"]).to_numpy() for part in _PARTS}
     measures: Measures = Counter((f"split/{side}", 0) for side in table["split"].to_pylist())
@@ -121,7 +120,7 @@ def report(
     """
     found: dict[str, Any] = {"pairs": tokenized["kept"]}
     if ingested is not None:
-        found |= {"read": ingested["read"], "quarantined": _named(ingested, get_args(Reason))}
+        found |= {"read": ingested["read"], "quarantined": _named(ingested, quality.REASONS)}
     if left_out is not None:
         found["left_out"] = _named(left_out, duplicates.REASONS)
     others = {"read", "kept", *noted, *duplicates.REASONS}

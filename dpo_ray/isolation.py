@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NoReturn, TypeVar
+from typing import Literal, NoReturn, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,6 +19,10 @@ from dpo_ray.errors import DataError, DpoRayError
 from dpo_ray.storage import Location
 
 Value = TypeVar("Value")
+
+Failure = Literal["engine_error", "engine_crash"]
+"""What became of a row that the engine cannot do: an exception, or the end of its process."""
+FAILURES: tuple[Failure, ...] = get_args(Failure)
 
 # Into so many parts is a range divided that failed. A death costs the start of an engine, and the parts that are well
 # cost little: so more than two.
@@ -41,7 +45,7 @@ class FailedRow(BaseModel):
 
     place: int
     """0-based row of the shard."""
-    reason: Literal["engine_error", "engine_crash"]
+    reason: Failure
     message: str
 
 
@@ -162,7 +166,7 @@ def _account_for_death(notes: _Notes, num_rows: int) -> None:
         _fail(notes, rows, "engine_crash")
 
 
-def _fail(notes: _Notes, rows: _Range, reason: Literal["engine_error", "engine_crash"]) -> None:
+def _fail(notes: _Notes, rows: _Range, reason: Failure) -> None:
     """Divide the range, or give its only row up."""
     notes.ranges.remove(rows)
     if rows.count == 1:

@@ -16,7 +16,7 @@ from dpo_ray.quality import Reason
 MAX_LINE_BYTES = 1 << 24
 """Of a longer line no more is held: no dialogue is that long."""
 RAW_BOUND = 2000
-"""Characters that are kept of a row that cannot be read."""
+"""Characters that are kept of a bad row."""
 _CHUNK = 1 << 20
 _MAX_NESTING = 100  # what reads a row later may recurse
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"

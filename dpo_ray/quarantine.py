@@ -15,15 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from dpo_ray.artifacts import Artifact
+from dpo_ray.artifacts import Artifact, read_shard
 from dpo_ray.errors import DataError
+from dpo_ray.json_lines import RAW_BOUND
 from dpo_ray.pairs import QUARANTINE
 from dpo_ray.quality import MEANING, REASONS, Reason
-
-RAW_BOUND = 2000
-"""Characters of a quarantined row that are kept."""
 
 _EXPLAINED = 3
 _DEPTH = 32
@@ -90,8 +87,7 @@ def _examples(pairs: Artifact, reasons: Collection[Reason]) -> dict[str, str]:
     found: dict[str, str] = {}
     for entry in pairs.manifest.files:
         if entry.name.startswith("quarantine/") and len(found) < len(reasons):
-            fs, path = pairs.file(entry.name).filesystem()
-            for row in pq.read_table(path, filesystem=fs, columns=["source", "row", "reason"]).to_pylist():
+            for row in read_shard(pairs.file(entry.name), ["source", "row", "reason"]).to_pylist():
                 if row["reason"] in reasons:
                     found.setdefault(row["reason"], f"row {row['row']} of {row['source']}")
     return found

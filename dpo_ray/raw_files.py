@@ -25,7 +25,8 @@ _LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".parquet", *(lines + codec for lines in _LINES for codec in ("", *_CODECS)))
 """What a folder's files of preferences are called. A file that is named itself may be called .json, too."""
 
-_ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 64
+"""Of Parquet, for row groups may be large."""
 _CHANGED = (
     "has changed since it was looked through. Leave input files alone while a run reads them, and start it again."
 )
@@ -175,7 +176,7 @@ def _parquet_batches(
         wanted = None if columns is None else [name for name in present if name in columns]
         with reading(location, f"is damaged: rows {first} to {end - 1} cannot be read"):
             start = skipped
-            for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=wanted, use_threads=False):
+            for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=wanted, use_threads=False):
                 low, high = max(0, first - start), min(batch.num_rows, end - start)
                 if low < high:
                     yield start + low, batch.slice(low, high - low)

@@ -21,13 +21,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dpo_ray.artifacts import digest, file_hash
 from dpo_ray.errors import DataError
 from dpo_ray.json_lines import Unreadable, is_blank, parse_line, raw_lines
-from dpo_ray.raw_files import Format, Stamp, format_of, open_lines, open_parquet, reading
+from dpo_ray.raw_files import ROWS_AT_ONCE, Format, Stamp, format_of, open_lines, open_parquet, reading
 from dpo_ray.raw_parts import Part, copy_is_finished, copy_parts, cut_lines, line_tables, part_file, row_tables
 from dpo_ray.storage import Location
 
 VERSION = 1
 """Of what a scan writes: a change of it makes all files be scanned again."""
-_ROWS_AT_ONCE = 64
 _SAMPLE_LINES = 64  # that tell the columns of JSON lines
 _OVERREAD = 4  # of rows in a row group to those of a part, up to which a file is read where it is
 _FOOTER_BYTES = 1 << 28  # of footers read over all parts, up to which a file is read where it is
@@ -212,7 +211,7 @@ def _scan_parquet(location: Location, rows_per_shard: int, folder: Location) -> 
         small_groups = largest <= _OVERREAD * rows_per_shard
         if small_groups and footers <= max(_FOOTER_BYTES, _OVERREAD * Stamp.of(location).size):
             return sha256, parts, None
-        tables = row_tables(parquet.iter_batches(_ROWS_AT_ONCE, use_threads=False), rows_per_shard)
+        tables = row_tables(parquet.iter_batches(ROWS_AT_ONCE, use_threads=False), rows_per_shard)
         return sha256, *_copied(_named(tables, location, "rows"), sha256, rows_per_shard, folder)
 
 

@@ -21,13 +21,14 @@ from dpo_ray.data_report import measure_pairs, measure_reference, measure_tokens
 from dpo_ray.duplicates import find, left_out_table, read_bucket, read_kept
 from dpo_ray.errors import DataError
 from dpo_ray.formats import canonical_pairs, canonical_prompt
+from dpo_ray.json_lines import Unreadable
 from dpo_ray.layouts import Layout, fields_of
 from dpo_ray.model_folders import PACKAGE, package_file
 from dpo_ray.pairing import make_pairs
 from dpo_ray.pairs import PAIRS, PROMPTS, PreferencePair, prompt_id, split_of
 from dpo_ray.quality import BadRow, check_length, reject
 from dpo_ray.quarantine import quarantine_table, quarantined
-from dpo_ray.raw_files import Unreadable, read_rows
+from dpo_ray.raw_files import read_rows
 from dpo_ray.rewards import load_reward
 from dpo_ray.storage import Location
 

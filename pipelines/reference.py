@@ -6,6 +6,7 @@ from __future__ import annotations
 from dpo_ray.artifacts import Artifact, load
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DataError, ReferenceMismatch
+from dpo_ray.isolation import FAILURES
 from dpo_ray.model_folders import load_tokenizer, resolve, weights_hash
 from dpo_ray.on_ray.calibrating import calibrate
 from dpo_ray.on_ray.scoring import score_mismatched, score_reference
@@ -43,7 +44,7 @@ def with_mismatched(context: RunContext, scored: Artifact) -> Artifact:
 def require_enough_scored(scored: Artifact, max_quarantined_fraction: float) -> None:
     """Raises DataError where the engine could not score too large a share of the rows."""
     counters = scored.manifest.counters
-    reasons = {reason: count for reason in ("engine_error", "engine_crash") if (count := counters.get(reason, 0))}
+    reasons = {reason: count for reason in FAILURES if (count := counters.get(reason, 0))}
     lost, read = sum(reasons.values()), counters["read"]
     if lost > max_quarantined_fraction * read:
         named = ", ".join(f"{reason} {count}" for reason, count in reasons.items())

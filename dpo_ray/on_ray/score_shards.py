@@ -15,7 +15,8 @@ from dpo_ray.isolation import Attempts, FailedRow, isolate
 from dpo_ray.on_ray.engines import PairScorer, TorchScorer, VLLMScorer
 from dpo_ray.packing import mismatched
 from dpo_ray.pairing import mismatched_rows
-from dpo_ray.pairs import MISMATCHED, QUARANTINE, SCORES, TokenizedPair, tokenized_pair
+from dpo_ray.pairs import MISMATCHED, SCORES, TokenizedPair, tokenized_pair
+from dpo_ray.quarantine import quarantine_table
 from dpo_ray.shard_work import ShardOutput
 from dpo_ray.storage import Location
 
@@ -110,7 +111,7 @@ def _quarantined(
         }
         for row in failed
     ]
-    return pa.Table.from_pylist(bad, schema=QUARANTINE) if bad else None
+    return quarantine_table(bad)
 
 
 class VLLMScoreShard(ScoreShard):

@@ -12,8 +12,6 @@ from tests.command_line import CONFIGS, Finished, dpo_ray, overrides, summary_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-_LEFT_OUT = ("duplicate", "contradiction", "prompt_in_eval")
-
 
 def pair(number: int, good: str = "It is next.", bad: str = "I will not say.") -> dict:
     return {"prompt": f"Name the number after {number}.", "chosen": good, "rejected": bad}

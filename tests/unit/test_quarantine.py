@@ -10,9 +10,10 @@ import pytest
 
 from dpo_ray.artifacts import Artifact, FileEntry, publish, write_shard
 from dpo_ray.errors import DataError
+from dpo_ray.json_lines import RAW_BOUND
 from dpo_ray.pairs import QUARANTINE
 from dpo_ray.quality import REASONS, Reason
-from dpo_ray.quarantine import RAW_BOUND, Account, quarantine_table, quarantined, require_enough_kept
+from dpo_ray.quarantine import Account, quarantine_table, quarantined, require_enough_kept
 from dpo_ray.storage import Location
 
 

@@ -110,7 +110,7 @@ def test_a_file_that_is_gone_is_an_error_that_names_it(tmp_path: Path):
 def test_a_part_of_parquet_is_its_rows_whatever_the_row_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int, at_once: int
 ):
-    monkeypatch.setattr(raw_files, "_ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(raw_files, "ROWS_AT_ONCE", at_once)
     path = tmp_path / "f.parquet"
     pq.write_table(pa.table({"a": range(20)}), path, row_group_size=group)
     for first in range(0, 22, 3):

@@ -97,10 +97,18 @@ def test_what_is_kept_is_kept_character_by_character(dirty: Path):
     ]
 
 
-@pytest.mark.parametrize("file", ["truncated", "damaged_page", "not_parquet", "zero_bytes"])
-def test_a_file_that_cannot_be_read_is_an_error_that_names_it(dirty: Path, file: str):
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        ("truncated", "is not a readable Parquet file"),
+        ("not_parquet", "is not a readable Parquet file"),
+        ("zero_bytes", "is not a readable Parquet file"),
+        ("damaged_page", "is damaged: rows 0 to 7 cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_an_error_that_names_it(dirty: Path, file: str, why: str):
     assert listed(dirty, f"{file}.parquet")["readable"] is False
-    with pytest.raises(DataError, match=rf"{file}\.parquet"):
+    with pytest.raises(DataError, match=rf"{file}\.parquet {why}"):
         ingested(dirty / f"{file}.parquet")
 
 

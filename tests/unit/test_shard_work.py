@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from dpo_ray.artifacts import FileEntry, publish, write_shard
 from dpo_ray.config import Columns, Pairing
 from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.json_lines import Unreadable
 from dpo_ray.layouts import Layout
 from dpo_ray.pairs import CANDIDATES, PAIRS, PROMPTS, QUARANTINE, PreferencePair, prompt_id, split_of
 from dpo_ray.quality import REASONS
-from dpo_ray.raw_files import Unreadable
 from dpo_ray.shard_work import DuplicatesShard, IngestShard, PairShard, prompt_table, read_prompts
 from dpo_ray.storage import Location
+from tests.unit.test_duplicates import write as write_pairs
 
 Write = Callable[..., Path]
 
@@ -223,20 +224,6 @@ def test_row_numbers_are_those_of_the_file_whatever_part_is_read(tmp_path: Path,
     assert output.quarantine is not None and output.quarantine["row"].to_pylist() == [6]
 
 
-def test_what_is_kept_of_a_bad_row_is_bounded(tmp_path: Path, write_preferences: Write):
-    long = raw(0, chosen=[], prompt=[{"role": "user", "content": "x" * 100_000}])
-    quarantine = IngestShard(0.1, 0)(source(write_preferences(tmp_path, [long]))).quarantine
-    assert quarantine is not None and len(quarantine["raw"][0].as_py()) == 2000
-
-
-@pytest.mark.parametrize("first", range(0, 10, 3))
-@pytest.mark.parametrize("row_group_size", [1, 4, 100])
-def test_parts_of_a_file_are_its_rows_once_whatever_the_row_groups(tmp_path: Path, first: int, row_group_size: int):
-    path = tmp_path / "f.parquet"
-    pq.write_table(pa.Table.from_pylist([raw(i) for i in range(10)]), path, row_group_size=row_group_size)
-    assert ingested(path, first=first, count=3) == [f"Good {i}" for i in range(first, min(first + 3, 10))]
-
-
 def test_a_file_without_rows_gives_none(tmp_path: Path):
     path = tmp_path / "f.parquet"
     pq.write_table(pa.Table.from_pylist([raw(0)]).slice(0, 0), path)
@@ -255,20 +242,6 @@ def test_the_split_is_by_the_hash_of_the_prompt_unless_the_file_has_a_side(tmp_p
 def test_columns_that_are_not_asked_for_do_not_matter(tmp_path: Path, write_preferences: Write):
     path = write_preferences(tmp_path, [raw(0, blob=b"\xff", score=1.5)])
     assert ingested(path) == ["Good 0"]
-
-
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"no parquet"])
-def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, write_preferences: Write, damage: Any):
-    path = write_preferences(tmp_path, [raw(0)])
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=r"train-00000\.parquet"):
-        IngestShard(0.1, 0)(source(path))
-
-
-@pytest.mark.parametrize("name", ["truncated", "damaged_page", "not_parquet", "zero_bytes"])
-def test_the_unreadable_files_of_the_dirty_set_are_errors(real_data: Path, name: str):
-    with pytest.raises(DataError, match=name):
-        IngestShard(0.1, 0)(source(real_data / "dirty" / f"{name}.parquet", count=8))
 
 
 def not_utf8(*values: bytes) -> pa.Array:
@@ -307,37 +280,18 @@ def test_lines_that_cannot_be_parsed_go_to_quarantine_with_their_line_numbers(tm
     ]
 
 
-def pairs_shard(folder: Path, pairs: list[PreferencePair], name: str = "pairs.parquet") -> dict[str, str]:
-    rows = [
-        {
-            "pair_id": p.pair_id,
-            "prompt_id": p.prompt_id,
-            "couple_id": p.couple_id,
-            "split": "train",
-            "prompt": list(p.prompt),
-            "chosen": p.chosen,
-            "rejected": p.rejected,
-        }
-        for p in pairs
-    ]
-    location = Location.of(folder) / name
-    write_shard(location, pa.Table.from_pylist(rows, schema=PAIRS), {})
-    return {"file": location.uri}
-
-
 def question(text: str) -> tuple[Any, ...]:
     return ({"role": "user", "content": text},)
 
 
 def test_the_rows_to_leave_out_are_found_over_all_shards_of_an_artifact(tmp_path: Path):
     pairs = [PreferencePair(question("Why?"), *sides) for sides in [("a", "b"), ("a", "b"), ("c", "d"), ("d", "c")]]
-    for name, part in (("1.parquet", pairs[:1]), ("2.parquet", pairs[1:])):
-        pairs_shard(tmp_path, part, name)
-    files = [FileEntry(name=f"{n}.parquet", rows=rows, bytes=1, sha256="") for n, rows in ((1, 1), (2, 3))]
+    write_pairs(tmp_path, [[(pair, "train") for pair in part] for part in (pairs[:1], pairs[1:])])
+    files = [FileEntry(name=f"{n}.parquet", rows=rows, bytes=1, sha256="") for n, rows in ((0, 1), (1, 3))]
     publish(Location.of(tmp_path), "pairs", identity={}, inputs={}, files=files)
     output = DuplicatesShard()({"artifact": str(tmp_path), "bucket": 0, "buckets": 1})
     assert output.table.to_pylist() == [
-        {"shard": "2.parquet", "row": row, "reason": reason}
+        {"shard": "1.parquet", "row": row, "reason": reason}
         for row, reason in enumerate(["duplicate", "contradiction", "contradiction"])
     ]
     assert output.counters == {"read": 4, "kept": 1, "duplicate": 1, "contradiction": 2}

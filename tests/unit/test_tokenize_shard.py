@@ -17,10 +17,11 @@ from dpo_ray.artifacts import write_shard
 from dpo_ray.config import Data, Model
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.model_folders import load_tokenizer
-from dpo_ray.pairs import PAIRS, TOKENIZED, Message, PreferencePair
+from dpo_ray.pairs import TOKENIZED, Message, PreferencePair
 from dpo_ray.storage import Location
 from dpo_ray.tokenization import completion_ids, prompt_ids
 from dpo_ray.tokenize_shard import NOTED, TokenizeShard
+from tests.unit.test_duplicates import table_of
 
 Worker = Callable[..., TokenizeShard]
 
@@ -57,21 +58,9 @@ def pairs_shard(
     folder: Path, pairs: Sequence[PreferencePair], tools: Sequence[str | None] | None = None
 ) -> dict[str, str]:
     """Source of a shard of pairs, with a column of tools where they are given."""
-    rows = [
-        {
-            "pair_id": p.pair_id,
-            "prompt_id": p.prompt_id,
-            "split": "train",
-            "prompt": list(p.prompt),
-            "chosen": p.chosen,
-            "rejected": p.rejected,
-        }
-        for p in pairs
-    ]
-    table = pa.Table.from_pylist(rows, schema=PAIRS)
+    table = table_of([(pair, "train") for pair in pairs])
     if tools is not None:
-        names = [name for name in table.schema.names if name != "tools"]
-        table = table.select(names).append_column("tools", pa.array(tools, pa.string()))
+        table = table.set_column(table.schema.get_field_index("tools"), "tools", pa.array(tools, pa.string()))
     location = Location.of(folder) / "pairs.parquet"
     write_shard(location, table, {})
     return {"file": location.uri}

@@ -138,7 +138,7 @@ class Data(Section):
     pairing: Pairing = Pairing()
     """How rows of ranked answers become pairs."""
     held_out_fraction: float = Field(0.1, ge=0.0, lt=1.0)
-    """Share of the prompts, chosen by their hash, kept from training for evaluation."""
+    """Share of the prompts, chosen by their hash, kept from training for evaluation. With `eval` it has no effect."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """The longest prompt, with all that the chat template writes."""
     long_prompts: LongPrompts = "drop"
@@ -156,7 +156,8 @@ class Data(Section):
     a larger share."""
     max_characters: int = Field(1_000_000, ge=1)
     """A row with more characters is quarantined as too_long, unseen: it could fill a worker's memory before the limits
-    in tokens, which are what decides for all other rows, can tell."""
+    in tokens, which are what decides for all other rows, can tell. So is a line of JSON over 16 MiB, whatever stands
+    here."""
     rows_per_shard: int = Field(512, ge=1)
     """Rows in a unit of work: what is lost at most when a process dies, and what is computed at once."""
 

@@ -3,8 +3,8 @@
 A prompt is text, which is then one user turn, or a dialogue: a list of `{role, content}` messages. An answer is text or
 a list of one assistant message. Of a row are read the fields of its layout (dpo_ray.layouts):
 
-    explicit prompt   prompt, chosen, rejected; all three text, or all three messages
-    implicit prompt   no prompt; chosen and rejected are dialogues that differ in their last turn only
+    paired            prompt, chosen, rejected; all three text, or all three messages. Without a prompt as below
+    implicit_prompt   chosen and rejected are dialogues that differ in their last turn only
     unpaired          prompt, completion, and label: desirable or not; the pair has one side
     ranked            prompt, completions, scores: pairs by dpo_ray.pairing, from the best and the worst inwards
 

@@ -54,8 +54,8 @@ class PreferencePair:
 class TokenizedPair:
     """A pair as token ids, with the reference log-probs of its completion tokens where they are known.
 
-    A side that an unpaired row lacks is an empty list of ids (a completion that is there holds its end-of-turn token
-    at least), and so are its reference log-probs.
+    A side that an unpaired row lacks is an empty list of ids (a completion that is there holds one token at least), and
+    so are its reference log-probs.
     """
 
     pair_id: str

@@ -39,7 +39,7 @@ MEANING: dict[Reason, str] = {
     "invalid_utf8": "not UTF-8",
     "malformed_json": "not a whole JSON value",
     "not_an_object": "JSON, but not an object",
-    "too_long": "more characters than data.max_characters",
+    "too_long": "more characters than data.max_characters, or a line of JSON over 16 MiB",
     "null_field": "a field, a role or a content is null",
     "missing_field": "a field is absent and cannot be derived; say with data.columns what it is called",
     "non_string_content": "a field or a content is of another type than text or messages",

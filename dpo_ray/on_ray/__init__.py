@@ -1,1 +1,1 @@
-"""The only package that imports ray or vllm: sessions, shard workers, engines and the trainer."""
+"""The only part of dpo_ray that imports ray or vllm: sessions, scanning, shard workers, engines and the trainer."""

@@ -200,11 +200,16 @@ def write_shard(location: Location, table: pa.Table, counters: dict[str, int]) -
 def read_shard(location: Location, columns: list[str] | None = None) -> pa.Table:
     """Read a Parquet shard, or some columns of it. Raises DataError naming the file."""
     try:
-        source = pa.memory_map(location.uri) if location.is_local else pa.BufferReader(location.read_bytes())
-        return pq.read_table(source, columns=columns)
+        if columns is None or location.is_local:
+            source = pa.memory_map(location.uri) if location.is_local else pa.BufferReader(location.read_bytes())
+            return pq.read_table(source, columns=columns)
+        fs, path = location.filesystem()
+        with fs.open_input_file(path) as stream:  # not all of it is fetched
+            return pq.read_table(stream, columns=columns)
     except StorageError:  # it says nothing of the file itself
         raise
     except (OSError, pa.ArrowException) as error:
+        location.raise_for_store(error)
         raise DataError(
             f"{location} cannot be read as Parquet ({error}). Remove it; the stage that made it will compute it again."
         ) from error

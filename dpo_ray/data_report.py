@@ -120,6 +120,7 @@ def report(
     """
     found: dict[str, Any] = {"pairs": tokenized["kept"]}
     if ingested is not None:
+        found |= {"more_pairs": ingested["more_pairs"]} if ingested.get("more_pairs") else {}
         found |= {"read": ingested["read"], "quarantined": _named(ingested, quality.REASONS)}
     if left_out is not None:
         found["left_out"] = _named(left_out, duplicates.REASONS)

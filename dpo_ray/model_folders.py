@@ -214,8 +214,9 @@ def _fetched(remote: Location) -> Path:
 
 
 def _listed(remote: Location) -> list[tuple[str, int, int]]:
-    """Name, bytes and time of each file in a folder of an object store."""
-    return [(info.base_name, info.size, info.mtime_ns) for info in remote.files(recursive=False)]
+    """Path, bytes and time of each file in a folder of an object store and below it."""
+    below = f"{remote.uri}/"
+    return [(remote.same_store(info.path).uri.removeprefix(below), info.size, info.mtime_ns) for info in remote.files()]
 
 
 @contextmanager

@@ -79,13 +79,14 @@ _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]
 _IDS = pa.list_(pa.int32())
 _LOGPROBS = pa.list_(pa.float32())
 
-PROMPTS = pa.schema([("prompt_id", pa.string()), ("split", pa.string()), ("prompt", _MESSAGES)])
+PROMPTS = pa.schema([("prompt_id", pa.string()), ("split", pa.string()), ("prompt", _MESSAGES), ("tools", pa.string())])
 
 CANDIDATES = pa.schema(
     [
         ("prompt_id", pa.string()),
         ("split", pa.string()),
         ("prompt", _MESSAGES),
+        ("tools", pa.string()),
         (
             "completions",
             pa.list_(pa.struct([("text", pa.string()), ("finished", pa.bool_()), ("num_tokens", pa.int32())])),

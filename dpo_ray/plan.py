@@ -45,6 +45,9 @@ class PlanIndex:
         return int((self.lengths[:, 1:] == 0).any(axis=1).sum())
 
 
+_INDEXED = ["pair_id", "prompt_id", "split", "prompt_ids", "chosen_ids", "rejected_ids"]
+
+
 def build_index(shards: Iterable[Location], split: str) -> PlanIndex:
     """Read ids and token counts, shard by shard. Raises DataError where a prompt is on both sides of the split."""
     names, shard_of, rows, lengths = [], [], [], []
@@ -52,7 +55,7 @@ def build_index(shards: Iterable[Location], split: str) -> PlanIndex:
     sides: dict[str, str] = {}
     duplicates = read = 0
     for number, location in enumerate(shards):
-        table = read_shard(location)
+        table = read_shard(location, columns=_INDEXED)
         names.append(location.uri)
         read += table.num_rows
         counts = np.stack(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_ray.errors import DataError
+from dpo_ray.errors import DataError, StorageError
 from dpo_ray.json_lines import RAW_BOUND, Bytes, Unreadable, is_blank, parse_line, raw_lines
 from dpo_ray.storage import Location
 
@@ -81,7 +81,10 @@ def reading(location: Location, what: str) -> Iterator[None]:
     """Errors of reading become a DataError: `location` `what` (why)."""
     try:
         yield
+    except StorageError:  # it says nothing of the file itself
+        raise
     except _READ_ERRORS as error:
+        location.raise_for_store(error)
         raise DataError(
             f"{location} {what} ({' '.join(str(error).split())}). Write it again, or take it out of data.train and "
             "data.eval; it is not passed over silently."

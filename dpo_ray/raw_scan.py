@@ -163,11 +163,10 @@ def scan(stamp: Stamp, rows_per_shard: int, folder: Location) -> FileRecord:
     found = look(location)
     form = format_of(location.uri)
     if form.is_parquet:
-        sha256, parts, copied_to = _scan_parquet(location, rows_per_shard, folder)
+        sha256, parts, copied_to = _scan_parquet(stamp, rows_per_shard, folder)
     else:
-        sha256, parts, copied_to = _scan_lines(location, form, rows_per_shard, folder)
-    if Stamp.of(location) != stamp:
-        raise DataError(f"{location} was written to while it was read. Start again when it is finished.")
+        sha256, parts, copied_to = _scan_lines(stamp, form, rows_per_shard, folder)
+    _require_unchanged(stamp)
     return FileRecord(
         uri=stamp.uri,
         size=stamp.size,
@@ -198,7 +197,8 @@ def read_record(folder: Location, stamp: Stamp, rows_per_shard: int) -> FileReco
     return record
 
 
-def _scan_parquet(location: Location, rows_per_shard: int, folder: Location) -> tuple[str, list[Part], str | None]:
+def _scan_parquet(stamp: Stamp, rows_per_shard: int, folder: Location) -> tuple[str, list[Part], str | None]:
+    location = Location(stamp.uri)
     with reading(location, "cannot be read"):
         sha256 = file_hash(location)
     # A row group is read as it comes, not fetched whole.
@@ -212,12 +212,13 @@ def _scan_parquet(location: Location, rows_per_shard: int, folder: Location) -> 
         if small_groups and footers <= max(_FOOTER_BYTES, _OVERREAD * Stamp.of(location).size):
             return sha256, parts, None
         tables = row_tables(parquet.iter_batches(ROWS_AT_ONCE, use_threads=False), rows_per_shard)
-        return sha256, *_copied(_named(tables, location, "rows"), sha256, rows_per_shard, folder)
+        return sha256, *_copied(_named(tables, stamp, "rows"), sha256, rows_per_shard, folder)
 
 
 def _scan_lines(
-    location: Location, form: Format, rows_per_shard: int, folder: Location
+    stamp: Stamp, form: Format, rows_per_shard: int, folder: Location
 ) -> tuple[str, list[Part], str | None]:
+    location = Location(stamp.uri)
     with reading(location, "cannot be read"):
         if form.codec is None:
             with open_lines(location) as stream:
@@ -227,13 +228,21 @@ def _scan_lines(
         sha256 = file_hash(location)
     with open_lines(location) as stream:
         tables = line_tables(raw_lines(stream), rows_per_shard)
-        return sha256, *_copied(_named(tables, location, "lines"), sha256, rows_per_shard, folder)
+        return sha256, *_copied(_named(tables, stamp, "lines"), sha256, rows_per_shard, folder)
 
 
-def _named(tables: Iterator[tuple[int, pa.Table]], location: Location, what: str) -> Iterator[tuple[int, pa.Table]]:
+def _named(tables: Iterator[tuple[int, pa.Table]], stamp: Stamp, what: str) -> Iterator[tuple[int, pa.Table]]:
     """The tables; an error of reading them, and none of writing them, is the file's."""
+    location = Location(stamp.uri)
     with reading(location, f"is damaged: its {what} cannot be read"):
         yield from tables
+    # Before the copy is declared whole: it bears the name of what was hashed, in a reading of its own.
+    _require_unchanged(stamp)
+
+
+def _require_unchanged(stamp: Stamp) -> None:
+    if Stamp.of(Location(stamp.uri)) != stamp:
+        raise DataError(f"{stamp.uri} was written to while it was read. Start again when it is finished.")
 
 
 def _copied(

@@ -6,6 +6,7 @@ store makes an object visible only when its upload ends, so there the whole cont
 
 from __future__ import annotations
 
+import builtins
 import fnmatch
 import glob
 import os
@@ -29,6 +30,8 @@ from dpo_ray.errors import ConfigError, StorageError
 _CHUNK = 16 << 20
 _READS = 10
 _LARGEST_SERVER_COPY = 5 << 30  # what S3 copies by one request
+# How the errors of the stores' own libraries read; what decompresses or parses a file raises OSError too.
+_STORES_WORDS = ("AWS Error", "curlCode", "google::cloud::Status")
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
@@ -102,7 +105,7 @@ class Location:
     def read_bytes(self) -> bytes:
         """The whole of a file. Raises FileNotFoundError."""
         fs, path = self.filesystem()
-        with self._asked():
+        with self.asked():
             for _ in range(_READS):
                 with fs.open_input_file(path) as file:
                     data = file.read()
@@ -114,7 +117,7 @@ class Location:
     def read_chunks(self) -> Iterator[bytes]:
         """The bytes of a file of any size, piece by piece. Raises FileNotFoundError."""
         fs, path = self.filesystem()
-        with self._asked(), fs.open_input_file(path) as file:
+        with self.asked(), fs.open_input_file(path) as file:
             while chunk := file.read(_CHUNK):
                 yield chunk
 
@@ -128,19 +131,19 @@ class Location:
         # pyarrow cannot give an upload up: whatever was written to a stream becomes an object when the stream is closed
         # or collected, after an exception too (apache/arrow#40502). So everything goes in by one call, whose failure it
         # remembers, and on a thread of its own, where no interrupt can come before it.
-        with self._asked(), ThreadPoolExecutor(1) as thread:
+        with self.asked(), ThreadPoolExecutor(1) as thread:
             thread.submit(_upload, fs, path, data).result()
 
     def exists(self) -> bool:
         """Whether there is a file or a folder. Without anything in it, a folder of an object store may be none."""
         fs, path = self.filesystem()
-        with self._asked():
+        with self.asked():
             return fs.get_file_info(path).type != pafs.FileType.NotFound
 
     def size(self) -> int:
         """Bytes of the file. Raises FileNotFoundError."""
         fs, path = self.filesystem()
-        with self._asked():
+        with self.asked():
             info = fs.get_file_info(path)
         if info.type == pafs.FileType.NotFound:
             raise FileNotFoundError(str(self))
@@ -156,7 +159,7 @@ class Location:
 
     def _infos(self, *, recursive: bool) -> list[pafs.FileInfo]:
         fs, path = self.filesystem()
-        with self._asked():
+        with self.asked():
             return fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
 
     def list(self) -> list[Location]:
@@ -174,7 +177,7 @@ class Location:
         else:
             (fs, path), (to, to_path) = self.filesystem(), target.filesystem()
             if fs.equals(to) and self.size() <= _LARGEST_SERVER_COPY:
-                with self._asked():
+                with self.asked():
                     fs.copy_file(path, to_path)
                 return
             with tempfile.TemporaryDirectory(prefix="dpo-ray-copy-") as scratch:
@@ -184,23 +187,39 @@ class Location:
 
     def _download(self, target: Path) -> None:
         fs, path = self.filesystem()
-        with self._asked(), fs.open_input_file(path) as source, _replacing(target) as out:
+        with self.asked(), fs.open_input_file(path) as source, _replacing(target) as out:
             shutil.copyfileobj(source, out, _CHUNK)
             if out.tell() != source.size():
                 raise OSError(f"{out.tell()} of {source.size()} bytes came")
 
+    def copy_folder_to(self, target: Location) -> None:
+        """Copy a folder with all that is in it, file by file; unfinished files, whose names begin with a dot, stay."""
+        for name in self.names():
+            (self / name).copy_to(target / name)
+
+    def names(self) -> builtins.list[str]:
+        """Paths below this folder of all files in it, by name; unfinished ones, which begin with a dot, left out."""
+        found = [self.same_store(info.path).uri.removeprefix(f"{self.uri}/") for info in self.files()]
+        return [name for name in found if not any(part.startswith(".") for part in name.split("/"))]
+
     def remove(self) -> None:
         """Remove one file; it need not be there."""
         fs, path = self.filesystem()
-        with suppress(FileNotFoundError), self._asked():
+        with suppress(FileNotFoundError), self.asked():
             fs.delete_file(path)
 
     def remove_folder(self) -> None:
         """Remove a folder with all that is in it; without a folder, nothing."""
         fs, path = self.filesystem()
         if self.exists():
-            with self._asked():
+            with self.asked():
                 fs.delete_dir(path)
+
+    def raise_for_store(self, error: BaseException) -> None:
+        """Raise StorageError where an error is the object store's own, and not one of what is in the file."""
+        if not self.is_local and isinstance(error, OSError) and any(words in str(error) for words in _STORES_WORDS):
+            with self.asked():
+                raise error
 
     def require_writable(self) -> None:
         """Raises ConfigError where a small file cannot be written and removed."""
@@ -217,7 +236,7 @@ class Location:
             ) from error
 
     @contextmanager
-    def _asked(self) -> Iterator[None]:
+    def asked(self) -> Iterator[None]:
         """What goes wrong in an object store as an error that says where and what to look at."""
         try:
             yield
@@ -251,7 +270,7 @@ def find_files(pattern: str, suffix: str | tuple[str, ...]) -> list[Location]:
         below = [place.same_store(f.path) for f in Location(root).files(recursive=deeper)]
         return [f for f in below if _matches(f.uri.split("/"), parts)]
     fs, path = place.filesystem()
-    with place._asked():
+    with place.asked():
         kind = fs.get_file_info(path).type
     if kind == pafs.FileType.File:
         return [place]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from dpo_ray.artifacts import Artifact, digest, read_shard
 from dpo_ray.duplicates import REASONS, by_shard, num_buckets
 from dpo_ray.errors import DataError
-from dpo_ray.on_ray.shards import Pool, ShardTask, shard_stage, shard_tasks
+from dpo_ray.on_ray.shards import Pool, ShardTask, each_its_own, shard_stage, shard_tasks
 from dpo_ray.progress import say
 from dpo_ray.shard_work import DuplicatesShard
 from pipelines.context import RunContext
@@ -39,16 +39,18 @@ def kept_tasks(pairs: Artifact, left_out: Artifact | None) -> list[ShardTask]:
         return tasks
     rows = by_shard(read_shard(shard) for shard in left_out.shards())
     shards = [shard.name for shard in pairs.shards()]
-    return [
-        replace(
-            task,
-            source={**task.source, "left_out": rows[shard]},
-            content=f"{task.content} without {digest(rows[shard])}",
-        )
-        if shard in rows
-        else task
-        for shard, task in zip(shards, tasks, strict=True)
-    ]
+    return each_its_own(
+        [
+            replace(
+                task,
+                source={**task.source, "left_out": rows[shard]},
+                content=f"{task.content} without {digest(rows[shard])}",
+            )
+            if shard in rows
+            else task
+            for shard, task in zip(shards, tasks, strict=True)
+        ]
+    )
 
 
 def _find(context: RunContext, pairs: Artifact) -> tuple[Artifact, bool]:

@@ -11,7 +11,7 @@ from dpo_ray.config import Generate, Model, Sampling
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.generating import sample_completions
 from dpo_ray.on_ray.shards import Pool, shard_stage, shard_tasks
-from dpo_ray.pairs import PAIRS
+from dpo_ray.pairs import PAIRS, PROMPTS
 from dpo_ray.shard_work import PairShard, prompt_table, read_prompts
 from dpo_ray.storage import Location
 from pipelines.context import RunContext
@@ -43,7 +43,7 @@ def held_out_prompts(context: RunContext, pairs: Artifact, max_prompts: int) -> 
         return publish_prompts(context.output, _tables(sides["eval"][:max_prompts], config.generate.prompts_per_shard))
     rows: dict[str, dict[str, Any]] = {}
     for shard in pairs.shards():
-        table = read_shard(shard).select(["prompt_id", "split", "prompt"])
+        table = read_shard(shard, columns=PROMPTS.names)
         rows |= {row["prompt_id"]: row for row in table.to_pylist() if row["split"] == "eval"}
         rows = {key: rows[key] for key in sorted(rows)[:max_prompts]}
     return publish_prompts(context.output, _tables(list(rows.values()), config.data.rows_per_shard))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from dpo_ray.artifacts import Artifact, digest
@@ -12,7 +11,7 @@ from dpo_ray.config import Config, Data, Paths
 from dpo_ray.errors import DataError
 from dpo_ray.layouts import Layout, recognise, texts_of
 from dpo_ray.on_ray.scanning import scan_files
-from dpo_ray.on_ray.shards import Pool, ShardTask, shard_stage
+from dpo_ray.on_ray.shards import Pool, ShardTask, each_its_own, shard_stage
 from dpo_ray.pairs import PAIRS
 from dpo_ray.quarantine import require_enough_kept
 from dpo_ray.raw_files import SUFFIXES, Stamp
@@ -67,9 +66,9 @@ def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
     for pattern in [paths] if isinstance(paths, str) else paths:
         found = find_files(pattern, SUFFIXES)
         # A folder may hold the output as well, whose shards would look like preference data in the next run.
-        inside = f"{output}/"
-        if not Location.of(pattern).uri.startswith(inside):
-            found = [file for file in found if not file.uri.startswith(inside)]
+        inside = tuple(f"{_real(output)}/{name}/" for name in ("artifacts", "runs", "models"))
+        if not _real(Location.of(pattern)).startswith(inside):
+            found = [file for file in found if not _real(file).startswith(inside)]
         if not found:
             raise DataError(
                 f"{key} is {pattern}, and no file is there. Check the path; of a folder, the files with these suffixes "
@@ -77,6 +76,11 @@ def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
             )
         files |= dict.fromkeys(found)
     return list(files)
+
+
+def _real(place: Location) -> str:
+    """One spelling of a place, whatever links and dots lead to it."""
+    return os.path.realpath(place.uri) if place.is_local else place.uri
 
 
 def _layout(found: Look | FileRecord, source: str, config: Config) -> Layout | None:
@@ -113,7 +117,7 @@ def _ingest(context: RunContext) -> tuple[Artifact, bool]:
         _require_rows([record for record, _ in side], key)
         for record, layout in side:
             tasks += [] if layout is None else _tasks(record, layout, folder, split, data)
-    tasks = _each_its_own(tasks)
+    tasks = each_its_own(tasks)
     options = {
         "held_out_fraction": data.held_out_fraction,
         "seed": seed,
@@ -123,7 +127,7 @@ def _ingest(context: RunContext) -> tuple[Artifact, bool]:
     }
     identity: dict[str, Any] = {
         "held_out_fraction": data.held_out_fraction if data.eval is None else None,
-        "seed": seed,
+        "seed": seed if data.eval is None else None,
         "columns": PAIRS.names,
         "renamed": data.columns.renamed(),
         "max_characters": data.max_characters,
@@ -138,17 +142,6 @@ def _ingest(context: RunContext) -> tuple[Artifact, bool]:
     )
     require_enough_kept(artifact, data.max_quarantined_fraction)
     return artifact, reused
-
-
-def _each_its_own(tasks: list[ShardTask]) -> list[ShardTask]:
-    """Tasks over copies of one file would be taken for one; their rows are to be read, and counted as duplicates."""
-    seen: Counter[str] = Counter()
-    own = []
-    for task in tasks:
-        copy = seen[task.content]
-        seen[task.content] += 1
-        own.append(replace(task, content=f"{task.content}:copy {copy}") if copy else task)
-    return own
 
 
 def _tasks(record: FileRecord, layout: Layout, folder: Location, split: str | None, data: Data) -> list[ShardTask]:

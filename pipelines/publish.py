@@ -64,19 +64,17 @@ def gate_reasons(gate: Gate, metrics: dict[str, Any]) -> list[str]:
 
 def _copy_model(context: RunContext, policy: Artifact, evaluation: Artifact, version: Location) -> None:
     card = model_card(context.config, context.run_id, policy.manifest.metrics, evaluation.manifest.metrics)
-    files = (policy.location / MODEL_FOLDER).list()
+    model = policy.location / MODEL_FOLDER
     if not version.is_local:
         # No folder can be renamed there: the card, whose presence makes a version complete, is written last.
-        for file in files:
-            file.copy_to(version / file.name)
+        model.copy_folder_to(version)
         (version / "README.md").write_bytes(card.encode())
         return
     target = Path(version.uri)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        for file in files:
-            file.copy_to(Location.of(partial) / file.name)
+        model.copy_folder_to(Location.of(partial))
         (partial / "README.md").write_text(card, encoding="utf-8")
         partial.rename(target)
     finally:

@@ -59,6 +59,9 @@ def choose_engine(output: Location, config: Config, tokenized: Artifact) -> Engi
     artifact = load(location, kind, location.name)
     if artifact is None:
         metrics = _compare_engines(config, tokenized) if installed else _choice("torch", "vLLM is not installed")
+        if metrics.get("for_now"):
+            say("reference", f"reference.engine=auto: torch for this run, for {metrics['why']}")
+            return "torch"
         artifact = publish(location, kind, identity=identity, inputs={}, files=[], metrics=metrics)
     choice = artifact.manifest.metrics
     say(
@@ -76,13 +79,15 @@ def _compare_engines(config: Config, tokenized: Artifact) -> dict[str, Any]:
     try:
         by_vllm = _scored(vllm_pool(config, _score_by_vllm, {**arguments, "pairs": pairs}))
     except Exception as error:
-        from ray.exceptions import RayError
+        from ray.exceptions import RayError, RayTaskError
 
         if not isinstance(error, RayError):
             raise
         # What vLLM does not know of a model, the trainer's forward still computes.
         last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        return _choice("torch", f"vLLM cannot score this model: {last[:500]}")
+        # A lost node or a killed process says nothing of the model: the next run may decide otherwise.
+        for_now = {} if isinstance(error, RayTaskError) else {"for_now": True}
+        return _choice("torch", f"vLLM cannot score this model: {last[:500]}") | for_now
     metrics = _agreement(by_vllm, _scored_by_trainer(config, pairs))
     worst, limit = metrics["sequence"]["max"], config.reference.tolerance
     if not math.isfinite(worst):

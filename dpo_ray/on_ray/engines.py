@@ -23,7 +23,7 @@ from dpo_ray.pairs import CANDIDATES, TokenizedPair
 from dpo_ray.plan import fit
 from dpo_ray.shard_work import ShardOutput
 from dpo_ray.storage import Location
-from dpo_ray.tokenization import prompt_ids
+from dpo_ray.tokenization import ChatTokenizer, parse_tools
 
 _TORCH_BATCH_TOKENS = 4096
 # Pairs of so many tokens are given to vLLM at once: enough to keep it busy, and their outputs, which hold an object or
@@ -154,7 +154,7 @@ class GenerateShard:
 
     def __init__(self, model: Model, sampling: Sampling, options: VLLM, max_prompt_tokens: int, seed: int):
         folder = resolve(model.path, model.revision)
-        self.tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
+        self.chat = ChatTokenizer(load_tokenizer(folder, trust_remote_code=model.trust_remote_code))
         self.sampling = sampling
         self.max_prompt_tokens = max_prompt_tokens
         self.seed = seed
@@ -172,7 +172,8 @@ class GenerateShard:
     def __call__(self, source: dict[str, Any]) -> ShardOutput:
         rows = read_shard(Location(source["file"])).to_pylist()
         counters = Counter(read=len(rows))
-        encoded = [prompt_ids(self.tokenizer, row["prompt"]) for row in rows]
+        prompts = self.chat.prompts([(row["prompt"], parse_tools(row["tools"])) for row in rows])
+        encoded = [prompt.ids for prompt in prompts]
         kept = [i for i, ids in enumerate(encoded) if len(ids) <= self.max_prompt_tokens]
         counters["prompt_too_long"] = len(rows) - len(kept)
         seeds = [(self.seed + int(rows[i]["prompt_id"], 16)) % 2**63 for i in kept]

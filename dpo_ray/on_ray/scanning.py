@@ -37,7 +37,7 @@ def scan_files(folder: Location, files: list[Location], rows_per_shard: int) -> 
 def _scan(folder: Location, stamps: list[Stamp], rows_per_shard: int) -> None:
     import ray.data
 
-    connect(_NUM_CPUS, why="reading data.train and data.eval")
+    connect(2, why="reading data.train and data.eval", wanted_cpus=_NUM_CPUS)
     items = [{"stamp": json.dumps(asdict(stamp))} for stamp in stamps]
     results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _scan_batch,

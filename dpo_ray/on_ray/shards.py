@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -79,6 +79,17 @@ def shard_tasks(artifact: Artifact) -> list[ShardTask]:
     ]
 
 
+def each_its_own(tasks: list[ShardTask]) -> list[ShardTask]:
+    """The same tasks, those of equal content told apart: copies of a shard would otherwise be done and counted once."""
+    seen: Counter[str] = Counter()
+    own = []
+    for task in tasks:
+        copy = seen[task.content]
+        seen[task.content] += 1
+        own.append(replace(task, content=f"{task.content}:copy {copy}") if copy else task)
+    return own
+
+
 def shard_stage(
     output: Location,
     kind: str,
@@ -108,7 +119,7 @@ def shard_stage(
         return done, True
     # A name covers all that a shard depends on, so that a sibling artifact's shard can be taken over.
     names = [f"{digest([kind, SCHEMA_VERSION, identity, task.content])}.parquet" for task in tasks]
-    finished = set(_take_over(stage_folder, location, set(names)))
+    finished = set(_take_over(stage_folder, location, set(names), pool.isolates))
     missing = [(n, t) for n, t in dict(zip(names, tasks, strict=True)).items() if n not in finished]
     say(kind, f"{len(finished)} of {len(names)} shards are finished already, {len(missing)} to compute")
     if missing:
@@ -136,8 +147,12 @@ def shard_stage(
     return artifact, False
 
 
-def _take_over(stage_folder: Location, location: Location, wanted: set[str]) -> list[str]:
-    """Names of the wanted shards that exist, here or copied from another artifact of the same stage."""
+def _take_over(stage_folder: Location, location: Location, wanted: set[str], isolates: bool) -> list[str]:
+    """Names of the wanted shards that exist, here or copied from another artifact of the same stage.
+
+    Args:
+        isolates: a row in quarantine is one that an engine failed on, which is tried again and not inherited.
+    """
     present = {child.name for child in location.list()} & wanted
     for sibling in stage_folder.list():
         if sibling == location or present == wanted:
@@ -145,7 +160,11 @@ def _take_over(stage_folder: Location, location: Location, wanted: set[str]) -> 
         for name in sorted(({child.name for child in sibling.list()} & wanted) - present):
             quarantine = sibling / "quarantine" / name
             if quarantine.exists():
+                if isolates:
+                    continue
                 quarantine.copy_to(location / "quarantine" / name)
+            else:
+                (location / "quarantine" / name).remove()  # of an attempt that died just after it had written this
             (sibling / name).copy_to(location / name)
             present.add(name)
     return sorted(present)

@@ -66,10 +66,8 @@ def fit(output: Location, config: Config, pairs: Artifact) -> tuple[Artifact, bo
     checkpoint = _run(config, plan, held_out, location)
     history = _collect(checkpoint, location)
     exported_step = _state_of(checkpoint)["exported_step"]
-    model_files = [
-        describe_file(f).model_copy(update={"name": f"{MODEL_FOLDER}/{f.name}"})
-        for f in (location / MODEL_FOLDER).list()
-    ]
+    names = [f"{MODEL_FOLDER}/{name}" for name in (location / MODEL_FOLDER).names()]
+    model_files = [describe_file(location / name).model_copy(update={"name": name}) for name in names]
     losses = [m["loss"] for m in history if "loss" in m]
     artifact = publish(
         location,
@@ -388,8 +386,7 @@ def _collect(checkpoint: Location, location: Location) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / HISTORY).write_bytes((checkpoint / HISTORY).read_bytes())
         history = read_history(Path(scratch))
-    for file in (checkpoint / EXPORT).list():
-        file.copy_to(location / MODEL_FOLDER / file.name)
+    (checkpoint / EXPORT).copy_folder_to(location / MODEL_FOLDER)
     (checkpoint / HISTORY).copy_to(location / HISTORY)
     return history
 

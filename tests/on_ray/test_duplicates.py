@@ -45,8 +45,8 @@ def rows_of(folder: Path, summary: dict, stage: str, kind: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory, tiny_model, write_preferences):
-    """A run over two training files and a held-out one; then over a third that contradicts a row of the first, and its
-    copy."""
+    """A run over two training files and a held-out one; then over a third that contradicts a row of the first, and two
+    copies of it."""
     folder = tmp_path_factory.mktemp("duplicates")
     first = [pair(n) for n in range(10)]
     # A bad row, a repetition within the file and of another, both sides of one row, and a held-out prompt.
@@ -58,7 +58,8 @@ def two_runs(tmp_path_factory, tiny_model, write_preferences):
     assert before.code == 0, before.log
     summaries = [summary_of(folder / "out")]
     write_preferences(folder / "train", [pair(300), swapped(pair(5))], name="train-2.parquet")
-    shutil.copy(folder / "train" / "train-2.parquet", folder / "train" / "train-3.parquet")
+    for copy in ("train-3.parquet", "train-4.parquet"):
+        shutil.copy(folder / "train" / "train-2.parquet", folder / "train" / copy)
     after = run(folder, tiny_model, "tokenize")
     assert after.code == 0, after.log
     return folder, [before, after], [*summaries, summary_of(folder / "out")]
@@ -91,18 +92,20 @@ def test_what_is_scored_has_neither_repetitions_nor_contradictions_nor_prompts_o
 
 def test_new_shards_cost_themselves_and_the_shards_that_they_contradict(two_runs):
     _, (_, after), summaries = two_runs
-    # Six shards were tokenized before: 1 of the first file, 4 of the second, 1 held out. The new one is a seventh, its
-    # copy an eighth, and the first file has lost a row.
-    assert after.lines("[pairs] 6 of 8 shards are finished already, 2 to compute")
-    assert after.lines("[tokenized] 5 of 8 shards are finished already, 3 to compute")
+    # Six shards were tokenized before: 1 of the first file, 4 of the second, 1 held out. The new one and its copies
+    # make nine, and the first file has lost a row.
+    assert after.lines("[pairs] 6 of 9 shards are finished already, 3 to compute")
+    assert after.lines("[tokenized] 5 of 9 shards are finished already, 4 to compute")
     assert summaries[1]["stages"]["tokenize"]["rows"]["kept"] == 42
 
 
 def test_the_rows_of_a_copied_file_are_duplicates(two_runs):
     stages = two_runs[2][1]["stages"]
-    assert stages["ingest"]["rows"]["in"] == 49 + 2 + 2
-    # Of the new file and its copy: one pair twice, and three rows that contradict each other with the old one.
-    assert stages["duplicates"]["rows"]["dropped"] == {"duplicate": 4, "contradiction": 5, "prompt_in_eval": 1}
+    assert stages["ingest"]["rows"]["in"] == 49 + 2 + 2 + 2
+    # Of the new file and its copies: one pair three times, and four rows that contradict each other with the old one.
+    left_out = {"duplicate": 5, "contradiction": 6, "prompt_in_eval": 1}
+    assert stages["duplicates"]["rows"]["dropped"] == left_out
+    assert stages["tokenize"]["rows"] == {"in": 48 + 6, "kept": 42, "dropped": left_out}
 
 
 def test_the_data_report_is_in_the_summary_and_counts_the_same_rows(two_runs):

@@ -48,3 +48,21 @@ def test_each_of_several_paths_must_name_a_file(folder: Path):
     (folder / "notes" / "a.txt").write_bytes(b"")
     with pytest.raises(DataError, match="no file is there"):
         names(folder, "notes")
+
+
+def test_the_output_is_no_input_however_it_is_spelled(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    link = folder.parent / f"{folder.name}-link"
+    link.symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for output in ("out", f"../{folder.name}/out", str(link / "out")):
+        found = input_files(str(folder), "data.train", Location.of(output))
+        assert [Path(file.uri).name for file in found] == ["a.parquet", "b.jsonl.gz", "c.ndjson"]
+
+
+def test_the_data_may_lie_beside_the_artifacts_in_the_output(folder: Path):
+    found = input_files(str(folder / "out"), "data.train", Location.of(folder))
+    assert [Path(file.uri).name for file in found] == ["y.parquet"]
+    (folder / "artifacts").mkdir()
+    (folder / "artifacts" / "shard.parquet").write_bytes(b"")
+    found = input_files(str(folder), "data.train", Location.of(folder))
+    assert "shard.parquet" not in [Path(file.uri).name for file in found]

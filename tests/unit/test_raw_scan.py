@@ -162,6 +162,23 @@ def test_a_file_that_is_written_to_while_it_is_scanned_is_an_error(tmp_path: Pat
         scan(stamp, 2, Location.of(tmp_path))
 
 
+def test_a_copy_of_what_was_not_hashed_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write_lines(tmp_path / "f.jsonl.gz", b'{"chosen": "old"}\n' * 5)
+    old, stamp = path.read_bytes(), Stamp.of(Location.of(path))
+
+    def written_to_after_its_hash(location: Location) -> str:
+        found = file_hash(location)
+        write_lines(path, b'{"chosen": "another"}\n' * 6)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(raw_scan, "file_hash", written_to_after_its_hash)
+        with pytest.raises(DataError, match="was written to while it was read"):
+            scan(stamp, 2, Location.of(tmp_path))
+    path.write_bytes(old)
+    assert part_rows(scanned(path, 2), tmp_path) == [(n, {"chosen": "old"}) for n in range(1, 6)]
+
+
 def test_a_full_disk_is_not_taken_for_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = write_lines(tmp_path / "f.jsonl.gz", b'{"chosen": 1}\n')
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, StorageError
 from dpo_ray.storage import Location, find_files
 
 
@@ -79,6 +79,25 @@ def test_a_copy_has_the_same_bytes(tmp_path: Path):
     here.write_bytes(b"\x00\xff")
     here.copy_to(there)
     assert there.read_bytes() == b"\x00\xff"
+
+
+def test_a_folder_is_copied_with_its_folders_and_without_unfinished_files(tmp_path: Path):
+    folder = Location.of(tmp_path / "from")
+    for name in ("config.json", "additional_chat_templates/tool_use.jinja", ".a.partial", ".hidden/b"):
+        (folder / name).write_bytes(name.encode())
+    assert folder.names() == ["additional_chat_templates/tool_use.jinja", "config.json"]
+    folder.copy_folder_to(Location.of(tmp_path / "to"))
+    copied = Location.of(tmp_path / "to")
+    assert copied.names() == folder.names()
+    assert (copied / "additional_chat_templates/tool_use.jinja").read_bytes().endswith(b"tool_use.jinja")
+
+
+def test_the_words_of_a_store_are_no_fault_of_the_file():
+    refused = OSError("When reading information for key 'f': AWS Error ACCESS_DENIED during HeadObject operation")
+    with pytest.raises(StorageError, match=r"s3://bucket/f could not be read or written.*credentials"):
+        Location.of("s3://bucket/f").raise_for_store(refused)
+    Location.of("s3://bucket/f").raise_for_store(OSError("zlib inflate failed: incorrect header check"))
+    Location.of("/data/f").raise_for_store(refused)
 
 
 @pytest.mark.parametrize("how", ["local", "uri"])

@@ -28,7 +28,7 @@ def output(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(output, demo_model) -> list[str]:
-    """The demo, cut down to what two interruptions need."""
+    """The demo, cut down to what an interruption needs."""
     prompts = output.parent / "prompts.jsonl"
     prompts.write_text("".join((CONFIGS / "demo_prompts.jsonl").read_text().splitlines(keepends=True)[:PROMPTS]))
     sampling = {"samples": 4, "temperature": 0.8, "max_tokens": 32, "dtype": "float32"}

@@ -183,7 +183,7 @@ def read_record(folder: Location, stamp: Stamp, rows_per_shard: int) -> FileReco
     """The record of a file; None where it must be scanned, be it that its copy was removed. Raises DataError."""
     try:
         data = (folder / record_name(stamp, rows_per_shard)).read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # of a run.output that is a file; whoever writes there says so
         return None
     try:
         record = FileRecord.model_validate_json(data)

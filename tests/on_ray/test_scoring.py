@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pydantic import TypeAdapter
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from dpo_ray.artifacts import Artifact, publish, read_shard, write_shard
 from dpo_ray.config import VLLM, Config, Model
@@ -304,6 +304,9 @@ class FakeVLLM:
         self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(use_v2_model_runner=by_token_ids))
         self.asked: list[tuple[list[int], bool]] = []
 
+    def reset_prefix_cache(self) -> bool:
+        return True
+
     def generate(self, inputs: list[dict[str, list[int]]], sampling: list[dict[str, Any]], **_: Any) -> list[Any]:
         return [self._output(i["prompt_token_ids"], params) for i, params in zip(inputs, sampling, strict=True)]
 
@@ -429,7 +432,10 @@ def test_auto_takes_vllm_where_it_agrees_and_keeps_to_it(tmp_path, auto: Setting
     [
         ((-1.0, -2.06), "differ by up to 6.0e-02"),
         ((-1.0, math.nan), "not finite"),
-        (RayError("boom\nno such architecture"), "cannot score this model: no such architecture"),
+        (
+            RayTaskError("score", "boom\nno such architecture", ValueError()),
+            "cannot score this model: no such architecture",
+        ),
     ],
 )
 def test_auto_takes_torch_where_vllm_does_not_agree_or_fails(tmp_path, auto: Settings, monkeypatch, capfd, vllm, why):
@@ -437,6 +443,15 @@ def test_auto_takes_torch_where_vllm_does_not_agree_or_fails(tmp_path, auto: Set
     assert choose_engine(Location.of(tmp_path / "out"), auto(), tokenized_rows(tmp_path)) == "torch"
     said = "".join(capfd.readouterr())
     assert "reference.engine=auto: torch, for " in said and why in said
+
+
+def test_auto_does_not_remember_what_a_lost_node_did(tmp_path, auto: Settings, monkeypatch, capfd):
+    rows, output = tokenized_rows(tmp_path), Location.of(tmp_path / "out")
+    engines_that_say(monkeypatch, RayError("the node died"), (-1.0, -2.0))
+    assert choose_engine(output, auto(), rows) == "torch"
+    assert "reference.engine=auto: torch for this run" in "".join(capfd.readouterr())
+    engines_that_say(monkeypatch, (-1.0, -2.0), (-1.0, -2.0))
+    assert choose_engine(output, auto(), rows) == "vllm"
 
 
 def test_auto_takes_torch_where_vllm_is_not_installed(tmp_path, auto: Settings, monkeypatch):

@@ -77,7 +77,7 @@ def test_files_that_a_first_look_takes_for_good_are_told_at_once_when_they_are_n
     data.mkdir()
     (tmp_path / "more").mkdir()
     for name in ("a", "b"):
-        packed = gzip.compress(lines(0, 5000))
+        packed = gzip.compress(lines(0, 40_000))  # a first look reads a megabyte
         (data / f"{name}.jsonl.gz").write_bytes(packed[:-100])
     (data / "good.jsonl").write_bytes(lines(0, 5))
     done = ingest(tmp_path, data__train=str(data))

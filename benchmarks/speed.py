@@ -263,8 +263,8 @@ def train_ours(
     from dpo_ray.pairs import TokenizedPair
     from dpo_ray.parallel import Rank
     from dpo_ray.plan import fit
-    from dpo_ray.train_loop import Step, train
-    from dpo_ray.train_step import Share
+    from dpo_ray.steps import Share, Step
+    from dpo_ray.train_loop import train
 
     torch.set_num_threads(setting.threads)
     clock = Clock()

@@ -176,8 +176,8 @@ def _train_ours(
 
     from dpo_ray.config import Model
     from dpo_ray.parallel import Rank
-    from dpo_ray.train_loop import Step, train
-    from dpo_ray.train_step import Share
+    from dpo_ray.steps import Share, Step
+    from dpo_ray.train_loop import train
 
     def steps_from(start: int) -> Iterable[Step]:
         for number in range(start, NUM_STEPS):

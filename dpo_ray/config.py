@@ -138,7 +138,7 @@ class Data(Section):
     pairing: Pairing = Pairing()
     """How rows of ranked answers become pairs."""
     held_out_fraction: float = Field(0.1, ge=0.0, lt=1.0)
-    """Share of the prompts, chosen by their hash, kept from training for evaluation. With `eval` it has no effect."""
+    """Share of the prompts, chosen by their hash, kept from training for evaluation. Not to be set beside `eval`."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """The longest prompt, with all that the chat template writes."""
     long_prompts: LongPrompts = "drop"
@@ -181,6 +181,11 @@ class Data(Section):
     def _all_used(self) -> Data:
         if self.layout != "auto":
             self.require_used({self.layout})
+        if self.eval is not None and self.held_out_fraction != Data.model_fields["held_out_fraction"].default:
+            raise ConfigError(
+                f"data.held_out_fraction={self.held_out_fraction:g} holds out prompts of data.train, but data.eval "
+                "names the held-out data: leave one of them out"
+            )
         return self
 
 

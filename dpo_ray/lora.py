@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from dpo_ray.config import LoRA
 from dpo_ray.errors import ConfigError
+from dpo_ray.model_folders import ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _NAME = "default"  # PEFT's own name for the only adapter of a model; in its parameters' names, not in its files
 _MERGE_TOLERANCE = 1e-3  # nats: float32 rounding of the two orders of summation, and far from a wrong merge

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import json
 import os
 import shutil
@@ -14,32 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dpo_ray.artifacts import digest, file_hash
 from dpo_ray.errors import ConfigError
-from dpo_ray.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge
+from dpo_ray.package_files import PACKAGE, package_file
 from dpo_ray.storage import Location
 
-PACKAGE = "package://"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _DOWNLOADS = 4  # at once
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
-
-
-def package_file(uri: str) -> Path:
-    """The file behind package://<importable package>/<path inside it>. Raises ConfigError."""
-    package, _, inside = uri.removeprefix(PACKAGE).partition("/")
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"{uri}: the Python package {package} is not installed. Install it, or name another path.")
-    path = Path(next(iter(spec.submodule_search_locations))) / inside
-    if not path.is_file():
-        raise ConfigError(f"{uri}: the installed package {package} has no file {inside}.")
-    return path
 
 
 def cache_folder() -> Path:
@@ -144,6 +127,8 @@ def _merged(adapter: Path, within: tuple[Path, ...]) -> Path:
     target = cache_folder() / "models" / f"{adapter.name}-merged-{digest([_content(adapter), _content(base)])}"
     with _making(target) as partial:
         if partial is not None:
+            from dpo_ray.lora import merge
+
             merge(base, adapter).save_pretrained(partial)
             has_tokenizer = (adapter / "tokenizer_config.json").is_file()
             load_tokenizer(adapter if has_tokenizer else base).save_pretrained(partial)
@@ -180,6 +165,7 @@ def converted_gguf(gguf: Path) -> Path:
     target = cache_folder() / "models" / f"{gguf.stem}-{file_hash(Location.of(gguf))[:12]}"
     with _making(target) as partial:
         if partial is not None:
+            import torch
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

@@ -23,7 +23,7 @@ from dpo_ray.errors import DataError
 from dpo_ray.formats import canonical_pairs, canonical_prompt
 from dpo_ray.json_lines import Unreadable
 from dpo_ray.layouts import Layout, fields_of
-from dpo_ray.model_folders import PACKAGE, package_file
+from dpo_ray.package_files import PACKAGE, package_file
 from dpo_ray.pairing import make_pairs
 from dpo_ray.pairs import PAIRS, PROMPTS, PreferencePair, prompt_id, split_of
 from dpo_ray.quality import BadRow, check_length, reject

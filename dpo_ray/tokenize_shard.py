@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from dpo_ray.batches import batches
 from dpo_ray.config import Data, Model
 from dpo_ray.duplicates import read_kept
 from dpo_ray.model_folders import load_tokenizer, resolve
@@ -53,7 +54,7 @@ class TokenizeShard:
     def __call__(self, source: dict[str, Any]) -> ShardOutput:
         kept: list[dict[str, Any]] = []
         table, counters = read_kept(source)
-        for rows in _batches(table.to_pylist()):
+        for rows in batches(table.to_pylist(), _characters, _CHARACTERS_AT_ONCE):
             for fate in self._fates(rows):
                 if isinstance(fate, str):
                     counters[fate] += 1
@@ -111,15 +112,5 @@ class _Kept(NamedTuple):
     """Keys of NOTED."""
 
 
-def _batches(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    batch: list[dict[str, Any]] = []
-    characters = 0
-    for row in rows:
-        size = sum(len(message["content"]) for message in row["prompt"]) + sum(len(row[side] or "") for side in _SIDES)
-        if batch and characters + size > _CHARACTERS_AT_ONCE:
-            yield batch
-            batch, characters = [], 0
-        batch.append(row)
-        characters += size
-    if batch:
-        yield batch
+def _characters(row: dict[str, Any]) -> int:
+    return sum(len(message["content"]) for message in row["prompt"]) + sum(len(row[side] or "") for side in _SIDES)

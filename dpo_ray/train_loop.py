@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,18 +21,11 @@ from dpo_ray.optim import WeightAverage, learning_rate, make_optimizer
 from dpo_ray.parallel import Rank, parallelize, whole_state
 from dpo_ray.progress import Progress, say
 from dpo_ray.steering import best_step, should_stop
-from dpo_ray.train_step import Learner, Share
+from dpo_ray.steps import Share, Step
+from dpo_ray.train_step import Learner
 
 EXPORT = "export"
 """Folder of the trained model, in Hugging Face's format, inside the last checkpoint."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one rank computes in an optimizer step."""
-
-    number: int
-    share: Share
 
 
 class Checkpoints(Protocol):

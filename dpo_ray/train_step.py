@@ -33,20 +33,7 @@ from dpo_ray.parallel import (
     gathered_objects,
     summed,
 )
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one rank computes of a batch. Ranks have equally many micro-batches; some may be empty."""
-
-    microbatches: list[list[TokenizedPair]]
-    filler: TokenizedPair
-    """Stands in for an empty micro-batch, with weight 0: every rank takes part in every exchange of FSDP."""
-
-    @property
-    def pairs(self) -> list[TokenizedPair]:
-        """All pairs of the rank, in order."""
-        return [pair for microbatch in self.microbatches for pair in microbatch]
+from dpo_ray.steps import Share
 
 
 @dataclass

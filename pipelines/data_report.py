@@ -51,7 +51,7 @@ def _report(
         *(_task(task, "reference") for task in (shard_tasks(scored) if scored is not None else [])),
     ]
     measured, _ = shard_stage(
-        context.output, "measures", identity=identity, inputs=inputs, tasks=tasks, pool=Pool(MeasureShard, {}, 2)
+        context.output, "measures", identity=identity, inputs=inputs, tasks=tasks, pool=Pool(MeasureShard, {})
     )
     metrics = report(
         merge(read_shard(shard) for shard in measured.shards()),

@@ -138,7 +138,7 @@ def _ingest(context: RunContext) -> tuple[Artifact, bool]:
         identity=identity,
         inputs={"files": digest([t.content for t in tasks])},
         tasks=tasks,
-        pool=Pool(IngestShard, options, num_actors=2),
+        pool=Pool(IngestShard, options),
     )
     require_enough_kept(artifact, data.max_quarantined_fraction)
     return artifact, reused

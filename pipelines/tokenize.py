@@ -39,7 +39,7 @@ def _tokenize(context: RunContext, pairs: Artifact, left_out: Artifact | None) -
         },
         inputs={"pairs": pairs.fingerprint, **({"duplicates": left_out.fingerprint} if left_out else {})},
         tasks=kept_tasks(pairs, left_out),
-        pool=Pool(TokenizeShard, {"model": model, "data": data}, num_actors=2),
+        pool=Pool(TokenizeShard, {"model": model, "data": data}),
         unit="pairs",
     )
     counters = artifact.manifest.counters

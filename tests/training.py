@@ -25,8 +25,8 @@ from dpo_ray.packing import mismatched
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.parallel import Rank
 from dpo_ray.plan import PlanIndex, microbatches
-from dpo_ray.train_loop import EXPORT, Step, train
-from dpo_ray.train_step import Share
+from dpo_ray.steps import Share, Step
+from dpo_ray.train_loop import EXPORT, train
 
 VOCABULARY = 512
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from dpo_ray.artifacts import library_versions, read_shard
+from dpo_ray.batches import batches
 from dpo_ray.config import VLLM, Config, Model, Sampling
 from dpo_ray.errors import ConfigError
 from dpo_ray.isolation import EngineDied
@@ -63,7 +64,7 @@ class VLLMScorer:
         self.llm.reset_prefix_cache()
         chosen: list[list[float]] = []
         rejected: list[list[float]] = []
-        for group in _groups(pairs, _VLLM_GROUP_TOKENS):
+        for group in batches(pairs, _sequence_tokens, _VLLM_GROUP_TOKENS):
             chosen += self._score([(p.prompt_ids, p.chosen_ids) for p in group])
             rejected += self._score([(p.prompt_ids, p.rejected_ids) for p in group])
         return chosen, rejected
@@ -285,19 +286,9 @@ def tokens_at_once(vocab_size: int) -> int:
     return max(128, min(4096, _LOGITS_BYTES // (_BYTES_PER_LOGIT * vocab_size)))
 
 
-def _groups(pairs: Sequence[TokenizedPair], limit: int) -> Iterator[list[TokenizedPair]]:
-    """Pairs in their order, in groups of at most `limit` tokens, the prompt counted for each side."""
-    group: list[TokenizedPair] = []
-    size = 0
-    for pair in pairs:
-        tokens = pair.num_tokens + len(pair.prompt_ids)
-        if group and size + tokens > limit:
-            yield group
-            group, size = [], 0
-        group.append(pair)
-        size += tokens
-    if group:
-        yield group
+def _sequence_tokens(pair: TokenizedPair) -> int:
+    """The prompt counted for each side."""
+    return pair.num_tokens + len(pair.prompt_ids)
 
 
 def _engine(

@@ -18,9 +18,8 @@ from dpo_ray.on_ray.session import quiet_data
 from dpo_ray.pairs import MISMATCHED, TokenizedPair, tokenized_pair
 from dpo_ray.plan import PlanIndex, StepPlan
 from dpo_ray.plan import microbatches as spread_rows
+from dpo_ray.steps import Share, Step
 from dpo_ray.storage import Location
-from dpo_ray.train_loop import Step
-from dpo_ray.train_step import Share
 
 TRAIN = "train"
 """Name of the stream among Ray Train's data sets."""

@@ -16,7 +16,6 @@ from dpo_ray.raw_scan import FileRecord, each, read_record, record_name, scan, t
 from dpo_ray.storage import Location
 
 _STAGE = "ingest"
-_NUM_CPUS = 3  # what the stage's shards ask for: an embedded Ray stays as large as it was started
 
 
 def scan_files(folder: Location, files: list[Location], rows_per_shard: int) -> list[FileRecord]:
@@ -37,7 +36,7 @@ def scan_files(folder: Location, files: list[Location], rows_per_shard: int) -> 
 def _scan(folder: Location, stamps: list[Stamp], rows_per_shard: int) -> None:
     import ray.data
 
-    connect(2, why="reading data.train and data.eval", wanted_cpus=_NUM_CPUS)
+    connect(2, why="reading data.train and data.eval")
     items = [{"stamp": json.dumps(asdict(stamp))} for stamp in stamps]
     results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _scan_batch,

@@ -28,8 +28,11 @@ def connect(num_cpus: float, num_gpus: float = 0, *, why: str, wanted_cpus: floa
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
 
+    if ray.is_initialized() and is_embedded() and ray.cluster_resources().get("CPU", 0) < num_cpus:
+        # It was started for an earlier stage, of which nothing is left in it.
+        ray.shutdown()
     if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS"):
+        if not is_embedded():
             ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=_RUNTIME_ENV)
         else:
             _start_embedded(max(num_cpus, wanted_cpus))
@@ -43,6 +46,16 @@ def connect(num_cpus: float, num_gpus: float = 0, *, why: str, wanted_cpus: floa
             )
 
 
+def is_embedded() -> bool:
+    """Whether the work runs on a Ray that this process starts, and not on a cluster."""
+    return not os.environ.get("RAY_ADDRESS")
+
+
+def num_cores() -> int:
+    """Cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def disconnect() -> None:
     """Leave the cluster; an embedded one ends."""
     import ray
@@ -54,8 +67,9 @@ def disconnect() -> None:
 def _start_embedded(num_cpus: float) -> None:
     import ray
 
-    # CPUs are what Ray plans with, not cores: a small machine must still hold the trainer and its data feed.
-    cpus = max(os.cpu_count() or 1, int(num_cpus + 0.999))
+    # CPUs are what Ray plans with, not cores: a small machine must still hold the trainer and its data feed. One is
+    # for what reads, writes and feeds, which mostly waits.
+    cpus = max(num_cores() + 1, int(num_cpus + 0.999))
     say("ray", f"starting Ray on this machine with {cpus} logical CPUs")
     for attempt in (1, 2):
         try:

@@ -32,7 +32,7 @@ from dpo_ray.artifacts import (
     write_shard,
 )
 from dpo_ray.isolation import MAX_ATTEMPTS, Attempts, EngineDied
-from dpo_ray.on_ray.session import connect, raise_ours
+from dpo_ray.on_ray.session import connect, is_embedded, num_cores, raise_ours
 from dpo_ray.progress import Progress, say
 from dpo_ray.shard_work import ShardOutput
 from dpo_ray.storage import Location
@@ -59,8 +59,9 @@ class Pool:
     build: Callable[..., ShardFunction]
     """Class of the worker; built once in each actor with `arguments`."""
     arguments: dict[str, Any]
-    num_actors: int = 1
-    """At most: Ray Data starts with one, and adds more while tasks wait and the cluster has room."""
+    num_actors: int | None = None
+    """At most: Ray Data starts with one, and adds more while tasks wait and the cluster has room. None: as many as
+    there is room for, on an embedded Ray one a core."""
     isolates: bool = False
     """The worker finds the rows that it cannot do and quarantines them, also those that kill its process."""
     num_cpus: float = 1.0
@@ -173,7 +174,11 @@ def _take_over(stage_folder: Location, location: Location, wanted: set[str], iso
 def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask]], pool: Pool, unit: str) -> None:
     import ray.data
 
-    connect(pool.num_cpus + 1, pool.num_gpus, why=pool.why, wanted_cpus=pool.num_cpus * pool.num_actors + 1)
+    tasks = [{"task": json.dumps({"name": name, "source": task.source})} for name, task in missing]
+    wanted = pool.num_cpus * (pool.num_actors or 0)
+    connect(pool.num_cpus + 1, pool.num_gpus, why=pool.why, wanted_cpus=wanted + 1)
+    # On a cluster Ray knows what there is room for, and its autoscaler what can be added.
+    most = pool.num_actors or (num_cores() if is_embedded() else len(tasks))
     # A worker that dies is started again and its tasks with it. Ray Data would do so for ever, also with a process
     # that dies of loading its model.
     resources: dict[str, Any] = {"num_cpus": pool.num_cpus, "max_restarts": MAX_ATTEMPTS}
@@ -181,7 +186,6 @@ def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask]]
         resources["num_gpus"] = pool.num_gpus
     if pool.env:
         resources["runtime_env"] = {"env_vars": pool.env}
-    tasks = [{"task": json.dumps({"name": name, "source": task.source})} for name, task in missing]
     results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         ShardWorker,
         batch_size=1,
@@ -192,9 +196,7 @@ def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask]]
             "arguments": pool.arguments,
             "isolates": pool.isolates,
         },
-        compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=min(pool.num_actors, len(tasks)), max_tasks_in_flight_per_actor=2
-        ),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(most, len(tasks)), max_tasks_in_flight_per_actor=2),
         **resources,
     )
     progress = Progress(kind, sum(task.rows for _, task in missing), unit)

@@ -266,10 +266,22 @@ def test_a_row_takes_the_side_that_a_single_answer_has(tmp_path: Path):
     assert table["mismatched_ids"].to_pylist() == [[21], [30], [10]]
 
 
-def test_pairs_go_to_vllm_in_bounded_groups():
+def test_pairs_go_to_vllm_in_groups_bounded_by_what_both_sides_have_with_their_prompt(monkeypatch):
+    monkeypatch.setattr(engines, "_VLLM_GROUP_TOKENS", 10)
     pairs = [TokenizedPair(str(n), [0] * n, [0], [0]) for n in (1, 2, 9, 1)]  # 4, 6, 20, 4 tokens
-    assert [[p.pair_id for p in group] for group in engines._groups(pairs, 10)] == [["1", "2"], ["9"], ["1"]]
-    assert list(engines._groups([], 10)) == []
+    sizes: list[int] = []
+
+    class Groups(engines.VLLMScorer):
+        def __init__(self) -> None:
+            self.llm = SimpleNamespace(reset_prefix_cache=lambda: None)
+
+        def _score(self, sequences):
+            sizes.append(len(sequences))
+            return [[float(len(prompt))] for prompt, _ in sequences]
+
+    chosen, rejected = Groups().score(pairs)
+    assert chosen == rejected == [[1.0], [2.0], [9.0], [1.0]]
+    assert sizes == [2, 2, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("vocab_size", "tokens"), [(151_936, 785), (49_152, 2427), (512, 4096), (2_000_000, 128)])

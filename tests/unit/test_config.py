@@ -176,9 +176,10 @@ def test_a_column_is_one_field():
         ({"layout": "ranking"}, "data.layout='ranking'"),
         ({"pairing": {"min_score_gap": 0}}, "data.pairing.min_score_gap=0"),
         ({"pairing": {"pairs": 2}}, "data.pairing.pairs is not a known key"),
+        ({"eval": "e", "held_out_fraction": 0.2}, "data.held_out_fraction=0.2 holds out prompts of data.train, but"),
     ],
 )
-def test_options_that_mean_nothing_to_the_layout_fail(data: dict[str, Any], said: str):
+def test_options_that_mean_nothing_to_the_data_fail(data: dict[str, Any], said: str):
     assert said in message(tree(data={"train": "t", **data}))
 
 
@@ -193,8 +194,8 @@ def test_options_of_the_layouts_that_are_there_pass():
         data.require_used({"unpaired"})
 
 
-def test_the_resolved_tree_of_a_named_layout_loads_again():
-    config = parse_config(tree(data={"train": "t", "layout": "paired"}))
+def test_the_resolved_tree_of_named_data_loads_again():
+    config = parse_config(tree(data={"train": "t", "eval": "e", "layout": "paired"}))
     assert parse_config(yaml.safe_load(dump_config(config))) == config
 
 

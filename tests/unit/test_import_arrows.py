@@ -98,6 +98,12 @@ def test_the_command_line_starts_without_ray_and_vllm():
     assert not loaded & {"ray", "vllm"}
 
 
+@pytest.mark.parametrize("module", ["dpo_ray.on_ray.scanning", "dpo_ray.on_ray.shards", "dpo_ray.on_ray.feeding"])
+def test_workers_that_only_carry_rows_do_without_torch(module: str):
+    # It would cost each of them seconds at its start and 200 MB.
+    assert not loaded_after(f"import {module}") & {"torch", "transformers"}
+
+
 def test_no_folder_of_tests_is_called_ray():
     # It would shadow the library for whatever runs with the folder of tests on its path.
     assert not (REPOSITORY / "tests" / "ray").exists()

@@ -19,9 +19,8 @@ from dpo_ray.attention import IMPLEMENTATION
 from dpo_ray.config import LoRA, Model
 from dpo_ray.errors import ConfigError
 from dpo_ray.export import export_policy
-from dpo_ray.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dpo_ray.model import CompletionScorer, compute_in, load_policy
-from dpo_ray.model_folders import resolve
+from dpo_ray.model_folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve
 from dpo_ray.packing import pack, pad
 from dpo_ray.pairs import TokenizedPair
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo_ray.errors import ConfigError
-from dpo_ray.model_folders import load_tokenizer, package_file, resolve, weights_hash
+from dpo_ray.model_folders import load_tokenizer, resolve, weights_hash
 
 
 @pytest.fixture
@@ -55,26 +55,6 @@ def test_a_hub_id_that_the_hub_does_not_give_is_a_configuration_error():
 def test_a_revision_of_a_local_folder_is_not_ignored(tiny_model: Path):
     with pytest.raises(ConfigError, match="revision"):
         resolve(str(tiny_model), revision="v2")
-
-
-@pytest.mark.parametrize(
-    "uri",
-    [
-        "package://no_such_package_anywhere/x.gguf",
-        "package://no_such_package_anywhere.inner/x.gguf",
-        "package://dpo_ray/no-such-file",
-        "package://dpo_ray",
-        "package://json.decoder/x",
-    ],
-)
-def test_a_package_path_that_leads_nowhere_is_a_configuration_error(uri: str):
-    with pytest.raises(ConfigError) as caught:
-        package_file(uri)
-    assert uri in str(caught.value)
-
-
-def test_a_package_path_names_a_file_inside_the_package():
-    assert package_file("package://pipelines/configs/demo_prompts.jsonl").name == "demo_prompts.jsonl"
 
 
 def test_a_folder_without_tokenizer_is_a_configuration_error(tiny_model: Path, tmp_path: Path):

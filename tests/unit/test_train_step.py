@@ -18,7 +18,8 @@ from dpo_ray.config import Train
 from dpo_ray.model import CompletionScorer, load_policy
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.parallel import Rank
-from dpo_ray.train_step import Learner, Share
+from dpo_ray.steps import Share
+from dpo_ray.train_step import Learner
 from tests.training import random_pairs, scored
 
 BATCH = 6

@@ -1,0 +1,29 @@
+"""What a rank computes in an optimizer step, as the feed hands it to the trainer. It needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dpo_ray.pairs import TokenizedPair
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank computes of a batch. Ranks have equally many micro-batches; some may be empty."""
+
+    microbatches: list[list[TokenizedPair]]
+    filler: TokenizedPair
+    """Stands in for an empty micro-batch, with weight 0: every rank takes part in every exchange of FSDP."""
+
+    @property
+    def pairs(self) -> list[TokenizedPair]:
+        """All pairs of the rank, in order."""
+        return [pair for microbatch in self.microbatches for pair in microbatch]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank computes in an optimizer step."""
+
+    number: int
+    share: Share

@@ -1,4 +1,7 @@
-"""SIGKILL of a worker and of the driver in the middle of training, again and again: the result is bit-identical."""
+"""SIGKILL of a worker and of the driver in the middle of training, again and again: the result is bit-identical.
+
+DPO_RAY_KILLS is how often (3 unless told), DPO_RAY_KILL_SEED draws the moments.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ from safetensors.torch import load_file
 
 from tests.command_line import CONFIGS, DPO_RAY, dpo_ray, overrides, summary_of
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1500)]
-
 NUM_STEPS = 60
-KILLS = ("worker", "driver", "worker", "driver", "worker")
+KILLS = tuple(("worker", "driver")[n % 2] for n in range(int(os.environ.get("DPO_RAY_KILLS", "3"))))
+
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(600 + 180 * len(KILLS))]
 
 
 @pytest.fixture(scope="module")

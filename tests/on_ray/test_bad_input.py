@@ -1,15 +1,20 @@
-"""What a person gets to read for each mistake: the exit code and one paragraph, before any long work."""
+"""What a person gets to read for each mistake: the exit code and one paragraph, before any long work.
+
+Most run in the process of the tests, which has loaded the libraries already; some as a process of their own.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.cli import main
 from tests.command_line import CONFIGS, Finished, dpo_ray, overrides
 
 GOOD = {
@@ -20,18 +25,33 @@ GOOD = {
 
 
 @pytest.fixture
-def attempt(tmp_path, tiny_model, write_preferences):
-    """Runs the main job on one good row, but for what is given."""
+def arguments(tmp_path, tiny_model, write_preferences):
+    """Arguments of the main job on one good row, but for what is given."""
     write_preferences(tmp_path / "data", [GOOD])
 
-    def run(command: str = "run", *more: str, env: dict[str, str] | None = None, **values) -> Finished:
+    def build(command: str = "run", *more: str, **values) -> list[str]:
         settings = {
             "run__output": str(tmp_path / "out"),
             "model__path": str(tiny_model),
             "data__train": str(tmp_path / "data" / "*.parquet"),
             **values,
         }
-        return dpo_ray(command, str(CONFIGS / "align_cpu.yaml"), *more, *overrides(**settings), timeout=120, env=env)
+        return [command, str(CONFIGS / "align_cpu.yaml"), *more, *overrides(**settings)]
+
+    return build
+
+
+@pytest.fixture
+def attempt(arguments, capfd, monkeypatch):
+    """Runs them in this process."""
+
+    def run(*command: str, **values) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["dpo-ray", *arguments(*command, **values)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capfd.readouterr()
+        return Finished(int(ended.value.code or 0), said.out + said.err)
 
     return run
 
@@ -55,11 +75,6 @@ def test_empty_shard(attempt, tmp_path, write_preferences):
     (tmp_path / "empty").mkdir()
     pq.write_table(pa.table(columns), tmp_path / "empty" / "a.parquet")
     readable(attempt(data__train=str(tmp_path / "empty")), 3, "data.train", "not a single row")
-
-
-def test_unreadable_parquet(attempt, tmp_path):
-    (tmp_path / "data" / "broken.parquet").write_bytes(b"PAR1 this is not Parquet")
-    readable(attempt(), 3, "broken.parquet", "not a readable Parquet file")
 
 
 def test_all_bad_files_are_told_at_once(attempt, tmp_path, write_preferences):
@@ -125,14 +140,14 @@ def test_model_that_is_not_there(attempt):
     readable(attempt(model__path="/no/such/model"), 2, "model.path", "/no/such/model")
 
 
-def test_vllm_that_is_not_installed(attempt, tmp_path):
+def test_vllm_that_is_not_installed(arguments, tmp_path):
     # A sitecustomize that hides vLLM is what a machine without it looks like to the program.
     (tmp_path / "hide").mkdir()
     (tmp_path / "hide" / "sitecustomize.py").write_text(
         "import importlib.util as u\n_find = u.find_spec\n"
         "u.find_spec = lambda name, package=None: None if name == 'vllm' else _find(name, package)\n"
     )
-    done = attempt(reference__engine="vllm", env={"PYTHONPATH": str(tmp_path / "hide")})
+    done = dpo_ray(*arguments(reference__engine="vllm"), env={"PYTHONPATH": str(tmp_path / "hide")})
     readable(done, 2, "reference.engine=vllm", "not installed", "reference.engine=torch")
 
 
@@ -168,10 +183,10 @@ def test_the_plan_of_a_loss_without_reference_and_beta_says_so(attempt):
 
 
 @pytest.mark.ray
-def test_too_many_bad_rows_fail_with_the_reasons_and_keep_them_in_quarantine(attempt, tmp_path, write_preferences):
+def test_too_many_bad_rows_fail_with_the_reasons_and_keep_them_in_quarantine(arguments, tmp_path, write_preferences):
     same = {**GOOD, "rejected": GOOD["chosen"]}
     write_preferences(tmp_path / "data", [GOOD, same, same])
-    done = attempt(reference__engine="torch")
+    done = dpo_ray(*arguments(reference__engine="torch"))
     assert done.code == 3, done.log
     paragraph = done.log.strip().splitlines()[-1]
     assert "2 of 3 rows" in paragraph and "identical_pair 2" in paragraph

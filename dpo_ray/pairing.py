@@ -45,7 +45,9 @@ def make_pairs(
     pairs = []
     for i in range(min(pairs_per_prompt, len(ranked) // 2)):
         chosen, worst = ranked[i], ranked[-1 - i]
-        if distinct[chosen] - distinct[worst] < min_score_gap:
+        gap = distinct[chosen] - distinct[worst]
+        # 0.3 − 0.2 is a little less than 0.1 in binary.
+        if gap < min_score_gap and not math.isclose(gap, min_score_gap):
             rejected["tie"] += 1
             break
         pairs.append(PreferencePair(tuple(prompt), chosen, worst))

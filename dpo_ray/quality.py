@@ -23,6 +23,7 @@ Reason = Literal[
     "identical_pair",
     "unknown_role",
     "role_order",
+    "tool_calls",
     "bad_completion",
     "diverging_prefix",
     "prompt_repeated",
@@ -34,6 +35,9 @@ Reason = Literal[
     "bad_tools",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
+RULES = 1
+"""Version of what becomes of a raw row, here and in formats, layouts and pairing; raised when that changes. Shards that
+were made by other rules are then made again."""
 
 MEANING: dict[Reason, str] = {
     "invalid_utf8": "not UTF-8",
@@ -49,6 +53,7 @@ MEANING: dict[Reason, str] = {
     "identical_pair": "both answers are equal",
     "unknown_role": "a role other than system, user and assistant",
     "role_order": "the prompt is not an optional system turn, then user and assistant in turn, at the end the user",
+    "tool_calls": "a message calls tools, which a pair of texts cannot hold",
     "bad_completion": "an answer is not one message of the assistant",
     "diverging_prefix": "the dialogues differ before their last turn",
     "prompt_repeated": "the answers hold the prompt again; data.layout=implicit_prompt takes it from them alone",
@@ -105,7 +110,7 @@ def check_length(fields: Mapping[str, Any], max_characters: int) -> None:
 
 
 def check_message(message: Any) -> Message:
-    """One turn with a known role and text. Raises BadRow."""
+    """One turn with a known role and text, and no calls of tools. Raises BadRow."""
     if message is None:
         reject("null_field")
     if not isinstance(message, dict):
@@ -115,6 +120,8 @@ def check_message(message: Any) -> Message:
     role, content = check_text(message["role"]), check_text(message["content"])
     if role not in {"system", "user", "assistant"}:
         reject("unknown_role")
+    if message.get("tool_calls"):  # null or empty in a column of structs, where every message has every key
+        reject("tool_calls")
     return {"role": role, "content": content}
 
 

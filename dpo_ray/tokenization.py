@@ -20,6 +20,9 @@ from dpo_ray.config import Data, LongPrompts
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.pairs import Message
 
+RULES = 1
+"""Version of how dialogues become ids, here and in tokenize_shard; raised when that changes."""
+
 
 def require_chat_template(tokenizer: Any, model_path: str) -> None:
     """Raises ConfigError where the tokenizer has no chat template."""

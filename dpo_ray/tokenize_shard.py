@@ -113,4 +113,5 @@ class _Kept(NamedTuple):
 
 
 def _characters(row: dict[str, Any]) -> int:
-    return sum(len(message["content"]) for message in row["prompt"]) + sum(len(row[side] or "") for side in _SIDES)
+    texts = [*(message["content"] for message in row["prompt"]), *(row[side] or "" for side in _SIDES)]
+    return sum(map(len, texts)) + len(row["tools"] or "")

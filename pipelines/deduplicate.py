@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dpo_ray.artifacts import Artifact, digest, read_shard
-from dpo_ray.duplicates import REASONS, by_shard, num_buckets
+from dpo_ray.duplicates import REASONS, RULES, by_shard, num_buckets
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.shards import Pool, ShardTask, each_its_own, shard_stage, shard_tasks
 from dpo_ray.progress import say
@@ -59,7 +59,7 @@ def _find(context: RunContext, pairs: Artifact) -> tuple[Artifact, bool]:
     return shard_stage(
         context.output,
         "duplicates",
-        identity={"reasons": list(REASONS)},
+        identity={"rules": RULES, "reasons": list(REASONS)},
         inputs={"pairs": pairs.fingerprint},
         tasks=[
             ShardTask(

@@ -13,6 +13,7 @@ from dpo_ray.layouts import Layout, recognise, texts_of
 from dpo_ray.on_ray.scanning import scan_files
 from dpo_ray.on_ray.shards import Pool, ShardTask, each_its_own, shard_stage
 from dpo_ray.pairs import PAIRS
+from dpo_ray.quality import RULES
 from dpo_ray.quarantine import require_enough_kept
 from dpo_ray.raw_files import SUFFIXES, Stamp
 from dpo_ray.raw_scan import FileRecord, Look, each, look, read_record, require_usable
@@ -128,6 +129,7 @@ def _ingest(context: RunContext) -> tuple[Artifact, bool]:
     identity: dict[str, Any] = {
         "held_out_fraction": data.held_out_fraction if data.eval is None else None,
         "seed": seed if data.eval is None else None,
+        "rules": RULES,
         "columns": PAIRS.names,
         "renamed": data.columns.renamed(),
         "max_characters": data.max_characters,

@@ -7,7 +7,7 @@ from dpo_ray.errors import DataError
 from dpo_ray.model_folders import load_tokenizer, resolve
 from dpo_ray.on_ray.shards import Pool, shard_stage
 from dpo_ray.progress import say
-from dpo_ray.tokenization import require_chat_template, require_prompt_room, tokenizer_identity
+from dpo_ray.tokenization import RULES, require_chat_template, require_prompt_room, tokenizer_identity
 from dpo_ray.tokenize_shard import NOTED, TokenizeShard
 from pipelines.context import RunContext
 from pipelines.deduplicate import kept_tasks
@@ -31,6 +31,7 @@ def _tokenize(context: RunContext, pairs: Artifact, left_out: Artifact | None) -
         context.output,
         "tokenized",
         identity={
+            "rules": RULES,
             "tokenizer": tokenizer_identity(tokenizer),
             "max_prompt_tokens": data.max_prompt_tokens,
             "long_prompts": data.long_prompts,

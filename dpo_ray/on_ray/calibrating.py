@@ -145,7 +145,10 @@ def calibrate(output: Location, config: Config, reference: Artifact) -> tuple[Ar
 
 def _sample(rows: Artifact, count: int) -> list[TokenizedPair]:
     """Pairs spread evenly over the shards, the first rows of each: the same ones every time."""
-    shards = rows.shards()
+    shards = [rows.location / file.name for file in rows.manifest.files if file.rows]
+    if len(shards) > count:
+        # The newest shards, which nobody has looked at yet, come last.
+        shards = [shards[(len(shards) - 1) * i // max(1, count - 1)] for i in range(count)]
     pairs: list[TokenizedPair] = []
     for i, shard in enumerate(shards):
         wanted = -(-(count - len(pairs)) // (len(shards) - i))
@@ -172,7 +175,7 @@ def _scored_by_trainer(config: Config, pairs: list[TokenizedPair]) -> _Scores:
 
 def _scored(pool: Pool) -> _Scores:
     """What the function of a pool returns, in a process of its own that ends with it, and its engine's memory too."""
-    connect(pool.num_cpus, pool.num_gpus, why=pool.why)
+    connect(pool.num_cpus, pool.num_gpus, why=pool.why, one_process=(pool.num_cpus, pool.num_gpus))
     import ray
 
     function: Callable[..., Any] = pool.build

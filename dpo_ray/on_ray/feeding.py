@@ -66,6 +66,7 @@ def feed_dataset(plan: StepPlan, start: int, world_size: int, tokens_per_microba
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=0,
+        max_retries=3,  # not for ever, where the process dies of what it reads
         compute=ray.data.TaskPoolStrategy(size=_FETCHERS),
     )
 

@@ -44,6 +44,7 @@ def _scan(folder: Location, stamps: list[Stamp], rows_per_shard: int) -> None:
         batch_format="pyarrow",
         fn_kwargs={"folder": folder, "rows_per_shard": rows_per_shard},
         num_cpus=1,
+        max_retries=3,  # Ray Data would scan a file for ever at which the process dies
     )
     say(_STAGE, f"looking through {len(stamps)} files, {sum(stamp.size for stamp in stamps) / 1e6:.4g} MB")
     progress = Progress(_STAGE, len(stamps), "files")
@@ -53,6 +54,8 @@ def _scan(folder: Location, stamps: list[Stamp], rows_per_shard: int) -> None:
             progress.advance(1)
             bad += [result["error"]] if result["error"] else []
     except Exception as error:
+        left = [stamp.uri for stamp in stamps if read_record(folder, stamp, rows_per_shard) is None]
+        say(_STAGE, f"{len(left)} files could not be looked through, among them {', '.join(left[:5])}")
         raise_ours(error, _STAGE)
     if bad:
         raise together(sorted(bad))

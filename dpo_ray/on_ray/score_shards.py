@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow as pa
 
 from dpo_ray.artifacts import read_shard
 from dpo_ray.config import VLLM, Model
+from dpo_ray.errors import DataError
 from dpo_ray.isolation import Attempts, FailedRow, isolate
 from dpo_ray.on_ray.engines import PairScorer, TorchScorer, VLLMScorer
 from dpo_ray.packing import mismatched
@@ -92,9 +94,19 @@ def _scores(
     def score(first: int, count: int) -> list[tuple[list[float], list[float]]]:
         return list(zip(*scorer.score(pairs[first : first + count]), strict=True))
 
+    def score_finite(first: int, count: int) -> list[tuple[list[float], list[float]]]:
+        scored = score(first, count)
+        wrong = [n for n, (a, b) in enumerate(scored, start=first) if not all(map(math.isfinite, (*a, *b)))]
+        if wrong:
+            raise DataError(
+                f"The log-probs of {len(wrong)} of {count} rows are not finite, the first: {pairs[wrong[0]].pair_id}. "
+                "The weights may be damaged, or model.dtype too narrow: try float32."
+            )
+        return scored
+
     if attempts is None:
         return dict(enumerate(score(0, len(pairs)))), []
-    return isolate(len(pairs), score, attempts)
+    return isolate(len(pairs), score_finite, attempts)
 
 
 def _quarantined(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from dpo_ray.errors import ConfigError, DpoRayError
@@ -13,13 +14,21 @@ _HOURS = 3600
 _RUNTIME_ENV = {"env_vars": {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}}
 
 
-def connect(num_cpus: float, num_gpus: float = 0, *, why: str, wanted_cpus: float = 0) -> None:
+def connect(
+    num_cpus: float,
+    num_gpus: float = 0,
+    *,
+    why: str,
+    wanted_cpus: float = 0,
+    one_process: tuple[float, float] = (1, 0),
+) -> None:
     """Join the cluster of RAY_ADDRESS (as in a Ray job), or start an embedded one on this machine.
 
     Args:
         num_cpus, num_gpus: what the coming work needs at once.
         why: the configuration keys that this follows from, for the error.
         wanted_cpus: what elastic work could use at once; an embedded Ray is made that large.
+        one_process: CPUs and GPUs that one process of it needs, and so one node must have.
 
     Raises ConfigError where the cluster is too small, for work would wait there for ever.
     """
@@ -37,13 +46,32 @@ def connect(num_cpus: float, num_gpus: float = 0, *, why: str, wanted_cpus: floa
         else:
             _start_embedded(max(num_cpus, wanted_cpus))
         quiet_data()
-    total = ray.cluster_resources()
-    for name, wanted in (("CPU", num_cpus), ("GPU", num_gpus)):
-        if total.get(name, 0) < wanted:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    require_room(nodes, {"CPU": num_cpus, "GPU": num_gpus}, dict(zip(("CPU", "GPU"), one_process, strict=True)), why)
+
+
+def require_room(
+    nodes: Sequence[Mapping[str, float]], wanted: Mapping[str, float], one_process: Mapping[str, float], why: str
+) -> None:
+    """Raises ConfigError where the nodes together lack what is wanted, or none holds a process. Work would wait for
+    ever there.
+
+    Args:
+        nodes: what each of them has, by name.
+    """
+    for name, number in wanted.items():
+        total = sum(node.get(name, 0) for node in nodes)
+        if total < number:
             raise ConfigError(
-                f"The Ray cluster has {total.get(name, 0):g} {name}s, but this needs {wanted:g} at once ({why}). Lower "
-                "those settings, or use a cluster with more nodes."
+                f"The Ray cluster has {total:g} {name}s, but this needs {number:g} at once ({why}). Lower those "
+                "settings, or use a cluster with more nodes."
             )
+    if not any(all(node.get(name, 0) >= number for name, number in one_process.items()) for node in nodes):
+        needs = " and ".join(f"{number:g} {name}s" for name, number in one_process.items() if number)
+        raise ConfigError(
+            f"One process of this needs {needs} ({why}), and no node of the Ray cluster has that many. Lower those "
+            "settings, or use larger nodes."
+        )
 
 
 def is_embedded() -> bool:

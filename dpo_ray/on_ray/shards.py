@@ -67,7 +67,7 @@ class Pool:
     num_cpus: float = 1.0
     num_gpus: float = 0
     env: dict[str, str] = field(default_factory=dict)
-    why: str = ""
+    why: str = "a worker, and one CPU to read and write"
     """The configuration keys behind these numbers."""
 
 
@@ -176,7 +176,8 @@ def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask]]
 
     tasks = [{"task": json.dumps({"name": name, "source": task.source})} for name, task in missing]
     wanted = pool.num_cpus * (pool.num_actors or 0)
-    connect(pool.num_cpus + 1, pool.num_gpus, why=pool.why, wanted_cpus=wanted + 1)
+    one = (pool.num_cpus, pool.num_gpus)
+    connect(pool.num_cpus + 1, pool.num_gpus, why=pool.why, wanted_cpus=wanted + 1, one_process=one)
     # On a cluster Ray knows what there is room for, and its autoscaler what can be added.
     most = pool.num_actors or (num_cores() if is_embedded() else len(tasks))
     # A worker that dies is started again and its tasks with it. Ray Data would do so for ever, also with a process

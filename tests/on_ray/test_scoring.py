@@ -204,6 +204,23 @@ def test_a_row_that_cannot_be_scored_is_quarantined_and_the_others_are_not(tmp_p
         ScoreShard(Broken(2), columns)(source)
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_row_with_a_log_prob_that_is_not_finite_is_quarantined(tmp_path: Path, value: float):
+    class Overflows(ByToken):
+        def score(self, pairs: Sequence[TokenizedPair]) -> tuple[list[list[float]], list[list[float]]]:
+            chosen, rejected = super().score(pairs)
+            return chosen, [[value] if 2 in pair.prompt_ids else r for pair, r in zip(pairs, rejected, strict=True)]
+
+    source = shard(tmp_path, FOUR)
+    rows = read_shard(Location(source["file"])).select(TOKENIZED.names)
+    write_shard(Location(source["file"]), rows, {})
+    columns = ("chosen_ref_logprobs", "rejected_ref_logprobs")
+    output = ScoreShard(Overflows(), columns)(source, attempts_in(tmp_path))
+    assert output.table["pair_id"].to_pylist() == ["0", "1", "3"]
+    [(place, reason, raw)] = quarantined(output)
+    assert (place, reason) == (2, "engine_error") and "not finite" in raw["message"]
+
+
 def test_a_row_whose_mismatched_completion_cannot_be_scored_is_quarantined(tmp_path: Path):
     source = shard(tmp_path, [("z", "eval", 9, [90], [91]), *FOUR])  # the first row has no mismatched completion
     output = MismatchShard(Broken(2))(source, attempts_in(tmp_path))
@@ -423,6 +440,19 @@ def engines_that_say(monkeypatch: pytest.MonkeyPatch, vllm: Any, torch: Sequence
 
     monkeypatch.setattr(calibrating, "_scored", scored)
     return asked
+
+
+def test_the_calibrated_pairs_are_of_shards_from_the_first_to_the_last(tmp_path):
+    location = Location.of(tmp_path) / "tokenized"
+    files = []
+    for n in range(40):
+        rows = [{"pair_id": f"{n}", "prompt_id": "p", "split": "train", "prompt_ids": [1], "chosen_ids": [2]}]
+        table = pa.Table.from_pylist(rows if n != 26 else [], schema=TOKENIZED)
+        files.append(write_shard(location / f"{n}.parquet", table, {}))
+    rows = publish(location, "tokenized", identity={}, inputs={}, files=files)
+    assert [pair.pair_id for pair in calibrating._sample(rows, 4)] == ["0", "12", "25", "39"]
+    assert len(calibrating._sample(rows, 39)) == len(calibrating._sample(rows, 100)) == 39
+    assert [pair.pair_id for pair in calibrating._sample(rows, 1)] == ["0"]
 
 
 def test_auto_takes_vllm_where_it_agrees_and_keeps_to_it(tmp_path, auto: Settings, monkeypatch, capfd):

@@ -5,11 +5,22 @@ from __future__ import annotations
 import pytest
 
 from dpo_ray.errors import ConfigError
-from dpo_ray.on_ray.session import connect, disconnect, num_cores
-
-pytestmark = pytest.mark.ray
+from dpo_ray.on_ray.session import connect, disconnect, num_cores, require_room
 
 
+def test_a_process_must_have_room_on_one_node():
+    nodes = [{"CPU": 8.0, "memory": 1e9}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}]
+    wanted = {"CPU": 24, "GPU": 4}
+    require_room(nodes, wanted, {"CPU": 8, "GPU": 2}, "vllm.gpus_per_actor")
+    with pytest.raises(ConfigError, match=r"needs 1 CPUs and 4 GPUs \(vllm\.gpus_per_actor\), and no node"):
+        require_room(nodes, wanted, {"CPU": 1, "GPU": 4}, "vllm.gpus_per_actor")
+    with pytest.raises(ConfigError, match=r"no node .* larger nodes"):
+        require_room(nodes, wanted, {"CPU": 16, "GPU": 0}, "train.cpus_per_worker")
+    with pytest.raises(ConfigError, match=r"has 24 CPUs, but this needs 25 at once"):
+        require_room(nodes, {"CPU": 25, "GPU": 0}, {"CPU": 1, "GPU": 0}, "train.num_workers")
+
+
+@pytest.mark.ray
 def test_an_embedded_ray_is_started_again_for_work_that_needs_more_cpus_and_never_grows_gpus(monkeypatch):
     import ray
 

@@ -45,6 +45,11 @@ def test_a_gap_of_just_the_minimum_is_no_tie(gap: float, count: int):
     assert len(paired({"a": 0.75, "b": 0.25}, gap)[0]) == count
 
 
+@pytest.mark.parametrize("tenths", range(10))
+def test_scores_of_one_decimal_differ_by_a_tenth(tenths: int):
+    assert len(paired({"a": (tenths + 1) / 10, "b": tenths / 10}, 0.1)[0]) == 1
+
+
 def test_completions_equal_but_for_outer_space_count_once_with_the_first_score():
     pairs, rejected = make_pairs(PROMPT, ["a", " a\n", "b"], [0.9, 0.0, 0.5], min_score_gap=0.1, pairs_per_prompt=3)
     assert [(p.chosen, p.rejected) for p in pairs] == [("a", "b")]

@@ -95,6 +95,19 @@ def test_only_three_roles_are_known(role: str):
     assert caught.value.reason == "unknown_role"
 
 
+@pytest.mark.parametrize("calls", [[{"function": {"name": "f"}}], "f()"])
+def test_a_message_that_calls_tools_is_not_taken_for_its_text(calls: Any):
+    with pytest.raises(BadRow) as caught:
+        check_message({"role": "assistant", "content": "Let me look.", "tool_calls": calls})
+    assert caught.value.reason == "tool_calls"
+
+
+@pytest.mark.parametrize("calls", [None, []])
+def test_a_message_that_calls_no_tools_passes(calls: Any):
+    message = {"role": "assistant", "content": "Yes."}
+    assert check_message({**message, "tool_calls": calls}) == message
+
+
 def test_a_good_pair_passes_unchanged():
     pair = PreferencePair(tuple(dialogue("user")), " a ", "b")
     assert check_pair(pair) is pair

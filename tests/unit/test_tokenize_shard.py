@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.model_folders import load_tokenizer
 from dpo_ray.pairs import TOKENIZED, Message, PreferencePair
 from dpo_ray.storage import Location
-from dpo_ray.tokenization import completion_ids, prompt_ids
+from dpo_ray.tokenization import ChatTokenizer, completion_ids, prompt_ids
 from dpo_ray.tokenize_shard import NOTED, TokenizeShard
 from tests.unit.test_duplicates import table_of
 
@@ -252,6 +253,22 @@ def test_batches_change_nothing_but_the_memory(tmp_path: Path, worker: Worker, m
     for characters in (1, 60):
         monkeypatch.setattr(tokenize_shard, "_CHARACTERS_AT_ONCE", characters)
         assert options(shard) == whole
+
+
+def test_what_is_tokenized_at_once_is_bounded_with_its_tools(tmp_path: Path, worker: Worker, monkeypatch):
+    tools = json.dumps([{"name": "look_up", "description": "x" * 1000}])
+    pairs = [PreferencePair(question(f"{n}?"), "Yes.", "No.", tools=tools) for n in range(6)]
+    monkeypatch.setattr(tokenize_shard, "_CHARACTERS_AT_ONCE", 2500)
+    at_once: list[int] = []
+    prompts = ChatTokenizer.prompts
+
+    def counted(chat: ChatTokenizer, rows: Any) -> Any:
+        at_once.append(len(rows))
+        return prompts(chat, rows)
+
+    monkeypatch.setattr(ChatTokenizer, "prompts", counted)
+    assert worker()(pairs_shard(tmp_path, pairs)).table.num_rows == 6
+    assert at_once == [2, 2, 2]
 
 
 @pytest.mark.parametrize(

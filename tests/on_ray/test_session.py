@@ -21,7 +21,7 @@ def test_a_process_must_have_room_on_one_node():
 
 
 @pytest.mark.ray
-def test_an_embedded_ray_is_started_again_for_work_that_needs_more_cpus_and_never_grows_gpus(monkeypatch):
+def test_an_embedded_ray_is_started_again_for_work_that_needs_more_cpus(monkeypatch):
     import ray
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -257,7 +257,7 @@ def test_batches_change_nothing_but_the_memory(tmp_path: Path, worker: Worker, m
 
 def test_what_is_tokenized_at_once_is_bounded_with_its_tools(tmp_path: Path, worker: Worker, monkeypatch):
     tools = json.dumps([{"name": "look_up", "description": "x" * 1000}])
-    pairs = [PreferencePair(question(f"{n}?"), "Yes.", "No.", tools=tools) for n in range(6)]
+    pairs = [PreferencePair(question(f"{n}?"), "Yes.", "No.") for n in range(6)]
     monkeypatch.setattr(tokenize_shard, "_CHARACTERS_AT_ONCE", 2500)
     at_once: list[int] = []
     prompts = ChatTokenizer.prompts
@@ -267,7 +267,7 @@ def test_what_is_tokenized_at_once_is_bounded_with_its_tools(tmp_path: Path, wor
         return prompts(chat, rows)
 
     monkeypatch.setattr(ChatTokenizer, "prompts", counted)
-    assert worker()(pairs_shard(tmp_path, pairs)).table.num_rows == 6
+    assert worker()(pairs_shard(tmp_path, pairs, [tools] * 6)).table.num_rows == 6
     assert at_once == [2, 2, 2]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -131,6 +132,8 @@ def quiet_data() -> None:
     # A shard on a slow engine may take long, and while an engine loads nothing moves at all.
     context.execution_no_progress_timeout_s = 6 * _HOURS
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # Of how often a task or an actor is tried again Ray Data has no other parameter yet.
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 
 
 def raise_ours(error: BaseException, stage: str) -> NoReturn:

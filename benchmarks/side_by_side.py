@@ -40,8 +40,8 @@ def preference_pairs(folder: Path) -> Iterator[Pair]:
     """The canonical pairs of a folder of Parquet shards, in order; rows that the ingest stage rejects are left out."""
     import pyarrow.parquet as pq
 
-    from dpo_ray.formats import canonical_pair
-    from dpo_ray.quality import BadRow
+    from dpo_ray.data.canonical import canonical_pair
+    from dpo_ray.data.rules import BadRow
 
     shards = sorted(folder.glob("*.parquet"))
     if not shards:
@@ -58,7 +58,7 @@ def preference_pairs(folder: Path) -> Iterator[Pair]:
 
 def token_ids(tokenizer: Any, pair: Pair) -> dict[str, list[int]]:
     """The three columns that both trainers take, by the project's tokenization."""
-    from dpo_ray.tokenization import completion_ids, prompt_ids
+    from dpo_ray.data.chat import completion_ids, prompt_ids
 
     prompt, chosen, rejected = pair
     return {

@@ -5,7 +5,7 @@
 runs all of it in the project's environment, or `make bench` with both environments built. Each row runs in a fresh
 process, the rows in turn, forwards and then backwards; what is finished is not run again, so a killed run goes on.
 
-    ours            dpo_ray.train_loop.train, micro-batches as dpo_ray.plan cuts them
+    ours            dpo_ray.training.loop.train, micro-batches as dpo_ray.training.plan cuts them
     trl-default     activations recomputed in the backward pass, and a live reference model, as TRL's defaults are
     trl-fair        neither: activations kept, reference log-probs precomputed
     trl-tuned       trl-fair on pairs sorted by length, at the batch size that a short trial found fastest
@@ -106,7 +106,7 @@ def write_pairs(place: Place, setting: Setting) -> None:
 
 def _tokenized(place: Place, setting: Setting) -> Iterator[dict[str, Any]]:
     """The pairs of a data set in an order drawn from the seed; the generated ones never end."""
-    from dpo_ray.model_folders import load_tokenizer
+    from dpo_ray.model.folders import load_tokenizer
 
     model, shape = _model(place.folder, setting)
     if place.data == "generated":
@@ -128,7 +128,7 @@ def _model(folder: Path, setting: Setting) -> tuple[str, ModelShape]:
     if not path.is_file():
         from transformers import AutoConfig
 
-        from dpo_ray.model_folders import resolve
+        from dpo_ray.model.folders import resolve
 
         source = resolve(setting.model)
         if setting.random_llama is not None:
@@ -259,12 +259,12 @@ def train_ours(
     import torch
 
     from dpo_ray.config import Model
-    from dpo_ray.on_ray.engines import TorchScorer
+    from dpo_ray.on_ray.vllm_engine import TorchScorer
     from dpo_ray.pairs import TokenizedPair
-    from dpo_ray.parallel import Rank
-    from dpo_ray.plan import fit
-    from dpo_ray.steps import Share, Step
-    from dpo_ray.train_loop import train
+    from dpo_ray.training.batch import Share, Step
+    from dpo_ray.training.loop import train
+    from dpo_ray.training.parallel import Rank
+    from dpo_ray.training.plan import fit
 
     torch.set_num_threads(setting.threads)
     clock = Clock()
@@ -501,7 +501,7 @@ def balance(place: Place, setting: Setting, num_ranks: int = 2) -> None:
     import numpy as np
     from transformers import AutoConfig
 
-    from dpo_ray.plan import pair_cost, spread
+    from dpo_ray.training.plan import pair_cost, spread
 
     model, _ = _model(place.folder, setting)
     limit = 1000 if place.data == "generated" else None

@@ -49,7 +49,7 @@ class Setting:
         """--tokens-per-microbatch, or what the product takes by itself where memory is not short."""
         import torch
 
-        from dpo_ray.memory import MOST_TOKENS_CPU, MOST_TOKENS_GPU
+        from dpo_ray.training.memory import MOST_TOKENS_CPU, MOST_TOKENS_GPU
 
         on_gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
         return self.tokens_per_microbatch or (MOST_TOKENS_GPU if on_gpu else MOST_TOKENS_CPU)

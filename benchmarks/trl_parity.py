@@ -111,7 +111,7 @@ METRICS = ("loss", "grad_norm", *REWARDS, "rewards/accuracies", "logps/chosen", 
 
 def write_pairs(folder: Path) -> None:
     """Tokenize the pairs; in the project's environment."""
-    from dpo_ray.model_folders import load_tokenizer, resolve
+    from dpo_ray.model.folders import load_tokenizer, resolve
 
     model = resolve(MODEL)
     tokenizer = load_tokenizer(model)
@@ -146,11 +146,11 @@ def _made_pairs() -> Iterable[Pair]:
 
 
 def run_ours(folder: Path, cases: Sequence[Case]) -> None:
-    """Train with dpo_ray.train_loop.train, one worker, on reference log-probs by the trainer's own forward."""
+    """Train with dpo_ray.training.loop.train, one worker, on reference log-probs by the trainer's own forward."""
     from dataclasses import replace
 
     from dpo_ray.config import Model
-    from dpo_ray.on_ray.engines import TorchScorer
+    from dpo_ray.on_ray.vllm_engine import TorchScorer
     from dpo_ray.pairs import TokenizedPair
 
     setting = json.loads((folder / "setting.json").read_text())
@@ -175,9 +175,9 @@ def _train_ours(
     import torch
 
     from dpo_ray.config import Model
-    from dpo_ray.parallel import Rank
-    from dpo_ray.steps import Share, Step
-    from dpo_ray.train_loop import train
+    from dpo_ray.training.batch import Share, Step
+    from dpo_ray.training.loop import train
+    from dpo_ray.training.parallel import Rank
 
     def steps_from(start: int) -> Iterable[Step]:
         for number in range(start, NUM_STEPS):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 
-from dpo_ray.artifacts import Artifact
 from dpo_ray.config import Config
+from dpo_ray.data.chat import require_chat_template, require_prompt_room
 from dpo_ray.errors import ConfigError
-from dpo_ray.model_folders import load_tokenizer, resolve
-from dpo_ray.on_ray.engines import require_vllm
-from dpo_ray.report import html_report
+from dpo_ray.evaluation.report import html_report
+from dpo_ray.model.folders import load_tokenizer, resolve
+from dpo_ray.on_ray.vllm_engine import require_vllm
 from dpo_ray.rewards import load_reward
-from dpo_ray.tokenization import require_chat_template, require_prompt_room
+from dpo_ray.storage.artifact import Artifact
 from pipelines import STAGES, Stage
 from pipelines.context import RunContext
 from pipelines.data_report import report_data

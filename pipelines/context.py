@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from dpo_ray.artifacts import Artifact
 from dpo_ray.config import Config, dump_config
 from dpo_ray.progress import say
-from dpo_ray.storage import Location
-from dpo_ray.tokenize_shard import NOTED
+from dpo_ray.shards.tokenize import NOTED
+from dpo_ray.storage.artifact import Artifact
+from dpo_ray.storage.location import Location
 
 
 @dataclass

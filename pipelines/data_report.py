@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dpo_ray.artifacts import Artifact, fingerprint, load, publish, read_shard
-from dpo_ray.data_report import VERSION, merge, preference_lines, report, report_lines
-from dpo_ray.on_ray.shards import Pool, ShardTask, shard_stage, shard_tasks
+from dpo_ray.data.report import VERSION, merge, preference_lines, report, report_lines
+from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage, shard_tasks
 from dpo_ray.progress import say
-from dpo_ray.shard_work import MeasureShard
-from dpo_ray.tokenize_shard import NOTED
+from dpo_ray.shards.output import MeasureShard
+from dpo_ray.shards.tokenize import NOTED
+from dpo_ray.storage.artifact import Artifact, fingerprint, load, publish, read_shard
 from pipelines.context import RunContext
 from pipelines.deduplicate import kept_tasks
 

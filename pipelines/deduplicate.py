@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dpo_ray.artifacts import Artifact, digest, read_shard
-from dpo_ray.duplicates import REASONS, RULES, by_shard, num_buckets
+from dpo_ray.data.duplicates import REASONS, RULES, by_shard, num_buckets
 from dpo_ray.errors import DataError
-from dpo_ray.on_ray.shards import Pool, ShardTask, each_its_own, shard_stage, shard_tasks
+from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage, shard_tasks
 from dpo_ray.progress import say
-from dpo_ray.shard_work import DuplicatesShard
+from dpo_ray.shards.output import DuplicatesShard
+from dpo_ray.storage.artifact import Artifact, digest, read_shard
 from pipelines.context import RunContext
 
 

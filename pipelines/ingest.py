@@ -6,19 +6,19 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_ray.artifacts import Artifact, digest
 from dpo_ray.config import Config, Data, Paths
+from dpo_ray.config.layouts import Layout, recognise, texts_of
+from dpo_ray.data.quarantine import require_enough_kept
+from dpo_ray.data.raw.files import SUFFIXES, Stamp
+from dpo_ray.data.raw.scan import FileRecord, Look, each, look, read_record, require_usable
+from dpo_ray.data.rules import RULES
 from dpo_ray.errors import DataError
-from dpo_ray.layouts import Layout, recognise, texts_of
-from dpo_ray.on_ray.scanning import scan_files
-from dpo_ray.on_ray.shards import Pool, ShardTask, each_its_own, shard_stage
+from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage
+from dpo_ray.on_ray.scan import scan_files
 from dpo_ray.pairs import PAIRS
-from dpo_ray.quality import RULES
-from dpo_ray.quarantine import require_enough_kept
-from dpo_ray.raw_files import SUFFIXES, Stamp
-from dpo_ray.raw_scan import FileRecord, Look, each, look, read_record, require_usable
-from dpo_ray.shard_work import IngestShard
-from dpo_ray.storage import Location, find_files
+from dpo_ray.shards.output import IngestShard
+from dpo_ray.storage.artifact import Artifact, digest
+from dpo_ray.storage.location import Location, find_files
 from pipelines.context import RunContext
 
 FILES = "artifacts/files"

@@ -3,15 +3,15 @@ trainer's forward."""
 
 from __future__ import annotations
 
-from dpo_ray.artifacts import Artifact, load
 from dpo_ray.config import Config
+from dpo_ray.data.chat import tokenizer_identity
 from dpo_ray.errors import ConfigError, DataError, ReferenceMismatch
-from dpo_ray.isolation import FAILURES
-from dpo_ray.model_folders import load_tokenizer, resolve, weights_hash
-from dpo_ray.on_ray.calibrating import calibrate
-from dpo_ray.on_ray.scoring import score_mismatched, score_reference
-from dpo_ray.storage import Location
-from dpo_ray.tokenization import tokenizer_identity
+from dpo_ray.model.folders import load_tokenizer, resolve, weights_hash
+from dpo_ray.on_ray.calibrate import calibrate
+from dpo_ray.on_ray.score import score_mismatched, score_reference
+from dpo_ray.shards.isolation import FAILURES
+from dpo_ray.storage.artifact import Artifact, load
+from dpo_ray.storage.location import Location
 from pipelines.context import RunContext
 
 

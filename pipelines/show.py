@@ -10,7 +10,7 @@ from rich.table import Table
 
 from dpo_ray.config import Config, Paths
 from dpo_ray.errors import ConfigError
-from dpo_ray.storage import Location
+from dpo_ray.storage.location import Location
 
 if TYPE_CHECKING:
     from pipelines import Stage

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dpo_ray.artifacts import Artifact
+from dpo_ray.data.chat import RULES, require_chat_template, require_prompt_room, tokenizer_identity
 from dpo_ray.errors import DataError
-from dpo_ray.model_folders import load_tokenizer, resolve
-from dpo_ray.on_ray.shards import Pool, shard_stage
+from dpo_ray.model.folders import load_tokenizer, resolve
+from dpo_ray.on_ray.pool import Pool, shard_stage
 from dpo_ray.progress import say
-from dpo_ray.tokenization import RULES, require_chat_template, require_prompt_room, tokenizer_identity
-from dpo_ray.tokenize_shard import NOTED, TokenizeShard
+from dpo_ray.shards.tokenize import NOTED, TokenizeShard
+from dpo_ray.storage.artifact import Artifact
 from pipelines.context import RunContext
 from pipelines.deduplicate import kept_tasks
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_ray.artifacts import Artifact
 from dpo_ray.on_ray.trainer import HISTORY, fit
+from dpo_ray.storage.artifact import Artifact
 from pipelines.context import RunContext
 
 

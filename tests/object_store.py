@@ -17,7 +17,7 @@ from typing import Any
 import boto3
 import pytest
 
-from dpo_ray import storage
+from dpo_ray.storage import location as storage
 
 BUCKET = "bucket"
 

@@ -17,16 +17,16 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from dpo_ray import attention
-from dpo_ray.checkpoint import TrainState, read_history
 from dpo_ray.config import Model, Train
-from dpo_ray.model import CompletionScorer, compute_in, load_policy
-from dpo_ray.packing import mismatched
+from dpo_ray.model import attention
+from dpo_ray.model.packing import mismatched
+from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy
 from dpo_ray.pairs import TokenizedPair
-from dpo_ray.parallel import Rank
-from dpo_ray.plan import PlanIndex, microbatches
-from dpo_ray.steps import Share, Step
-from dpo_ray.train_loop import EXPORT, train
+from dpo_ray.training.batch import Share, Step
+from dpo_ray.training.checkpoint import TrainState, read_history
+from dpo_ray.training.loop import EXPORT, train
+from dpo_ray.training.parallel import Rank
+from dpo_ray.training.plan import PlanIndex, microbatches
 
 VOCABULARY = 512
 

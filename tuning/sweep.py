@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from dpo_ray.artifacts import Artifact
 from dpo_ray.config import Config, Tune
 from dpo_ray.errors import DataError, DpoRayError
-from dpo_ray.evaluation import margin_noise, preference_accuracy
-from dpo_ray.on_ray.scoring import held_out_margins, score_policy
+from dpo_ray.evaluation.margins import margin_noise, preference_accuracy
+from dpo_ray.on_ray.score import held_out_margins, score_policy
 from dpo_ray.on_ray.session import connect
 from dpo_ray.on_ray.trainer import fit
-from dpo_ray.plan import build_index
 from dpo_ray.progress import say
-from dpo_ray.storage import Location
+from dpo_ray.storage.artifact import Artifact
+from dpo_ray.storage.location import Location
+from dpo_ray.training.plan import build_index
 from tuning.results import describe, ranked
 from tuning.space import grid
 

@@ -10,17 +10,17 @@ from typing import Any
 
 import pyarrow as pa
 
-from dpo_ray.artifacts import read_shard
 from dpo_ray.config import VLLM, Model
+from dpo_ray.data.pairing import mismatched_rows
+from dpo_ray.data.quarantine import quarantine_table
 from dpo_ray.errors import DataError
-from dpo_ray.isolation import Attempts, FailedRow, isolate
-from dpo_ray.on_ray.engines import PairScorer, TorchScorer, VLLMScorer
-from dpo_ray.packing import mismatched
-from dpo_ray.pairing import mismatched_rows
+from dpo_ray.model.packing import mismatched
+from dpo_ray.on_ray.vllm_engine import PairScorer, TorchScorer, VLLMScorer
 from dpo_ray.pairs import MISMATCHED, SCORES, TokenizedPair, tokenized_pair
-from dpo_ray.quarantine import quarantine_table
-from dpo_ray.shard_work import ShardOutput
-from dpo_ray.storage import Location
+from dpo_ray.shards.isolation import Attempts, FailedRow, isolate
+from dpo_ray.shards.output import ShardOutput
+from dpo_ray.storage.artifact import read_shard
+from dpo_ray.storage.location import Location
 
 
 class ScoreShard:

@@ -15,20 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_ray.artifacts import Artifact, describe_file, fingerprint, load, publish
-from dpo_ray.checkpoint import HISTORY, STATE, is_whole, read_history
 from dpo_ray.config import Config, Metric
 from dpo_ray.errors import ConfigError, DataError, DpoRayError, NonFiniteLoss, ReferenceMismatch
-from dpo_ray.losses import zero_margin_loss
-from dpo_ray.memory import shape_of, tokens_that_fit
-from dpo_ray.model_folders import resolve, weights_hash
+from dpo_ray.losses.objective import zero_margin_loss
+from dpo_ray.model.folders import resolve, weights_hash
 from dpo_ray.on_ray.session import connect, raise_ours
-from dpo_ray.parallel import Rank
-from dpo_ray.plan import PlanIndex, StepPlan, build_index
 from dpo_ray.progress import say
-from dpo_ray.steering import higher_is_better
-from dpo_ray.storage import Location
-from dpo_ray.train_loop import EXPORT, train
+from dpo_ray.storage.artifact import Artifact, describe_file, fingerprint, load, publish
+from dpo_ray.storage.location import Location
+from dpo_ray.training.checkpoint import HISTORY, STATE, is_whole, read_history
+from dpo_ray.training.loop import EXPORT, train
+from dpo_ray.training.memory import shape_of, tokens_that_fit
+from dpo_ray.training.parallel import Rank
+from dpo_ray.training.plan import PlanIndex, StepPlan, build_index
+from dpo_ray.training.selection import higher_is_better
 
 KIND = "train"
 MODEL_FOLDER = "model"
@@ -146,7 +146,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from dpo_ray.on_ray.feeding import TRAIN, StepFeed, placeholder
+    from dpo_ray.on_ray.stream import TRAIN, StepFeed, placeholder
 
     tokens_per_microbatch = _tokens_per_microbatch(config)
     runs = location / "checkpoints"
@@ -303,7 +303,7 @@ def train_worker(job: dict[str, Any]) -> DpoRayError | None:
     import ray.train
     import ray.train.torch
 
-    from dpo_ray.on_ray.feeding import TRAIN, read_share, received_steps
+    from dpo_ray.on_ray.stream import TRAIN, read_share, received_steps
 
     # Ray prints all metrics of a report on every rank, by a logger outside its own tree; they are in metrics.jsonl.
     logging.getLogger().setLevel(logging.WARNING)

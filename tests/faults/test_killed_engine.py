@@ -79,11 +79,11 @@ def test_an_engine_killed_from_outside_is_replaced_and_its_rows_are_scored_again
 PROGRAM = """
 import json, os, signal, sys, time
 import pyarrow as pa
-from dpo_ray.artifacts import publish, write_shard
+from dpo_ray.storage.artifact import publish, write_shard
 from dpo_ray.on_ray.score_shards import ScoreShard
-from dpo_ray.on_ray.shards import Pool, shard_stage, shard_tasks
+from dpo_ray.on_ray.pool import Pool, shard_stage, shard_tasks
 from dpo_ray.pairs import TOKENIZED
-from dpo_ray.storage import Location
+from dpo_ray.storage.location import Location
 
 OUT = sys.argv[1]
 POISON = 1013  # the prompt of one row of the second shard

@@ -39,7 +39,7 @@ def test_the_main_job_runs_on_a_gpu(tmp_path, demo_model, write_preferences, dty
 
 
 def test_the_packed_forward_on_a_gpu_equals_the_one_on_cpu(tiny_model):
-    from dpo_ray.model import CompletionScorer, load_policy
+    from dpo_ray.model.policy import CompletionScorer, load_policy
     from dpo_ray.pairs import TokenizedPair
 
     pairs = [TokenizedPair("a", [5, 6, 7], [8, 9], [10, 11, 12]), TokenizedPair("b", [20] * 17, [21] * 9, [22])]

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from dpo_ray.config import Model
-from dpo_ray.model import CompletionScorer, compute_in, load_policy
+from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy
 from dpo_ray.pairs import TokenizedPair
-from dpo_ray.parallel import Rank
+from dpo_ray.training.parallel import Rank
 from tests.training import Trained, run, small_model
 
 pytestmark = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.storage import Location
+from dpo_ray.storage.location import Location
 from tests.command_line import CONFIGS, Finished, dpo_ray, killed_at, overrides
 from tests.object_store import BUCKET, ObjectStore, object_store, upload
 

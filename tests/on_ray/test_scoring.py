@@ -15,20 +15,20 @@ import pytest
 from pydantic import TypeAdapter
 from ray.exceptions import RayError, RayTaskError
 
-from dpo_ray.artifacts import Artifact, publish, read_shard, write_shard
 from dpo_ray.config import VLLM, Config, Model
+from dpo_ray.config.losses import Loss
 from dpo_ray.errors import ConfigError, DataError
-from dpo_ray.isolation import Attempts, EngineDied
-from dpo_ray.loss_options import Loss
 from dpo_ray.on_ray import calibrating, engines
-from dpo_ray.on_ray.calibrating import choose_engine
-from dpo_ray.on_ray.engines import VLLMScorer
+from dpo_ray.on_ray.calibrate import choose_engine
+from dpo_ray.on_ray.pool import ShardWorker
+from dpo_ray.on_ray.score import held_out_margins
 from dpo_ray.on_ray.score_shards import MismatchShard, ScoreShard
-from dpo_ray.on_ray.scoring import held_out_margins
-from dpo_ray.on_ray.shards import ShardWorker
+from dpo_ray.on_ray.vllm_engine import VLLMScorer
 from dpo_ray.pairs import MISMATCHED, QUARANTINE, REFERENCE, SCORES, TOKENIZED, TokenizedPair
-from dpo_ray.shard_work import ShardOutput
-from dpo_ray.storage import Location
+from dpo_ray.shards.isolation import Attempts, EngineDied
+from dpo_ray.shards.output import ShardOutput
+from dpo_ray.storage.artifact import Artifact, publish, read_shard, write_shard
+from dpo_ray.storage.location import Location
 from pipelines.reference import require_enough_scored
 
 Sides = tuple[list[float], list[float]]

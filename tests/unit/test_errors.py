@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 
+from dpo_ray.data.rules import BadRow
 from dpo_ray.errors import ConfigError, DataError, DpoRayError, GateFailed, ReferenceMismatch
-from dpo_ray.quality import BadRow
 
 
 @pytest.mark.parametrize(

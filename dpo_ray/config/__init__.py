@@ -1,0 +1,63 @@
+"""The configuration: one frozen tree that mirrors the YAML file, and how it is read, overridden and refused.
+
+`tree` has the sections, `losses` the options of each loss, `layouts` what input files can be. It needs neither torch
+nor Ray, for a mistake in the file is to be told at once.
+"""
+
+from dpo_ray.config.tree import (
+    VLLM,
+    Columns,
+    Config,
+    Data,
+    Dtype,
+    EarlyStopping,
+    Evaluate,
+    Gate,
+    Generate,
+    LongCompletions,
+    LongPrompts,
+    LoRA,
+    Metric,
+    Model,
+    Pairing,
+    Paths,
+    Publish,
+    Reference,
+    Run,
+    Sampling,
+    Train,
+    Tune,
+    WinRate,
+    dump_config,
+    load_config,
+    parse_config,
+)
+
+__all__ = [
+    "VLLM",
+    "Columns",
+    "Config",
+    "Data",
+    "Dtype",
+    "EarlyStopping",
+    "Evaluate",
+    "Gate",
+    "Generate",
+    "LoRA",
+    "LongCompletions",
+    "LongPrompts",
+    "Metric",
+    "Model",
+    "Pairing",
+    "Paths",
+    "Publish",
+    "Reference",
+    "Run",
+    "Sampling",
+    "Train",
+    "Tune",
+    "WinRate",
+    "dump_config",
+    "load_config",
+    "parse_config",
+]

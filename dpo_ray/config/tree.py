@@ -1,0 +1,568 @@
+"""The configuration: one frozen tree that mirrors the YAML file, key for key.
+
+Unknown keys and combinations that cannot work fail at load, before anything else starts.
+A default stands here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from dpo_ray.config.layouts import Layout, fields_of
+from dpo_ray.config.losses import Loss, SigmoidLoss
+from dpo_ray.config.section import Section
+from dpo_ray.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def _check_paths(value: Any) -> Any:
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list | tuple) or not paths or not all(isinstance(path, str) and path for path in paths):
+        raise ValueError(f"{value!r} is no path; name a file, a folder or a glob, or a list of these")
+    return value
+
+
+Paths = Annotated[str | tuple[str, ...], BeforeValidator(_check_paths)]
+
+LongPrompts = Literal["drop", "keep_start", "keep_end"]
+LongCompletions = Literal["drop", "cut"]
+
+
+class Run(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """Name of the run and of the published model: letters, digits, dot, dash, underscore."""
+    output: str
+    """Where everything goes: a local folder or a URI such as s3://bucket/prefix."""
+    seed: int = Field(0, ge=0)
+    """Seeds the split, the sampling and the order of the pairs."""
+
+
+class LoRA(Section):
+    """Train low-rank adapters (arXiv:2106.09685) instead of all weights. The reference is the model without them."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of the update of each adapted matrix."""
+    alpha: float = Field(32.0, gt=0.0)
+    """The update is scaled by alpha / rank."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Names of the adapted layers; all-linear: every linear layer but the output head."""
+    export: Literal["adapter", "merged"] = "adapter"
+    """What is published: the adapter alone, or the whole model with the adapter merged into its weights."""
+
+
+class Model(Section):
+    path: str
+    """A Hugging Face folder, a PEFT adapter's folder (taken merged into its base), a .gguf file, a hub id, or
+    package://<python package>/<file.gguf>."""
+    revision: str | None = None
+    """Revision of a hub id; a local path has none."""
+    dtype: Dtype = "float32"
+    """Precision of the trainer's forward and of the reference scores: the two must be equal to agree."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model. Only for models whose code you have read."""
+    lora: LoRA | None = None
+    """Train adapters only; left out: all weights."""
+
+
+class Columns(Section):
+    """What the fields of a row are called in the files, where not by their own names."""
+
+    prompt: str | None = None
+    """Column of the prompt: text or messages."""
+    chosen: str | None = None
+    """Column of the better answer, or of the dialogue that ends with it."""
+    rejected: str | None = None
+    """Column of the worse answer, or of the dialogue that ends with it."""
+    completion: str | None = None
+    """Column of a single answer."""
+    label: str | None = None
+    """Column that tells whether a single answer is desirable: true, false, 1 or 0."""
+    completions: str | None = None
+    """Column of ranked answers: a list of them."""
+    scores: str | None = None
+    """Column of the scores of ranked answers: a number for each."""
+    tools: str | None = None
+    """Column of the tools that the chat template shows: a list of JSON schemas, or that list as JSON text."""
+
+    def renamed(self) -> dict[str, str]:
+        """Field → its column, for the fields that are named here."""
+        return {field: column for field, column in self if column is not None}
+
+    def in_files(self) -> dict[str, str]:
+        """Field → its column. A field whose own name is another field's column stands in no column."""
+        renamed = self.renamed()
+        taken = set(renamed.values())
+        return {f: renamed.get(f, f) for f in type(self).model_fields if f in renamed or f not in taken}
+
+    @model_validator(mode="after")
+    def _once(self) -> Columns:
+        fields: dict[str, str] = {}
+        for field, column in self.renamed().items():
+            if column in fields:
+                raise ValueError(
+                    f"data.columns.{fields[column]} and data.columns.{field} both name the column {column!r}: a column "
+                    "is one field"
+                )
+            fields[column] = field
+        return self
+
+
+class Pairing(Section):
+    """How ranked answers become pairs: best against worst, second best against second worst, and so on."""
+
+    min_score_gap: float = Field(0.1, gt=0.0)
+    """A pair whose scores are nearer than this is a tie, and is no pair."""
+    pairs_per_prompt: int = Field(1, ge=1)
+    """At most so many pairs a row."""
+
+
+class Data(Section):
+    train: Paths | None = None
+    """Preference data, Parquet or JSON lines (.jsonl, .ndjson, also .gz or .zst): a file, a folder or a glob, local or
+    a URI, or a list of these. What lies in run.output is taken only where a path leads into it. Left out when
+    `generate` makes the pairs."""
+    eval: Paths | None = None
+    """Held-out preference data, named likewise. Left out: held_out_fraction of the prompts of `train`."""
+    layout: Literal["auto", Layout] = "auto"
+    """What the rows are: paired (chosen, rejected, and prompt where these are not whole dialogues), implicit_prompt
+    (whole dialogues; a prompt column is not read), unpaired (prompt, completion, label) or ranked (prompt, completions,
+    scores). auto: each file by its columns, the first of these layouts that they make up."""
+    columns: Columns = Columns()
+    """Column names of the files that differ from the names of the fields."""
+    pairing: Pairing = Pairing()
+    """How rows of ranked answers become pairs."""
+    held_out_fraction: float = Field(0.1, ge=0.0, lt=1.0)
+    """Share of the prompts, chosen by their hash, kept from training for evaluation. Not to be set beside `eval`."""
+    max_prompt_tokens: int = Field(1024, ge=1)
+    """The longest prompt, with all that the chat template writes."""
+    long_prompts: LongPrompts = "drop"
+    """A pair with a longer prompt is dropped and counted as prompt_too_long; or the prompt is cut and the pair counted
+    as truncated_prompt. keep_start keeps its first tokens, and then the end of the user's turn and the opening of the
+    assistant's. keep_end keeps its last tokens, after the BOS. A prompt that is sampled for is never cut: a longer one
+    is left out there."""
+    max_completion_tokens: int = Field(512, ge=1)
+    """The longest completion, with its end-of-turn token."""
+    long_completions: LongCompletions = "drop"
+    """A pair with a longer completion is dropped and counted as completion_too_long; or the completion is cut, without
+    an end-of-turn token, for it did not end there, and the pair counted as truncated_completion."""
+    max_quarantined_fraction: float = Field(0.05, ge=0.0, le=1.0)
+    """Ingest fails when a larger share of the rows is unusable, and so does the reference when its engine cannot score
+    a larger share."""
+    max_characters: int = Field(1_000_000, ge=1)
+    """A row with more characters is quarantined as too_long, unseen: it could fill a worker's memory before the limits
+    in tokens, which are what decides for all other rows, can tell. So is a line of JSON over 16 MiB, whatever stands
+    here."""
+    rows_per_shard: int = Field(512, ge=1)
+    """Rows in a unit of work: what is lost at most when a process dies, and what is computed at once."""
+
+    def require_used(self, layouts: set[Layout]) -> None:
+        """Raises ConfigError where an option means nothing to rows of any of these layouts."""
+        found = " and ".join(sorted(layouts))
+        used = {field for layout in layouts for field in fields_of(layout)}
+        for field, column in self.columns.renamed().items():
+            if field not in used:
+                raise ConfigError(
+                    f"data.columns.{field}={column} names a field that {found} rows do not have: leave it out, or set "
+                    "data.layout to what the rows are"
+                )
+        if self.pairing != Pairing() and "ranked" not in layouts:
+            raise ConfigError(
+                f"data.pairing is for ranked rows (prompt, completions, scores), and these are {found}: leave it out, "
+                "or set data.layout=ranked"
+            )
+
+    @model_validator(mode="after")
+    def _all_used(self) -> Data:
+        if self.layout != "auto":
+            self.require_used({self.layout})
+        if self.eval is not None and self.held_out_fraction != Data.model_fields["held_out_fraction"].default:
+            raise ConfigError(
+                f"data.held_out_fraction={self.held_out_fraction:g} holds out prompts of data.train, but data.eval "
+                "names the held-out data: leave one of them out"
+            )
+        return self
+
+
+class Sampling(Section):
+    samples: int = Field(4, ge=1)
+    """Completions sampled for each prompt."""
+    temperature: float = Field(1.0, gt=0.0)
+    """Sampling temperature; above 0, for equal samples make no pairs."""
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    """Nucleus sampling: the smallest set of tokens with this probability mass."""
+    max_tokens: int = Field(256, ge=1)
+    """A completion is cut here, and then counts as unfinished for the reward."""
+    dtype: Dtype = "bfloat16"
+    """Precision of the generating engine."""
+
+
+class Generate(Section):
+    prompts: str
+    """JSON lines or Parquet with a `prompt` column (text or messages); package:// paths are allowed."""
+    sampling: Sampling = Sampling()
+    """How completions are drawn from the base model."""
+    reward: str = Field("dpo_ray.rewards:brief_answer", pattern=r"^[\w.]+:\w+$")
+    """The scoring function, as module:function; see dpo_ray.rewards for its signature."""
+    min_score_gap: float = Field(0.1, gt=0.0)
+    """A pair whose scores are nearer than this is a tie, and is rejected."""
+    pairs_per_prompt: int = Field(1, ge=1)
+    """At most so many pairs a prompt: best against worst, second best against second worst, …"""
+    prompts_per_shard: int = Field(64, ge=1)
+    """Prompts in a unit of work."""
+
+
+class VLLM(Section):
+    num_actors: int = Field(1, ge=1)
+    """Engines that work side by side, at most: Ray starts one, and more while there is work and room for them."""
+    cpus_per_actor: float = Field(1.0, gt=0.0)
+    """Cores that Ray sets aside for one engine."""
+    gpus_per_actor: int = Field(0, ge=0)
+    """GPUs of one engine (its tensor-parallel size); 0 is vLLM's CPU build."""
+    kv_cache_gib: int = Field(2, ge=1)
+    """Key-value cache of an engine on CPU, in GiB."""
+    gpu_memory_utilization: float = Field(0.9, gt=0.0, le=1.0)
+    """Share of a GPU's memory that an engine may take."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Sequences that an engine works on at once."""
+    max_num_batched_tokens: int | None = Field(None, ge=16)
+    """Tokens that an engine computes at once; longer rows go in chunks. Scoring on CPU holds 9 bytes × vocabulary size
+    for each of them: left out, so many there as 1 GiB holds (128 to 4096). Otherwise left out: vLLM's own number."""
+
+
+class Reference(Section):
+    engine: Literal["vllm", "torch", "auto"] = "vllm"
+    """Who computes the reference log-probs: vLLM, or the trainer's own forward in Ray actors. auto: vLLM if it is
+    installed and agrees with the trainer's forward within the tolerance, or else torch; decided once for a model."""
+    tolerance: float = Field(0.05, gt=0.0)
+    """Calibration gate: the largest |Δ| in nats, over summed log-probs of re-scored completions, accepted."""
+    calibration_pairs: int = Field(32, ge=1)
+    """Pairs that the trainer's own forward scores again for the calibration gate."""
+
+
+Metric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]
+"""What training may be steered by: measured on held-out pairs."""
+
+
+class EarlyStopping(Section):
+    metric: Metric = "eval_loss"
+    """Training stops when this no longer improves."""
+    patience: int = Field(3, ge=1)
+    """Evaluations in a row without an improvement that are waited for."""
+    min_improvement: float = Field(0.0, ge=0.0)
+    """A smaller change counts as none."""
+
+
+class Train(Section):
+    loss: Loss = SigmoidLoss(type="sigmoid")
+    """The loss; each type takes only the options that it uses."""
+    learning_rate: float = Field(1e-6, gt=0.0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup_fraction: float = Field(0.1, ge=0.0, lt=1.0)
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0.0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0.0)
+    """Gradients are clipped to this global norm."""
+    global_batch_size: int = Field(64, ge=1)
+    """Pairs in an optimizer step, over all workers: the same result whatever their number."""
+    tokens_per_microbatch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Tokens that a worker computes at once; a longer pair goes alone. auto: by the model's shape and the memory."""
+    epochs: int = Field(1, ge=1)
+    """Passes over the training pairs."""
+    ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
+    """Decay of an exponential moving average of the weights, which is then what is evaluated and published."""
+    num_workers: int = Field(1, ge=1)
+    """Data-parallel workers."""
+    min_workers: int | None = Field(None, ge=1)
+    """Elastic training: go on with as few workers as this while the cluster lacks room for num_workers."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: each worker holds the whole model. fsdp: model, gradients and optimizer are sharded over the workers."""
+    activation_checkpointing: bool = False
+    """Compute the activations again in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile each decoder layer with torch.compile: minutes at the start, then fewer small kernels. On a GPU only."""
+    cpus_per_worker: float = Field(1.0, gt=0.0)
+    """Cores of one worker."""
+    use_gpu: bool = False
+    """One GPU a worker (NCCL); otherwise CPU (gloo)."""
+    checkpoint_every_steps: int = Field(50, ge=1)
+    """Steps between checkpoints: what a killed run loses at most."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints kept: the latest, or with keep_best the best and the latest one."""
+    eval_every_steps: int | None = Field(None, ge=1)
+    """Steps between evaluations on held-out pairs while training, and one at the end; left out: none."""
+    eval_pairs: int = Field(512, ge=1)
+    """Held-out pairs of such an evaluation, at most: the first ones of the artifact."""
+    keep_best: Metric | None = None
+    """Publish the weights of the evaluation that was best by this, instead of the last ones."""
+    early_stopping: EarlyStopping | None = None
+    """Stop before the last step when the held-out metric no longer improves."""
+    log_every_steps: int = Field(1, ge=1)
+    """Steps between reported metrics."""
+    entropy_every_steps: int | None = Field(10, ge=1)
+    """Steps between reports of entropy and mean logits, which cost a pass over all logits; null: none."""
+    max_nonfinite_steps: int = Field(0, ge=0)
+    """Steps with a loss or gradient that is NaN or infinite that are left out, before the run stops at one more."""
+    max_failures: int = Field(3, ge=0)
+    """Restarts from the last checkpoint after a worker died, before the run fails."""
+
+    def identity(self) -> dict[str, Any]:
+        """The options that change the result, and not just where or how fast it is computed."""
+        execution = {
+            "tokens_per_microbatch",
+            "num_workers",
+            "min_workers",
+            "strategy",
+            "activation_checkpointing",
+            "compile",
+            "cpus_per_worker",
+            "use_gpu",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+            "log_every_steps",
+            "entropy_every_steps",
+            "max_failures",
+        }
+        return self.model_dump(mode="json", exclude=execution)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Train:
+        if self.global_batch_size < self.num_workers:
+            raise ValueError(
+                f"train.global_batch_size is {self.global_batch_size}, but each of the "
+                f"{self.num_workers} workers (train.num_workers) needs at least one pair a step"
+            )
+        if self.compile and not self.use_gpu:
+            raise ValueError(
+                "train.compile is true, but train.use_gpu is false: on CPU, compiling takes minutes and gains nothing. "
+                "Leave train.compile out"
+            )
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"train.min_workers is {self.min_workers}, more than train.num_workers={self.num_workers}: set it "
+                "lower, or leave it out for a fixed number of workers"
+            )
+        if self.eval_every_steps is None:
+            for name, metric in (
+                ("keep_best", self.keep_best),
+                ("early_stopping", self.early_stopping and self.early_stopping.metric),
+            ):
+                if metric is not None:
+                    raise ValueError(
+                        f"train.{name} goes by {metric}, which is not measured: set train.eval_every_steps, the steps "
+                        f"between evaluations, or leave train.{name} out"
+                    )
+        return self
+
+
+class WinRate(Section):
+    sampling: Sampling = Sampling()
+    """How completions are drawn from the base and from the tuned model."""
+    reward: str = Field("dpo_ray.rewards:brief_answer", pattern=r"^[\w.]+:\w+$")
+    """The judge, as module:function."""
+    max_prompts: int = Field(256, ge=1)
+    """At most so many held-out prompts, the first by prompt id."""
+
+
+class Evaluate(Section):
+    win_rate: WinRate | None = None
+    """Tuned against base on held-out prompts; left out: not measured."""
+
+
+class Gate(Section):
+    accuracy_above: float | None = Field(0.5, ge=0.0, lt=1.0)
+    """The lower end of the interval of the held-out accuracy must lie above this; null: not required."""
+    win_rate_above: float | None = Field(None, ge=0.0, lt=1.0)
+    """The lower end of the interval of the win rate must lie above this; null: not required."""
+
+
+class Publish(Section):
+    gate: Gate = Gate()
+    """What a model must show before it is published."""
+
+
+class Tune(Section):
+    beta: tuple[float, ...] | None = Field((0.05, 0.1, 0.3), min_length=1)
+    """Values of train.loss.beta in the grid; null for a loss without beta."""
+    learning_rate: tuple[float, ...] = Field((5e-7, 1e-6), min_length=1)
+    """Values of train.learning_rate in the grid."""
+    max_concurrent_trials: int = Field(1, ge=1)
+    """Trials that train at the same time."""
+
+
+class Config(Section):
+    """The whole tree."""
+
+    run: Run
+    model: Model
+    data: Data = Data()
+    generate: Generate | None = None
+    """Make the pairs from prompts; left out: read them from data.train."""
+    vllm: VLLM = VLLM()
+    reference: Reference = Reference()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    publish: Publish = Publish()
+    tune: Tune | None = None
+    """The search of `dpo-ray sweep`."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        if (self.data.train is None) == (self.generate is None):
+            found = "neither" if self.generate is None else "both"
+            raise ValueError(
+                f"pairs come from data.train or from generate, but {found} is given: name exactly one of them"
+            )
+        if self.generate is not None and self.data.eval is not None:
+            raise ValueError(
+                "data.eval goes with data.train; with generate, data.held_out_fraction of the prompts is held out"
+            )
+        if self.generate is not None:
+            for key in ("layout", "columns", "pairing"):
+                value = getattr(self.data, key)
+                if value != Data.model_fields[key].default:
+                    raise ValueError(f"data.{key} is about the rows of data.train; with generate, leave it out")
+        if self.generate is not None and self.data.long_prompts != "drop":
+            raise ValueError(
+                f"data.long_prompts={self.data.long_prompts} goes with data.train; with generate, a prompt over "
+                "data.max_prompt_tokens is never sampled for: raise that limit, or leave data.long_prompts out"
+            )
+        if self.generate is not None and self.generate.sampling.samples < 2:
+            raise ValueError("generate.sampling.samples is 1, but a pair needs at least 2 samples of a prompt")
+        if self.publish.gate.win_rate_above is not None and self.evaluate.win_rate is None:
+            raise ValueError(
+                "publish.gate.win_rate_above asks for a win rate that is not measured: "
+                "add evaluate.win_rate or set publish.gate.win_rate_above=null"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `dotted.key=value` overrides and validate the tree.
+
+    Raises ConfigError, in one paragraph that names each offending key, its value and the way out.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"There is no configuration file {path}: check the path, or start from a file in pipelines/configs."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration file {path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path} must hold a mapping with the sections run, model, …; it holds {type(tree).__name__}."
+        )
+    for override in overrides or []:
+        _apply(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
+    """Validate a tree of plain values. Raises ConfigError."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_problem(e) for e in error.errors(include_url=False))
+        raise ConfigError(f"{source}: {problems}.") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"-o {override}: write it as dotted.key=value, for example -o train.loss.beta=0.2.")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"-o {override}: {parent} is a value, not a section.")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"-o {override}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _problem(error: Any) -> str:
+    where, section = _locate(error["loc"])
+    if error["type"] == "extra_forbidden":
+        if error["loc"][-1] in _REFERENCE_REFRESH:
+            return f"{where} is not a known key: {_REFRESH_BY_ROUNDS}"
+        known = list(section.model_fields)
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f" (known here: {', '.join(known)})" if known else ""
+        return f"{where} is not a known key{hint}"
+    if error["type"] == "union_tag_invalid":
+        known_types = error["ctx"]["expected_tags"].replace("'", "")
+        return f"{where}.type={error['ctx']['tag']!r} is not known here (known here: {known_types})"
+    if error["type"] in ("missing", "union_tag_not_found"):
+        where += ".type" if error["type"] == "union_tag_not_found" else ""
+        # An override does not reach into a list.
+        override = "" if "[" in where else f" or pass -o {where}=…"
+        return f"{where} is missing: add it to the file{override}"
+    if error["type"] == "value_error":
+        message = str(error["ctx"]["error"])
+        # A section that may stand in several places cannot name its key in full.
+        return message if not error["loc"] or where in message else f"{where}: {message}"
+    return f"{where}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+_REFERENCE_REFRESH = {"sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha", "reference_refresh_steps"}
+_REFRESH_BY_ROUNDS = (
+    "the reference is scored once and stored, so it does not follow the policy within a run (as in TR-DPO, "
+    "arXiv:2404.09656). Refresh it between rounds: run, then run again with model.path=<the published folder>, whose "
+    "log-probs the reference stage then stores anew"
+)
+
+
+def _locate(location: tuple[Any, ...]) -> tuple[str, type[Section]]:
+    """The key that a location in the tree has in the file, and the section that the key belongs to."""
+    path: list[str] = []
+    section: type[Section] = Config
+    candidates: list[type[Section]] = []
+    for part in location:
+        chosen = [c for c in candidates if _tag(c) == part]
+        if chosen:
+            # pydantic puts the type of a loss into the location, where the file has no such key.
+            section, candidates = chosen[0], []
+        elif isinstance(part, int):
+            path[-1] += f"[{part}]"
+        else:
+            path.append(part)
+            section = candidates[0] if candidates else section
+            field = section.model_fields.get(part)
+            candidates = _sections_in(field.annotation) if field else []
+    return ".".join(path) or "the whole", section
+
+
+def _tag(section: type[Section]) -> str | None:
+    """The one value of a section's `type`, which chooses it among those that may stand in its place."""
+    field = section.model_fields.get("type")
+    return next(iter(get_args(field.annotation)), None) if field else None
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    """The sections that a field may hold, also in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]

@@ -1,0 +1,149 @@
+"""Rows of the input layouts → canonical pairs.
+
+A prompt is text, which is then one user turn, or a dialogue: a list of `{role, content}` messages. An answer is text or
+a list of one assistant message. Of a row are read the fields of its layout (dpo_ray.config.layouts):
+
+    paired            prompt, chosen, rejected; all three text, or all three messages. Without a prompt as below
+    implicit_prompt   chosen and rejected are dialogues that differ in their last turn only
+    unpaired          prompt, completion, and label: desirable or not; the pair has one side
+    ranked            prompt, completions, scores: pairs by dpo_ray.data.pairing, from the best and the worst inwards
+
+One row makes one pair, a ranked row one or several. A ranked answer without text, or one that stands in the list
+already, is passed over; a row of which no pair is left is bad: `empty_response`, `too_few_distinct` or `tie`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dpo_ray.config import Pairing
+from dpo_ray.config.layouts import Layout
+from dpo_ray.data.pairing import make_pairs
+from dpo_ray.data.rules import (
+    check_label,
+    check_message,
+    check_pair,
+    check_prompt,
+    check_scores,
+    check_text,
+    check_tools,
+    reject,
+)
+from dpo_ray.pairs import Message, PreferencePair
+
+
+def canonical_pairs(row: Mapping[str, Any], layout: Layout, pairing: Pairing) -> list[PreferencePair]:
+    """The pairs of a row, at least one; one-sided if it is unpaired. Raises quality.BadRow with the rule it breaks."""
+    if layout == "ranked":
+        pairs = _from_ranked(row, pairing)
+    elif layout == "unpaired":
+        pairs = [_from_unpaired(row)]
+    else:
+        pairs = [canonical_pair({k: v for k, v in row.items() if k != "prompt" or layout == "paired"})]
+    tools = check_tools(row.get("tools"))
+    return [replace(check_pair(pair), tools=tools) for pair in pairs]
+
+
+def canonical_pair(row: Mapping[str, Any]) -> PreferencePair:
+    """A row of two answers as a pair, its tools left aside. Raises quality.BadRow with the rule it breaks."""
+    fields = _values(row, "chosen", "rejected", *(["prompt"] if "prompt" in row else []))
+    kinds = {type(field) for field in fields}
+    if kinds == {str}:
+        return check_pair(_from_text(row))
+    if kinds == {list}:
+        return check_pair(_from_messages(row))
+    if kinds == {str, list}:
+        reject("mixed_types")
+    reject("non_string_content")
+
+
+def canonical_prompt(value: Any) -> list[Message]:
+    """A prompt, as text or messages, as a dialogue. Raises quality.BadRow."""
+    if isinstance(value, list):
+        prompt = [check_message(m) for m in value]
+    else:
+        prompt = [Message(role="user", content=check_text(value))]
+    check_prompt(prompt)
+    return prompt
+
+
+def _values(row: Mapping[str, Any], *names: str) -> list[Any]:
+    if any(name not in row for name in names):
+        reject("missing_field")
+    values = [row[name] for name in names]
+    if any(value is None for value in values):
+        reject("null_field")
+    return values
+
+
+def _from_unpaired(row: Mapping[str, Any]) -> PreferencePair:
+    given, answer, label = _values(row, "prompt", "completion", "label")
+    desirable = check_label(label)
+    prompt = canonical_prompt(given)
+    text = _answer(answer, prompt)
+    return PreferencePair(tuple(prompt), text if desirable else None, None if desirable else text)
+
+
+def _from_ranked(row: Mapping[str, Any], pairing: Pairing) -> list[PreferencePair]:
+    given, completions, scores = _values(row, "prompt", "completions", "scores")
+    prompt = canonical_prompt(given)
+    if not isinstance(completions, list):
+        reject("non_string_content")
+    texts = [_answer(completion, prompt) for completion in completions]
+    pairs, passed_over = make_pairs(
+        prompt,
+        texts,
+        check_scores(scores, len(texts)),
+        min_score_gap=pairing.min_score_gap,
+        pairs_per_prompt=pairing.pairs_per_prompt,
+    )
+    if not any(text.strip() for text in texts):
+        reject("empty_response")
+    if not pairs:
+        reject("tie" if passed_over["tie"] else "too_few_distinct")
+    return pairs
+
+
+def _answer(value: Any, prompt: list[Message]) -> str:
+    """A single answer as text, empty where it is a list without messages."""
+    if not isinstance(value, list):
+        return check_text(value)
+    messages = [check_message(m) for m in value]
+    if not messages:
+        return ""
+    if messages[: len(prompt)] == prompt:
+        reject("prompt_repeated")
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        reject("bad_completion")
+    return messages[0]["content"]
+
+
+def _from_text(row: Mapping[str, Any]) -> PreferencePair:
+    if "prompt" not in row:
+        reject("missing_field")
+    prompt = Message(role="user", content=check_text(row["prompt"]))
+    return PreferencePair((prompt,), check_text(row["chosen"]), check_text(row["rejected"]))
+
+
+def _from_messages(row: Mapping[str, Any]) -> PreferencePair:
+    chosen = [check_message(m) for m in row["chosen"]]
+    rejected = [check_message(m) for m in row["rejected"]]
+    if not chosen or not rejected:
+        reject("empty_response")
+    if "prompt" in row:
+        prompt = [check_message(m) for m in row["prompt"]]
+        if prompt and (chosen[: len(prompt)] == prompt or rejected[: len(prompt)] == prompt):
+            reject("prompt_repeated")
+        if len(chosen) != 1 or len(rejected) != 1:
+            reject("bad_completion")
+    else:
+        prompt = chosen[:-1]
+        if not prompt:
+            reject("missing_field")
+        if rejected[:-1] != prompt:
+            reject("diverging_prefix")
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        reject("bad_completion")
+    return PreferencePair(tuple(prompt), chosen[-1]["content"], rejected[-1]["content"])

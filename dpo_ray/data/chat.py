@@ -1,0 +1,314 @@
+"""Chat template → token ids of prompt, chosen and rejected.
+
+The prompt is rendered and tokenized once and completions apart from it, so that the prompt's ids are the
+same ids on both sides by construction.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+from jinja2 import TemplateError
+
+from dpo_ray.config import Data, LongPrompts
+from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.pairs import Message
+from dpo_ray.storage.artifact import digest
+
+RULES = 1
+"""Version of how dialogues become ids, here and in tokenize_shard; raised when that changes."""
+
+
+def require_chat_template(tokenizer: Any, model_path: str) -> None:
+    """Raises ConfigError where the tokenizer has no chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            f"The model {model_path} has no chat template, so it is not known how its dialogues are written. Use the "
+            "instruction-tuned variant of the model, or add a chat_template.jinja to its folder."
+        )
+
+
+def require_prompt_room(tokenizer: Any, data: Data) -> None:
+    """Raises ConfigError where prompts are to be cut to a limit that leaves nothing of them."""
+    if data.long_prompts != "drop":
+        chat = ChatTokenizer(tokenizer)
+        [shortest] = chat.prompts([([Message(role="user", content="?")], None)])
+        chat.closing_within(shortest, data.max_prompt_tokens)
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Digest of what turns a dialogue into ids: vocabulary and merges, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return digest(
+        [
+            backend.to_str() if backend is not None else tokenizer.get_vocab(),
+            {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+            tokenizer.chat_template,
+        ]
+    )
+
+
+def prompt_ids(tokenizer: Any, prompt: Sequence[Message]) -> list[int]:
+    """Ids of one dialogue; see ChatTokenizer.prompts."""
+    return ChatTokenizer(tokenizer).prompts([(prompt, None)])[0].ids
+
+
+def completion_ids(tokenizer: Any, prompt: Sequence[Message], completion: str) -> list[int]:
+    """Ids of one answer; see ChatTokenizer.completions."""
+    chat = ChatTokenizer(tokenizer)
+    return chat.completions([(chat.prompts([(prompt, None)])[0], completion)])[0].ids
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A dialogue up to the point where the assistant is to speak."""
+
+    messages: Sequence[Message]
+    tools: list[Any] | None
+    """JSON schemas of the functions that the assistant may call; None: the dialogue names none."""
+    text: str
+    """As the template writes it."""
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The assistant's answer to a prompt."""
+
+    text: str
+    """What the template writes after the prompt."""
+    ids: list[int]
+    """With the end-of-turn token as the last one, so never empty."""
+    foreign_control_token: bool
+    """Whether the answer spells a control token, or more of them are among the ids than the template writes."""
+
+
+class ChatTokenizer:
+    """A tokenizer and its chat template: dialogues → ids, many at a time.
+
+    Control tokens in a dialogue's own words are taken as text: only the template opens and ends turns.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        # Anew for each instance: it is slow to ask for.
+        control = _control_tokens(tokenizer)
+        self.control_ids = frozenset(control.values())
+        spelled = "|".join(re.escape(token) for token in sorted(control, key=len, reverse=True) if token)
+        # Without control tokens, a pattern that is nowhere found.
+        self._control = re.compile(spelled or r"(?!)")
+        # Every place where one begins, also inside another.
+        self._beginning = re.compile(f"(?=(?:{spelled or '(?!)'}))(.)", re.DOTALL)
+
+    def prompts(self, dialogues: Sequence[tuple[Sequence[Message], list[Any] | None]]) -> list[Prompt]:
+        """Dialogues, each with its tools or None, up to the point where the assistant is to speak.
+
+        Special tokens come from the template alone. Raises DataError where the template refuses a dialogue.
+        """
+        texts = [self._render(messages, tools, add_generation_prompt=True) for messages, tools in dialogues]
+        ids = self._encode(texts)
+        return [Prompt(*dialogue, text, i) for dialogue, text, i in zip(dialogues, texts, ids, strict=True)]
+
+    def completions(self, answers: Sequence[tuple[Prompt, str]]) -> list[Completion]:
+        """Answers to prompts, each with its end-of-turn token.
+
+        What the template writes after the end of the turn (a newline, mostly) is left out: a model that stops at
+        the end of its turn never generates it.
+
+        Raises DataError where the template refuses a dialogue, ConfigError where nothing can end a turn.
+        """
+        texts = [self._answer(prompt, answer) for prompt, answer in answers]
+        return [
+            self._completion(answer, text, ids)
+            for (_, answer), text, ids in zip(answers, texts, self._encode(texts), strict=True)
+        ]
+
+    def fit_prompt(self, prompt: Prompt, limit: int, policy: LongPrompts) -> list[int] | None:
+        """The ids of a prompt within a number of tokens, or None where a longer one is to be dropped.
+
+        keep_start: its first tokens, and then what the template writes after the user's last words, so that the
+        user's turn still ends and the assistant's begins. keep_end: its last tokens, after the BOS where there was one.
+
+        Raises ConfigError where the limit leaves nothing of the dialogue.
+        """
+        ids = prompt.ids
+        if len(ids) <= limit:
+            return ids
+        if policy == "drop":
+            return None
+        closing = self.closing_within(prompt, limit)
+        if policy == "keep_start":
+            return ids[: limit - len(closing)] + closing
+        bos = self._bos(ids)
+        end = ids[len(bos) - limit :]
+        return end if bos and end[:1] == bos else bos + end
+
+    def closing_within(self, prompt: Prompt, limit: int) -> list[int]:
+        """Ids of what the template writes after the user's last words: the end of that turn, the assistant's opening.
+
+        Raises ConfigError where they cannot be told, or where they, a BOS and one token more are over the limit.
+        """
+        closing = self._encode([self._closing(prompt)])[0]
+        smallest = len(self._bos(prompt.ids)) + 1 + len(closing)
+        if limit < smallest:
+            raise ConfigError(
+                f"data.max_prompt_tokens is {limit}, but the model's chat template writes {smallest - 1} tokens around "
+                f"the user's words, so that nothing would be left of a prompt that is cut. Set it to {smallest} at the "
+                "very least, or set data.long_prompts=drop."
+            )
+        return closing
+
+    def merges_at_boundary(self, turns: Sequence[tuple[Prompt, Completion]]) -> list[bool]:
+        """Whether a prompt and its completion, tokenized together, would have other ids where they meet.
+
+        A tokenizer merges characters that often stand together: after a prompt that ends in a newline, an answer that
+        begins with one may share a token with it. Trained on are the ids apart, on purpose: the boundary then lies
+        between two tokens, both completions follow the very same prompt, and these are the ids that a model continues
+        when it is asked. Where such merges are many, though, the model meets ids that it rarely saw before.
+
+        Judged by the text from the prompt's last control token on (tokenizers never merge across one) and by the
+        completion's first characters: a few tokens a turn.
+        """
+        tails = [self._tail(prompt.text) for prompt, _ in turns]
+        heads = [completion.text[:_HEAD] for _, completion in turns]
+        both = [tail + head for tail, head in zip(tails, heads, strict=True)]
+        texts = list(dict.fromkeys([*tails, *heads, *both]))
+        ids = dict(zip(texts, self._encode(texts), strict=True))
+        return [ids[t] + ids[h] != ids[b] for t, h, b in zip(tails, heads, both, strict=True)]
+
+    def uses_tools(self, prompt: Prompt) -> bool:
+        """Whether the template writes anything for the prompt's tools."""
+        return self._render(prompt.messages, None, add_generation_prompt=True) != prompt.text
+
+    def begins_twice(self, ids: Sequence[int]) -> bool:
+        """Whether ids begin with two BOS tokens."""
+        return len(self._bos(ids)) == 1 and len(self._bos(ids[1:])) == 1
+
+    def ends_twice(self, ids: Sequence[int]) -> bool:
+        """Whether ids end with two control tokens, with nothing but white space between them."""
+        ends = [i for i in range(len(ids)) if ids[i] in self.control_ids]
+        if len(ends) < 2 or ends[-1] != len(ids) - 1:
+            return False
+        return not self.tokenizer.decode(ids[ends[-2] + 1 : -1]).strip()
+
+    def _render(self, messages: Sequence[Message], tools: list[Any] | None, *, add_generation_prompt: bool) -> str:
+        guarded = [{"role": m["role"], "content": self._guarded(m["content"])} for m in messages]
+        try:
+            return self.tokenizer.apply_chat_template(
+                guarded,
+                tools=None if tools is None else self._guarded_json(tools),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except TemplateError as error:
+            raise DataError(
+                f"The model's chat template refuses a dialogue of the roles {', '.join(m['role'] for m in messages)} "
+                f"that begins with {messages[0]['content'][:60]!r}: {error}. Leave such dialogues out of the data, or "
+                "name a model whose template takes them."
+            ) from error
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        pieces = [text.split(_GUARD) for text in texts]
+        if not pieces:
+            return []
+        encoded = self.tokenizer(
+            list(chain.from_iterable(pieces)), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        ids = iter(encoded["input_ids"])
+        return [list(chain.from_iterable(islice(ids, len(p)))) for p in pieces]
+
+    def _answer(self, prompt: Prompt, answer: str) -> str:
+        turn = Message(role="assistant", content=answer)
+        whole = self._render([*prompt.messages, turn], prompt.tools, add_generation_prompt=False)
+        # Some templates rewrite earlier turns or strip the answer; then the answer is taken as it stands.
+        return whole[len(prompt.text) :] if whole.startswith(prompt.text) else self._guarded(answer)
+
+    def _completion(self, answer: str, text: str, ids: list[int]) -> Completion:
+        ends = [i for i, token in enumerate(ids) if token in self.control_ids]
+        if ends:
+            ids = ids[: ends[-1] + 1]
+        elif self.tokenizer.eos_token_id is not None:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        else:
+            raise ConfigError(
+                "The model's chat template writes no control token after the assistant's turn, and its tokenizer has "
+                "no eos_token, so it is not known how an answer ends. Name an eos_token in its tokenizer_config.json."
+            )
+        spelled = self._control.search(answer) is not None
+        foreign = spelled or (len(ends) > 1 and len(ends) > len(self._control.findall(text)))
+        return Completion(text, ids, foreign)
+
+    def _closing(self, prompt: Prompt) -> str:
+        *earlier, last = prompt.messages
+        probe = [*earlier, Message(role=last["role"], content=_MARK)]
+        rendered = self._render(probe, prompt.tools, add_generation_prompt=True)
+        _, mark, closing = rendered.rpartition(_MARK)
+        if mark and prompt.text.endswith(closing):
+            return closing
+        # The template rewrites what the user says, or closes by it; what opens the assistant's turn may still be told.
+        unopened = self._render(prompt.messages, prompt.tools, add_generation_prompt=False)
+        if prompt.text.startswith(unopened) and len(unopened) < len(prompt.text):
+            return prompt.text[len(unopened) :]
+        raise ConfigError(
+            "The model's chat template does not let tell the user's words from what it writes around them, so long "
+            "prompts cannot be cut. Set data.long_prompts=drop."
+        )
+
+    def _bos(self, ids: Sequence[int]) -> list[int]:
+        """The BOS that ids begin with, or nothing."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and ids[:1] == [bos] else []
+
+    def _tail(self, text: str) -> str:
+        text = text[-_TAIL:]
+        places = [found.start() for found in self._control.finditer(text)]
+        return text[places[-1] :] if places else text
+
+    def _guarded(self, text: str) -> str:
+        return self._beginning.sub(_GUARDED, text) if self._control.search(text) else text
+
+    def _guarded_json(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._guarded(value)
+        if isinstance(value, list):
+            return [self._guarded_json(v) for v in value]
+        if isinstance(value, dict):
+            return {self._guarded(k): self._guarded_json(v) for k, v in value.items()}
+        return value
+
+
+def parse_tools(tools: str | None) -> list[Any] | None:
+    """The tools of a row of pairs, from JSON text. Raises DataError."""
+    if tools is None:
+        return None
+    try:
+        parsed = json.loads(tools)
+    except ValueError as error:
+        raise DataError(f"The column tools holds {tools[:60]!r}, which is not JSON ({error}).") from error
+    if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
+        raise DataError(f"The column tools holds {tools[:60]!r}, which is not a list of JSON schemas.")
+    return parsed
+
+
+# Stands inside whatever a message says that looks like a control token, from rendering to encoding: the text
+# then stays text, and only the template opens and ends turns. Private-use characters, in an order nobody writes.
+_GUARD = "\ue000\uf8ff\ue000"
+_GUARDED = rf"\1{_GUARD}"
+
+# Stands for the user's words where only what is written around them is asked for.
+_MARK = "\ue000\uf8ff\ue001"
+
+# Characters of the prompt's end and of the completion's beginning that decide whether they would merge.
+_TAIL, _HEAD = 64, 16
+
+
+def _control_tokens(tokenizer: Any) -> dict[str, int]:
+    """Text → id of the tokens that stand for structure, not for text."""
+    added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return added | named

@@ -1,0 +1,106 @@
+"""Rows that make no pair: how they are kept, and how much of them is too much.
+
+For every ingested row holds: it is kept, or it is quarantined with one reason. In the counters of the artifact, where
+`kept` counts pairs and `more_pairs` those beyond the first of a ranked row:
+
+    read = (kept - more_pairs) + the sum over the reasons
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from dpo_ray.data.raw.json_lines import RAW_BOUND
+from dpo_ray.data.rules import MEANING, REASONS, Reason
+from dpo_ray.errors import DataError
+from dpo_ray.pairs import QUARANTINE
+from dpo_ray.storage.artifact import Artifact, read_shard
+
+_EXPLAINED = 3
+_DEPTH = 32
+
+
+def quarantined(source: str, number: int, reason: Reason, raw: Any) -> dict[str, Any]:
+    """A row of QUARANTINE. What was read is kept as JSON, text that could not be parsed as it stands, both cut."""
+    text = raw if isinstance(raw, str) else json.dumps(_cut(raw, _DEPTH), ensure_ascii=True, default=str)
+    return {"source": source, "row": number, "reason": reason, "raw": text[:RAW_BOUND]}
+
+
+def quarantine_table(rows: list[dict[str, Any]]) -> pa.Table | None:
+    """Rows as a shard of the quarantine; None where there are none."""
+    return pa.Table.from_pylist(rows, schema=QUARANTINE) if rows else None
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of the rows of an ingested artifact."""
+
+    read: int
+    kept: int
+    """Rows that made a pair, or several."""
+    bad: Counter[Reason]
+    """Rows in quarantine, by reason."""
+
+    @classmethod
+    def of(cls, counters: Mapping[str, int]) -> Account:
+        """From the counters of the artifact. Raises DataError where they do not add up."""
+        bad = Counter({reason: counters[reason] for reason in REASONS if counters.get(reason)})
+        account = cls(counters["read"], counters["kept"] - counters.get("more_pairs", 0), bad)
+        if account.kept + bad.total() != account.read:
+            raise DataError(
+                f"Of {account.read} rows {account.kept} were kept and {bad.total()} quarantined: these do not add up. "
+                "Remove the folder artifacts/pairs below run.output; ingest will then read the data again."
+            )
+        return account
+
+
+def require_enough_kept(pairs: Artifact, max_quarantined_fraction: float) -> None:
+    """Raises DataError where too large a share of the rows was quarantined, or where no pair is left."""
+    account = Account.of(pairs.manifest.counters)
+    bad = account.bad.total()
+    if bad <= max_quarantined_fraction * account.read and account.kept:
+        return
+    ranked = account.bad.most_common()
+    examples = _examples(pairs, {reason for reason, _ in ranked[:_EXPLAINED]})
+    said = [
+        f"{reason} {count} ({MEANING[reason]}; the first: {examples[reason]})" for reason, count in ranked[:_EXPLAINED]
+    ]
+    said += [f"{reason} {count}" for reason, count in ranked[_EXPLAINED:]]
+    where = f"These rows, with their reasons, are in {pairs.location}/quarantine"
+    if not account.kept:
+        raise DataError(f"None of the {account.read} rows read makes a preference pair: {', '.join(said)}. {where}.")
+    raise DataError(
+        f"{bad} of {account.read} rows ({bad / account.read:.1%}) make no preference pair, more than "
+        f"data.max_quarantined_fraction={max_quarantined_fraction:g} allows: {', '.join(said)}. {where}; mend the "
+        "input, or raise the limit if they may be left out."
+    )
+
+
+def _examples(pairs: Artifact, reasons: Collection[Reason]) -> dict[str, str]:
+    """Reason → file and number of the first such row."""
+    found: dict[str, str] = {}
+    for entry in pairs.manifest.files:
+        if entry.name.startswith("quarantine/") and len(found) < len(reasons):
+            for row in read_shard(pairs.file(entry.name), ["source", "row", "reason"]).to_pylist():
+                if row["reason"] in reasons:
+                    found.setdefault(row["reason"], f"row {row['row']} of {row['source']}")
+    return found
+
+
+def _cut(value: Any, depth: int) -> Any:
+    """A value whose JSON begins with the same RAW_BOUND characters, but for what is nested very deep."""
+    if isinstance(value, str | bytes):
+        return value[:RAW_BOUND]
+    if isinstance(value, list | dict) and depth == 0:
+        return "…"
+    if isinstance(value, list):
+        return [_cut(v, depth - 1) for v in value[:RAW_BOUND]]
+    if isinstance(value, dict):
+        return {k[:RAW_BOUND]: _cut(v, depth - 1) for k, v in list(value.items())[:RAW_BOUND]}
+    return value

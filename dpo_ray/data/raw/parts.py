@@ -1,0 +1,112 @@
+"""The parts that a raw file is cut into, and copies of parts that cannot be read where they are."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import TypeAdapter
+
+from dpo_ray.data.raw.json_lines import is_blank
+from dpo_ray.storage.location import Location
+
+PART_BYTES = 1 << 26
+"""A part ends early where its rows take so much: a part is held in memory while its copy is written."""
+
+
+class Part(NamedTuple):
+    """Rows that make up one unit of work."""
+
+    first: int
+    """Number of the first row: 0-based rows of Parquet, 1-based lines of JSON lines (blank ones count here)."""
+    rows: int
+    """How many there are; blank lines are none."""
+    offset: int = 0
+    """Where the part begins in plain JSON lines, in bytes."""
+    length: int = 0
+    """Bytes of the part in plain JSON lines."""
+
+
+_LIST = "parts.json"
+_PARTS = TypeAdapter(list[Part])
+
+
+def cut_lines(lines: Iterable[tuple[bytes, int]], rows_per_shard: int) -> Iterator[Part]:
+    """Parts of json_lines.raw_lines: whole lines, one after the other; lines without a row after them are in none."""
+    first, count, offset, length = 1, 0, 0, 0
+    for number, (line, size) in enumerate(lines, start=1):
+        if count == rows_per_shard or (count and length >= PART_BYTES):
+            yield Part(first, count, offset, length)
+            first, count, offset, length = number, 0, offset + length, 0
+        count += not is_blank(line)
+        length += size
+    if count:
+        yield Part(first, count, offset, length)
+
+
+def line_tables(lines: Iterable[tuple[bytes, int]], rows_per_shard: int) -> Iterator[tuple[int, pa.Table]]:
+    """The lines that are rows, with their numbers, part by part; with each the number of its first."""
+    numbers: list[int] = []
+    held: list[bytes] = []
+    size = 0
+
+    def table() -> tuple[int, pa.Table]:
+        raw = pa.array(held, pa.large_binary())
+        return numbers[0], pa.table({"line": pa.array(numbers, pa.int64()), "raw": raw})
+
+    for number, (line, _) in enumerate(lines, start=1):
+        if is_blank(line):
+            continue
+        if len(held) == rows_per_shard or size >= PART_BYTES:
+            yield table()
+            numbers, held, size = [], [], 0
+        numbers.append(number)
+        held.append(line)
+        size += len(line)
+    if held:
+        yield table()
+
+
+def row_tables(batches: Iterable[pa.RecordBatch], rows_per_shard: int) -> Iterator[tuple[int, pa.Table]]:
+    """The rows part by part; with each the number of its first."""
+    first, held, count, size = 0, [], 0, 0
+    for batch in batches:
+        while batch.num_rows:
+            piece = batch.slice(0, rows_per_shard - count)
+            batch = batch.slice(piece.num_rows)
+            held.append(piece)
+            count += piece.num_rows
+            size += piece.nbytes
+            if count == rows_per_shard or size >= PART_BYTES:
+                yield first, pa.Table.from_batches(held)
+                first, held, count, size = first + count, [], 0, 0
+    if held:
+        yield first, pa.Table.from_batches(held)
+
+
+def copy_parts(tables: Iterable[tuple[int, pa.Table]], folder: Location) -> list[Part]:
+    """Write each part as a file of its own, and their list last; a finished list is taken over and nothing is read."""
+    listed = folder / _LIST
+    if listed.exists():
+        return _PARTS.validate_json(listed.read_bytes())
+    parts = []
+    for number, (first, table) in enumerate(tables):
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        part_file(folder, number).write_bytes(buffer.getvalue())
+        parts.append(Part(first, table.num_rows))
+    listed.write_bytes(_PARTS.dump_json(parts))
+    return parts
+
+
+def copy_is_finished(folder: Location) -> bool:
+    """Whether copy_parts came to its end there."""
+    return (folder / _LIST).exists()
+
+
+def part_file(folder: Location, number: int) -> Location:
+    """Where the copy of a part is."""
+    return folder / f"part-{number:05d}.parquet"

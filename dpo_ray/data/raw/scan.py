@@ -1,0 +1,292 @@
+"""Looking at raw files before work begins, and cutting them into parts that can be read each by itself.
+
+A look reads a footer or the first lines. A scan reads a file once, from its first byte to its last: it hashes the
+content and finds the parts. Of a file whose parts cannot be read each by itself (compressed lines, row groups much
+larger than a part) it writes a copy, part by part. Neither takes more memory for a larger file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.types as pt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dpo_ray.data.raw.files import ROWS_AT_ONCE, Format, Stamp, format_of, open_lines, open_parquet, reading
+from dpo_ray.data.raw.json_lines import Unreadable, is_blank, parse_line, raw_lines
+from dpo_ray.data.raw.parts import Part, copy_is_finished, copy_parts, cut_lines, line_tables, part_file, row_tables
+from dpo_ray.errors import DataError
+from dpo_ray.storage.artifact import digest, file_hash
+from dpo_ray.storage.location import Location
+
+VERSION = 1
+"""Of what a scan writes: a change of it makes all files be scanned again."""
+_SAMPLE_LINES = 64  # that tell the columns of JSON lines
+_OVERREAD = 4  # of rows in a row group to those of a part, up to which a file is read where it is
+_FOOTER_BYTES = 1 << 28  # of footers read over all parts, up to which a file is read where it is
+_SIDE_BY_SIDE = 16  # threads, which mostly wait for a disk or an object store
+_LISTED = 10  # bad files that one message names
+_MAX_TYPE = 200  # characters of a type in a message
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a first look at a file tells."""
+
+    columns: tuple[str, ...]
+    """Of JSON lines: the names that the first objects have."""
+    unusable: dict[str, str]
+    """Columns whose type holds neither text nor messages → that type. JSON lines have no types."""
+    has_rows: bool
+
+
+class FileRecord(BaseModel):
+    """What a scan found."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    uri: str
+    size: int
+    mtime_ns: int | None
+    sha256: str
+    """Of the file's bytes."""
+    columns: tuple[str, ...]
+    unusable: dict[str, str]
+    parts: tuple[Part, ...]
+    copied_to: str | None
+    """Name of the folder with a file for each part, beside the records; None where the file itself is read."""
+
+    @property
+    def has_rows(self) -> bool:
+        return bool(self.parts)
+
+    def sources(self, folder: Location) -> Iterator[tuple[Part, dict[str, Any]]]:
+        """Each part with its source for raw_files.read_rows. folder: where the records are."""
+        is_parquet = format_of(self.uri).is_parquet
+        for number, part in enumerate(self.parts):
+            source: dict[str, Any] = {"file": self.uri, "first": part.first, "count": part.rows}
+            if self.copied_to is not None:
+                source["copy"] = part_file(folder / self.copied_to, number).uri
+            else:
+                source |= {"size": self.size, "mtime_ns": self.mtime_ns}
+                source |= {} if is_parquet else {"offset": part.offset, "length": part.length}
+            yield part, source
+
+
+def record_name(stamp: Stamp, rows_per_shard: int) -> str:
+    """Name of the record of a file that is as its folder lists it."""
+    return f"{digest([VERSION, stamp.uri, stamp.size, stamp.mtime_ns, rows_per_shard])}.json"
+
+
+def look(location: Location) -> Look:
+    """A footer or the first lines. Raises DataError where the file cannot hold a row."""
+    form = format_of(location.uri)
+    if form.is_parquet:
+        with open_parquet(location) as parquet:
+            return _look_at_schema(parquet.schema_arrow, parquet.metadata.num_rows)
+    what = "is not a readable file of JSON lines" + (f" compressed with {form.codec}" if form.codec else "")
+    if form.codec is not None and Stamp.of(location).size == 0:
+        raise DataError(
+            f"{location} is empty, which a compressed file never is. Write it again, or take it out of data.train and "
+            "data.eval; it is not passed over silently."
+        )
+    read, objects, is_array, columns = 0, 0, False, dict[str, None]()
+    with reading(location, what), open_lines(location) as stream:
+        lines = (line for line, _ in raw_lines(stream) if not is_blank(line))
+        for line in itertools.islice(lines, _SAMPLE_LINES):
+            # Only its last element may look like a line.
+            is_array |= read == 0 and line.strip() == b"["
+            row = parse_line(line)
+            read += 1
+            if not isinstance(row, Unreadable):
+                objects += 1
+                columns |= dict.fromkeys(row)
+    if is_array or (read and not objects):
+        why = "it is a JSON array" if is_array else f"none of its first {read} lines is a JSON object"
+        raise DataError(
+            f"{location} is not a file of JSON lines: {why}. Each line holds one row; write a JSON array as such lines "
+            "(jq -c '.[]'), and text in another encoding as UTF-8."
+        )
+    return Look(tuple(columns), {}, read > 0)
+
+
+def each(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """What `work` makes of each item, several side by side, in order. Raises DataError that tells of all bad ones."""
+    results, bad = [], []
+    with ThreadPoolExecutor(_SIDE_BY_SIDE) as threads:
+        for future in [threads.submit(work, item) for item in items]:
+            try:
+                results.append(future.result())
+            except DataError as error:
+                bad.append(str(error))
+    if bad:
+        raise together(bad)
+    return results
+
+
+def together(messages: Sequence[str]) -> DataError:
+    """One error that tells of all these, in one paragraph."""
+    if len(messages) == 1:
+        return DataError(messages[0])
+    listed = [f"({number}) {message}" for number, message in enumerate(messages[:_LISTED], start=1)]
+    rest = [f"And {len(messages) - _LISTED} more."] if len(messages) > _LISTED else []
+    return DataError(" ".join([f"{len(messages)} files cannot be used.", *listed, *rest]))
+
+
+def require_usable(found: Look | FileRecord, columns: Collection[str], source: str) -> None:
+    """Raises DataError where one of these columns is of a type that holds neither text nor messages."""
+    bad = [f"{name} is {type_}" for name, type_ in found.unusable.items() if name in columns]
+    if bad:
+        raise DataError(
+            f"{source} cannot hold preferences: its column {' and its column '.join(bad)}. Prompts and answers are "
+            "strings, or lists of messages with the strings role and content: write it again so, or leave the file "
+            "out of data.train and data.eval."
+        )
+
+
+def scan(stamp: Stamp, rows_per_shard: int, folder: Location) -> FileRecord:
+    """Hash a file and cut it into parts of rows_per_shard rows; copies go below `folder`.
+
+    Raises DataError where the file is damaged, or is written to meanwhile.
+    """
+    location = Location(stamp.uri)
+    found = look(location)
+    form = format_of(location.uri)
+    if form.is_parquet:
+        sha256, parts, copied_to = _scan_parquet(stamp, rows_per_shard, folder)
+    else:
+        sha256, parts, copied_to = _scan_lines(stamp, form, rows_per_shard, folder)
+    _require_unchanged(stamp)
+    return FileRecord(
+        uri=stamp.uri,
+        size=stamp.size,
+        mtime_ns=stamp.mtime_ns,
+        sha256=sha256,
+        columns=found.columns,
+        unusable=found.unusable,
+        parts=tuple(parts),
+        copied_to=copied_to,
+    )
+
+
+def read_record(folder: Location, stamp: Stamp, rows_per_shard: int) -> FileRecord | None:
+    """The record of a file; None where it must be scanned, be it that its copy was removed. Raises DataError."""
+    try:
+        data = (folder / record_name(stamp, rows_per_shard)).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):  # of a run.output that is a file; whoever writes there says so
+        return None
+    try:
+        record = FileRecord.model_validate_json(data)
+    except ValidationError as error:
+        raise DataError(
+            f"{folder / record_name(stamp, rows_per_shard)} is not a valid record of {stamp.uri} "
+            f"({error.error_count()} errors). Remove it; the file will then be looked through again."
+        ) from error
+    if record.copied_to is not None and not copy_is_finished(folder / record.copied_to):
+        return None
+    return record
+
+
+def _scan_parquet(stamp: Stamp, rows_per_shard: int, folder: Location) -> tuple[str, list[Part], str | None]:
+    location = Location(stamp.uri)
+    with reading(location, "cannot be read"):
+        sha256 = file_hash(location)
+    # A row group is read as it comes, not fetched whole.
+    with open_parquet(location, buffer_size=1 << 20, pre_buffer=False) as parquet:
+        metadata = parquet.metadata
+        rows = metadata.num_rows
+        parts = [Part(first, min(rows_per_shard, rows - first)) for first in range(0, rows, rows_per_shard)]
+        largest = max((metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)), default=0)
+        footers = metadata.serialized_size * len(parts)
+        small_groups = largest <= _OVERREAD * rows_per_shard
+        if small_groups and footers <= max(_FOOTER_BYTES, _OVERREAD * Stamp.of(location).size):
+            return sha256, parts, None
+        tables = row_tables(parquet.iter_batches(ROWS_AT_ONCE, use_threads=False), rows_per_shard)
+        return sha256, *_copied(_named(tables, stamp, "rows"), sha256, rows_per_shard, folder)
+
+
+def _scan_lines(
+    stamp: Stamp, form: Format, rows_per_shard: int, folder: Location
+) -> tuple[str, list[Part], str | None]:
+    location = Location(stamp.uri)
+    with reading(location, "cannot be read"):
+        if form.codec is None:
+            with open_lines(location) as stream:
+                hashed = _Hashed(stream)
+                parts = list(cut_lines(raw_lines(hashed), rows_per_shard))
+            return hashed.sha256.hexdigest(), parts, None
+        sha256 = file_hash(location)
+    with open_lines(location) as stream:
+        tables = line_tables(raw_lines(stream), rows_per_shard)
+        return sha256, *_copied(_named(tables, stamp, "lines"), sha256, rows_per_shard, folder)
+
+
+def _named(tables: Iterator[tuple[int, pa.Table]], stamp: Stamp, what: str) -> Iterator[tuple[int, pa.Table]]:
+    """The tables; an error of reading them, and none of writing them, is the file's."""
+    location = Location(stamp.uri)
+    with reading(location, f"is damaged: its {what} cannot be read"):
+        yield from tables
+    # Before the copy is declared whole: it bears the name of what was hashed, in a reading of its own.
+    _require_unchanged(stamp)
+
+
+def _require_unchanged(stamp: Stamp) -> None:
+    if Stamp.of(Location(stamp.uri)) != stamp:
+        raise DataError(f"{stamp.uri} was written to while it was read. Start again when it is finished.")
+
+
+def _copied(
+    tables: Iterable[tuple[int, pa.Table]], sha256: str, rows_per_shard: int, folder: Location
+) -> tuple[list[Part], str]:
+    """The parts and the name of their copy, which is that of the content: a file that was moved has one already."""
+    name = digest([VERSION, sha256, rows_per_shard])
+    return copy_parts(tables, folder / name), name
+
+
+class _Hashed:
+    """A stream that hashes what is read of it."""
+
+    def __init__(self, stream: Any):
+        self.stream, self.sha256 = stream, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.sha256.update(data)
+        return data
+
+
+def _look_at_schema(schema: pa.Schema, rows: int) -> Look:
+    unusable = {
+        f.name: str(f.type)[:_MAX_TYPE] for f in schema if not _holds_text(f.type) and not _holds_messages(f.type)
+    }
+    return Look(tuple(schema.names), unusable, rows > 0)
+
+
+def _holds_text(type_: pa.DataType) -> bool:
+    """Whether values are strings; a column of nulls alone is judged row by row."""
+    if isinstance(type_, pa.BaseExtensionType):
+        return _holds_text(type_.storage_type)
+    if pt.is_dictionary(type_):
+        return _holds_text(type_.value_type)
+    return pt.is_string(type_) or pt.is_large_string(type_) or pt.is_string_view(type_) or pt.is_null(type_)
+
+
+def _holds_messages(type_: pa.DataType) -> bool:
+    """Whether values are lists of structs with the strings role and content."""
+    if not (pt.is_list(type_) or pt.is_large_list(type_) or pt.is_fixed_size_list(type_) or pt.is_list_view(type_)):
+        return False
+    message = type_.value_type
+    if pt.is_null(message):
+        return True
+    names = [message.field(i).name for i in range(message.num_fields)] if pt.is_struct(message) else []
+    return all(name in names and _holds_text(message.field(name).type) for name in ("role", "content"))

@@ -1,0 +1,5 @@
+"""The language model: its folder found or made, loaded as a policy, and run over pairs down to token log-probs.
+
+The same forward pass trains, evaluates, scores the reference and calibrates vLLM. No loss enters. Only `folders` can be
+imported without torch.
+"""

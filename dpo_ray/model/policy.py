@@ -1,0 +1,189 @@
+"""The policy: loaded to be trained or to score, and its forward pass down to token log-probs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from dpo_ray.config import LoRA
+from dpo_ray.errors import ConfigError
+from dpo_ray.model import attention
+from dpo_ray.model.logprobs import Head, TokenScores, token_scores
+from dpo_ray.model.lora import add_adapters
+from dpo_ray.model.packing import MicroBatch, pack, pad
+from dpo_ray.pairs import TokenizedPair
+from dpo_ray.progress import say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORWARD = 2
+"""Version of the trainer's forward pass, raised when its numbers change: scores of before are then not taken over."""
+
+
+def load_policy(
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    lora: LoRA | None = None,
+    seed: int = 0,
+    activation_checkpointing: bool = False,
+) -> PreTrainedModel:
+    """A causal language model with float32 weights, dropout off, on the packed attention where it can serve.
+
+    Args:
+        lora: put adapters on it, and freeze all else; it still computes what the model of the folder does.
+        seed: of the adapters' start; the same on every rank, for each must start equal.
+        activation_checkpointing: in train mode, compute each layer's activations again in the backward pass.
+
+    Raises ConfigError where adapters or activation checkpointing do not go with the model, or where its output layer
+    is not linear.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise ConfigError(
+            f"The output layer of {type(model).__name__} is a {type(model.get_output_embeddings()).__name__}, not a "
+            "linear layer from hidden states to logits: its log-probs cannot be computed tile by tile. Choose another "
+            "model.path."
+        )
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # the others leave the cap out without a word
+    if not _use_packed_attention(model):
+        say(
+            "model",
+            f"{model.config.model_type} does not run on packed pairs; each completion is computed with its prompt",
+        )
+    if lora is not None:
+        add_adapters(model, lora, seed=seed)
+    if activation_checkpointing:
+        _checkpoint_activations(model)
+    return model
+
+
+def decoder_layers(model: PreTrainedModel, *, wanted_by: str) -> list[nn.Module]:
+    """The layers that the model says must stay whole, in order.
+
+    Raises ConfigError naming `wanted_by`, the options that need them, where the model does not name its own.
+    """
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ConfigError(
+            f"{wanted_by}: this takes the decoder layers one by one, but {type(model).__name__} does not name its own "
+            "(_no_split_modules). Use train.strategy=ddp, model.dtype=float32 and train.compile=false for this model."
+        )
+    return layers
+
+
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """Compile each decoder layer on its own, once for all shapes; the attention in it is called as it is.
+
+    Raises ConfigError where the model does not name its decoder layers.
+    """
+    attention.hide_from_compiler()
+    for layer in decoder_layers(model, wanted_by="train.compile=true"):
+        # Not layer.compile(), which would take FSDP's hooks into what is compiled.
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)  # type: ignore[method-assign]
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"train.activation_checkpointing is on, but {type(model).__name__} does not support it. Turn it off, and "
+            "lower train.tokens_per_microbatch where memory is short."
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Only reentrant checkpoints need inputs with gradients; with adapters they would cost a backward pass through
+    # the frozen embeddings' outputs, and inference mode refuses them.
+    model.disable_input_require_grads()
+
+
+def _use_packed_attention(model: PreTrainedModel) -> bool:
+    """Switch to the packed attention if the model gives the same log-probs with it; otherwise leave it as it was.
+
+    Some models claim to call transformers' attention interface and do not, or keep state between tokens; their
+    packed log-probs would be wrong without any error, so it is tried on a few tokens.
+    """
+    if not attention.serves(model.config) or not getattr(model, "_supports_attention_backend", False):
+        return False
+    before, was_training = model.config._attn_implementation, model.training
+    ids = [i % model.config.vocab_size for i in range(7, 7 + 19)]
+    pairs = [TokenizedPair("a", ids[:5], ids[5:8], ids[8:12]), TokenizedPair("b", ids[12:15], ids[15:18], ids[18:])]
+    scorer = CompletionScorer(model.eval())
+    with torch.inference_mode():
+        expected = scorer(pad(pairs)).logprobs
+        attention.register()
+        model.set_attn_implementation(attention.IMPLEMENTATION)
+        try:
+            serves = torch.allclose(scorer(pack(pairs)).logprobs, expected, rtol=0, atol=1e-3)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            serves = False  # it cannot take the layout at all
+    if not serves:
+        model.set_attn_implementation(before)
+    model.train(was_training)
+    return serves
+
+
+class CompletionScorer(nn.Module):
+    """The trainer's forward pass: micro-batch → log-probs of its completion tokens.
+
+    The same module scores the reference (engine `torch`), calibrates vLLM's scores, trains and evaluates.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    @property
+    def packs(self) -> bool:
+        """Whether the model runs on the packed, prefix-shared layout."""
+        return self.model.config._attn_implementation == attention.IMPLEMENTATION
+
+    def collate(self, pairs: list[TokenizedPair]) -> MicroBatch:
+        """The layout that this model can take."""
+        return pack(pairs) if self.packs else pad(pairs)
+
+    def forward(self, batch: MicroBatch, *, with_collisions: bool = False, with_entropies: bool = False) -> TokenScores:
+        """Scores of the micro-batch's N completion tokens, in float32; see token_scores."""
+        extra = {"segments": attention.Segments(batch.segments)} if batch.segments is not None else {}
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            **extra,
+        ).last_hidden_state
+        head = output_head(self.model)
+        rows = hidden.flatten(0, 1)[batch.predictors].to(head.weight.dtype)
+        return token_scores(rows, head, batch.targets, with_collisions=with_collisions, with_entropies=with_entropies)
+
+
+def output_head(model: PreTrainedModel) -> Head:
+    """The model's output layer, with the scaling and soft cap that its configuration names."""
+    output = model.get_output_embeddings()
+    scale = getattr(model.config, "logit_scale", None) or 1 / (getattr(model.config, "logits_scaling", None) or 1)
+    return Head(output.weight, output.bias, scale, getattr(model.config, "final_logit_softcapping", None))
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring the weights of a model that only scores to a dtype, in place.
+
+    Buffers, as the rotary frequencies, stay in float32: FSDP's mixed precision leaves them so in training.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """float32 or bfloat16 by its name in the configuration."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

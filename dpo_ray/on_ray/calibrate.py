@@ -1,0 +1,192 @@
+"""Engines against the trainer's own forward: the calibration gate, and the choice that reference.engine=auto makes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from dpo_ray.config import VLLM, Config, Model
+from dpo_ray.errors import DataError, ReferenceMismatch
+from dpo_ray.evaluation.margins import calibration
+from dpo_ray.model.folders import resolve, weights_hash
+from dpo_ray.on_ray.pool import Pool
+from dpo_ray.on_ray.session import connect, raise_ours
+from dpo_ray.on_ray.vllm_engine import (
+    TorchScorer,
+    VLLMScorer,
+    has_vllm,
+    own_forward,
+    require_vllm,
+    torch_pool,
+    vllm_pool,
+)
+from dpo_ray.pairs import TokenizedPair, tokenized_pair
+from dpo_ray.progress import say
+from dpo_ray.storage.artifact import Artifact, fingerprint, load, publish, read_shard
+from dpo_ray.storage.location import Location
+
+Engine = Literal["vllm", "torch"]
+
+_Scores = tuple[list[list[float]], list[list[float]]]
+
+
+def max_pair_tokens(config: Config) -> int:
+    """The longest sequence that is scored: a prompt and one completion."""
+    return config.data.max_prompt_tokens + config.data.max_completion_tokens
+
+
+def choose_engine(output: Location, config: Config, tokenized: Artifact) -> Engine:
+    """reference.engine; for auto, vLLM where it agrees with the trainer's forward on some of these pairs, else torch.
+
+    The choice is an artifact of model and versions, not of the pairs: later runs and further shards keep to it. It is
+    torch too where vLLM cannot score at all.
+    """
+    if config.reference.engine != "auto":
+        return config.reference.engine
+    kind = "reference_engine"
+    installed = has_vllm()
+    identity = {
+        "weights": weights_hash(resolve(config.model.path, config.model.revision)),
+        "tokenizer": tokenized.manifest.identity["tokenizer"],
+        "dtype": config.model.dtype,
+        "vllm": require_vllm("reference.engine=auto") if installed else None,
+        "torch": own_forward(),
+        "tolerance": config.reference.tolerance,
+        "pairs": config.reference.calibration_pairs,
+    }
+    location = output / "artifacts" / kind / fingerprint(kind, identity, {})
+    artifact = load(location, kind, location.name)
+    if artifact is None:
+        metrics = _compare_engines(config, tokenized) if installed else _choice("torch", "vLLM is not installed")
+        if metrics.get("for_now"):
+            say("reference", f"reference.engine=auto: torch for this run, for {metrics['why']}")
+            return "torch"
+        artifact = publish(location, kind, identity=identity, inputs={}, files=[], metrics=metrics)
+    choice = artifact.manifest.metrics
+    say(
+        "reference",
+        f"reference.engine=auto: {choice['engine']}, for {choice['why']} (decided {artifact.manifest.created}; "
+        f"to decide anew, remove {location})",
+    )
+    return choice["engine"]
+
+
+def _compare_engines(config: Config, tokenized: Artifact) -> dict[str, Any]:
+    pairs = _sample(tokenized, config.reference.calibration_pairs)
+    say("reference", f"reference.engine=auto: scoring {len(pairs)} pairs with vLLM and with the trainer's forward")
+    arguments = {"model": config.model, "options": config.vllm, "max_model_len": max_pair_tokens(config)}
+    try:
+        by_vllm = _scored(vllm_pool(config, _score_by_vllm, {**arguments, "pairs": pairs}))
+    except Exception as error:
+        from ray.exceptions import RayError, RayTaskError
+
+        if not isinstance(error, RayError):
+            raise
+        # What vLLM does not know of a model, the trainer's forward still computes.
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        # A lost node or a killed process says nothing of the model: the next run may decide otherwise.
+        for_now = {} if isinstance(error, RayTaskError) else {"for_now": True}
+        return _choice("torch", f"vLLM cannot score this model: {last[:500]}") | for_now
+    metrics = _agreement(by_vllm, _scored_by_trainer(config, pairs))
+    worst, limit = metrics["sequence"]["max"], config.reference.tolerance
+    if not math.isfinite(worst):
+        return _choice("torch", "there are log-probs that are not finite, vLLM's or the trainer's")
+    measured = (
+        f"on {len(pairs)} pairs vLLM and the trainer's forward differ by up to {worst:.1e} nats on a completion "
+        f"(p50 {metrics['sequence']['p50']:.1e}; reference.tolerance={limit:g})"
+    )
+    return {**_choice("vllm" if worst <= limit else "torch", measured), "calibration": metrics}
+
+
+def _choice(engine: Engine, why: str) -> dict[str, Any]:
+    return {"engine": engine, "why": why}
+
+
+def calibrate(output: Location, config: Config, reference: Artifact) -> tuple[Artifact, bool]:
+    """Score some pairs again with the trainer's own forward; the artifact holds how far the two are apart.
+
+    Raises ReferenceMismatch where a completion differs by more than reference.tolerance.
+    """
+    kind = "calibration"
+    engine = reference.manifest.identity["engine"]
+    identity = {"pairs": config.reference.calibration_pairs, "engine_version": own_forward()}
+    inputs = {"reference": reference.fingerprint}
+    location = output / "artifacts" / kind / fingerprint(kind, identity, inputs)
+    artifact = load(location, kind, location.name)
+    reused = artifact is not None
+    if artifact is None:
+        pairs = _sample(reference, config.reference.calibration_pairs)
+        say(kind, f"scoring {len(pairs)} pairs again with the trainer's forward")
+        scored = [p.chosen_ref_logprobs or [] for p in pairs], [p.rejected_ref_logprobs or [] for p in pairs]
+        metrics = _agreement(scored, _scored_by_trainer(config, pairs))
+        if not math.isfinite(metrics["sequence"]["max"]):
+            raise ReferenceMismatch(
+                f"Of {len(pairs)} pairs, some have log-probs that are not finite, by {engine} or by the trainer's own "
+                "forward. The weights may be damaged, or model.dtype too narrow: try float32."
+            )
+        artifact = publish(location, kind, identity=identity, inputs=inputs, files=[], metrics=metrics)
+    metrics = artifact.manifest.metrics
+    worst, limit = metrics["sequence"]["max"], config.reference.tolerance
+    say(
+        kind,
+        f"|Δ| per token p50 {metrics['token']['p50']:.1e}, max {metrics['token']['max']:.1e}; per sequence p50 "
+        f"{metrics['sequence']['p50']:.1e}, max {worst:.1e} nats (tolerance {limit:g})",
+    )
+    if not worst <= limit:
+        raise ReferenceMismatch(
+            f"The reference log-probs (engine {engine}, {config.model.dtype}) and the trainer's own "
+            f"forward differ by up to {worst:.3g} nats on one completion, over reference.tolerance={limit:g}; the mean "
+            f"difference per token is {metrics['bias_per_token']:.1e}. Training would start from a wrong zero. Set "
+            "reference.engine=torch, or model.dtype=float32, or, knowing what it means, a larger reference.tolerance."
+        )
+    return artifact, reused
+
+
+def _sample(rows: Artifact, count: int) -> list[TokenizedPair]:
+    """Pairs spread evenly over the shards, the first rows of each: the same ones every time."""
+    shards = [rows.location / file.name for file in rows.manifest.files if file.rows]
+    if len(shards) > count:
+        # The newest shards, which nobody has looked at yet, come last.
+        shards = [shards[(len(shards) - 1) * i // max(1, count - 1)] for i in range(count)]
+    pairs: list[TokenizedPair] = []
+    for i, shard in enumerate(shards):
+        wanted = -(-(count - len(pairs)) // (len(shards) - i))
+        if wanted <= 0:
+            break
+        pairs += [tokenized_pair(row) for row in read_shard(shard).slice(0, wanted).to_pylist()]
+    if not pairs:
+        raise DataError(f"{rows.location} holds no pairs, so there is nothing to train on.")
+    return pairs
+
+
+def _agreement(scored: _Scores, rescored: _Scores) -> dict[str, Any]:
+    # A side that an unpaired row lacks agrees by its absence, and must not count as a completion that agrees.
+    both = [(a, b) for a, b in zip(scored[0] + scored[1], rescored[0] + rescored[1], strict=True) if a or b]
+    return calibration([a for a, _ in both], [b for _, b in both])
+
+
+def _scored_by_trainer(config: Config, pairs: list[TokenizedPair]) -> _Scores:
+    try:
+        return _scored(torch_pool(config, _score_by_trainer, {"model": config.model, "pairs": pairs}))
+    except Exception as error:
+        raise_ours(error, "calibration")
+
+
+def _scored(pool: Pool) -> _Scores:
+    """What the function of a pool returns, in a process of its own that ends with it, and its engine's memory too."""
+    connect(pool.num_cpus, pool.num_gpus, why=pool.why, one_process=(pool.num_cpus, pool.num_gpus))
+    import ray
+
+    function: Callable[..., Any] = pool.build
+    task = ray.remote(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, max_calls=1)(function)
+    environment = {"runtime_env": {"env_vars": pool.env}} if pool.env else {}
+    return ray.get(task.options(**environment).remote(**pool.arguments))
+
+
+def _score_by_vllm(model: Model, options: VLLM, max_model_len: int, pairs: list[TokenizedPair]) -> _Scores:
+    return VLLMScorer(model, options, max_model_len).score(pairs)
+
+
+def _score_by_trainer(model: Model, pairs: list[TokenizedPair]) -> _Scores:
+    return TorchScorer(model).score(pairs)

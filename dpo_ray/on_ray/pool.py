@@ -1,0 +1,256 @@
+"""Row-wise stages: every shard is a task of its own, carried by Ray Data to a pool of actors.
+
+A worker writes its shard itself, atomically and under a name that says what it was made from. So a run that is
+killed loses the shards in flight and no others, and a stage over more input computes only what is new.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+
+from dpo_ray.on_ray.session import connect, is_embedded, num_cores, raise_ours
+from dpo_ray.progress import Progress, say
+from dpo_ray.shards.isolation import MAX_ATTEMPTS, Attempts, EngineDied
+from dpo_ray.shards.output import ShardOutput
+from dpo_ray.storage.artifact import (
+    SCHEMA_VERSION,
+    Artifact,
+    FileEntry,
+    describe_file,
+    digest,
+    fingerprint,
+    inspect_shard,
+    load,
+    lost_files,
+    publish,
+    write_shard,
+)
+from dpo_ray.storage.location import Location
+
+ShardFunction = Callable[..., ShardOutput]
+"""Called with a task's source; where the pool isolates, with the shard's Attempts too."""
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One unit of work."""
+
+    source: dict[str, Any]
+    """Where the worker finds its rows."""
+    content: str
+    """What the rows are: a content hash, and whatever of the source changes the result."""
+    rows: int
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The actors that do the work, and what Ray sets aside for each."""
+
+    build: Callable[..., ShardFunction]
+    """Class of the worker; built once in each actor with `arguments`."""
+    arguments: dict[str, Any]
+    num_actors: int | None = None
+    """At most: Ray Data starts with one, and adds more while tasks wait and the cluster has room. None: as many as
+    there is room for, on an embedded Ray one a core."""
+    isolates: bool = False
+    """The worker finds the rows that it cannot do and quarantines them, also those that kill its process."""
+    num_cpus: float = 1.0
+    num_gpus: float = 0
+    env: dict[str, str] = field(default_factory=dict)
+    why: str = "a worker, and one CPU to read and write"
+    """The configuration keys behind these numbers."""
+
+
+def shard_tasks(artifact: Artifact) -> list[ShardTask]:
+    """One task for each shard of a finished artifact."""
+    return [
+        ShardTask(source={"file": (artifact.location / f.name).uri}, content=f.sha256, rows=f.rows)
+        for f in artifact.manifest.files
+        if f.rows is not None
+    ]
+
+
+def each_its_own(tasks: list[ShardTask]) -> list[ShardTask]:
+    """The same tasks, those of equal content told apart: copies of a shard would otherwise be done and counted once."""
+    seen: Counter[str] = Counter()
+    own = []
+    for task in tasks:
+        copy = seen[task.content]
+        seen[task.content] += 1
+        own.append(replace(task, content=f"{task.content}:copy {copy}") if copy else task)
+    return own
+
+
+def shard_stage(
+    output: Location,
+    kind: str,
+    *,
+    identity: dict[str, Any],
+    inputs: dict[str, str],
+    tasks: list[ShardTask],
+    pool: Pool,
+    unit: str = "rows",
+) -> tuple[Artifact, bool]:
+    """The artifact that the workers make of these tasks, and whether it was finished already.
+
+    Args:
+        output: the folder run.output.
+        identity: options that change the result; the fingerprint covers them and the inputs.
+    """
+    stage_folder = output / "artifacts" / kind
+    location = stage_folder / fingerprint(kind, identity, inputs)
+    lost = lost_files(location, kind, location.name)
+    for name in lost:
+        (location / name.removeprefix("quarantine/")).remove()  # a quarantine is made with its shard
+    if lost:
+        say(kind, f"{location} has lost {len(lost)} files, the first being {lost[0]}: they are made again")
+    done = None if lost else load(location, kind, location.name)
+    if done is not None:
+        say(kind, f"reused: {done.manifest.counters['kept']} rows in {location}")
+        return done, True
+    # A name covers all that a shard depends on, so that a sibling artifact's shard can be taken over.
+    names = [f"{digest([kind, SCHEMA_VERSION, identity, task.content])}.parquet" for task in tasks]
+    finished = set(_take_over(stage_folder, location, set(names), pool.isolates))
+    missing = [(n, t) for n, t in dict(zip(names, tasks, strict=True)).items() if n not in finished]
+    say(kind, f"{len(finished)} of {len(names)} shards are finished already, {len(missing)} to compute")
+    if missing:
+        _compute(kind, location, missing, pool, unit)
+    entries: dict[str, FileEntry] = {}
+    counters: Counter[str] = Counter()
+    quarantines: list[FileEntry] = []
+    for name in dict.fromkeys(names):
+        entries[name], counts = inspect_shard(location / name)
+        counters.update(counts)
+        quarantine = location / "quarantine" / name
+        if quarantine.exists():
+            entry = describe_file(quarantine)
+            quarantines.append(entry.model_copy(update={"name": f"quarantine/{name}"}))
+    if "kept" not in counters:  # a stage whose rows are not those that it keeps counts them itself
+        counters["kept"] = sum(e.rows or 0 for e in entries.values())
+    artifact = publish(
+        location,
+        kind,
+        identity=identity,
+        inputs=inputs,
+        files=[*entries.values(), *quarantines],
+        counters=dict(sorted(counters.items())),
+    )
+    return artifact, False
+
+
+def _take_over(stage_folder: Location, location: Location, wanted: set[str], isolates: bool) -> list[str]:
+    """Names of the wanted shards that exist, here or copied from another artifact of the same stage.
+
+    Args:
+        isolates: a row in quarantine is one that an engine failed on, which is tried again and not inherited.
+    """
+    present = {child.name for child in location.list()} & wanted
+    for sibling in stage_folder.list():
+        if sibling == location or present == wanted:
+            continue
+        for name in sorted(({child.name for child in sibling.list()} & wanted) - present):
+            quarantine = sibling / "quarantine" / name
+            if quarantine.exists():
+                if isolates:
+                    continue
+                quarantine.copy_to(location / "quarantine" / name)
+            else:
+                (location / "quarantine" / name).remove()  # of an attempt that died just after it had written this
+            (sibling / name).copy_to(location / name)
+            present.add(name)
+    return sorted(present)
+
+
+def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask]], pool: Pool, unit: str) -> None:
+    import ray.data
+
+    tasks = [{"task": json.dumps({"name": name, "source": task.source})} for name, task in missing]
+    wanted = pool.num_cpus * (pool.num_actors or 0)
+    one = (pool.num_cpus, pool.num_gpus)
+    connect(pool.num_cpus + 1, pool.num_gpus, why=pool.why, wanted_cpus=wanted + 1, one_process=one)
+    # On a cluster Ray knows what there is room for, and its autoscaler what can be added.
+    most = pool.num_actors or (num_cores() if is_embedded() else len(tasks))
+    # A worker that dies is started again and its tasks with it. Ray Data would do so for ever, also with a process
+    # that dies of loading its model.
+    resources: dict[str, Any] = {"num_cpus": pool.num_cpus, "max_restarts": MAX_ATTEMPTS}
+    if pool.num_gpus:
+        resources["num_gpus"] = pool.num_gpus
+    if pool.env:
+        resources["runtime_env"] = {"env_vars": pool.env}
+    results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+        ShardWorker,
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_constructor_kwargs={
+            "location": location,
+            "build": pool.build,
+            "arguments": pool.arguments,
+            "isolates": pool.isolates,
+        },
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(most, len(tasks)), max_tasks_in_flight_per_actor=2),
+        **resources,
+    )
+    progress = Progress(kind, sum(task.rows for _, task in missing), unit)
+    rows = {name: task.rows for name, task in missing}
+    say(kind, f"computing {len(missing)} shards, {progress.total} {unit}")
+    try:
+        for result in results.iter_rows():
+            progress.advance(rows[result["name"]], note=f"shard {result['name'].removesuffix('.parquet')} done")
+    except Exception as error:
+        raise_ours(error, kind)
+
+
+class ShardWorker:
+    """An actor of the pool: builds its function once, then writes one shard a task."""
+
+    def __init__(
+        self, location: Location, build: Callable[..., ShardFunction], arguments: dict[str, Any], isolates: bool = False
+    ):
+        self.location = location
+        self.isolates = isolates
+        self.work = build(**arguments)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        names = []
+        for text in batch["task"].to_pylist():
+            task = json.loads(text)
+            self._do(task["name"], task["source"])
+            names.append(task["name"])
+        return pa.table({"name": names})
+
+    def _do(self, name: str, source: dict[str, Any]) -> None:
+        if not self.isolates:
+            self._write(name, self.work(source))
+            return
+        attempts = Attempts(self.location / "attempts" / f"{name.removesuffix('.parquet')}.json")
+        try:
+            output = self.work(source, attempts)
+        except EngineDied:
+            # Ray starts this actor again, and the attempts tell its successor where to go on.
+            traceback.print_exc()
+            sys.stderr.flush()
+            # An engine on several GPUs has processes of its own, which would go on holding their memory.
+            for process in multiprocessing.active_children():
+                process.kill()
+            os._exit(1)
+        self._write(name, output)
+        attempts.clear()
+
+    def _write(self, name: str, output: ShardOutput) -> None:
+        # The quarantine first: a shard that exists is finished, its quarantine included.
+        quarantine = self.location / "quarantine" / name
+        if output.quarantine is not None:
+            write_shard(quarantine, output.quarantine, {})
+        else:
+            quarantine.remove()  # of an attempt that died just after it had written this
+        write_shard(self.location / name, output.table, dict(output.counters))

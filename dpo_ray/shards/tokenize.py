@@ -1,0 +1,117 @@
+"""Canonical pairs → token ids, one shard at a time. No Ray here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from dpo_ray.bins import batches
+from dpo_ray.config import Data, Model
+from dpo_ray.data.chat import ChatTokenizer, Completion, Prompt, parse_tools
+from dpo_ray.data.duplicates import read_kept
+from dpo_ray.model.folders import load_tokenizer, resolve
+from dpo_ray.pairs import TOKENIZED
+from dpo_ray.shards.output import ShardOutput
+
+NOTED = {
+    "truncated_prompt": "the prompt was over data.max_prompt_tokens and was cut",
+    "truncated_completion": "a completion was over data.max_completion_tokens and was cut; it has no end-of-turn token",
+    "boundary_merge": "the last characters of the prompt and the first of a completion would share a token if they "
+    "were tokenized together; trained on are the ids apart",
+    "double_bos": "the prompt begins with two BOS tokens, which the chat template writes",
+    "double_eos": "a completion ends with two control tokens, with nothing but white space between them, which the "
+    "chat template writes; a model that stops at the first never generates the second",
+    "inner_control_token": "an answer spells a control token of the model, which is taken as plain text, or has one "
+    "that the chat template did not write",
+    "tools_ignored": "the pair has tools, but the chat template writes nothing for them",
+}
+"""Counters of pairs that were kept, though something about them is worth a look. Each counts a pair once, whichever of
+its sides is concerned; those that are zero are left out."""
+
+# Texts that are tokenized at once: enough to make the most of a call, little enough that a shard of very long rows
+# needs no more memory than one of them.
+_CHARACTERS_AT_ONCE = 1 << 18
+
+_SIDES = ("chosen", "rejected")
+
+
+class TokenizeShard:
+    """Canonical pairs → token ids; pairs over the length limits are dropped or cut, and counted.
+
+    An absent side has no ids. Rows that the source leaves out, as duplicates.read_kept reads it, are counted too. A
+    very long text is tokenized like any other before it is dropped or cut: that takes time and memory in proportion to
+    its length (0.1 to 0.5 s and some 100 MB for 200,000 characters), and its number of characters does not tell for
+    sure whether it is too long.
+    """
+
+    def __init__(self, model: Model, data: Data):
+        folder = resolve(model.path, model.revision)
+        self.chat = ChatTokenizer(load_tokenizer(folder, trust_remote_code=model.trust_remote_code))
+        self.data = data
+
+    def __call__(self, source: dict[str, Any]) -> ShardOutput:
+        kept: list[dict[str, Any]] = []
+        table, counters = read_kept(source)
+        for rows in batches(table.to_pylist(), _characters, _CHARACTERS_AT_ONCE):
+            for fate in self._fates(rows):
+                if isinstance(fate, str):
+                    counters[fate] += 1
+                else:
+                    kept.append(fate.row)
+                    counters.update(fate.noted)
+        return ShardOutput(pa.Table.from_pylist(kept, schema=TOKENIZED), counters)
+
+    def _fates(self, rows: list[dict[str, Any]]) -> Iterator[_Kept | str]:
+        """Each row as it is kept, or why it is dropped; those whose prompt is too long come first."""
+        prompts = self.chat.prompts([(row["prompt"], parse_tools(row.get("tools"))) for row in rows])
+        turns = []
+        for row, prompt in zip(rows, prompts, strict=True):
+            ids = self.chat.fit_prompt(prompt, self.data.max_prompt_tokens, self.data.long_prompts)
+            if ids is None:
+                yield "prompt_too_long"
+            else:
+                turns.append((row, prompt, ids))
+        answers = [(prompt, row[side]) for row, prompt, _ in turns for side in _SIDES if row[side] is not None]
+        completions = self.chat.completions(answers)
+        merges = self.chat.merges_at_boundary([(p, c) for (p, _), c in zip(answers, completions, strict=True)])
+        sides = iter(zip(completions, merges, strict=True))
+        for row, prompt, ids in turns:
+            found = {side: next(sides) for side in _SIDES if row[side] is not None}
+            yield self._fate(row, prompt, ids, found)
+
+    def _fate(
+        self, row: dict[str, Any], prompt: Prompt, ids: list[int], sides: dict[str, tuple[Completion, bool]]
+    ) -> _Kept | str:
+        limit = self.data.max_completion_tokens
+        too_long = any(len(completion.ids) > limit for completion, _ in sides.values())
+        if too_long and self.data.long_completions == "drop":
+            return "completion_too_long"
+        chosen, rejected = (sides[side][0].ids[:limit] if side in sides else [] for side in _SIDES)
+        if chosen == rejected:
+            return "identical_tokens"
+        notes = {
+            "truncated_prompt": len(prompt.ids) > self.data.max_prompt_tokens,
+            "truncated_completion": too_long,
+            "boundary_merge": any(merges for _, merges in sides.values()),
+            "double_bos": self.chat.begins_twice(ids),
+            "double_eos": self.chat.ends_twice(chosen) or self.chat.ends_twice(rejected),
+            "inner_control_token": any(completion.foreign_control_token for completion, _ in sides.values()),
+            "tools_ignored": prompt.tools is not None and not self.chat.uses_tools(prompt),
+        }
+        kept = {name: row[name] for name in ("pair_id", "prompt_id", "split")}
+        kept |= {"prompt_ids": ids, "chosen_ids": chosen, "rejected_ids": rejected}
+        return _Kept(kept, [name for name, applies in notes.items() if applies])
+
+
+class _Kept(NamedTuple):
+    row: dict[str, Any]
+    """A row of TOKENIZED."""
+    noted: list[str]
+    """Keys of NOTED."""
+
+
+def _characters(row: dict[str, Any]) -> int:
+    texts = [*(message["content"] for message in row["prompt"]), *(row[side] or "" for side in _SIDES)]
+    return sum(map(len, texts)) + len(row["tools"] or "")

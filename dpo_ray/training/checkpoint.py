@@ -1,0 +1,157 @@
+"""What a training run needs to go on exactly where it stopped.
+
+Every rank writes a folder of its own and all folders are merged into one checkpoint: each holds the tensors that
+its rank is to write, in the format of torch.distributed.checkpoint. That format names tensors and their places in
+the whole, so a checkpoint can be resumed by another number of workers, and under DDP what FSDP wrote and the
+other way round. Only trained parameters are in it: for LoRA, the adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from dpo_ray.storage.location import Location
+from dpo_ray.training.checkpoint_reader import Planner, Reader
+from dpo_ray.training.optim import WeightAverage
+from dpo_ray.training.parallel import Rank, gathered_objects, trained_state
+
+STATE = "state.json"
+HISTORY = "metrics.jsonl"
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+@dataclass
+class TrainState:
+    """Where the loop is: all that is not a tensor."""
+
+    next_step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """Metrics of every logged step."""
+    reward_sum: float = 0.0
+    """Of the rewards of chosen and rejected over all steps so far, for losses that track their mean."""
+    reward_count: float = 0.0
+    finished: bool = False
+    """Whether this is the end: the last step, or an early stop."""
+    exported_step: int = 0
+    """At the end, the step whose weights are exported."""
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    state: TrainState,
+    me: Rank,
+) -> None:
+    """Write this rank's part; every rank must call it. The parts together are the checkpoint."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch remarks that one process without a group is alone, which is meant
+        dcp.save(_tensors(policy, optimizer, average), checkpoint_id=folder, no_dist=not dist.is_initialized())
+    torch.save(_random_state(), folder / f"random-{me.rank}.pt")
+    if me.rank == 0:
+        (folder / HISTORY).write_text("".join(json.dumps(m, allow_nan=False) + "\n" for m in state.history))
+    written = gathered_objects({f.name: f.stat().st_size for f in folder.iterdir()}, me)
+    if me.rank == 0:
+        record = {k: v for k, v in vars(state).items() if k != "history"}
+        record["files"] = {name: size for part in written for name, size in part.items()}
+        (folder / STATE).write_text(json.dumps(record, allow_nan=False))
+
+
+def load_checkpoint(
+    folder: Path,
+    *,
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    me: Rank,
+) -> TrainState:
+    """Restore in place, whatever the number of workers and the wrapping were when it was written."""
+    tensors = _tensors(policy, optimizer, average)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(tensors, storage_reader=Reader(folder), planner=Planner(), no_dist=not dist.is_initialized())
+    set_model_state_dict(policy, tensors["model"], options=_TRAINED)
+    set_optimizer_state_dict(policy, optimizer, tensors["optimizer"], options=_TRAINED)
+    mine = folder / f"random-{me.rank}.pt"
+    if mine.exists():  # a rank that the run did not have before starts from its seed
+        _set_random_state(torch.load(mine, map_location="cpu", weights_only=True))
+    record = json.loads((folder / STATE).read_text())
+    del record["files"]
+    return TrainState(**record, history=read_history(folder))
+
+
+def load_weights(folder: Path, *, policy: nn.Module, average: WeightAverage | None) -> None:
+    """Only the weights of a checkpoint, in place: what was evaluated at its step."""
+    tensors: dict[str, Any] = {"model": trained_state(policy, _TRAINED)}
+    if average is not None:
+        tensors["average"] = average.named_values()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(tensors, storage_reader=Reader(folder), planner=Planner(), no_dist=not dist.is_initialized())
+    set_model_state_dict(policy, tensors["model"], options=_TRAINED)
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of every logged step up to the checkpoint."""
+    return [json.loads(line) for line in (folder / HISTORY).read_text().splitlines()]
+
+
+def is_whole(checkpoint: Location) -> bool:
+    """Whether every file of a checkpoint is there in its full size; an upload may have been cut short."""
+    try:
+        files = json.loads((checkpoint / STATE).read_bytes())["files"]
+        return all((checkpoint / name).size() == size for name, size in files.items())
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _tensors(policy: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> dict[str, Any]:
+    fresh = not optimizer.state
+    tensors: dict[str, Any] = {
+        "model": trained_state(policy, _TRAINED),
+        "optimizer": get_optimizer_state_dict(policy, optimizer, options=_TRAINED),
+    }
+    if fresh:  # torch has filled it in by a step without gradients, which is to count for none
+        for values in optimizer.state.values():
+            values["step"].zero_()
+    if average is not None:
+        tensors["average"] = average.named_values()
+    return tensors
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
+        "python": random.getstate(),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    random.setstate(state["python"])

@@ -1,0 +1,145 @@
+"""Data parallelism over the workers of one run: DDP, or FSDP2, behind the same few functions.
+
+Both average gradients over the workers; one worker that trains in float32 is not wrapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dpo_ray.model.policy import CompletionScorer, decoder_layers
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Who this worker is."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def parallelize(
+    scorer: CompletionScorer, strategy: Literal["ddp", "fsdp"], me: Rank, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The module to call for a forward pass that gradients are to flow through.
+
+    fsdp shards each decoder layer on its own, in place (torch's fully_shard, arXiv:2304.11277), so that one layer
+    at a time is whole. In bfloat16, layers compute in it while weights, gradients and the optimizer stay in float32;
+    FSDP does that, for ddp on a mesh in which every worker is a shard of one and only gradients travel.
+
+    Args:
+        dtype: what the forward and backward pass compute in.
+
+    Raises ConfigError where the model does not name its decoder layers.
+    """
+    if strategy == "ddp" and dtype == torch.float32:
+        return DistributedDataParallel(scorer) if me.world_size > 1 else scorer
+    layers = decoder_layers(scorer.model, wanted_by="train.strategy=fsdp or model.dtype=bfloat16")
+    if not dist.is_initialized():
+        _start_group_of_one(me)
+    kind = me.device.type
+    if strategy == "fsdp":
+        mesh = init_device_mesh(kind, (me.world_size,))
+    else:
+        mesh = init_device_mesh(kind, (me.world_size, 1), mesh_dim_names=("replicate", "shard"))
+    precision = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    # Where every worker holds all weights, giving the computing copy up between the passes would save nothing.
+    keep = strategy == "ddp"
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=not keep)
+    fully_shard(scorer, mesh=mesh, mp_policy=precision)
+    return scorer
+
+
+def _start_group_of_one(me: Rank) -> None:
+    backend = "nccl" if me.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def accumulating(forward: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+    """Around forward and backward of one micro-batch: gradients travel between workers in the last one only."""
+    if isinstance(forward, FSDPModule):
+        forward.set_requires_gradient_sync(last)
+    elif isinstance(forward, DistributedDataParallel) and not last:
+        return forward.no_sync()
+    return nullcontext()
+
+
+def forget_gathered(forward: nn.Module) -> None:
+    """After forward passes without a backward one, before weights are written to.
+
+    FSDP2 keeps the outermost weights gathered then, and would use them in the next forward pass as they were.
+    """
+    if isinstance(forward, FSDPModule):
+        forward.reshard()
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scale all gradients down to a global norm. Returns the norm before, over all shards."""
+    trained = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    whole = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not whole <= max_norm:  # below it, a multiplication by 1 would pass over all gradients for nothing
+        nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+    return whole
+
+
+def summed(values: Tensor, me: Rank) -> Tensor:
+    """The sum of a tensor over all workers, on each of them."""
+    if me.world_size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gathered(values: Tensor, me: Rank) -> list[Tensor]:
+    """Tensors [n_r, …] of every rank r, in the order of the ranks; the n_r may differ."""
+    if me.world_size == 1:
+        return [values]
+    mine = torch.tensor([len(values)], device=values.device)
+    counts = [torch.zeros_like(mine) for _ in range(me.world_size)]
+    dist.all_gather(counts, mine)
+    longest = max(int(count) for count in counts)
+    padded = values.new_zeros(longest, *values.shape[1:])
+    padded[: len(values)] = values
+    parts = [torch.zeros_like(padded) for _ in range(me.world_size)]
+    dist.all_gather(parts, padded)
+    return [part[: int(count)] for part, count in zip(parts, counts, strict=True)]
+
+
+def gathered_objects(value: Any, me: Rank) -> list[Any]:
+    """A small picklable value of every rank, in the order of the ranks."""
+    if me.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * me.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """Trained parameters by name, whole and on the CPU; empty on other ranks than 0. Every rank must call it.
+
+    Unsharded parameters on the CPU are given themselves, not copied: use them before they change.
+    """
+    return trained_state(model, StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True))
+
+
+def trained_state(model: nn.Module, options: StateDictOptions) -> dict[str, Any]:
+    """Trained parameters and buffers by name. Every rank must call it."""
+    # torch leaves a frozen parameter out under its first name only; tied weights have two.
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: v for name, v in get_model_state_dict(model, options=options).items() if name not in frozen}

@@ -1,0 +1,358 @@
+"""One optimizer step over exactly one global batch, and the same forward for held-out pairs.
+
+B pairs of a micro-batch, G of the global batch; N completion tokens. The result does not depend on how a step is
+cut into micro-batches or spread over ranks: losses are summed and divided by G.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_ray.config import Train
+from dpo_ray.errors import DataError, NonFiniteLoss, ReferenceMismatch
+from dpo_ray.losses.objective import BatchTerms, kl_estimate, pair_loss, rewards
+from dpo_ray.losses.pair_logps import PairLogps, pair_logps, sum_by_sequence
+from dpo_ray.model.logprobs import TokenScores
+from dpo_ray.model.packing import MicroBatch, mismatched
+from dpo_ray.model.policy import CompletionScorer
+from dpo_ray.pairs import TokenizedPair
+from dpo_ray.training.batch import Share
+from dpo_ray.training.checkpoint import TrainState
+from dpo_ray.training.optim import WeightAverage
+from dpo_ray.training.parallel import (
+    Rank,
+    accumulating,
+    clip_grad_norm,
+    forget_gathered,
+    gathered,
+    gathered_objects,
+    summed,
+)
+
+
+@dataclass
+class Learner:
+    """A policy in training on one rank."""
+
+    forward: nn.Module
+    """The scorer as gradients flow through it: wrapped for DDP, or the scorer itself."""
+    scorer: CompletionScorer
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
+    options: Train
+    me: Rank
+    state: TrainState
+
+    def step(
+        self, share: Share, rate: float, reference_tolerance: float | None, *, with_entropies: bool = False
+    ) -> dict[str, Any]:
+        """Forward, backward and update. Returns metrics averaged over the global batch.
+
+        Where the loss or the gradient is not finite the weights are left as they are, and `skipped_pairs` names the
+        pairs in place of the metrics.
+
+        Args:
+            rate: the learning rate.
+            reference_tolerance: largest |log π − log π_ref| of a completion in nats, where policy and reference must
+                still be the same; None where they need not be.
+            with_entropies: report entropy and mean logits too.
+
+        Raises ReferenceMismatch, on every rank alike, where they are not the same.
+        """
+        options, me = self.options, self.me
+        sums = _Sums()
+        terms = self._batch_terms(share)
+        coupled = self._coupled(share, terms) if options.loss.couples_batch else None
+        seen: list[Tensor] = []
+        for number, pairs in enumerate(share.microbatches):
+            with accumulating(self.forward, last=number == len(share.microbatches) - 1):
+                scored = self._score(self.forward, pairs or [share.filler], with_entropies)
+                logps = scored.logps
+                if not pairs:
+                    (0.0 * (logps.policy_chosen.sum() + logps.policy_rejected.sum())).backward()
+                    continue
+                if coupled is None:
+                    losses = pair_loss(options.loss, logps, terms)
+                    # Gradients are averaged over ranks; world_size times that is their sum over the global batch.
+                    (losses.sum() * (me.world_size / options.global_batch_size)).backward()
+                else:
+                    losses, surrogate = coupled.of(logps, first=sums.num_pairs)
+                    (surrogate * me.world_size).backward()
+            sums.add(_per_pair(options, losses, logps) | scored.statistics, len(pairs), scored.num_tokens)
+            if reference_tolerance is not None:
+                seen += [logps.chosen_logratios.detach().abs(), logps.rejected_logratios.detach().abs()]
+        if reference_tolerance is not None:
+            self._require_reference(seen, reference_tolerance)
+        totals = sums.over_ranks(me)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        grad_norm = clip_grad_norm(self.scorer.parameters(), options.max_grad_norm)
+        if not (math.isfinite(totals.mean("loss")) and math.isfinite(grad_norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            return {"skipped_pairs": self._ids(share), "num_tokens": totals.num_tokens}
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
+        if options.loss.tracks_reward_mean:
+            for side in ("rewards/chosen", "rewards/rejected"):
+                total, count = totals.total_and_count(side)
+                self.state.reward_sum += total
+                self.state.reward_count += count
+        return {**totals.means(), **_named(options, terms), "grad_norm": grad_norm, "num_tokens": totals.num_tokens}
+
+    @torch.no_grad()
+    def evaluate(self, share: Share) -> dict[str, float]:
+        """Metrics over held-out pairs, `eval_` before their names. A loss that couples a batch couples all of them.
+
+        Raises NonFiniteLoss, on every rank alike, where the loss is not finite.
+        """
+        self.scorer.eval()
+        everything, _, statistics = self._global_logps(share, with_entropies=True)
+        terms = self._batch_terms(share)
+        self.scorer.train()
+        forget_gathered(self.forward)
+        losses = pair_loss(self.options.loss, everything, terms)
+        sums = _Sums()
+        sums.add(_per_pair(self.options, losses, everything) | statistics, len(losses), 0)
+        means = {**sums.means(), **_named(self.options, terms)}
+        if not all(math.isfinite(value) for value in means.values()):
+            raise NonFiniteLoss(
+                f"The loss of the {len(losses)} held-out pairs is {means['loss']}. Lower train.learning_rate, or train "
+                "in float32; the last checkpoint is kept."
+            )
+        return {f"eval_{name}": value for name, value in means.items()}
+
+    def _score(self, module: nn.Module, pairs: Sequence[TokenizedPair], with_entropies: bool = False) -> _Scored:
+        loss = self.options.loss
+        batch = self.scorer.collate(list(pairs)).to(self.me.device)
+        if loss.needs_reference and batch.reference_logprobs is None:
+            raise DataError(
+                f"Pair {pairs[0].pair_id} has no reference log-probs: train on a finished reference artifact."
+            )
+        scores: TokenScores = module(batch, with_collisions=loss.weights_by_policy, with_entropies=with_entropies)
+        logps = pair_logps(
+            scores.logprobs,
+            batch.sequence_index,
+            batch.num_pairs,
+            ref_token_logprobs=batch.reference_logprobs if loss.needs_reference else None,
+            ld_alpha=loss.token_tail_weight,
+            log_collisions=scores.log_collisions,
+        )
+        sides = [side for p in pairs for side in (p.chosen_ids, p.rejected_ids) if side]
+        prompts = sum(len(p.prompt_ids) * (bool(p.chosen_ids) + bool(p.rejected_ids)) for p in pairs)
+        return _Scored(logps, _statistics(scores, batch, logps), prompts + sum(map(len, sides)))
+
+    @torch.no_grad()
+    def _batch_terms(self, share: Share) -> BatchTerms:
+        """What the loss takes from the whole batch, and from the steps before."""
+        loss, state = self.options.loss, self.state
+        kl: Tensor | float = 0.0
+        if loss.needs_mismatched:
+            ratios = [torch.zeros(0, device=self.me.device)]
+            for pairs in share.microbatches:
+                rows = mismatched(pairs)
+                scored = self._score(self.scorer, rows or [share.filler])
+                if rows:
+                    ratios.append(scored.logps.chosen_logratios)
+            everywhere = torch.cat(gathered(torch.cat(ratios), self.me))
+            kl = kl_estimate(everywhere) if len(everywhere) else 0.0
+        mean = state.reward_sum / state.reward_count if loss.tracks_reward_mean and state.reward_count else 0.0
+        return BatchTerms(kl=kl, reward_mean=mean)
+
+    @torch.no_grad()
+    def _global_logps(self, share: Share, with_entropies: bool = False) -> tuple[PairLogps, int, Statistics]:
+        """Of all ranks' pairs, in the order of the ranks: log-probs, where this rank's begin, and statistics."""
+        parts = []
+        for pairs in share.microbatches:
+            scored = self._score(self.scorer, pairs or [share.filler], with_entropies)
+            if pairs:
+                parts.append(scored.stacked())
+        like = scored.stacked()
+        mine = torch.cat(parts) if parts else like[:0]
+        ranks = gathered(mine, self.me)
+        logps, statistics = scored.unstacked(torch.cat(ranks))
+        return logps, sum(len(part) for part in ranks[: self.me.rank]), statistics
+
+    def _coupled(self, share: Share, terms: BatchTerms) -> _Coupled:
+        """The loss over the whole global batch and its derivatives by each log-prob.
+
+        A loss that couples pairs cannot be summed over micro-batches. So all log-probs are computed once without
+        gradients; the loss is taken over all of them; and the chain rule then goes through each micro-batch with the
+        derivatives of this loss (as in arXiv:2101.06983). It costs one more forward pass.
+        """
+        everything, first, _ = self._global_logps(share)
+        leaves = {name: getattr(everything, name).clone().requires_grad_() for name in _POLICY_FIELDS}
+        values = {f.name: getattr(everything, f.name) for f in fields(everything)}
+        with torch.enable_grad():
+            losses = pair_loss(self.options.loss, PairLogps(**{**values, **leaves}), terms)
+            found = torch.autograd.grad(losses.mean(), list(leaves.values()), allow_unused=True)
+        derivatives = {
+            name: torch.zeros_like(leaves[name]) if g is None else g for name, g in zip(leaves, found, strict=True)
+        }
+        return _Coupled(losses.detach(), derivatives, first)
+
+    def _require_reference(self, distances: list[Tensor], tolerance: float) -> None:
+        mine = torch.cat([torch.zeros(1, device=self.me.device), *distances])
+        worst = float(torch.cat(gathered(mine, self.me)).max())
+        if not worst <= tolerance:
+            raise ReferenceMismatch(
+                f"At the first step a completion's log-prob under the policy and under the reference differ by "
+                f"{worst:.3g} nats, over reference.tolerance={tolerance:g}; they are the same model still. Training "
+                "would start from a wrong zero. Check that the reference artifact was made for this model; in "
+                "bfloat16, use reference.engine=torch, model.dtype=float32 or a larger reference.tolerance."
+            )
+
+    def _ids(self, share: Share) -> list[str]:
+        return [i for ids in gathered_objects([p.pair_id for p in share.pairs], self.me) for i in ids]
+
+
+_POLICY_FIELDS = ("policy_chosen", "policy_rejected", "mean_chosen", "mean_rejected")
+
+
+@dataclass(frozen=True)
+class _Coupled:
+    """A loss over the global batch: its values [G], and its mean's derivatives by each log-prob, each [G]."""
+
+    losses: Tensor
+    derivatives: dict[str, Tensor]
+    first: int
+    """Where this rank's pairs begin."""
+
+    def of(self, logps: PairLogps, first: int) -> tuple[Tensor, Tensor]:
+        """For a micro-batch that begins at this rank's pair `first`: its losses [B], and a scalar whose gradient
+        is its part of the gradient of the mean loss."""
+        here = slice(self.first + first, self.first + first + len(logps.policy_chosen))
+        surrogate = sum(((getattr(logps, name) * d[here]).sum() for name, d in self.derivatives.items()), 0.0)
+        assert isinstance(surrogate, Tensor)
+        return self.losses[here], surrogate
+
+
+Statistics = dict[str, tuple[Tensor, Tensor]]
+"""Name of a metric → (what is summed [B], and over how many it is averaged [B])."""
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A micro-batch after its forward pass."""
+
+    logps: PairLogps
+    statistics: Statistics
+    """Entropy and mean logits, where asked for."""
+    num_tokens: int
+    """As the field counts them: a prompt once for each of its completions."""
+
+    def stacked(self) -> Tensor:
+        """All of it in one tensor, [B, columns]; unstacked gives it back."""
+        values = [v for f in fields(self.logps) if (v := getattr(self.logps, f.name)) is not None]
+        return torch.stack([*values, *(column for both in self.statistics.values() for column in both)], dim=1)
+
+    def unstacked(self, stacked: Tensor) -> tuple[PairLogps, Statistics]:
+        """Of any number of pairs whose columns are those of this one."""
+        columns: Iterator[Tensor] = iter(stacked.unbind(1))
+        present = {f.name: getattr(self.logps, f.name) is not None for f in fields(self.logps)}
+        logps: dict[str, Any] = {name: next(columns) if there else None for name, there in present.items()}
+        return PairLogps(**logps), {name: (next(columns), next(columns)) for name in self.statistics}
+
+
+def _statistics(scores: TokenScores, batch: MicroBatch, logps: PairLogps) -> Statistics:
+    if scores.entropies is None or scores.mean_logits is None:
+        return {}
+    entropies, logits = (
+        sum_by_sequence(values, batch.sequence_index, 2 * batch.num_pairs)
+        for values in (scores.entropies, scores.mean_logits)
+    )
+    chosen, rejected = logps.num_chosen_tokens, logps.num_rejected_tokens
+    return {
+        "entropy": (entropies[0::2] + entropies[1::2], chosen + rejected),
+        "logits/chosen": (logits[0::2], chosen),
+        "logits/rejected": (logits[1::2], rejected),
+    }
+
+
+def _per_pair(options: Train, losses: Tensor, logps: PairLogps) -> Statistics:
+    """What is reported as an average over the pairs that have it."""
+    chosen, rejected = rewards(options.loss, logps)
+    with_chosen, with_rejected = logps.num_chosen_tokens > 0, logps.num_rejected_tokens > 0
+    both = with_chosen & with_rejected
+    plain_chosen = (logps.mean_chosen * logps.num_chosen_tokens).detach()
+    plain_rejected = (logps.mean_rejected * logps.num_rejected_tokens).detach()
+    return {
+        "loss": (losses.detach(), torch.ones_like(both)),
+        "rewards/chosen": (chosen, with_chosen),
+        "rewards/rejected": (rejected, with_rejected),
+        "rewards/margins": (chosen - rejected, both),
+        "rewards/accuracies": ((chosen > rejected).float(), both),
+        "logps/chosen": (plain_chosen, with_chosen),
+        "logps/rejected": (plain_rejected, with_rejected),
+    }
+
+
+def _named(options: Train, terms: BatchTerms) -> dict[str, float]:
+    named = {}
+    if isinstance(terms.kl, Tensor):  # measured, not assumed
+        named["kl"] = float(terms.kl)
+    if options.loss.tracks_reward_mean:
+        named["reward_mean"] = float(terms.reward_mean)
+    return named
+
+
+_NAMES = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "entropy",
+    "logits/chosen",
+    "logits/rejected",
+)
+
+
+class _Sums:
+    """Sums and counts of the metrics of many pairs, in float64."""
+
+    def __init__(self) -> None:
+        self._totals = torch.zeros(2, len(_NAMES), dtype=torch.float64)
+        self.num_tokens = 0
+        self.num_pairs = 0
+
+    def add(self, values: Statistics, num_pairs: int, num_tokens: int) -> None:
+        device = values["loss"][0].device
+        nothing = torch.zeros(1, device=device), torch.zeros(1, device=device)
+        both = [values.get(name, nothing) for name in _NAMES]
+        # A value that does not count may be anything, NaN too.
+        kept = [torch.where(counts > 0, v.double(), 0.0).sum() for v, counts in both]
+        self._totals[0] += torch.stack(kept).cpu()
+        self._totals[1] += torch.stack([counts.double().sum() for _, counts in both]).cpu()
+        self.num_tokens += num_tokens
+        self.num_pairs += num_pairs
+
+    def over_ranks(self, me: Rank) -> _Sums:
+        """The sums over all ranks, on each of them."""
+        own = torch.tensor([self.num_tokens, self.num_pairs], dtype=torch.float64)
+        flat = summed(torch.cat([self._totals.flatten(), own]).to(me.device), me).cpu()
+        everywhere = _Sums()
+        everywhere._totals = flat[:-2].view_as(self._totals)
+        everywhere.num_tokens, everywhere.num_pairs = int(flat[-2]), int(flat[-1])
+        return everywhere
+
+    def total_and_count(self, name: str) -> tuple[float, float]:
+        total, count = self._totals[:, _NAMES.index(name)].tolist()
+        return total, count
+
+    def mean(self, name: str) -> float:
+        total, count = self.total_and_count(name)
+        return total / count
+
+    def means(self) -> dict[str, float]:
+        """Those that any pair has; a thing not measured is absent."""
+        return {name: self.mean(name) for name in _NAMES if self.total_and_count(name)[1] > 0}

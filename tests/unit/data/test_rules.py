@@ -1,0 +1,265 @@
+"""The rules one by one; tests of whole rows are in test_formats.py."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from dpo_ray.data.rules import (
+    MEANING,
+    REASONS,
+    BadRow,
+    Reason,
+    check_label,
+    check_length,
+    check_message,
+    check_pair,
+    check_prompt,
+    check_scores,
+    check_text,
+    check_tools,
+    reject,
+)
+from dpo_ray.pairs import Message, PreferencePair
+
+
+def dialogue(*roles: str) -> list[Message]:
+    return [Message(role=role, content="x") for role in roles]
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [
+        ["user"],
+        ["system", "user"],
+        ["user", "assistant", "user"],
+        ["system", "user", "assistant", "user", "assistant", "user"],
+    ],
+)
+def test_a_dialogue_that_ends_with_the_user_is_a_prompt(roles: list[str]):
+    check_prompt(dialogue(*roles))
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [
+        ["assistant"],
+        ["system"],
+        ["user", "assistant"],
+        ["user", "user"],
+        ["assistant", "user"],
+        ["user", "system", "user"],
+        ["system", "system", "user"],
+    ],
+)
+def test_turns_out_of_order_are_no_prompt(roles: list[str]):
+    with pytest.raises(BadRow) as caught:
+        check_prompt(dialogue(*roles))
+    assert caught.value.reason == "role_order"
+
+
+@pytest.mark.parametrize("text", ["", "é", "\x00", "👩‍👩‍👧‍👦", "\u200f"])
+def test_text_passes_unchanged(text: str):
+    assert check_text(text) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, "null_field"),
+        (1, "non_string_content"),
+        (True, "non_string_content"),
+        ([{"type": "text", "text": "x"}], "non_string_content"),
+        (b"x", "non_string_content"),
+        ("\ud83d", "invalid_unicode"),
+    ],
+)
+def test_what_is_no_text_is_rejected_and_never_turned_into_text(value: Any, reason: Reason):
+    with pytest.raises(BadRow) as caught:
+        check_text(value)
+    assert caught.value.reason == reason
+
+
+def test_unknown_keys_of_a_message_are_left_out():
+    assert check_message({"role": "user", "content": "x", "name": "Ann"}) == {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize("role", ["human", "gpt", "User", "tool", ""])
+def test_only_three_roles_are_known(role: str):
+    with pytest.raises(BadRow) as caught:
+        check_message({"role": role, "content": "x"})
+    assert caught.value.reason == "unknown_role"
+
+
+@pytest.mark.parametrize("calls", [[{"function": {"name": "f"}}], "f()"])
+def test_a_message_that_calls_tools_is_not_taken_for_its_text(calls: Any):
+    with pytest.raises(BadRow) as caught:
+        check_message({"role": "assistant", "content": "Let me look.", "tool_calls": calls})
+    assert caught.value.reason == "tool_calls"
+
+
+@pytest.mark.parametrize("calls", [None, []])
+def test_a_message_that_calls_no_tools_passes(calls: Any):
+    message = {"role": "assistant", "content": "Yes."}
+    assert check_message({**message, "tool_calls": calls}) == message
+
+
+def test_a_good_pair_passes_unchanged():
+    pair = PreferencePair(tuple(dialogue("user")), " a ", "b")
+    assert check_pair(pair) is pair
+
+
+@pytest.mark.parametrize("pair", [PreferencePair((), "a", None), PreferencePair((), None, "a")])
+def test_an_absent_side_breaks_no_rule(pair: PreferencePair):
+    whole = replace(pair, prompt=tuple(dialogue("user")))
+    assert check_pair(whole) is whole
+
+
+@pytest.mark.parametrize("pair", [PreferencePair((), " ", None), PreferencePair((), None, "")])
+def test_a_side_alone_must_not_be_blank(pair: PreferencePair):
+    with pytest.raises(BadRow) as caught:
+        check_pair(replace(pair, prompt=tuple(dialogue("user"))))
+    assert caught.value.reason == "empty_response"
+
+
+@pytest.mark.parametrize(("label", "desirable"), [(True, True), (False, False), (1, True), (0, False)])
+def test_a_label_is_a_bool_or_the_integer_0_or_1(label: Any, desirable: bool):
+    assert check_label(label) is desirable
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        (None, "null_field"),
+        (2, "bad_label"),
+        (-1, "bad_label"),
+        (1.0, "bad_label"),
+        ("true", "bad_label"),
+        ("", "bad_label"),
+        ([True], "bad_label"),
+    ],
+)
+def test_any_other_label_is_rejected_and_never_taken_for_true_or_false(label: Any, reason: Reason):
+    with pytest.raises(BadRow) as caught:
+        check_label(label)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("scores", "numbers"), [([1, 2.5], [1.0, 2.5]), ([-1, 0], [-1.0, 0.0]), ([10**300, 0], [1e300, 0.0])]
+)
+def test_scores_are_finite_numbers(scores: Any, numbers: list[float]):
+    assert check_scores(scores, 2) == numbers
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [1],
+        [1, 2, 3],
+        [1, None],
+        [1, "2"],
+        [True, False],
+        [1, float("nan")],
+        [float("inf"), 1],
+        [10**400, 1],
+        "12",
+        {"a": 1, "b": 2},
+        1,
+    ],
+)
+def test_what_is_not_a_finite_number_for_each_completion_is_rejected(scores: Any):
+    with pytest.raises(BadRow, match="bad_scores"):
+        check_scores(scores, 2)
+
+
+TOOL = {"type": "function", "function": {"name": "größe", "parameters": {"properties": {"a": {"default": None}}}}}
+
+
+@pytest.mark.parametrize("tools", [None, "", " \n", [], "[]", "null"])
+def test_no_tools_are_none(tools: Any):
+    assert check_tools(tools) is None
+
+
+@pytest.mark.parametrize("tool", [{"name": "f"}, {"type": "function", "function": {"name": "f"}}])
+def test_a_tool_has_a_name_of_its_own_or_in_its_function(tool: Any):
+    assert check_tools([tool]) == check_tools(json.dumps([tool])) == json.dumps([tool])
+
+
+def test_tools_as_text_are_kept_as_they_are_but_for_white_space():
+    text = json.dumps([TOOL], indent=4)
+    assert check_tools(text) == json.dumps([TOOL], ensure_ascii=False)
+
+
+def test_what_is_null_in_a_column_of_structs_is_left_out_of_the_tools():
+    column = pa.array([[{"name": "f", "p": {"a": 1}}], [{"name": "g", "p": {"b": [None, 2]}}]])
+    assert [check_tools(row) for row in column.to_pylist()] == [
+        '[{"name": "f", "p": {"a": 1}}]',
+        '[{"name": "g", "p": {"b": [null, 2]}}]',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tools", "reason"),
+    [
+        ("look_up", "bad_tools"),
+        ('[{"name": "f"}', "bad_tools"),
+        ('[{"name": "f", "x": NaN}]', "bad_tools"),
+        ('[{"name": "f", "x": 1e999}]', "bad_tools"),
+        ("[" * 100_000, "bad_tools"),
+        ({"name": "f"}, "bad_tools"),
+        (["f"], "bad_tools"),
+        ([None], "bad_tools"),
+        ([{"name": ""}], "bad_tools"),
+        ([{"name": 1}], "bad_tools"),
+        ([{"function": "f"}], "bad_tools"),
+        ([{"name": "f"}, {"description": "no name"}], "bad_tools"),
+        ([{"name": "f", "x": b"y"}], "bad_tools"),
+        ([{"name": "f", "x": float("nan")}], "bad_tools"),
+        (7, "bad_tools"),
+        (b"[]", "bad_tools"),
+        ([{"name": "\ud800"}], "invalid_unicode"),
+        ('[{"name": "\\ud800"}]', "invalid_unicode"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_what_are_no_tools_is_rejected(tools: Any, reason: Reason):
+    with pytest.raises(BadRow) as caught:
+        check_tools(tools)
+    assert caught.value.reason == reason
+
+
+def test_characters_are_counted_over_all_the_text_of_a_row():
+    row = {
+        "prompt": [{"role": "user", "content": "Why?"}],
+        "chosen": "yes",
+        "label": 1,
+        "more": [["a", None], {"k": b"b"}],
+    }
+    check_length(row, 13)
+    with pytest.raises(BadRow, match="too_long"):
+        check_length(row, 12)
+
+
+def test_a_row_nested_beyond_recursion_is_counted_all_the_same():
+    nested: Any = "abc"
+    for _ in range(100_000):
+        nested = [nested]
+    check_length({"prompt": nested}, 3)
+    with pytest.raises(BadRow, match="too_long"):
+        check_length({"prompt": nested}, 2)
+
+
+def test_every_reason_has_a_meaning_in_words():
+    assert set(MEANING) == set(REASONS)
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_rejection_carries_its_reason(reason: Reason):
+    with pytest.raises(BadRow) as caught:
+        reject(reason)
+    assert caught.value.reason == str(caught.value) == reason

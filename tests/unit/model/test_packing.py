@@ -1,0 +1,326 @@
+"""The two layouts of a micro-batch, and that they are the same computation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.losses.objective import sum_by_sequence
+from dpo_ray.model.attention import IMPLEMENTATION, Segment
+from dpo_ray.model.packing import mismatched, pack, pad
+from dpo_ray.model.policy import CompletionScorer, load_policy
+from dpo_ray.pairs import TokenizedPair
+
+A = TokenizedPair("a", [5, 6, 7, 8, 9], [10, 11, 2], [12, 2])
+B = TokenizedPair("b", [20], [21], [22, 23, 24, 2])  # a prompt and an answer of one token
+C = TokenizedPair("c", [30, 31], [32, 33, 34, 35, 36, 2], [37])
+PAIRS = [A, B, C]
+DESIRABLE = replace(A, pair_id="d", rejected_ids=[])
+UNDESIRABLE = replace(B, pair_id="u", chosen_ids=[])
+UNPAIRED = [UNDESIRABLE, DESIRABLE]
+ALIKE = [  # answers that begin alike, and one that the other goes on from
+    TokenizedPair("e", [40, 41], [50, 51, 52, 2], [50, 51, 53]),
+    TokenizedPair("f", [42], [50, 51, 52, 2], [50, 51]),
+    TokenizedPair("g", [43, 44], [50, 51], [50, 51, 52, 2]),
+]
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """saved_model("Llama", option=…): the folder of a small random model of that architecture."""
+
+    def build(architecture: str, **options: Any) -> Path:
+        config = getattr(transformers, f"{architecture}Config")(**{**SIZES, **options})
+        folder = tmp_path_factory.mktemp(architecture)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            for parameter in model.parameters():
+                # Weights as large as trained ones: with the small initial ones attention hardly matters.
+                if parameter.ndim >= 2:
+                    torch.nn.init.normal_(parameter, std=0.15)
+            model.save_pretrained(folder)
+        return folder
+
+    return build
+
+
+def scorer(folder: Path) -> CompletionScorer:
+    return CompletionScorer(load_policy(folder)).eval()
+
+
+def unshared(folder: Path, pairs: list[TokenizedPair]) -> Tensor:
+    """The same log-probs the plain way: transformers' own forward over each sequence alone, all logits held."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    values = []
+    for pair in pairs:
+        for completion in filter(None, (pair.chosen_ids, pair.rejected_ids)):
+            logits = model(torch.tensor([pair.prompt_ids + completion])).logits[0]
+            predicting = logits[len(pair.prompt_ids) - 1 : -1].log_softmax(-1)
+            values.append(predicting.gather(-1, torch.tensor(completion)[:, None])[:, 0])
+    return torch.cat(values)
+
+
+def test_a_packed_row_by_hand():
+    batch = pack([A, B])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11, 2, 12, 2, 20, 21, 22, 23, 24, 2]]
+    # Both answers go on from the end of the prompt.
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 0, 1, 1, 2, 3, 4]]
+    assert batch.segments == (Segment(0, 5, 3, 2), Segment(10, 1, 1, 4))
+    assert batch.attention_mask is None
+    assert batch.targets.tolist() == [10, 11, 2, 12, 2, 21, 22, 23, 24, 2]
+    # The last prompt token predicts the first token of both answers.
+    assert batch.predictors.tolist() == [4, 5, 6, 4, 8, 10, 10, 12, 13, 14]
+    assert batch.sequence_index.tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 3, 3]
+
+
+def test_what_both_answers_begin_with_stands_in_the_row_once():
+    batch = pack(ALIKE)
+    assert batch.input_ids.tolist() == [[40, 41, 50, 51, 52, 2, 53, 42, 50, 51, 52, 2, 43, 44, 50, 51, 52, 2]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]]
+    assert batch.segments == (Segment(0, 4, 2, 1), Segment(7, 3, 2, 0), Segment(12, 4, 0, 2))
+    assert batch.targets.tolist() == [50, 51, 52, 2, 50, 51, 53, 50, 51, 52, 2, 50, 51, 50, 51, 50, 51, 52, 2]
+    assert batch.predictors.tolist() == [1, 2, 3, 4, 1, 2, 3, 7, 8, 9, 10, 7, 8, 13, 14, 13, 14, 15, 16]
+
+
+def test_padded_rows_by_hand():
+    batch = pad([A, B])
+    assert batch.input_ids.tolist() == [
+        [5, 6, 7, 8, 9, 10, 11, 2],
+        [5, 6, 7, 8, 9, 12, 2, 0],
+        [20, 21, 0, 0, 0, 0, 0, 0],
+        [20, 22, 23, 24, 2, 0, 0, 0],
+    ]
+    assert batch.attention_mask is not None
+    assert batch.attention_mask.sum(dim=1).tolist() == [8, 7, 2, 5]
+    assert batch.segments is None
+    assert batch.predictors.tolist() == [4, 5, 6, 8 + 4, 8 + 5, 16, 24, 25, 26, 27]
+
+
+def test_absent_sides_by_hand():
+    packed = pack(UNPAIRED)
+    assert packed.input_ids.tolist() == [[20, 22, 23, 24, 2, 5, 6, 7, 8, 9, 10, 11, 2]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6, 7]]
+    assert packed.segments == (Segment(0, 1, 0, 4), Segment(5, 5, 3, 0))
+    assert packed.predictors.tolist() == [0, 1, 2, 3, 9, 10, 11]
+    # The first pair has rejected tokens only, the second chosen ones only.
+    assert packed.sequence_index.tolist() == [1, 1, 1, 1, 2, 2, 2]
+    padded = pad(UNPAIRED)
+    assert padded.input_ids.tolist() == [[20, 22, 23, 24, 2, 0, 0, 0], [5, 6, 7, 8, 9, 10, 11, 2]]
+    assert padded.predictors.tolist() == [0, 1, 2, 3, 12, 13, 14]
+    assert padded.sequence_index.tolist() == [1, 1, 1, 1, 2, 2, 2]
+
+
+REFERENCE = [
+    replace(A, chosen_ref_logprobs=[-1.0, -2.0, -3.0], rejected_ref_logprobs=[-4.0, -5.0]),
+    replace(UNDESIRABLE, chosen_ref_logprobs=[], rejected_ref_logprobs=[-6.0, -7.0, -8.0, -9.0]),
+    replace(DESIRABLE, chosen_ref_logprobs=[-0.5, -1.5, -2.5]),
+]
+
+
+@pytest.mark.parametrize("layout", [pack, pad])
+def test_reference_log_probs_stand_beside_their_tokens(layout: Callable[..., Any]):
+    batch = layout(REFERENCE)
+    assert batch.targets.tolist() == [10, 11, 2, 12, 2, 22, 23, 24, 2, 10, 11, 2]
+    assert batch.reference_logprobs.tolist() == [-1, -2, -3, -4, -5, -6, -7, -8, -9, -0.5, -1.5, -2.5]
+    assert batch.reference_logprobs.dtype == torch.float32
+    assert layout(PAIRS).reference_logprobs is None
+
+
+@pytest.mark.parametrize("layout", [pack, pad])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        B,
+        replace(B, chosen_ref_logprobs=[-1.0]),
+        replace(B, chosen_ref_logprobs=[-1.0], rejected_ref_logprobs=[-1.0]),
+        replace(DESIRABLE, chosen_ref_logprobs=[-1.0] * 3, rejected_ref_logprobs=[-1.0]),
+    ],
+    ids=["none", "one side", "too few", "of an absent side"],
+)
+def test_a_gap_in_the_reference_log_probs_is_an_error_that_names_the_pair(
+    layout: Callable[..., Any], pair: TokenizedPair
+):
+    with pytest.raises(DataError, match=f"Pair {pair.pair_id} has "):
+        layout([REFERENCE[0], pair])
+
+
+def test_mismatched_completions_are_chosen_sides_of_their_new_prompts():
+    with_one = replace(REFERENCE[0], mismatched_ids=[21], mismatched_ref_logprobs=[-0.25])
+    assert mismatched([with_one, REFERENCE[1]]) == [
+        TokenizedPair("a", A.prompt_ids, [21], [], chosen_ref_logprobs=[-0.25])
+    ]
+    batch = pack(mismatched([with_one]))
+    assert batch.sequence_index.tolist() == [0]
+    assert batch.reference_logprobs is not None and batch.reference_logprobs.tolist() == [-0.25]
+    assert mismatched(PAIRS) == []
+
+
+@pytest.mark.parametrize("pairs", [[A], [B], PAIRS, PAIRS[::-1], UNPAIRED, [*UNPAIRED, *PAIRS], [DESIRABLE], ALIKE])
+def test_both_layouts_name_the_same_tokens_in_the_same_order(pairs: list[TokenizedPair]):
+    packed, padded = pack(pairs), pad(pairs)
+    assert torch.equal(packed.targets, padded.targets)
+    assert torch.equal(packed.sequence_index, padded.sequence_index)
+    assert packed.num_pairs == padded.num_pairs == len(pairs)
+
+
+def test_a_prompt_is_computed_once_and_its_tokens_are_never_targets():
+    batch = pack(PAIRS)
+    assert batch.input_ids.shape == (1, sum(p.num_tokens for p in PAIRS))
+    assert not set(batch.targets.tolist()) & {i for p in PAIRS for i in p.prompt_ids}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("Llama", {}),
+        ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+        ("Qwen2", {}),
+        ("Qwen3", {}),
+        ("Gemma", {}),
+        ("GPTNeoX", {"rotary_pct": 0.5}),
+        ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+        ("Granite", {"logits_scaling": 4.0, "attention_multiplier": 0.2}),
+        ("Mistral", {"sliding_window": None}),
+    ],
+)
+def test_packed_equals_padded_equals_unshared_in_values_and_gradients(
+    saved_model: Build, architecture: str, options: dict[str, Any]
+):
+    pairs = [*PAIRS, *UNPAIRED, *ALIKE]
+    folder = saved_model(architecture, **options)
+    packed = scorer(folder)
+    assert packed.packs
+    values = packed(packed.collate(pairs)).logprobs
+    torch.testing.assert_close(values, unshared(folder, pairs), rtol=0, atol=1e-5)
+    # Weights that differ by token, so that a gradient in the wrong place shows.
+    weights = torch.linspace(-1, 1, len(values))
+    (values * weights).sum().backward()
+
+    padded = scorer(folder)
+    padded.model.set_attn_implementation("sdpa")
+    assert not padded.packs
+    plain = padded(padded.collate(pairs)).logprobs
+    torch.testing.assert_close(values, plain, rtol=0, atol=1e-5)
+    (plain * weights).sum().backward()
+    compared = 0
+    for (name, mine), other in zip(packed.named_parameters(), padded.parameters(), strict=True):
+        assert (mine.grad is None) == (other.grad is None), name
+        if mine.grad is not None and other.grad is not None:
+            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+            compared += bool(mine.grad.abs().max() > 1e-3)
+    assert compared > 10
+
+
+def test_a_model_with_a_sliding_window_runs_padded_and_within_its_window(saved_model: Build):
+    folder = saved_model("Mistral", sliding_window=3)
+    windowed = scorer(folder)
+    assert not windowed.packs
+    assert windowed.model.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        got = windowed(windowed.collate(PAIRS)).logprobs
+    torch.testing.assert_close(got, unshared(folder, PAIRS), rtol=0, atol=1e-5)
+    # The window matters here: these sequences are longer than it.
+    wide = saved_model("Mistral", sliding_window=None)
+    assert (got - unshared(wide, PAIRS)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("Bloom", {"n_layer": 2, "n_head": 4}),
+        ("CodeGen", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}),
+        ("Doge", {"keep_window_size": 4}),
+        ("StableLm", {}),
+        ("Gemma2", {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0, "sliding_window": 4}),
+        ("Gemma3Text", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("GPTNeo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4}),
+    ],
+)
+def test_a_model_that_does_not_take_the_packed_attention_scores_right_or_is_refused(
+    saved_model: Build, architecture: str, options: dict[str, Any]
+):
+    folder = saved_model(architecture, **options)
+    try:
+        model = scorer(folder)
+    except ConfigError:
+        return
+    with torch.no_grad():
+        got = model(model.collate(PAIRS)).logprobs
+    torch.testing.assert_close(got, unshared(folder, PAIRS), rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def llama(saved_model: Build) -> CompletionScorer:
+    return scorer(saved_model("Llama"))
+
+
+def sums(model: CompletionScorer, pairs: list[TokenizedPair]) -> Tensor:
+    batch = pack(pairs)
+    with torch.no_grad():
+        return sum_by_sequence(model(batch).logprobs, batch.sequence_index, 2 * len(pairs)).view(-1, 2)
+
+
+def test_the_chosen_tokens_do_not_reach_the_rejected_ones_nor_the_other_way(llama: CompletionScorer):
+    before = sums(llama, [A, B])
+    other_chosen = sums(llama, [replace(A, chosen_ids=[40, 41, 42]), B])
+    assert torch.equal(other_chosen[0, 1], before[0, 1])
+    assert abs(other_chosen[0, 0] - before[0, 0]) > 1e-2
+    other_rejected = sums(llama, [replace(A, rejected_ids=[40, 41]), B])
+    assert torch.equal(other_rejected[0, 0], before[0, 0])
+    assert abs(other_rejected[0, 1] - before[0, 1]) > 1e-2
+
+
+def test_pairs_of_a_row_do_not_see_each_other(llama: CompletionScorer):
+    alone = torch.cat([sums(llama, [pair]) for pair in PAIRS])
+    torch.testing.assert_close(sums(llama, PAIRS), alone, rtol=0, atol=1e-5)
+
+
+def test_the_order_of_the_pairs_does_not_matter(llama: CompletionScorer):
+    torch.testing.assert_close(sums(llama, PAIRS[::-1]), sums(llama, PAIRS).flip(0), rtol=0, atol=1e-5)
+
+
+def test_swapping_the_answers_swaps_their_scores(llama: CompletionScorer):
+    swapped = [replace(p, chosen_ids=p.rejected_ids, rejected_ids=p.chosen_ids) for p in PAIRS]
+    torch.testing.assert_close(sums(llama, swapped), sums(llama, PAIRS).flip(1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [pack, pad])
+def test_moving_a_batch_moves_every_tensor_and_keeps_the_rest(layout: Callable[..., Any]):
+    batch = layout(REFERENCE)
+    moved = batch.to(torch.device("meta"))
+    for name, value in vars(batch).items():
+        if isinstance(value, Tensor):
+            assert getattr(moved, name).device.type == "meta", name
+        else:
+            assert getattr(moved, name) == value
+
+
+def test_the_packed_attention_is_the_one_that_runs(llama: CompletionScorer):
+    assert llama.model.config._attn_implementation == IMPLEMENTATION

@@ -1,0 +1,68 @@
+"""Which files data.train and data.eval name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dpo_ray.errors import DataError
+from dpo_ray.storage.location import Location
+from pipelines.ingest import input_files
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a.parquet", "b.jsonl.gz", "c.ndjson", "README.md", "out/artifacts/pairs/x/y.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    return tmp_path
+
+
+def names(folder: Path, *paths: str) -> list[str]:
+    given = [str(folder / path) for path in paths]
+    found = input_files(given[0] if len(given) == 1 else tuple(given), "data.train", Location.of(folder / "out"))
+    return [str(Path(file.uri).relative_to(folder)) for file in found]
+
+
+def test_a_folder_is_its_files_of_every_format_but_not_the_output(folder: Path):
+    assert names(folder, "") == ["a.parquet", "b.jsonl.gz", "c.ndjson"]
+    assert names(folder, "**/*.parquet") == ["a.parquet"]
+
+
+def test_a_path_that_leads_into_the_output_is_meant(folder: Path):
+    assert names(folder, "out/artifacts/pairs") == ["out/artifacts/pairs/x/y.parquet"]
+    assert names(folder, "out/artifacts/*/*/*.parquet") == ["out/artifacts/pairs/x/y.parquet"]
+
+
+def test_several_paths_name_each_file_once_in_their_order(folder: Path):
+    assert names(folder, "c.ndjson", "*.parquet", "") == ["c.ndjson", "a.parquet", "b.jsonl.gz"]
+
+
+def test_each_of_several_paths_must_name_a_file(folder: Path):
+    with pytest.raises(
+        DataError, match=r"data\.train is .*none, and no file is there.*\.jsonl\.zst.*data\.train=data/"
+    ):
+        names(folder, "", "none")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "a.txt").write_bytes(b"")
+    with pytest.raises(DataError, match="no file is there"):
+        names(folder, "notes")
+
+
+def test_the_output_is_no_input_however_it_is_spelled(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    link = folder.parent / f"{folder.name}-link"
+    link.symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for output in ("out", f"../{folder.name}/out", str(link / "out")):
+        found = input_files(str(folder), "data.train", Location.of(output))
+        assert [Path(file.uri).name for file in found] == ["a.parquet", "b.jsonl.gz", "c.ndjson"]
+
+
+def test_the_data_may_lie_beside_the_artifacts_in_the_output(folder: Path):
+    found = input_files(str(folder / "out"), "data.train", Location.of(folder))
+    assert [Path(file.uri).name for file in found] == ["y.parquet"]
+    (folder / "artifacts").mkdir()
+    (folder / "artifacts" / "shard.parquet").write_bytes(b"")
+    found = input_files(str(folder), "data.train", Location.of(folder))
+    assert "shard.parquet" not in [Path(file.uri).name for file in found]

@@ -1,0 +1,169 @@
+"""Manifests, fingerprints and shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from dpo_ray.errors import DataError
+from dpo_ray.pairs import PAIRS
+from dpo_ray.storage.artifact import (
+    MANIFEST,
+    Artifact,
+    describe_file,
+    digest,
+    file_hash,
+    fingerprint,
+    inspect_shard,
+    load,
+    lost_files,
+    publish,
+    read_shard,
+    write_shard,
+)
+from dpo_ray.storage.location import Location
+
+IDENTITY = {"max_tokens": 8, "seed": 0}
+INPUTS = {"files": "abc"}
+TABLE = pa.table({"x": [1, 2, 3]})
+
+
+def finished(folder: Path) -> Artifact:
+    location = Location.of(folder) / fingerprint("pairs", IDENTITY, INPUTS)
+    entry = write_shard(location / "part-0.parquet", TABLE, {"read": 4, "bad": 1})
+    return publish(location, "pairs", identity=IDENTITY, inputs=INPUTS, files=[entry], counters={"read": 4, "kept": 3})
+
+
+def test_the_fingerprint_does_not_depend_on_the_order_of_keys():
+    swapped = {"seed": 0, "max_tokens": 8}
+    assert list(swapped) != list(IDENTITY)
+    assert fingerprint("pairs", swapped, INPUTS) == fingerprint("pairs", IDENTITY, INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "identity", "inputs"),
+    [
+        ("tokenized", IDENTITY, INPUTS),
+        ("pairs", {**IDENTITY, "seed": 1}, INPUTS),
+        ("pairs", {**IDENTITY, "more": None}, INPUTS),
+        ("pairs", IDENTITY, {"files": "abd"}),
+        ("pairs", IDENTITY, {"shards": "abc"}),
+    ],
+)
+def test_the_fingerprint_changes_with_kind_identity_and_inputs(kind: str, identity: dict, inputs: dict):
+    assert fingerprint(kind, identity, inputs) != fingerprint("pairs", IDENTITY, INPUTS)
+
+
+def test_a_digest_tells_numbers_from_their_text():
+    assert digest({"a": 1}) != digest({"a": "1"})
+
+
+def test_a_folder_without_manifest_is_unfinished(tmp_path: Path):
+    location = Location.of(tmp_path) / "x"
+    assert load(location, "pairs", "x") is None
+    write_shard(location / "part-0.parquet", TABLE, {})
+    assert load(location, "pairs", "x") is None
+
+
+def test_a_published_artifact_loads_as_it_was(tmp_path: Path):
+    artifact = finished(tmp_path)
+    again = load(artifact.location, "pairs", artifact.fingerprint)
+    assert again == artifact
+    assert again is not None
+    assert again.manifest.rows == 3
+    assert again.manifest.inputs == INPUTS
+    assert read_shard(again.shards()[0]).equals(TABLE)
+
+
+def test_an_artifact_of_no_shards_has_no_row_count(tmp_path: Path):
+    artifact = publish(Location.of(tmp_path), "calibration", identity={}, inputs={}, files=[], metrics={"max": 0.5})
+    assert artifact.manifest.rows is None
+    assert artifact.shards() == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"kind": "pairs"}'])
+def test_a_corrupt_manifest_is_an_error_and_not_an_unfinished_folder(tmp_path: Path, content: bytes):
+    artifact = finished(tmp_path)
+    (artifact.location / MANIFEST).write_bytes(content)
+    with pytest.raises(DataError, match="not a valid manifest"):
+        load(artifact.location, "pairs", artifact.fingerprint)
+
+
+def test_a_manifest_with_an_unknown_key_is_an_error(tmp_path: Path):
+    artifact = finished(tmp_path)
+    manifest = json.loads((artifact.location / MANIFEST).read_bytes())
+    (artifact.location / MANIFEST).write_bytes(json.dumps({**manifest, "extra": 1}).encode())
+    with pytest.raises(DataError, match="not a valid manifest"):
+        load(artifact.location, "pairs", artifact.fingerprint)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("pairs", "other"), ("tokenized", None)])
+def test_a_folder_that_holds_another_artifact_is_an_error(tmp_path: Path, kind: str, expected: str | None):
+    artifact = finished(tmp_path)
+    with pytest.raises(DataError, match="holds pairs"):
+        load(artifact.location, kind, expected or artifact.fingerprint)
+
+
+def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path):
+    artifact = finished(tmp_path)
+    Path((artifact.location / "part-0.parquet").uri).unlink()
+    with pytest.raises(DataError, match=r"lacks 1 of its 1 files, the first being part-0\.parquet"):
+        load(artifact.location, "pairs", artifact.fingerprint)
+
+
+def test_lost_files_are_named(tmp_path: Path):
+    artifact = finished(tmp_path)
+    place = (artifact.location, "pairs", artifact.fingerprint)
+    assert lost_files(*place) == []
+    Path((artifact.location / "part-0.parquet").uri).unlink()
+    assert lost_files(*place) == ["part-0.parquet"]
+    Path((artifact.location / MANIFEST).uri).unlink()
+    assert lost_files(*place) == []  # nothing is known to be lost of what was never finished
+
+
+def test_a_shard_carries_its_counters(tmp_path: Path):
+    location = Location.of(tmp_path) / "part-0.parquet"
+    entry = write_shard(location, TABLE, {"read": 4, "role_order": 1})
+    assert inspect_shard(location) == (entry, {"read": 4, "role_order": 1})
+    content = location.read_bytes()
+    assert (entry.rows, entry.bytes, entry.sha256) == (3, len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_the_same_rows_and_counters_make_the_same_bytes(tmp_path: Path):
+    one = write_shard(Location.of(tmp_path) / "one", TABLE, {"a": 1, "b": 2})
+    two = write_shard(Location.of(tmp_path) / "two", TABLE, {"b": 2, "a": 1})
+    assert one.sha256 == two.sha256
+
+
+def test_a_shard_without_rows_keeps_its_schema(tmp_path: Path):
+    location = Location.of(tmp_path) / "empty.parquet"
+    assert write_shard(location, PAIRS.empty_table(), {"read": 2}).rows == 0
+    assert read_shard(location).schema.equals(PAIRS)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"no parquet at all"])
+def test_a_damaged_shard_is_an_error_that_names_the_file(tmp_path: Path, damage):
+    location = Location.of(tmp_path) / "part-0.parquet"
+    write_shard(location, TABLE, {})
+    location.write_bytes(damage(location.read_bytes()))
+    for read in (read_shard, inspect_shard):
+        with pytest.raises(DataError, match=r"part-0\.parquet"):
+            read(location)
+
+
+def test_a_missing_shard_is_an_error_that_names_the_file(tmp_path: Path):
+    with pytest.raises(DataError, match=r"gone\.parquet"):
+        read_shard(Location.of(tmp_path) / "gone.parquet")
+
+
+def test_the_hash_of_a_file_is_sha256_of_its_bytes(tmp_path: Path):
+    location = Location.of(tmp_path) / "big"
+    content = bytes(range(256)) * (5 << 12)  # 5 MiB: more than one read
+    location.write_bytes(content)
+    assert file_hash(location) == hashlib.sha256(content).hexdigest()
+    entry = describe_file(location)
+    assert (entry.name, entry.rows, entry.bytes) == ("big", None, len(content))

@@ -1,0 +1,107 @@
+"""The estimate behind train.tokens_per_microbatch=auto."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+
+from dpo_ray.config import Model, Train
+from dpo_ray.errors import ConfigError
+from dpo_ray.model import attention
+from dpo_ray.model.packing import pack
+from dpo_ray.model.policy import CompletionScorer
+from dpo_ray.pairs import TokenizedPair
+from dpo_ray.training import memory
+from dpo_ray.training.memory import MOST_TOKENS_CPU, MOST_TOKENS_GPU, Shape, bytes_per_token, shape_of, tokens_that_fit
+
+GIB = 2**30
+EIGHT_BILLION = Shape(parameters=8_000_000_000, layers=32, hidden=4096, intermediate=14336, vocabulary=128256)
+SMALL = Shape(parameters=135_000_000, layers=30, hidden=576, intermediate=1536, vocabulary=49152)
+
+
+def fits(shape: Shape, gib: float, num_workers: int = 1, model: dict[str, Any] | None = None, **train: Any) -> int:
+    options = {"dtype": "bfloat16", **(model or {})}
+    return tokens_that_fit(
+        shape, Model(path="m", **options), Train(**train), memory=int(gib * GIB), num_workers=num_workers
+    )
+
+
+def test_shape_is_read_off_the_configuration(tmp_path: Path):
+    config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, vocab_size=100)
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config)
+    assert shape_of(tmp_path) == Shape(sum(p.numel() for p in model.parameters()), 3, 64, 96, 100)
+
+
+def test_experts_count_as_many_times_as_a_token_goes_through_them(tmp_path: Path):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 100, "moe_intermediate_size": 48}
+    Qwen3MoeConfig(**sizes, num_experts=8, num_experts_per_tok=2).save_pretrained(tmp_path)
+    assert shape_of(tmp_path).intermediate == 96
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_counted_for_a_token_is_at_least_what_is_kept_and_not_twice_that(dtype: str, checkpointing: bool):
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 4}
+    attention.register()
+    config = LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=32)
+    policy = AutoModelForCausalLM.from_config(config, attn_implementation=attention.IMPLEMENTATION).train()
+    policy.to({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype])
+    if checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    pair = TokenizedPair("a", [3] * 256, [4] * 128, [5] * 128)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _ = CompletionScorer(policy)(pack([pair])).logprobs
+    measured = sum(size for size, _ in kept.values()) / pair.num_tokens
+    shape = Shape(0, 4, 128, 384, 32)
+    train = Train(activation_checkpointing=checkpointing)
+    counted = bytes_per_token(shape, Model(path="m", dtype=dtype), train)
+    if checkpointing:  # one layer is whole in the backward pass, beside what is kept of all
+        one_layer = bytes_per_token(Shape(0, 1, 128, 384, 32), Model(path="m", dtype=dtype), Train())
+        measured += one_layer / 2
+    assert measured <= counted <= 2 * measured
+
+
+def test_a_small_model_is_bounded_by_what_is_useful_and_not_by_memory():
+    assert fits(SMALL, 24, model={"dtype": "float32"}) == MOST_TOKENS_CPU
+    assert fits(SMALL, 141, use_gpu=True) == MOST_TOKENS_GPU
+
+
+def test_worked_by_hand():
+    # 0.8 · 8 GiB − 135e6 · 16 B of state − 3 · 256 · 4 · 49152 B of logits, over 30 · 4 · (18 · 576 + 4 · 1536) B.
+    expected = (0.8 * 8 * GIB - 135e6 * 16 - 3072 * 49152) // (30 * 4 * (18 * 576 + 4 * 1536))
+    assert fits(SMALL, 8, model={"dtype": "float32"}, use_gpu=True) == int(expected)
+
+
+def test_more_workers_checkpointing_and_adapters_make_room():
+    with pytest.raises(ConfigError, match=r"finds no room.*141\.0 GiB.*134\.1.*fsdp"):
+        fits(EIGHT_BILLION, 141, use_gpu=True)
+    sharded = fits(EIGHT_BILLION, 141, num_workers=8, use_gpu=True, strategy="fsdp")
+    assert 4096 < sharded <= MOST_TOKENS_GPU
+    assert fits(EIGHT_BILLION, 80, num_workers=8, use_gpu=True, strategy="fsdp") < sharded
+    checkpointed = fits(EIGHT_BILLION, 80, num_workers=8, use_gpu=True, strategy="fsdp", activation_checkpointing=True)
+    assert checkpointed == MOST_TOKENS_GPU
+    assert fits(EIGHT_BILLION, 141, model={"lora": {"rank": 8}}, use_gpu=True) > 2048
+
+
+def test_replicas_do_not_share_their_state():
+    with pytest.raises(ConfigError, match="finds no room"):
+        fits(EIGHT_BILLION, 141, num_workers=8, use_gpu=True, strategy="ddp")
+
+
+def test_the_limit_counts_tokens_of_a_micro_batch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "MOST_TOKENS_CPU", 77)
+    assert fits(SMALL, 24, model={"dtype": "float32"}) == 77

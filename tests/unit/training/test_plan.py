@@ -1,0 +1,272 @@
+"""The step plan: every pair once an epoch, the same steps whoever computes them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.pairs import TOKENIZED
+from dpo_ray.storage.artifact import write_shard
+from dpo_ray.storage.location import Location
+from dpo_ray.training.plan import PlanIndex, StepPlan, build_index, fit, microbatches, pair_cost, split_up, spread
+
+HIDDEN = 64
+
+
+def index_of(num_pairs: int, num_shards: int = 3) -> PlanIndex:
+    """Pairs of all lengths over a few shards."""
+    random = np.random.default_rng(7)
+    shard = np.sort(random.integers(num_shards, size=num_pairs)).astype(np.int32)
+    return PlanIndex(
+        shards=tuple(f"shard-{i}" for i in range(num_shards)),
+        shard=shard,
+        row=np.array([int((shard[:i] == s).sum()) for i, s in enumerate(shard)], dtype=np.int32),
+        lengths=random.integers(1, 200, size=(num_pairs, 3)).astype(np.int32),
+        duplicates=0,
+        read=num_pairs,
+    )
+
+
+def plan_of(num_pairs: int, batch: int, epochs: int = 1, seed: int = 0, num_shards: int = 3) -> StepPlan:
+    return StepPlan(index_of(num_pairs, num_shards), batch, epochs, seed, HIDDEN)
+
+
+def order(plan: StepPlan, start: int = 0) -> list[tuple[int, list[int]]]:
+    return [(step, rows.tolist()) for step, rows in plan.steps(start)]
+
+
+@pytest.mark.parametrize(("num_pairs", "batch", "epochs"), [(12, 4, 1), (12, 4, 3), (10, 4, 2), (5, 1, 2), (3, 7, 7)])
+def test_every_pair_comes_exactly_once_an_epoch(num_pairs: int, batch: int, epochs: int):
+    rows = [row for _, rows in order(plan_of(num_pairs, batch, epochs)) for row in rows]
+    assert len(rows) == num_pairs * epochs // batch * batch
+    for epoch in range(0, len(rows), num_pairs):
+        part = rows[epoch : epoch + num_pairs]
+        assert len(set(part)) == len(part)
+        if len(part) == num_pairs:
+            assert set(part) == set(range(num_pairs))
+
+
+def test_steps_are_numbered_and_full():
+    steps = order(plan_of(11, 4, 2))
+    assert [step for step, _ in steps] == [0, 1, 2, 3, 4]  # 22 // 4
+    assert {len(rows) for _, rows in steps} == {4}
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 4, 5])
+def test_a_plan_started_later_goes_on_exactly(start: int):
+    plan = plan_of(10, 4, 2)
+    assert plan.num_steps == 5
+    assert order(plan, start) == order(plan)[start:]
+
+
+def test_the_plan_is_deterministic_and_the_seed_changes_it():
+    assert order(plan_of(40, 8, 2)) == order(plan_of(40, 8, 2))
+    assert order(plan_of(40, 8, 2)) != order(plan_of(40, 8, 2, seed=1))
+
+
+def test_epochs_differ_in_order():
+    rows = [row for _, rows in order(plan_of(40, 8, 2)) for row in rows]
+    assert rows[:40] != rows[40:]
+    assert rows[:40] != sorted(rows[:40])
+
+
+def test_rows_are_shuffled_within_windows_of_shards_so_that_a_step_reads_few_files():
+    # 40 shards of 25 rows: windows of 16, 16 and 8 shards.
+    index = PlanIndex(
+        shards=tuple(map(str, range(40))),
+        shard=np.repeat(np.arange(40, dtype=np.int32), 25),
+        row=np.tile(np.arange(25, dtype=np.int32), 40),
+        lengths=np.ones((1000, 3), dtype=np.int32),
+        duplicates=0,
+        read=1000,
+    )
+    rows = np.concatenate([rows for _, rows in StepPlan(index, 10, 1, 0, HIDDEN).steps()])
+    windows = [set(index.shard[rows[a:b]].tolist()) for a, b in ((0, 400), (400, 800), (800, 1000))]
+    assert [len(w) for w in windows] == [16, 16, 8]
+    assert set.union(*windows) == set(range(40))
+    # Within a window rows of different shards are mixed.
+    assert len(set(index.shard[rows[:40]].tolist())) > 8
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_the_pairs_of_a_step_do_not_depend_on_the_number_of_workers(world_size: int):
+    plan = plan_of(24, 8)
+    for _, rows in plan.steps():
+        ranks = plan.microbatches(rows, world_size, 400)
+        assert len(ranks) == world_size
+        assert all(any(rank) for rank in ranks)
+        assert Counter(row for rank in ranks for batch in rank for row in batch) == Counter(rows.tolist())
+
+
+def test_microbatches_keep_to_the_token_budget_by_the_pairs_own_lengths():
+    plan = plan_of(24, 8)
+    tokens = plan.index.lengths.sum(axis=1)
+    for _, rows in plan.steps():
+        for rank in plan.microbatches(rows, 2, 400):
+            for batch in rank:
+                assert len(batch) == 1 or tokens[batch].sum() <= 400
+
+
+def test_too_few_pairs_for_a_step_are_a_configuration_error():
+    with pytest.raises(ConfigError) as caught:
+        plan_of(7, 8)
+    assert "7 training pairs" in str(caught.value) and "global_batch_size=8" in str(caught.value)
+    with pytest.raises(ConfigError):
+        plan_of(0, 1)
+    assert plan_of(4, 8, epochs=2).num_steps == 1
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 300))
+def test_groups_hold_every_item_once_and_never_exceed_the_limit_unless_alone(tokens: list[int], limit: int):
+    groups = fit(tokens, limit)
+    assert sorted(i for group in groups for i in group) == list(range(len(tokens)))
+    assert all(len(group) == 1 or sum(tokens[i] for i in group) <= limit for group in groups)
+    assert groups == fit(tokens, limit)
+
+
+def test_items_are_fitted_longest_first():
+    # 6 takes a group, 4 joins it (10); 5 and 5 fill the next; 3 begins a third.
+    assert fit([5, 3, 6, 4, 5], 10) == [[2, 3], [0, 4], [1]]
+
+
+def test_an_item_over_the_limit_goes_alone():
+    assert fit([3, 99, 4], 10) == [[1], [2, 0]]
+
+
+def test_groups_are_cut_in_halves_the_one_with_most_tokens_first():
+    tokens = np.array([5, 5, 9, 1, 1, 1])
+    # 0 and 1 have 10 tokens, 2 to 5 have 12: cut into [2, 4] with 10 and [3, 5] with 2.
+    assert split_up([[0, 1], [2, 3, 4, 5]], tokens, 3) == [[0, 1], [2, 4], [3, 5]]
+    # Of equals the first.
+    assert split_up([[0, 1], [2, 3, 4, 5]], tokens, 4) == [[2, 4], [3, 5], [0], [1]]
+    assert split_up([[0, 1], [2, 3, 4, 5]], tokens, 2) == [[0, 1], [2, 3, 4, 5]]
+
+
+def test_where_no_group_can_be_cut_empty_ones_are_added():
+    assert split_up([[2], [0, 1]], np.array([9, 1, 1]), 5) == [[2], [0], [1], [], []]
+    assert split_up([], np.array([]), 2) == [[], []]
+
+
+@given(
+    st.lists(st.tuples(*[st.integers(0, 60)] * 3), min_size=1, max_size=24),
+    st.integers(1, 6),
+    st.integers(1, 200),
+)
+def test_a_step_is_spread_whole_into_as_many_microbatches_on_every_rank(
+    lengths: list[tuple[int, int, int]], world_size: int, limit: int
+):
+    index = replace(index_of(len(lengths) + 5), lengths=np.array([(1, 1, 1)] * 5 + lengths, dtype=np.int32))
+    rows = np.arange(5, len(index))[::-1]  # not the rows from 0 on
+    ranks = microbatches(index, rows, world_size, limit, HIDDEN)
+    assert len(ranks) == world_size
+    assert len({len(rank) for rank in ranks}) == 1
+    assert sorted(row for rank in ranks for group in rank for row in group) == sorted(rows.tolist())
+    tokens = index.lengths.sum(axis=1)
+    for rank in ranks:
+        assert all(len(group) <= 1 or tokens[group].sum() <= limit for group in rank)
+        if not all(rank):  # an empty one only where each pair goes alone already
+            assert max(map(len, rank)) <= 1
+    # Some rank needed them all: none is there for nothing.
+    assert any(len(fit(tokens[[row for group in rank for row in group]], limit)) == len(rank) for rank in ranks)
+    assert microbatches(index, rows, world_size, limit, HIDDEN) == ranks
+
+
+@given(st.lists(st.floats(0.5, 1000), min_size=1, max_size=40), st.integers(1, 8))
+def test_costs_are_spread_nearly_evenly(costs: list[float], ranks: int):
+    shares = spread(np.array(costs), ranks)
+    assert sorted(i for share in shares for i in share) == list(range(len(costs)))
+    loads = [sum(costs[i] for i in share) for share in shares]
+    # Longest first: when its last item was laid on a rank, that rank had the least.
+    assert max(loads) - min(loads) <= max(costs) * (1 + 1e-12)
+    if len(costs) >= ranks:
+        assert all(shares)
+
+
+def test_costs_are_spread_by_hand():
+    # 5 → rank 0, 4 → rank 1, 3 → rank 1 (7), 3 → rank 0 (8), 1 → rank 1 (8).
+    assert spread(np.array([3.0, 5.0, 1.0, 4.0, 3.0]), 2) == [[1, 4], [3, 0, 2]]
+
+
+def test_the_cost_of_a_pair_by_hand():
+    # prompt 10, chosen 4, rejected 6: 20 tokens. Attention: 14² + 6 · (16 + 10) = 352; over 12 · 8 hidden = 3.6667.
+    assert pair_cost(np.array([[10, 4, 6]]), 8)[0] == pytest.approx(20 + 352 / 96, abs=1e-12)
+
+
+def test_a_single_answer_costs_the_same_on_either_side():
+    chosen, rejected = pair_cost(np.array([[10, 4, 0], [10, 0, 4]]), 8)
+    # 14 tokens, attention 14² over 12 · 8; as rejected: 10² + 4 · (14 + 10) = 14².
+    assert chosen == rejected == pytest.approx(14 + 196 / 96, abs=1e-12)
+
+
+def test_rows_that_lack_a_side_are_counted():
+    index = replace(index_of(3), lengths=np.array([[5, 2, 0], [5, 2, 3], [5, 0, 3]], dtype=np.int32))
+    assert index.num_unpaired == 2
+    assert index_of(3).num_unpaired == 0
+
+
+def test_a_shared_prompt_makes_a_pair_cheaper_than_its_two_sequences():
+    pair = pair_cost(np.array([[100, 10, 10]]), HIDDEN)[0]
+    alone = pair_cost(np.array([[100, 10, 0]]), HIDDEN)[0]
+    assert alone < pair < 2 * alone
+
+
+def shard(folder: Path, name: str, rows: Sequence[tuple[str, str, str]]) -> Location:
+    """A tokenized shard of (pair_id, prompt_id, split); the i-th row has lengths 1, i + 1 and i + 2."""
+    values: list[dict[str, Any]] = [
+        {"pair_id": pair, "prompt_id": prompt, "split": split, "prompt_ids": [0], "chosen_ids": [0] * (i + 1),
+         "rejected_ids": [0] * (i + 2)}
+        for i, (pair, prompt, split) in enumerate(rows)
+    ]  # fmt: skip
+    location = Location.of(folder) / name
+    write_shard(location, pa.Table.from_pylist(values, schema=TOKENIZED), {})
+    return location
+
+
+def test_the_index_names_where_the_pairs_of_one_side_lie(tmp_path: Path):
+    shards = [
+        shard(tmp_path, "0", [("a", "p", "train"), ("b", "q", "eval"), ("c", "p", "train")]),
+        shard(tmp_path, "1", []),
+        shard(tmp_path, "2", [("d", "r", "train")]),
+    ]
+    index = build_index(shards, "train")
+    assert index.shards == tuple(s.uri for s in shards)
+    assert index.shard.tolist() == [0, 0, 2]
+    assert index.row.tolist() == [0, 2, 0]
+    assert index.lengths.tolist() == [[1, 1, 2], [1, 3, 4], [1, 1, 2]]
+    assert (len(index), index.read, index.duplicates) == (3, 4, 0)
+    assert build_index(shards, "eval").row.tolist() == [1]
+
+
+def test_a_pair_seen_before_is_left_out_and_counted(tmp_path: Path):
+    shards = [
+        shard(tmp_path, "0", [("a", "p", "train"), ("a", "p", "train")]),
+        shard(tmp_path, "1", [("b", "p", "train"), ("a", "p", "train")]),
+    ]
+    index = build_index(shards, "train")
+    assert list(zip(index.shard.tolist(), index.row.tolist(), strict=True)) == [(0, 0), (1, 0)]
+    assert index.duplicates == 2
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_prompt_on_both_sides_is_an_error_that_names_it(tmp_path: Path, split: str):
+    shards = [
+        shard(tmp_path, "0", [("a", "prompt-7", "train")]),
+        shard(tmp_path, "1", [("b", "prompt-7", "eval")]),
+    ]
+    with pytest.raises(DataError, match="prompt-7"):
+        build_index(shards, split)
+
+
+def test_an_index_of_nothing_is_empty():
+    index = build_index([], "train")
+    assert len(index) == 0 and index.lengths.shape == (0, 3)

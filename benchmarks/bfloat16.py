@@ -38,8 +38,9 @@ from side_by_side import (
 from torch.nn.functional import logsigmoid
 
 from dpo_ray.losses.pair_logps import sum_by_sequence
-from dpo_ray.model.folders import load_tokenizer, resolve
+from dpo_ray.model.folders import load_tokenizer
 from dpo_ray.model.policy import CompletionScorer, load_policy, torch_dtype
+from dpo_ray.model.resolve import resolve
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.training.optim import make_optimizer
 from dpo_ray.training.parallel import Rank, forget_gathered, parallelize

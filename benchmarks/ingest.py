@@ -269,7 +269,7 @@ def main() -> None:
             run_hf(data, folder / f"hf-{size}.json", from_ours)
     if arguments.side is not None:
         return
-    from dpo_ray.model.folders import resolve
+    from dpo_ray.model.resolve import resolve
 
     write_json(folder / "model.json", str(resolve(MODEL)))
     for size in arguments.sizes:

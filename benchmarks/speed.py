@@ -128,7 +128,7 @@ def _model(folder: Path, setting: Setting) -> tuple[str, ModelShape]:
     if not path.is_file():
         from transformers import AutoConfig
 
-        from dpo_ray.model.folders import resolve
+        from dpo_ray.model.resolve import resolve
 
         source = resolve(setting.model)
         if setting.random_llama is not None:
@@ -258,13 +258,13 @@ def train_ours(
 
     import torch
 
+    from dpo_ray.bins import first_fit
     from dpo_ray.config import Model
-    from dpo_ray.on_ray.vllm_engine import TorchScorer
+    from dpo_ray.model.pair_scorer import TorchScorer
     from dpo_ray.pairs import TokenizedPair
     from dpo_ray.training.batch import Share, Step
     from dpo_ray.training.loop import train
     from dpo_ray.training.parallel import Rank
-    from dpo_ray.training.plan import fit
 
     torch.set_num_threads(setting.threads)
     clock = Clock()
@@ -285,7 +285,7 @@ def train_ours(
     def steps_from(start: int) -> Iterator[Step]:
         for number in range(start, num_steps):
             members = pairs[number * pairs_per_step : (number + 1) * pairs_per_step]
-            groups = fit([pair.num_tokens for pair in members], setting.microbatch_tokens)
+            groups = first_fit([pair.num_tokens for pair in members], setting.microbatch_tokens)
             share = Share([[members[i] for i in group] for group in groups], filler=members[0])
             with around(number):
                 clock.start()
@@ -501,7 +501,8 @@ def balance(place: Place, setting: Setting, num_ranks: int = 2) -> None:
     import numpy as np
     from transformers import AutoConfig
 
-    from dpo_ray.training.plan import pair_cost, spread
+    from dpo_ray.bins import spread
+    from dpo_ray.training.plan import pair_cost
 
     model, _ = _model(place.folder, setting)
     limit = 1000 if place.data == "generated" else None

@@ -111,7 +111,8 @@ METRICS = ("loss", "grad_norm", *REWARDS, "rewards/accuracies", "logps/chosen", 
 
 def write_pairs(folder: Path) -> None:
     """Tokenize the pairs; in the project's environment."""
-    from dpo_ray.model.folders import load_tokenizer, resolve
+    from dpo_ray.model.folders import load_tokenizer
+    from dpo_ray.model.resolve import resolve
 
     model = resolve(MODEL)
     tokenizer = load_tokenizer(model)
@@ -150,7 +151,7 @@ def run_ours(folder: Path, cases: Sequence[Case]) -> None:
     from dataclasses import replace
 
     from dpo_ray.config import Model
-    from dpo_ray.on_ray.vllm_engine import TorchScorer
+    from dpo_ray.model.pair_scorer import TorchScorer
     from dpo_ray.pairs import TokenizedPair
 
     setting = json.loads((folder / "setting.json").read_text())

@@ -49,3 +49,7 @@ class GateFailed(DpoRayError):
     """The evaluated model is not good enough to be published."""
 
     exit_code = 4
+
+
+class EngineDied(Exception):
+    """The engine cannot be used any more: its process must end, and another one go on with the shard."""

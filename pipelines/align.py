@@ -8,7 +8,8 @@ from dpo_ray.config import Config
 from dpo_ray.data.chat import require_chat_template, require_prompt_room
 from dpo_ray.errors import ConfigError
 from dpo_ray.evaluation.report import html_report
-from dpo_ray.model.folders import load_tokenizer, resolve
+from dpo_ray.model.folders import load_tokenizer
+from dpo_ray.model.resolve import resolve
 from dpo_ray.on_ray.vllm_engine import require_vllm
 from dpo_ray.rewards import load_reward
 from dpo_ray.storage.artifact import Artifact

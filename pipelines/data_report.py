@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dpo_ray.data.report import VERSION, merge, preference_lines, report, report_lines
+from dpo_ray.data.report import merge, preference_lines, report, report_lines
 from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage, shard_tasks
 from dpo_ray.progress import say
-from dpo_ray.shards.output import MeasureShard
+from dpo_ray.shards.measure import MeasureShard
+from dpo_ray.shards.measure import identity as measure_identity
 from dpo_ray.shards.tokenize import NOTED
 from dpo_ray.storage.artifact import Artifact, fingerprint, load, publish, read_shard
 from pipelines.context import RunContext
@@ -39,7 +40,7 @@ def _report(
 ) -> tuple[Artifact, bool]:
     made = {"pairs": pairs, "duplicates": left_out, "tokenized": tokenized, "scored": scored}
     inputs = {name: artifact.fingerprint for name, artifact in made.items() if artifact is not None}
-    identity = {"version": VERSION}
+    identity = measure_identity()
     location = context.output / "artifacts" / KIND / fingerprint(KIND, identity, inputs)
     done = load(location, KIND, location.name)
     if done is not None:

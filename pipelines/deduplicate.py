@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dpo_ray.data.duplicates import REASONS, RULES, by_shard, num_buckets
+from dpo_ray.data.duplicates import REASONS, by_shard, num_buckets
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage, shard_tasks
 from dpo_ray.progress import say
-from dpo_ray.shards.output import DuplicatesShard
+from dpo_ray.shards.deduplicate import DuplicatesShard, identity
 from dpo_ray.storage.artifact import Artifact, digest, read_shard
 from pipelines.context import RunContext
 
@@ -59,7 +59,7 @@ def _find(context: RunContext, pairs: Artifact) -> tuple[Artifact, bool]:
     return shard_stage(
         context.output,
         "duplicates",
-        identity={"rules": RULES, "reasons": list(REASONS)},
+        identity=identity(),
         inputs={"pairs": pairs.fingerprint},
         tasks=[
             ShardTask(

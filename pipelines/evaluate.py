@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 
 from dpo_ray.config import Model, WinRate
-from dpo_ray.evaluation.margins import margin_noise, preference_accuracy, quantiles, win_rate
-from dpo_ray.on_ray.score import held_out_margins, score_policy
-from dpo_ray.on_ray.trainer import MODEL_FOLDER
+from dpo_ray.estimates import quantiles
+from dpo_ray.evaluation.agreement import margin_noise
+from dpo_ray.evaluation.held_out import held_out_margins
+from dpo_ray.evaluation.margins import preference_accuracy, win_rate
+from dpo_ray.on_ray.score import score_policy
 from dpo_ray.progress import say
 from dpo_ray.rewards import load_reward
 from dpo_ray.storage.artifact import Artifact, fingerprint, load, publish, read_shard
+from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
 from pipelines.generate import held_out_prompts, sample
 

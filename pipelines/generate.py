@@ -7,11 +7,12 @@ from typing import Any
 import pyarrow as pa
 
 from dpo_ray.config import Generate, Model, Sampling
+from dpo_ray.data.prompts import prompt_table, read_prompts
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.generate import sample_completions
 from dpo_ray.on_ray.pool import Pool, shard_stage, shard_tasks
 from dpo_ray.pairs import PAIRS, PROMPTS
-from dpo_ray.shards.output import PairShard, prompt_table, read_prompts
+from dpo_ray.shards.pair import PairShard
 from dpo_ray.storage.artifact import Artifact, digest, fingerprint, load, publish, read_shard, write_shard
 from dpo_ray.storage.location import Location
 from pipelines.context import RunContext

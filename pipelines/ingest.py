@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from dpo_ray.config import Config, Data, Paths
 from dpo_ray.config.layouts import Layout, recognise, texts_of
 from dpo_ray.data.quarantine import require_enough_kept
 from dpo_ray.data.raw.files import SUFFIXES, Stamp
-from dpo_ray.data.raw.scan import FileRecord, Look, each, look, read_record, require_usable
-from dpo_ray.data.rules import RULES
+from dpo_ray.data.raw.scan import FileRecord, Peek, map_files, peek, read_record, require_usable
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage
 from dpo_ray.on_ray.scan import scan_files
-from dpo_ray.pairs import PAIRS
-from dpo_ray.shards.output import IngestShard
+from dpo_ray.shards.ingest import IngestShard, identity
 from dpo_ray.storage.artifact import Artifact, digest
 from dpo_ray.storage.location import Location, find_files
 from pipelines.context import RunContext
@@ -38,15 +35,15 @@ def check_inputs(config: Config) -> None:
     """
     layouts = set()
     for key, files, _ in _sides(config):
-        found = each(lambda file: _known(file, config), files)
+        found = map_files(lambda file: _known(file, config), files)
         _require_rows([file for file, _ in found], key)
         layouts |= {layout for _, layout in found if layout is not None}
     config.data.require_used(layouts)
 
 
-def _known(file: Location, config: Config) -> tuple[Look | FileRecord, Layout | None]:
+def _known(file: Location, config: Config) -> tuple[Peek | FileRecord, Layout | None]:
     folder = Location.of(config.run.output) / FILES
-    found = read_record(folder, Stamp.of(file), config.data.rows_per_shard) or look(file)
+    found = read_record(folder, Stamp.of(file), config.data.rows_per_shard) or peek(file)
     return found, _layout(found, str(file), config)
 
 
@@ -84,7 +81,7 @@ def _real(place: Location) -> str:
     return os.path.realpath(place.uri) if place.is_local else place.uri
 
 
-def _layout(found: Look | FileRecord, source: str, config: Config) -> Layout | None:
+def _layout(found: Peek | FileRecord, source: str, config: Config) -> Layout | None:
     """What the rows of a file are, None for an empty file of JSON lines, which has no columns to be wrong."""
     if not found.has_rows and not found.columns:
         return None
@@ -100,7 +97,7 @@ def _layout(found: Look | FileRecord, source: str, config: Config) -> Layout | N
     return layout
 
 
-def _require_rows(found: Sequence[Look | FileRecord], key: str) -> None:
+def _require_rows(found: Sequence[Peek | FileRecord], key: str) -> None:
     if not any(file.has_rows for file in found):
         raise DataError(f"{key} names {len(found)} readable files, but not a single row is in them.")
 
@@ -110,7 +107,7 @@ def _ingest(context: RunContext) -> tuple[Artifact, bool]:
     sides = _sides(context.config)
     folder = context.output / FILES
     records = scan_files(folder, [file for _, files, _ in sides for file in files], data.rows_per_shard)
-    found = each(lambda record: (record, _layout(record, record.uri, context.config)), records)
+    found = map_files(lambda record: (record, _layout(record, record.uri, context.config)), records)
     data.require_used({layout for _, layout in found if layout is not None})
     tasks: list[ShardTask] = []
     for key, files, split in sides:
@@ -126,18 +123,10 @@ def _ingest(context: RunContext) -> tuple[Artifact, bool]:
         "pairing": data.pairing,
         "max_characters": data.max_characters,
     }
-    identity: dict[str, Any] = {
-        "held_out_fraction": data.held_out_fraction if data.eval is None else None,
-        "seed": seed if data.eval is None else None,
-        "rules": RULES,
-        "columns": PAIRS.names,
-        "renamed": data.columns.renamed(),
-        "max_characters": data.max_characters,
-    }
     artifact, reused = shard_stage(
         context.output,
         "pairs",
-        identity=identity,
+        identity=identity(data, seed),
         inputs={"files": digest([t.content for t in tasks])},
         tasks=tasks,
         pool=Pool(IngestShard, options),

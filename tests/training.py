@@ -18,13 +18,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from dpo_ray.config import Model, Train
+from dpo_ray.data.pairing import mismatched
 from dpo_ray.model import attention
-from dpo_ray.model.packing import mismatched
 from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.training.batch import Share, Step
-from dpo_ray.training.checkpoint import TrainState, read_history
-from dpo_ray.training.loop import EXPORT, train
+from dpo_ray.training.checkpoint import TrainState
+from dpo_ray.training.files import EXPORT, read_history
+from dpo_ray.training.loop import train
 from dpo_ray.training.parallel import Rank
 from dpo_ray.training.plan import PlanIndex, microbatches
 

@@ -9,10 +9,12 @@ import numpy as np
 
 from dpo_ray.config import Config, Tune
 from dpo_ray.errors import DataError, DpoRayError
-from dpo_ray.evaluation.margins import margin_noise, preference_accuracy
-from dpo_ray.on_ray.score import held_out_margins, score_policy
+from dpo_ray.evaluation.agreement import margin_noise
+from dpo_ray.evaluation.held_out import held_out_margins
+from dpo_ray.evaluation.margins import preference_accuracy
+from dpo_ray.on_ray.score import score_policy
 from dpo_ray.on_ray.session import connect
-from dpo_ray.on_ray.trainer import fit
+from dpo_ray.on_ray.trainer import train_policy
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
@@ -69,7 +71,7 @@ def _run(output: Location, config: Config, options: Tune, rows: Artifact, noise:
     def trial(point: dict[str, Any]) -> None:
         # A closure, so that the workers need no module but dpo_ray.
         mine = point["config"]
-        policy, _ = fit(output, mine, rows)
+        policy, _ = train_policy(output, mine, rows)
         scores, _ = score_policy(output, mine, policy, rows)
         margins = held_out_margins(mine.train.loss, scores, rows)
         accuracy = preference_accuracy(margins, noise)

@@ -4,6 +4,7 @@
 nor Ray, for a mistake in the file is to be told at once.
 """
 
+from dpo_ray.config.load import dump_config, load_config, parse_config
 from dpo_ray.config.tree import (
     VLLM,
     Columns,
@@ -28,9 +29,6 @@ from dpo_ray.config.tree import (
     Train,
     Tune,
     WinRate,
-    dump_config,
-    load_config,
-    parse_config,
 )
 
 __all__ = [

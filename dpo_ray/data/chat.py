@@ -20,9 +20,6 @@ from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.pairs import Message
 from dpo_ray.storage.artifact import digest
 
-RULES = 1
-"""Version of how dialogues become ids, here and in tokenize_shard; raised when that changes."""
-
 
 def require_chat_template(tokenizer: Any, model_path: str) -> None:
     """Raises ConfigError where the tokenizer has no chat template."""

@@ -25,9 +25,6 @@ REASONS = ("duplicate", "contradiction", "prompt_in_eval")
 the other way round, or the same single answer otherwise; all such rows are left out, for nobody can say which is
 right. prompt_in_eval: a training row whose prompt is held out."""
 
-RULES = 1
-"""Version of how they are found; raised when that changes."""
-
 LEFT_OUT = pa.schema([("shard", pa.string()), ("row", pa.int64()), ("reason", pa.string())])
 """A row that is left out: name of its shard in the pairs artifact, its row there, and why."""
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from dpo_ray.errors import DataError
-from dpo_ray.pairs import Message, PreferencePair
+from dpo_ray.pairs import Message, PreferencePair, TokenizedPair
 
 
 def make_pairs(
@@ -24,9 +24,9 @@ def make_pairs(
     (`empty_response`); a pair whose scores differ by less than `min_score_gap` is a `tie` and ends the prompt,
     for the pairs after it are nearer still.
 
-    Returns the pairs and the counts of what was rejected. Raises DataError on a score that is not finite.
+    Returns the pairs and the counts of what was passed over, by reason. Raises DataError on a score that is not finite.
     """
-    rejected: Counter[str] = Counter()
+    passed_over: Counter[str] = Counter()
     distinct: dict[str, float] = {}
     for completion, score in zip(completions, scores, strict=True):
         if not math.isfinite(score):
@@ -35,9 +35,9 @@ def make_pairs(
             )
         text = completion.strip()
         if not text:
-            rejected["empty_response"] += 1
+            passed_over["empty_response"] += 1
         elif text in distinct:
-            rejected["duplicate"] += 1
+            passed_over["duplicate"] += 1
         else:
             distinct[text] = score
     # Ties in score are broken by the text, so that the order in which an engine returns samples is no matter.
@@ -48,12 +48,12 @@ def make_pairs(
         gap = distinct[chosen] - distinct[worst]
         # 0.3 − 0.2 is a little less than 0.1 in binary.
         if gap < min_score_gap and not math.isclose(gap, min_score_gap):
-            rejected["tie"] += 1
+            passed_over["tie"] += 1
             break
         pairs.append(PreferencePair(tuple(prompt), chosen, worst))
     if not ranked or len(ranked) == 1:
-        rejected["too_few_distinct"] += 1
-    return pairs, rejected
+        passed_over["too_few_distinct"] += 1
+    return pairs, passed_over
 
 
 def mismatched_rows(prompt_ids: Sequence[str], splits: Sequence[str]) -> list[int | None]:
@@ -74,3 +74,21 @@ def mismatched_rows(prompt_ids: Sequence[str], splits: Sequence[str]) -> list[in
                 after = beside
             found[here] = after
     return found
+
+
+def mismatched(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    """Each pair's prompt with its mismatched completion as the chosen side, and no rejected one.
+
+    For KTO's z0 (arXiv:2402.01306). Pairs without a mismatched completion are left out.
+    """
+    return [
+        TokenizedPair(
+            pair_id=pair.pair_id,
+            prompt_ids=pair.prompt_ids,
+            chosen_ids=pair.mismatched_ids,
+            rejected_ids=[],
+            chosen_ref_logprobs=pair.mismatched_ref_logprobs,
+        )
+        for pair in pairs
+        if pair.mismatched_ids is not None
+    ]

@@ -16,12 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo_ray.data import duplicates
-from dpo_ray.data import rules as quality
-from dpo_ray.evaluation.margins import wilson
-
-VERSION = 1
-"""Of what is measured; another one makes the shards be measured again."""
+from dpo_ray.data import duplicates, rules
+from dpo_ray.estimates import wilson
 
 MEASURES = pa.schema([("measure", pa.string()), ("value", pa.int64()), ("count", pa.int64())])
 """How many rows of a shard have a value of a measure. Measures that have no value but their name have 0."""
@@ -122,12 +118,12 @@ def report(
     found: dict[str, Any] = {"pairs": tokenized["kept"]}
     if ingested is not None:
         found |= {"more_pairs": ingested["more_pairs"]} if ingested.get("more_pairs") else {}
-        found |= {"read": ingested["read"], "quarantined": _named(ingested, quality.REASONS)}
+        found |= {"read": ingested["read"], "quarantined": _nonzero(ingested, rules.REASONS)}
     if left_out is not None:
-        found["left_out"] = _named(left_out, duplicates.REASONS)
+        found["left_out"] = _nonzero(left_out, duplicates.REASONS)
     others = {"read", "kept", *noted, *duplicates.REASONS}
-    found["dropped"] = _named(tokenized, sorted(tokenized.keys() - others))
-    found["noted"] = _named(tokenized, noted)
+    found["dropped"] = _nonzero(tokenized, sorted(tokenized.keys() - others))
+    found["noted"] = _nonzero(tokenized, noted)
     found["splits"] = _group(measures, "split")
     lengths = {part: dict(sorted(_values(measures, f"tokens/{part}").items())) for part in _PARTS}
     found["tokens"] = {part: quantiles(of_part) for part, of_part in lengths.items() if of_part}
@@ -230,10 +226,10 @@ def _share(outcomes: dict[str, int]) -> dict[str, Any] | None:
     chosen, n = outcomes.get("chosen", 0), outcomes.get("chosen", 0) + outcomes.get("rejected", 0)
     if not n:
         return None
-    return {**wilson(chosen / n, n).as_dict(), **_named(outcomes, ("tie", "not_finite"))}
+    return {**wilson(chosen / n, n).as_dict(), **_nonzero(outcomes, ("tie", "not_finite"))}
 
 
-def _named(counters: Mapping[str, int], names: Iterable[str]) -> dict[str, int]:
+def _nonzero(counters: Mapping[str, int], names: Iterable[str]) -> dict[str, int]:
     return {name: counters[name] for name in names if counters.get(name)}
 
 

@@ -35,10 +35,6 @@ Reason = Literal[
     "bad_tools",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
-RULES = 1
-"""Version of what becomes of a raw row, here and in formats, layouts and pairing; raised when that changes. Shards that
-were made by other rules are then made again."""
-
 MEANING: dict[Reason, str] = {
     "invalid_utf8": "not UTF-8",
     "malformed_json": "not a whole JSON value",

@@ -5,43 +5,23 @@ from __future__ import annotations
 import io
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from dpo_ray.config import Config, dump_config
-
-
-def model_card(config: Config, run_id: str, train: dict[str, Any], evaluation: dict[str, Any]) -> str:
-    """The README.md of a published model."""
-    return _render("model_card.md", config=config, run_id=run_id, train=train, estimates=_estimates(evaluation))
+from dpo_ray.evaluation.render import named_estimates, render
 
 
 def html_report(config: Config, summary: dict[str, Any], history: list[dict[str, Any]]) -> str:
     """The report of a run, one page that needs nothing else."""
-    return _render(
+    return render(
         "report.html",
         autoescape=True,
         summary=summary,
-        estimates=_estimates(summary.get("eval") or {}),
+        estimates=named_estimates(summary.get("eval") or {}),
         data_shares=_data_shares(summary.get("data") or {}),
         figure=Markup(_figure(history)) if any("loss" in m for m in history) else None,
         config=dump_config(config),
     )
-
-
-def _render(template: str, *, autoescape: bool = False, **values: Any) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dpo_ray.evaluation"),
-        autoescape=autoescape,
-        undefined=jinja2.ChainableUndefined,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template(template).render(**values)
-
-
-def _estimates(evaluation: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    names = {"accuracy": "preference accuracy", "win_rate": "win rate against the base model"}
-    return [(label, evaluation[name]) for name, label in names.items() if evaluation.get(name)]
 
 
 def _data_shares(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -131,24 +131,6 @@ def pad(pairs: Sequence[TokenizedPair]) -> MicroBatch:
     )
 
 
-def mismatched(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
-    """Each pair's prompt with its mismatched completion as the chosen side, and no rejected one.
-
-    For KTO's z0 (arXiv:2402.01306). Pairs without a mismatched completion are left out.
-    """
-    return [
-        TokenizedPair(
-            pair_id=pair.pair_id,
-            prompt_ids=pair.prompt_ids,
-            chosen_ids=pair.mismatched_ids,
-            rejected_ids=[],
-            chosen_ref_logprobs=pair.mismatched_ref_logprobs,
-        )
-        for pair in pairs
-        if pair.mismatched_ids is not None
-    ]
-
-
 def _common_prefix(chosen: Sequence[int], rejected: Sequence[int]) -> int:
     """How many tokens both begin with."""
     for length, (one, other) in enumerate(zip(chosen, rejected, strict=False)):

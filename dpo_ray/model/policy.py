@@ -20,9 +20,6 @@ from dpo_ray.progress import say
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORWARD = 2
-"""Version of the trainer's forward pass, raised when its numbers change: scores of before are then not taken over."""
-
 
 def load_policy(
     folder: Path,

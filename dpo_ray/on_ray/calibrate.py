@@ -8,19 +8,13 @@ from typing import Any, Literal
 
 from dpo_ray.config import VLLM, Config, Model
 from dpo_ray.errors import DataError, ReferenceMismatch
-from dpo_ray.evaluation.margins import calibration
-from dpo_ray.model.folders import resolve, weights_hash
-from dpo_ray.on_ray.pool import Pool
+from dpo_ray.evaluation.agreement import calibration
+from dpo_ray.model.folders import weights_hash
+from dpo_ray.model.resolve import resolve
+from dpo_ray.model.version import own_forward
+from dpo_ray.on_ray.pool import Pool, torch_pool
 from dpo_ray.on_ray.session import connect, raise_ours
-from dpo_ray.on_ray.vllm_engine import (
-    TorchScorer,
-    VLLMScorer,
-    has_vllm,
-    own_forward,
-    require_vllm,
-    torch_pool,
-    vllm_pool,
-)
+from dpo_ray.on_ray.vllm_engine import VLLMScorer, has_vllm, require_vllm, vllm_pool
 from dpo_ray.pairs import TokenizedPair, tokenized_pair
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact, fingerprint, load, publish, read_shard
@@ -189,4 +183,6 @@ def _score_by_vllm(model: Model, options: VLLM, max_model_len: int, pairs: list[
 
 
 def _score_by_trainer(model: Model, pairs: list[TokenizedPair]) -> _Scores:
+    from dpo_ray.model.pair_scorer import TorchScorer  # in the process that scores, and not in the driver
+
     return TorchScorer(model).score(pairs)

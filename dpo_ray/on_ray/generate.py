@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dpo_ray.config import Config, Model, Sampling
 from dpo_ray.data.chat import tokenizer_identity
-from dpo_ray.model.folders import load_tokenizer, resolve, weights_hash
+from dpo_ray.model.folders import load_tokenizer, weights_hash
+from dpo_ray.model.resolve import resolve
 from dpo_ray.on_ray.pool import shard_stage, shard_tasks
 from dpo_ray.on_ray.vllm_engine import GenerateShard, require_vllm, vllm_pool
 from dpo_ray.storage.artifact import Artifact

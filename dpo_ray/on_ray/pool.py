@@ -18,9 +18,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from dpo_ray.config import Config
+from dpo_ray.errors import EngineDied
 from dpo_ray.on_ray.session import connect, is_embedded, num_cores, raise_ours
 from dpo_ray.progress import Progress, say
-from dpo_ray.shards.isolation import MAX_ATTEMPTS, Attempts, EngineDied
+from dpo_ray.shards.isolation import MAX_ATTEMPTS, Attempts
 from dpo_ray.shards.output import ShardOutput
 from dpo_ray.storage.artifact import (
     SCHEMA_VERSION,
@@ -154,11 +156,11 @@ def _take_over(stage_folder: Location, location: Location, wanted: set[str], iso
     Args:
         isolates: a row in quarantine is one that an engine failed on, which is tried again and not inherited.
     """
-    present = {child.name for child in location.list()} & wanted
-    for sibling in stage_folder.list():
+    present = {child.name for child in location.children()} & wanted
+    for sibling in stage_folder.children():
         if sibling == location or present == wanted:
             continue
-        for name in sorted(({child.name for child in sibling.list()} & wanted) - present):
+        for name in sorted(({child.name for child in sibling.children()} & wanted) - present):
             quarantine = sibling / "quarantine" / name
             if quarantine.exists():
                 if isolates:
@@ -254,3 +256,16 @@ class ShardWorker:
         else:
             quarantine.remove()  # of an attempt that died just after it had written this
         write_shard(self.location / name, output.table, dict(output.counters))
+
+
+def torch_pool(config: Config, build: Any, arguments: dict[str, Any]) -> Pool:
+    """Actors with the trainer's forward, as many and as large as the training workers."""
+    train = config.train
+    return Pool(
+        build=build,
+        arguments=arguments,
+        num_actors=train.num_workers,
+        num_cpus=train.cpus_per_worker,
+        num_gpus=1 if train.use_gpu else 0,
+        why="train.num_workers, train.cpus_per_worker, train.use_gpu, and one CPU to read and write",
+    )

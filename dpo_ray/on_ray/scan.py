@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from dpo_ray.data.raw.files import Stamp
-from dpo_ray.data.raw.scan import FileRecord, each, read_record, record_name, scan, together
+from dpo_ray.data.raw.scan import FileRecord, map_files, one_error, read_record, record_name, scan
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.session import connect, raise_ours
 from dpo_ray.progress import Progress, say
@@ -23,12 +23,12 @@ def scan_files(folder: Location, files: list[Location], rows_per_shard: int) -> 
 
     No Ray starts where every file has its record. Raises DataError that names the bad files.
     """
-    stamps = each(Stamp.of, files)
-    records = each(lambda stamp: read_record(folder, stamp, rows_per_shard), stamps)
+    stamps = map_files(Stamp.of, files)
+    records = map_files(lambda stamp: read_record(folder, stamp, rows_per_shard), stamps)
     missing = dict.fromkeys(stamp for stamp, record in zip(stamps, records, strict=True) if record is None)
     if missing:
         _scan(folder, list(missing), rows_per_shard)
-        records = each(lambda stamp: read_record(folder, stamp, rows_per_shard), stamps)
+        records = map_files(lambda stamp: read_record(folder, stamp, rows_per_shard), stamps)
     assert all(records)
     return [record for record in records if record is not None]
 
@@ -58,7 +58,7 @@ def _scan(folder: Location, stamps: list[Stamp], rows_per_shard: int) -> None:
         say(_STAGE, f"{len(left)} files could not be looked through, among them {', '.join(left[:5])}")
         raise_ours(error, _STAGE)
     if bad:
-        raise together(sorted(bad))
+        raise one_error(sorted(bad))
 
 
 def _scan_batch(batch: pa.Table, folder: Location, rows_per_shard: int) -> pa.Table:

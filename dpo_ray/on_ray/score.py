@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import torch
-
-from dpo_ray.config import Config, Model
-from dpo_ray.config.losses import Loss
-from dpo_ray.errors import DataError
-from dpo_ray.losses.objective import pair_logps, preference_margins
-from dpo_ray.model.folders import resolve, weights_hash
+from dpo_ray.config import VLLM, Config, Model
+from dpo_ray.model.folders import weights_hash
+from dpo_ray.model.resolve import resolve
+from dpo_ray.model.version import own_forward
 from dpo_ray.on_ray.calibrate import choose_engine, max_pair_tokens
-from dpo_ray.on_ray.pool import ShardFunction, shard_stage, shard_tasks
-from dpo_ray.on_ray.score_shards import (
+from dpo_ray.on_ray.pool import ShardFunction, shard_stage, shard_tasks, torch_pool
+from dpo_ray.on_ray.vllm_engine import VLLMScorer, require_vllm, vllm_pool
+from dpo_ray.shards.score import (
+    REFERENCE_COLUMNS,
+    MismatchShard,
     PolicyScoreShard,
+    ScoreShard,
     TorchMismatchShard,
     TorchScoreShard,
-    VLLMMismatchShard,
-    VLLMScoreShard,
 )
-from dpo_ray.on_ray.trainer import MODEL_FOLDER
-from dpo_ray.on_ray.vllm_engine import own_forward, require_vllm, torch_pool, vllm_pool
-from dpo_ray.storage.artifact import Artifact, read_shard
+from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
-
-_ROWS_AT_ONCE = 4096
+from dpo_ray.training.files import MODEL_FOLDER
 
 
 def score_reference(output: Location, config: Config, tokenized: Artifact) -> tuple[Artifact, bool]:
     """Reference log-probs of every tokenized pair. Neither beta nor any other training option is in its identity."""
     engine = choose_engine(output, config, tokenized)
-    return _score(output, config, "reference", tokenized, engine, VLLMScoreShard, TorchScoreShard)
+    return _score(output, config, "reference", tokenized, engine, vllm_score_shard, TorchScoreShard)
 
 
 def score_mismatched(output: Location, config: Config, reference: Artifact) -> tuple[Artifact, bool]:
@@ -49,7 +40,7 @@ def score_mismatched(output: Location, config: Config, reference: Artifact) -> t
     engine = config.reference.engine
     if engine == "auto":
         engine = reference.manifest.identity["engine"]
-    return _score(output, config, "mismatched", reference, engine, VLLMMismatchShard, TorchMismatchShard)
+    return _score(output, config, "mismatched", reference, engine, vllm_mismatch_shard, TorchMismatchShard)
 
 
 def _score(
@@ -102,95 +93,11 @@ def score_policy(output: Location, config: Config, policy: Artifact, pairs: Arti
     )
 
 
-def held_out_margins(loss: Loss, scores: Artifact, pairs: Artifact) -> np.ndarray:
-    """Margins [n] of the held-out pairs as the loss sees them, without its scale beta, joined by pair_id.
-
-    Unpaired rows have no margin of their own: where no row has both sides, the i-th desirable and the i-th
-    undesirable row, each in the order of their pair_id, make a couple, and its margin is the difference of their
-    rewards; n is then the smaller of the two counts. Where some rows are pairs, only these count.
-
-    Args:
-        scores: what score_policy made of `pairs`.
-        pairs: the reference artifact; for a loss without a reference the tokenized one.
-
-    Raises DataError on a gap between the two, and on margins that are not finite.
-    """
-    policy: dict[str, _Sides] = {}
-    for shard in scores.shards():
-        table = read_shard(shard)
-        policy.update(zip(table["pair_id"].to_pylist(), _sides(table, "chosen", "rejected"), strict=True))
-    rows: dict[str, _Scored] = {}
-    missing = []
-    for shard in pairs.shards():
-        table = read_shard(shard)
-        table = table.filter(pc.equal(table["split"], "eval"))
-        reference: Iterable[_Sides | None] = repeat(None, table.num_rows)
-        if loss.needs_reference:
-            reference = _sides(table, "chosen_ref", "rejected_ref")
-        for pair_id, of_reference in zip(table["pair_id"].to_pylist(), reference, strict=True):
-            if pair_id in policy:
-                rows[pair_id] = _Scored(policy[pair_id], of_reference)
-            else:
-                missing.append(pair_id)
-    if missing:
-        raise DataError(
-            f"{len(missing)} held-out pairs of {pairs.location} have no scores in {scores.location}, the first: "
-            f"{', '.join(missing[:5])}. Remove the latter; it will be computed again."
-        )
-    couples = _couples(rows)
-    margins = _margins(loss, list(couples.values()))
-    wrong = [name for name, margin in zip(couples, margins, strict=True) if not math.isfinite(margin)]
-    if wrong:
-        raise DataError(
-            f"{len(wrong)} held-out pairs have margins that are not finite, the first: {', '.join(wrong[:5])}. The "
-            "policy's weights are damaged: look at the loss in metrics.jsonl, and train with a lower learning rate."
-        )
-    return margins
+def vllm_score_shard(model: Model, options: VLLM, max_model_len: int) -> ScoreShard:
+    """The worker of the reference stage with vLLM."""
+    return ScoreShard(VLLMScorer(model, options, max_model_len), REFERENCE_COLUMNS)
 
 
-_Sides = tuple[np.ndarray, np.ndarray]
-"""Token log-probs of chosen and of rejected, [tokens] each, in nats."""
-
-
-class _Scored(NamedTuple):
-    """A row's log-probs under the policy and, where the loss asks for it, under the reference."""
-
-    policy: _Sides
-    reference: _Sides | None
-
-
-def _sides(table: pa.Table, chosen: str, rejected: str) -> list[_Sides]:
-    columns = [[row.values.to_numpy() for row in table[f"{name}_logprobs"]] for name in (chosen, rejected)]
-    return list(zip(*columns, strict=True))
-
-
-def _couples(rows: dict[str, _Scored]) -> dict[str, _Scored]:
-    """Those that have two sides; where there are none, desirable and undesirable rows in couples."""
-    has = {pair_id: (len(row.policy[0]) > 0, len(row.policy[1]) > 0) for pair_id, row in rows.items()}
-    pairs = {pair_id: row for pair_id, row in rows.items() if all(has[pair_id])}
-    if pairs:
-        return pairs
-    desirable, undesirable = (sorted(pair_id for pair_id in rows if has[pair_id][side]) for side in (0, 1))
-    couples = {}
-    for good, bad in zip(desirable, undesirable, strict=False):  # the rest of the larger side has no counterpart
-        one, other = rows[good], rows[bad]
-        reference = (one.reference[0], other.reference[1]) if one.reference and other.reference else None
-        couples[f"{good} with {bad}"] = _Scored((one.policy[0], other.policy[1]), reference)
-    return couples
-
-
-def _margins(loss: Loss, rows: list[_Scored]) -> np.ndarray:
-    margins = [np.empty(0)]
-    for first in range(0, len(rows), _ROWS_AT_ONCE):
-        part = rows[first : first + _ROWS_AT_ONCE]
-        policy = [side for row in part for side in row.policy]
-        reference = [side for row in part if row.reference is not None for side in row.reference]
-        logps = pair_logps(
-            torch.from_numpy(np.concatenate(policy).astype(np.float64)),
-            torch.from_numpy(np.repeat(np.arange(len(policy)), [len(side) for side in policy])),
-            len(part),
-            ref_token_logprobs=torch.from_numpy(np.concatenate(reference)) if reference else None,
-            ld_alpha=loss.token_tail_weight,
-        )
-        margins.append(preference_margins(loss, logps).numpy())
-    return np.concatenate(margins)
+def vllm_mismatch_shard(model: Model, options: VLLM, max_model_len: int) -> MismatchShard:
+    """The worker of the mismatched stage with vLLM."""
+    return MismatchShard(VLLMScorer(model, options, max_model_len))

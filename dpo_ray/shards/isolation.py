@@ -15,14 +15,18 @@ from typing import Literal, NoReturn, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dpo_ray.errors import DataError, DpoRayError
+from dpo_ray.errors import DataError, DpoRayError, EngineDied
 from dpo_ray.storage.location import Location
 
 Value = TypeVar("Value")
 
+
 Failure = Literal["engine_error", "engine_crash"]
 """What became of a row that the engine cannot do: an exception, or the end of its process."""
+
+
 FAILURES: tuple[Failure, ...] = get_args(Failure)
+
 
 # Into so many parts is a range divided that failed. A death costs the start of an engine, and the parts that are well
 # cost little: so more than two.
@@ -32,10 +36,6 @@ MAX_ATTEMPTS = 64
 # After so many deaths without a single range that came through, it is the engine that does not work.
 _HOPELESS = 6
 _MESSAGE_BOUND = 500  # characters of an engine's message that are kept
-
-
-class EngineDied(Exception):
-    """The engine cannot be used any more: its process must end, and another one go on with the shard."""
 
 
 class FailedRow(BaseModel):

@@ -9,11 +9,15 @@ import pyarrow as pa
 
 from dpo_ray.bins import batches
 from dpo_ray.config import Data, Model
-from dpo_ray.data.chat import ChatTokenizer, Completion, Prompt, parse_tools
+from dpo_ray.data.chat import ChatTokenizer, Completion, Prompt, parse_tools, tokenizer_identity
 from dpo_ray.data.duplicates import read_kept
-from dpo_ray.model.folders import load_tokenizer, resolve
+from dpo_ray.model.folders import load_tokenizer
+from dpo_ray.model.resolve import resolve
 from dpo_ray.pairs import TOKENIZED
 from dpo_ray.shards.output import ShardOutput
+
+VERSION = 1
+"""Of how dialogues become ids, here and in dpo_ray.data.chat; raised when that changes: all shards are made again."""
 
 NOTED = {
     "truncated_prompt": "the prompt was over data.max_prompt_tokens and was cut",
@@ -35,6 +39,18 @@ its sides is concerned; those that are zero are left out."""
 _CHARACTERS_AT_ONCE = 1 << 18
 
 _SIDES = ("chosen", "rejected")
+
+
+def identity(tokenizer: Any, data: Data) -> dict[str, Any]:
+    """What changes the ids: the tokenizer with its template, and the limits."""
+    return {
+        "rules": VERSION,
+        "tokenizer": tokenizer_identity(tokenizer),
+        "max_prompt_tokens": data.max_prompt_tokens,
+        "long_prompts": data.long_prompts,
+        "max_completion_tokens": data.max_completion_tokens,
+        "long_completions": data.long_completions,
+    }
 
 
 class TokenizeShard:

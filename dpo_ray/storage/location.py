@@ -162,7 +162,7 @@ class Location:
         with self.asked():
             return fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
 
-    def list(self) -> list[Location]:
+    def children(self) -> list[Location]:
         """Children by name; empty where there is no such folder. Unfinished files are not listed."""
         names = sorted(info.base_name for info in self._infos(recursive=False))
         return [self / name for name in names if not name.startswith(".")]

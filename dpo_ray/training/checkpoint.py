@@ -27,13 +27,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from dpo_ray.storage.location import Location
 from dpo_ray.training.checkpoint_reader import Planner, Reader
+from dpo_ray.training.files import HISTORY, STATE, read_history
 from dpo_ray.training.optim import WeightAverage
 from dpo_ray.training.parallel import Rank, gathered_objects, trained_state
 
-STATE = "state.json"
-HISTORY = "metrics.jsonl"
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
@@ -108,20 +106,6 @@ def load_weights(folder: Path, *, policy: nn.Module, average: WeightAverage | No
         warnings.simplefilter("ignore")
         dcp.load(tensors, storage_reader=Reader(folder), planner=Planner(), no_dist=not dist.is_initialized())
     set_model_state_dict(policy, tensors["model"], options=_TRAINED)
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of every logged step up to the checkpoint."""
-    return [json.loads(line) for line in (folder / HISTORY).read_text().splitlines()]
-
-
-def is_whole(checkpoint: Location) -> bool:
-    """Whether every file of a checkpoint is there in its full size; an upload may have been cut short."""
-    try:
-        files = json.loads((checkpoint / STATE).read_bytes())["files"]
-        return all((checkpoint / name).size() == size for name, size in files.items())
-    except (FileNotFoundError, ValueError):
-        return False
 
 
 def _tensors(policy: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> dict[str, Any]:

@@ -14,18 +14,16 @@ import torch
 from dpo_ray.config import Model, Train
 from dpo_ray.errors import NonFiniteLoss
 from dpo_ray.model.export import export_policy
-from dpo_ray.model.folders import resolve
 from dpo_ray.model.policy import CompletionScorer, compile_layers, load_policy, torch_dtype
+from dpo_ray.model.resolve import resolve
 from dpo_ray.progress import Progress, say
 from dpo_ray.training.batch import Share, Step
 from dpo_ray.training.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
+from dpo_ray.training.files import EXPORT
 from dpo_ray.training.optim import WeightAverage, learning_rate, make_optimizer
 from dpo_ray.training.parallel import Rank, parallelize, whole_state
 from dpo_ray.training.selection import best_step, should_stop
 from dpo_ray.training.step import Learner
-
-EXPORT = "export"
-"""Folder of the trained model, in Hugging Face's format, inside the last checkpoint."""
 
 
 class Checkpoints(Protocol):

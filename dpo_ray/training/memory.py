@@ -5,10 +5,9 @@ An estimate, made before training: what is kept for the backward pass was counte
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from dpo_ray.config import Model, Train
 from dpo_ray.errors import ConfigError
@@ -38,6 +37,7 @@ class Shape:
 
 def shape_of(folder: Path, *, trust_remote_code: bool = False) -> Shape:
     """Read off a model folder's configuration; no weights are loaded."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     whole = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -90,3 +90,20 @@ def tokens_that_fit(shape: Shape, model: Model, train: Train, *, memory: int, nu
             "to a number, if you know that it fits."
         )
     return min(tokens, MOST_TOKENS_GPU if train.use_gpu else MOST_TOKENS_CPU)
+
+
+def worker_memory(num_workers: int, cpus_per_worker: float, use_gpu: bool) -> int:
+    """Bytes of one worker where this runs: its GPU's, or its part of the machine's memory.
+
+    All of the memory, free or not, so that a run that is gone on with is cut into micro-batches as before.
+    """
+    if use_gpu:
+        import torch
+
+        return torch.cuda.mem_get_info()[1]
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    beside = max(1, min(num_workers, int((os.cpu_count() or 1) // cpus_per_worker)))
+    return total // beside

@@ -7,14 +7,18 @@ starting the plan at t.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.compute as pc
 
+from dpo_ray.bins import first_fit, split_up, spread
+from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DataError
-from dpo_ray.storage.artifact import read_shard
+from dpo_ray.model.resolve import resolve
+from dpo_ray.storage.artifact import Artifact, read_shard
 from dpo_ray.storage.location import Location
 
 _SHARDS_PER_WINDOW = 16  # rows are shuffled within so many shards, so that a step reads few files
@@ -146,27 +150,11 @@ def microbatches(
     lengths = index.lengths[rows]
     tokens = lengths.sum(axis=1)
     shares = [
-        [[share[i] for i in group] for group in fit(tokens[share], tokens_per_microbatch)]
+        [[share[i] for i in group] for group in first_fit(tokens[share], tokens_per_microbatch)]
         for share in spread(pair_cost(lengths, hidden_size), world_size)
     ]
     count = max(map(len, shares))
     return [[[int(rows[i]) for i in group] for group in split_up(share, tokens, count)] for share in shares]
-
-
-def split_up(groups: list[list[int]], tokens: np.ndarray, count: int) -> list[list[int]]:
-    """The groups cut in halves, the largest first, until there are `count`; empty ones where no pair is left to cut.
-
-    tokens: [n] tokens of each item.
-    """
-    groups = list(groups)
-    while len(groups) < count:
-        largest = max((g for g in groups if len(g) > 1), key=lambda g: int(tokens[g].sum()), default=[])
-        if largest:
-            groups.remove(largest)
-            groups += [largest[0::2], largest[1::2]]
-        else:
-            groups.append([])
-    return groups
 
 
 def pair_cost(lengths: np.ndarray, hidden_size: int) -> np.ndarray:
@@ -181,29 +169,36 @@ def pair_cost(lengths: np.ndarray, hidden_size: int) -> np.ndarray:
     return lengths.sum(axis=1) + attention / (12 * hidden_size)
 
 
-def spread(costs: np.ndarray, num_ranks: int) -> list[list[int]]:
-    """Longest processing time first: items → ranks, nearly equal in cost. Deterministic."""
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [0.0] * num_ranks
-    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min(range(num_ranks), key=lambda r: (loads[r], r))
-        shares[rank].append(item)
-        loads[rank] += float(costs[item])
-    return shares
+def make_plan(config: Config, pairs: Artifact) -> tuple[StepPlan, PlanIndex]:
+    """The step plan of a configuration over its pairs, and the index of the held-out ones.
 
-
-def fit(tokens: Sequence[int] | np.ndarray, limit: int) -> list[list[int]]:
-    """First fit, longest first: items → groups of at most `limit` tokens; a longer item has a group of its own."""
-    groups: list[list[int]] = []
-    room: list[int] = []
-    for item in sorted(range(len(tokens)), key=lambda i: (-int(tokens[i]), i)):
-        size = int(tokens[item])
-        for g, left in enumerate(room):
-            if size <= left:
-                groups[g].append(item)
-                room[g] -= size
-                break
-        else:
-            groups.append([item])
-            room.append(limit - size)
-    return groups
+    Raises ConfigError where the plan has no step, or where held-out pairs are asked for and there are none; DataError
+    where rows lack an answer that the loss needs.
+    """
+    model_config = json.loads((resolve(config.model.path, config.model.revision) / "config.json").read_text())
+    plan = StepPlan(
+        index=build_index(pairs.shards(), "train"),
+        global_batch_size=config.train.global_batch_size,
+        epochs=config.train.epochs,
+        seed=config.run.seed,
+        hidden_size=model_config.get("hidden_size") or model_config.get("n_embd") or 1024,
+    )
+    held_out = build_index(pairs.shards(), "eval")
+    loss = config.train.loss
+    if plan.index.num_unpaired and not loss.accepts_unpaired:
+        raise DataError(
+            f"{plan.index.num_unpaired} of the {len(plan.index)} training rows of {pairs.location} have one answer, "
+            f"and train.loss.type={loss.type} compares two. Set train.loss.type=kto, or train on pairs."
+        )
+    steering = {config.train.keep_best, config.train.early_stopping and config.train.early_stopping.metric}
+    if held_out.num_unpaired == len(held_out) and steering & {"eval_rewards/accuracies", "eval_rewards/margins"}:
+        raise ConfigError(
+            "train.keep_best or train.early_stopping goes by a comparison of two answers, but held-out rows have one "
+            "answer each: go by eval_loss, or name pairs as data.eval."
+        )
+    if config.train.eval_every_steps is not None and not len(held_out):
+        raise ConfigError(
+            f"train.eval_every_steps is {config.train.eval_every_steps}, but there is no held-out pair: raise "
+            "data.held_out_fraction, name data.eval, or leave train.eval_every_steps out."
+        )
+    return plan, held_out

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from dpo_ray.config import Train
+from dpo_ray.data.pairing import mismatched
 from dpo_ray.errors import DataError, NonFiniteLoss, ReferenceMismatch
 from dpo_ray.losses.objective import BatchTerms, kl_estimate, pair_loss, rewards
 from dpo_ray.losses.pair_logps import PairLogps, pair_logps, sum_by_sequence
 from dpo_ray.model.logprobs import TokenScores
-from dpo_ray.model.packing import MicroBatch, mismatched
+from dpo_ray.model.packing import MicroBatch
 from dpo_ray.model.policy import CompletionScorer
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.training.batch import Share
@@ -105,7 +106,12 @@ class Learner:
                 total, count = totals.total_and_count(side)
                 self.state.reward_sum += total
                 self.state.reward_count += count
-        return {**totals.means(), **_named(options, terms), "grad_norm": grad_norm, "num_tokens": totals.num_tokens}
+        return {
+            **totals.means(),
+            **_batch_metrics(options, terms),
+            "grad_norm": grad_norm,
+            "num_tokens": totals.num_tokens,
+        }
 
     @torch.no_grad()
     def evaluate(self, share: Share) -> dict[str, float]:
@@ -121,7 +127,7 @@ class Learner:
         losses = pair_loss(self.options.loss, everything, terms)
         sums = _Sums()
         sums.add(_per_pair(self.options, losses, everything) | statistics, len(losses), 0)
-        means = {**sums.means(), **_named(self.options, terms)}
+        means = {**sums.means(), **_batch_metrics(self.options, terms)}
         if not all(math.isfinite(value) for value in means.values()):
             raise NonFiniteLoss(
                 f"The loss of the {len(losses)} held-out pairs is {means['loss']}. Lower train.learning_rate, or train "
@@ -294,7 +300,7 @@ def _per_pair(options: Train, losses: Tensor, logps: PairLogps) -> Statistics:
     }
 
 
-def _named(options: Train, terms: BatchTerms) -> dict[str, float]:
+def _batch_metrics(options: Train, terms: BatchTerms) -> dict[str, float]:
     named = {}
     if isinstance(terms.kl, Tensor):  # measured, not assumed
         named["kl"] = float(terms.kl)

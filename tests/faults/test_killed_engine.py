@@ -80,7 +80,7 @@ PROGRAM = """
 import json, os, signal, sys, time
 import pyarrow as pa
 from dpo_ray.storage.artifact import publish, write_shard
-from dpo_ray.on_ray.score_shards import ScoreShard
+from dpo_ray.shards.score import ScoreShard
 from dpo_ray.on_ray.pool import Pool, shard_stage, shard_tasks
 from dpo_ray.pairs import TOKENIZED
 from dpo_ray.storage.location import Location

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_ray.config import Model
-from dpo_ray.training.checkpoint import read_history
-from dpo_ray.training.loop import EXPORT
+from dpo_ray.training.files import EXPORT, read_history
 from tests.training import Gang, Trained, random_pairs, scored, small_model
 
 STEPS, HALF = 12, 6

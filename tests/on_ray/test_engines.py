@@ -51,7 +51,8 @@ def set_up() -> None:
 
 def both_engines(folder: str, pairs: list[TokenizedPair]) -> tuple[Scores, Scores, Scores, list[int], dict[str, int]]:
     """vLLM's scores, a second time, the trainer's, how many tokens vLLM found in its cache, and its schedule."""
-    from dpo_ray.on_ray.vllm_engine import TorchScorer, VLLMScorer
+    from dpo_ray.model.pair_scorer import TorchScorer
+    from dpo_ray.on_ray.vllm_engine import VLLMScorer
 
     model = Model(path=folder, dtype="float32")
     scorer = VLLMScorer(model, VLLM(kv_cache_gib=1, max_num_batched_tokens=CHUNK), max_model_len=512)

@@ -74,10 +74,10 @@ def test_a_run_publishes_a_model_and_its_record(first_run, store: ObjectStore):
     done, summary = first_run
     published = Location.of(summary["published"])
     assert published.uri.startswith(f"{OUT}/models/numbers/") and published.uri in done.log
-    names = {f.name for f in published.list()}
+    names = {f.name for f in published.children()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= names
     assert json.loads((OUT / "models" / "numbers" / "latest.json").read_bytes())["path"] == published.uri
-    records = {f.name for f in (OUT / "runs" / "first").list()}
+    records = {f.name for f in (OUT / "runs" / "first").children()}
     assert records == {"config.yaml", "metrics.jsonl", "summary.json", "report.html"}
     assert summary["eval"]["accuracy"]["n"] == summary["stages"]["score"]["rows"]["kept"] > 0
     assert summary["train"]["first_step_loss"] == pytest.approx(summary["train"]["zero_margin_loss"], abs=1e-5)
@@ -115,7 +115,7 @@ def test_show_lists_the_run_and_the_published_model(first_run):
 
 def test_a_lost_shard_alone_is_computed_again(first_run, job):
     reference = OUT / "artifacts" / "reference" / first_run[1]["stages"]["reference"]["fingerprint"]
-    shard = next(f for f in reference.list() if f.name.endswith(".parquet"))
+    shard = next(f for f in reference.children() if f.name.endswith(".parquet"))
     shard.remove()
     done = job("third")
     assert done.code == 0, done.log

@@ -17,16 +17,16 @@ from ray.exceptions import RayError, RayTaskError
 
 from dpo_ray.config import VLLM, Config, Model
 from dpo_ray.config.losses import Loss
-from dpo_ray.errors import ConfigError, DataError
-from dpo_ray.on_ray import calibrating, engines
+from dpo_ray.errors import ConfigError, DataError, EngineDied
+from dpo_ray.evaluation.held_out import held_out_margins
+from dpo_ray.on_ray import calibrate, vllm_engine
 from dpo_ray.on_ray.calibrate import choose_engine
 from dpo_ray.on_ray.pool import ShardWorker
-from dpo_ray.on_ray.score import held_out_margins
-from dpo_ray.on_ray.score_shards import MismatchShard, ScoreShard
 from dpo_ray.on_ray.vllm_engine import VLLMScorer
 from dpo_ray.pairs import MISMATCHED, QUARANTINE, REFERENCE, SCORES, TOKENIZED, TokenizedPair
-from dpo_ray.shards.isolation import Attempts, EngineDied
+from dpo_ray.shards.isolation import Attempts
 from dpo_ray.shards.output import ShardOutput
+from dpo_ray.shards.score import MismatchShard, ScoreShard
 from dpo_ray.storage.artifact import Artifact, publish, read_shard, write_shard
 from dpo_ray.storage.location import Location
 from pipelines.reference import require_enough_scored
@@ -239,7 +239,7 @@ def test_a_worker_writes_the_quarantine_and_forgets_the_attempts(tmp_path: Path)
     assert worker(batch)["name"].to_pylist() == ["x.parquet"]
     assert read_shard(output / "x.parquet").num_rows == 3
     assert read_shard(output / "quarantine" / "x.parquet").num_rows == 1
-    assert (output / "attempts").list() == []
+    assert (output / "attempts").children() == []
 
 
 def test_the_share_of_rows_that_could_not_be_scored_is_limited(tmp_path: Path):
@@ -284,11 +284,11 @@ def test_a_row_takes_the_side_that_a_single_answer_has(tmp_path: Path):
 
 
 def test_pairs_go_to_vllm_in_groups_bounded_by_what_both_sides_have_with_their_prompt(monkeypatch):
-    monkeypatch.setattr(engines, "_VLLM_GROUP_TOKENS", 10)
+    monkeypatch.setattr(vllm_engine, "_VLLM_GROUP_TOKENS", 10)
     pairs = [TokenizedPair(str(n), [0] * n, [0], [0]) for n in (1, 2, 9, 1)]  # 4, 6, 20, 4 tokens
     sizes: list[int] = []
 
-    class Groups(engines.VLLMScorer):
+    class Groups(vllm_engine.VLLMScorer):
         def __init__(self) -> None:
             self.llm = SimpleNamespace(reset_prefix_cache=lambda: None)
 
@@ -303,7 +303,7 @@ def test_pairs_go_to_vllm_in_groups_bounded_by_what_both_sides_have_with_their_p
 
 @pytest.mark.parametrize(("vocab_size", "tokens"), [(151_936, 785), (49_152, 2427), (512, 4096), (2_000_000, 128)])
 def test_logits_of_scored_prompts_stay_below_a_gibibyte(vocab_size: int, tokens: int):
-    assert engines.tokens_at_once(vocab_size) == tokens
+    assert vllm_engine.tokens_at_once(vocab_size) == tokens
     assert tokens == 128 or tokens * vocab_size * 9 <= 2**30
 
 
@@ -312,8 +312,8 @@ def engine_arguments(monkeypatch: pytest.MonkeyPatch, scores: bool, **options: A
     text = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=151_936))
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **arguments: arguments))
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: text)
-    monkeypatch.setattr(engines, "resolve", lambda *_: Path("m"))
-    return engines._engine("m", None, "float32", False, VLLM(**options), 8192, scores)
+    monkeypatch.setattr(vllm_engine, "resolve", lambda *_: Path("m"))
+    return vllm_engine._engine("m", None, "float32", False, VLLM(**options), 8192, scores)
 
 
 def test_a_scoring_engine_on_cpu_computes_only_tokens_whose_logits_have_room(monkeypatch: pytest.MonkeyPatch):
@@ -355,7 +355,7 @@ class FakeVLLM:
 
 def vllm_scorer(monkeypatch: pytest.MonkeyPatch, llm: FakeVLLM) -> VLLMScorer:
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: options))
-    monkeypatch.setattr(engines, "_engine", lambda *_: llm)
+    monkeypatch.setattr(vllm_engine, "_engine", lambda *_: llm)
     return VLLMScorer(Model(path="m"), VLLM(), 16)
 
 
@@ -400,8 +400,8 @@ def auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
-    monkeypatch.setattr(calibrating, "has_vllm", lambda: True)
-    monkeypatch.setattr(calibrating, "require_vllm", lambda _: "0.32.0")
+    monkeypatch.setattr(calibrate, "has_vllm", lambda: True)
+    monkeypatch.setattr(calibrate, "require_vllm", lambda _: "0.32.0")
 
     def config(**options: Any) -> Config:
         return Config.model_validate(
@@ -438,7 +438,7 @@ def engines_that_say(monkeypatch: pytest.MonkeyPatch, vllm: Any, torch: Sequence
             raise vllm
         return [[vllm[0]]] * 2, [[vllm[1]]] * 2
 
-    monkeypatch.setattr(calibrating, "_scored", scored)
+    monkeypatch.setattr(calibrate, "_scored", scored)
     return asked
 
 
@@ -450,9 +450,9 @@ def test_the_calibrated_pairs_are_of_shards_from_the_first_to_the_last(tmp_path)
         table = pa.Table.from_pylist(rows if n != 26 else [], schema=TOKENIZED)
         files.append(write_shard(location / f"{n}.parquet", table, {}))
     rows = publish(location, "tokenized", identity={}, inputs={}, files=files)
-    assert [pair.pair_id for pair in calibrating._sample(rows, 4)] == ["0", "12", "25", "39"]
-    assert len(calibrating._sample(rows, 39)) == len(calibrating._sample(rows, 100)) == 39
-    assert [pair.pair_id for pair in calibrating._sample(rows, 1)] == ["0"]
+    assert [pair.pair_id for pair in calibrate._sample(rows, 4)] == ["0", "12", "25", "39"]
+    assert len(calibrate._sample(rows, 39)) == len(calibrate._sample(rows, 100)) == 39
+    assert [pair.pair_id for pair in calibrate._sample(rows, 1)] == ["0"]
 
 
 def test_auto_takes_vllm_where_it_agrees_and_keeps_to_it(tmp_path, auto: Settings, monkeypatch, capfd):
@@ -498,7 +498,7 @@ def test_auto_does_not_remember_what_a_lost_node_did(tmp_path, auto: Settings, m
 
 def test_auto_takes_torch_where_vllm_is_not_installed(tmp_path, auto: Settings, monkeypatch):
     asked = engines_that_say(monkeypatch, (-1.0, -2.0), (-1.0, -2.0))
-    monkeypatch.setattr(calibrating, "has_vllm", lambda: False)
+    monkeypatch.setattr(calibrate, "has_vllm", lambda: False)
     assert choose_engine(Location.of(tmp_path / "out"), auto(), tokenized_rows(tmp_path)) == "torch"
     assert asked == []
 

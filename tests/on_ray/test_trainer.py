@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_ray.on_ray.trainer import earliest_resume, newest_whole_checkpoint, run_name
+from dpo_ray.on_ray.resume import earliest_resume, newest_whole_checkpoint, run_name
 from dpo_ray.storage.location import Location
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"

@@ -55,6 +55,87 @@ def test_in_the_library_only_on_ray_imports_ray_or_vllm(path: Path):
     assert not any(name.startswith("dpo_ray.on_ray") for name in imported(path.read_text(encoding="utf-8")))
 
 
+ROOMS = {
+    "errors": set(),
+    "progress": set(),
+    "bins": set(),
+    "estimates": set(),
+    "pairs": set(),
+    "storage": {"errors"},
+    "rewards": {"errors"},
+    "config": {"errors"},
+    "data": {"config", "errors", "estimates", "pairs", "storage"},
+    "losses": {"config"},
+    "model": {"bins", "config", "errors", "pairs", "progress", "storage"},
+    "shards": {"bins", "config", "data", "errors", "model", "pairs", "rewards", "storage"},
+    "training": {"bins", "config", "data", "errors", "losses", "model", "pairs", "progress", "storage"},
+    "evaluation": {"config", "errors", "estimates", "losses", "storage"},
+    "on_ray": {
+        "bins", "config", "data", "errors", "evaluation", "losses", "model", "pairs", "progress", "shards", "storage",
+        "training",
+    },
+}  # fmt: skip
+"""Room of dpo_ray → the rooms that it may import. A room is a folder, or a file at the top of the library."""
+
+
+def module_of(path: Path) -> str:
+    names = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+def our_modules() -> dict[str, Path]:
+    return {module_of(path): path for package in PACKAGES for path in sources(package)}
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_every_room_has_its_line_in_the_table():
+    assert {room_of(m) for m in our_modules() if m.startswith("dpo_ray.")} == set(ROOMS)
+
+
+def test_no_arrow_of_the_table_runs_up():
+    standing: list[str] = []
+    for room, below in ROOMS.items():
+        assert below <= set(standing), (room, below - set(standing))
+        standing.append(room)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_its_line_says_and_nothing_else(room: str):
+    modules = our_modules()
+    found = set()
+    for module, path in modules.items():
+        if module.startswith("dpo_ray.") and room_of(module) == room:
+            found |= {room_of(n) for n in imported(path.read_text(encoding="utf-8")) if n.startswith("dpo_ray.")}
+    # Neither more nor less: a line that allows what nobody needs would hold nothing.
+    assert found - {room} == ROOMS[room]
+
+
+def circles(arrows: dict[str, set[str]]) -> set[str]:
+    """Those that import each other, by way of others too: what is left when all who import nothing are taken away."""
+    left = {module: set(targets) for module, targets in arrows.items()}
+    while free := {module for module, targets in left.items() if not targets & left.keys()}:
+        left = {module: targets for module, targets in left.items() if module not in free}
+    return set(left)
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"a", "b", "c"}
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == set()
+
+
+def test_no_modules_import_each_other_not_even_inside_of_functions():
+    modules = our_modules()
+    arrows = {}
+    for module, path in modules.items():
+        names = imported(path.read_text(encoding="utf-8")) & modules.keys()
+        # A package's own modules stand behind its __init__, which may gather them.
+        arrows[module] = {name for name in names if name != module and not module.startswith(f"{name}.")}
+    assert circles(arrows) == set()
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_each_package_imports_only_those_below_it(package: str):
     below = {

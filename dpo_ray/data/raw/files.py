@@ -7,16 +7,14 @@ cannot be read is an error that names it. raw_scan cuts files into parts.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from dpo_ray.data.raw.json_lines import RAW_BOUND, Bytes, Unreadable, is_blank, parse_line, raw_lines
+from dpo_ray.data.raw.json_lines import Bytes
 from dpo_ray.errors import DataError, StorageError
 from dpo_ray.storage.location import Location
 
@@ -25,11 +23,7 @@ _LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".parquet", *(lines + codec for lines in _LINES for codec in ("", *_CODECS)))
 """What a folder's files of preferences are called. A file that is named itself may be called .json, too."""
 
-ROWS_AT_ONCE = 64
-"""Of Parquet, for row groups may be large."""
-_CHANGED = (
-    "has changed since it was looked through. Leave input files alone while a run reads them, and start it again."
-)
+
 _READ_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError)
 
 
@@ -92,149 +86,8 @@ def reading(location: Location, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def open_parquet(location: Location, **options: Any) -> Iterator[pq.ParquetFile]:
-    """A Parquet file whose footer is read. Raises DataError naming it."""
-    fs, path = location.filesystem()
-    with reading(location, "is not a readable Parquet file"):
-        stream = fs.open_input_file(path)
-    with stream:
-        with reading(location, "is not a readable Parquet file"):
-            parquet = pq.ParquetFile(stream, page_checksum_verification=True, **options)
-        yield parquet
-
-
-@contextmanager
 def open_lines(location: Location) -> Iterator[Bytes]:
     """The bytes of a file of JSON lines, decompressed as they are read."""
     fs, path = location.filesystem()
     with fs.open_input_stream(path, compression=format_of(location.uri).codec) as stream:
         yield stream
-
-
-def read_rows(
-    source: dict[str, Any], columns: Collection[str] | None = None
-) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
-    """Rows of a part of a raw file, with their numbers: 0-based rows of Parquet, 1-based lines of JSON lines.
-
-    Args:
-        source: `file`, the raw file; `first` and `count`, the part: rows of Parquet, or the first line's number and
-            the rows. Left out, they mean the whole file. Of plain JSON lines also `offset` and `length`, the bytes
-            of the part; `copy`, where the rows of the part were copied; `size` and `mtime_ns`, as they must still be.
-        columns: what is read of a row, where it is there; None: all.
-
-    Blank lines are skipped and count as no rows. Memory does not grow with the file, but with the rows of Parquet's
-    row groups. Raises DataError naming the file where it is damaged, or has changed since it was cut into parts.
-    """
-    location = Location(source["file"])
-    is_parquet = format_of(location.uri).is_parquet
-    first, count = source.get("first", 0 if is_parquet else 1), source.get("count")
-    if "copy" in source:
-        yield from _copied_rows(Location(source["copy"]), location, is_parquet, first, columns)
-        return
-    if "size" in source and Stamp.of(location) != Stamp(location.uri, source["size"], source["mtime_ns"]):
-        raise DataError(f"{location} {_CHANGED}")
-    if is_parquet:
-        for start, batch in _parquet_batches(location, first, count, columns):
-            yield from _parquet_rows(location, batch, start)
-        return
-    read = 0
-    for number, line in _part_lines(location, source.get("offset"), source.get("length"), first):
-        if not is_blank(line):
-            read += 1
-            yield number, parse_line(line, columns)
-    if count is not None and read != count:
-        raise DataError(f"{location} {_CHANGED}")
-
-
-def _part_lines(location: Location, offset: int | None, length: int | None, first: int) -> Iterator[tuple[int, bytes]]:
-    with reading(location, f"is damaged: its lines from {first} on cannot be read"):
-        if offset is None:
-            with open_lines(location) as stream:
-                for number, (line, _) in enumerate(raw_lines(stream), start=first):
-                    yield number, line
-            return
-        fs, path = location.filesystem()
-        with fs.open_input_file(path) as file:
-            file.seek(offset)
-            for number, (line, _) in enumerate(raw_lines(file, length), start=first):
-                yield number, line
-
-
-def _parquet_batches(
-    location: Location, first: int, count: int | None, columns: Collection[str] | None
-) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Rows [first, first + count), a few at once, with the number of the first of them."""
-    with open_parquet(location) as parquet:
-        metadata = parquet.metadata
-        end = metadata.num_rows if count is None else min(first + count, metadata.num_rows)
-        groups, skipped, start = [], 0, 0
-        for group in range(metadata.num_row_groups):
-            rows = metadata.row_group(group).num_rows
-            if start < end and start + rows > first:
-                groups.append(group)
-            elif not groups:
-                skipped += rows
-            start += rows
-        present = parquet.schema_arrow.names
-        wanted = None if columns is None else [name for name in present if name in columns]
-        with reading(location, f"is damaged: rows {first} to {end - 1} cannot be read"):
-            start = skipped
-            for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=wanted, use_threads=False):
-                low, high = max(0, first - start), min(batch.num_rows, end - start)
-                if low < high:
-                    yield start + low, batch.slice(low, high - low)
-                start += batch.num_rows
-
-
-def _parquet_rows(
-    location: Location, batch: pa.RecordBatch, first: int
-) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
-    with reading(location, f"holds values in rows {first} to {first + batch.num_rows - 1} that Python cannot hold"):
-        try:
-            rows: list[dict[str, Any] | Unreadable] = batch.to_pylist()
-        except UnicodeDecodeError:
-            # One string that is not UTF-8 fails the batch: each row is taken alone.
-            rows = [_parquet_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
-    yield from enumerate(rows, start=first)
-
-
-def _parquet_row(row: pa.RecordBatch) -> dict[str, Any] | Unreadable:
-    try:
-        [values] = row.to_pylist()
-    except UnicodeDecodeError:
-        legible = {name: _legible(row.column(i)[0]) for i, name in enumerate(row.schema.names)}
-        return Unreadable("invalid_utf8", json.dumps(legible, ensure_ascii=False, default=str)[:RAW_BOUND])
-    return values
-
-
-def _copied_rows(
-    place: Location, location: Location, is_parquet: bool, first: int, columns: Collection[str] | None
-) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
-    try:
-        for start, batch in _parquet_batches(place, 0, None, columns if is_parquet else None):
-            if is_parquet:
-                yield from _parquet_rows(place, batch, first + start)
-                continue
-            for number, line in zip(batch["line"].to_pylist(), batch["raw"].to_pylist(), strict=True):
-                yield number, parse_line(line, columns)
-    except DataError as error:
-        folder = place.uri.rsplit("/", 1)[0]
-        raise DataError(
-            f"The copy that was made of {location} cannot be read: {error} This file is the run's own: remove the "
-            f"folder {folder}, and the next run makes it again."
-        ) from error
-
-
-def _legible(value: pa.Scalar) -> Any:
-    """A value of Parquet with escapes for bytes that are not UTF-8."""
-    if not value.is_valid:
-        return None
-    if isinstance(value, pa.DictionaryScalar):
-        return _legible(value.value)
-    if isinstance(value, pa.StructScalar):
-        return {name: _legible(inner) for name, inner in value.items()}
-    if isinstance(value, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
-        return [_legible(inner) for inner in value.values]
-    if isinstance(value, pa.StringScalar | pa.LargeStringScalar | pa.StringViewScalar):
-        return value.as_buffer().to_pybytes().decode("utf-8", "backslashreplace")
-    return value.as_py()

@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.types as pt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dpo_ray.data.raw.files import ROWS_AT_ONCE, Format, Stamp, format_of, open_lines, open_parquet, reading
+from dpo_ray.data.raw.files import Format, Stamp, format_of, open_lines, reading
 from dpo_ray.data.raw.json_lines import Unreadable, is_blank, parse_line, raw_lines
+from dpo_ray.data.raw.parquet import ROWS_AT_ONCE, open_parquet
 from dpo_ray.data.raw.parts import Part, copy_is_finished, copy_parts, cut_lines, line_tables, part_file, row_tables
 from dpo_ray.errors import DataError
 from dpo_ray.storage.artifact import digest, file_hash
@@ -33,14 +34,12 @@ _FOOTER_BYTES = 1 << 28  # of footers read over all parts, up to which a file is
 _SIDE_BY_SIDE = 16  # threads, which mostly wait for a disk or an object store
 _LISTED = 10  # bad files that one message names
 _MAX_TYPE = 200  # characters of a type in a message
-
-
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Look:
+class Peek:
     """What a first look at a file tells."""
 
     columns: tuple[str, ...]
@@ -88,12 +87,12 @@ def record_name(stamp: Stamp, rows_per_shard: int) -> str:
     return f"{digest([VERSION, stamp.uri, stamp.size, stamp.mtime_ns, rows_per_shard])}.json"
 
 
-def look(location: Location) -> Look:
+def peek(location: Location) -> Peek:
     """A footer or the first lines. Raises DataError where the file cannot hold a row."""
     form = format_of(location.uri)
     if form.is_parquet:
         with open_parquet(location) as parquet:
-            return _look_at_schema(parquet.schema_arrow, parquet.metadata.num_rows)
+            return _peek_at_schema(parquet.schema_arrow, parquet.metadata.num_rows)
     what = "is not a readable file of JSON lines" + (f" compressed with {form.codec}" if form.codec else "")
     if form.codec is not None and Stamp.of(location).size == 0:
         raise DataError(
@@ -117,10 +116,10 @@ def look(location: Location) -> Look:
             f"{location} is not a file of JSON lines: {why}. Each line holds one row; write a JSON array as such lines "
             "(jq -c '.[]'), and text in another encoding as UTF-8."
         )
-    return Look(tuple(columns), {}, read > 0)
+    return Peek(tuple(columns), {}, read > 0)
 
 
-def each(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+def map_files(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """What `work` makes of each item, several side by side, in order. Raises DataError that tells of all bad ones."""
     results, bad = [], []
     with ThreadPoolExecutor(_SIDE_BY_SIDE) as threads:
@@ -130,11 +129,11 @@ def each(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
             except DataError as error:
                 bad.append(str(error))
     if bad:
-        raise together(bad)
+        raise one_error(bad)
     return results
 
 
-def together(messages: Sequence[str]) -> DataError:
+def one_error(messages: Sequence[str]) -> DataError:
     """One error that tells of all these, in one paragraph."""
     if len(messages) == 1:
         return DataError(messages[0])
@@ -143,7 +142,7 @@ def together(messages: Sequence[str]) -> DataError:
     return DataError(" ".join([f"{len(messages)} files cannot be used.", *listed, *rest]))
 
 
-def require_usable(found: Look | FileRecord, columns: Collection[str], source: str) -> None:
+def require_usable(found: Peek | FileRecord, columns: Collection[str], source: str) -> None:
     """Raises DataError where one of these columns is of a type that holds neither text nor messages."""
     bad = [f"{name} is {type_}" for name, type_ in found.unusable.items() if name in columns]
     if bad:
@@ -160,7 +159,7 @@ def scan(stamp: Stamp, rows_per_shard: int, folder: Location) -> FileRecord:
     Raises DataError where the file is damaged, or is written to meanwhile.
     """
     location = Location(stamp.uri)
-    found = look(location)
+    found = peek(location)
     form = format_of(location.uri)
     if form.is_parquet:
         sha256, parts, copied_to = _scan_parquet(stamp, rows_per_shard, folder)
@@ -212,7 +211,7 @@ def _scan_parquet(stamp: Stamp, rows_per_shard: int, folder: Location) -> tuple[
         if small_groups and footers <= max(_FOOTER_BYTES, _OVERREAD * Stamp.of(location).size):
             return sha256, parts, None
         tables = row_tables(parquet.iter_batches(ROWS_AT_ONCE, use_threads=False), rows_per_shard)
-        return sha256, *_copied(_named(tables, stamp, "rows"), sha256, rows_per_shard, folder)
+        return sha256, *_copied(_blaming_file(tables, stamp, "rows"), sha256, rows_per_shard, folder)
 
 
 def _scan_lines(
@@ -228,10 +227,10 @@ def _scan_lines(
         sha256 = file_hash(location)
     with open_lines(location) as stream:
         tables = line_tables(raw_lines(stream), rows_per_shard)
-        return sha256, *_copied(_named(tables, stamp, "lines"), sha256, rows_per_shard, folder)
+        return sha256, *_copied(_blaming_file(tables, stamp, "lines"), sha256, rows_per_shard, folder)
 
 
-def _named(tables: Iterator[tuple[int, pa.Table]], stamp: Stamp, what: str) -> Iterator[tuple[int, pa.Table]]:
+def _blaming_file(tables: Iterator[tuple[int, pa.Table]], stamp: Stamp, what: str) -> Iterator[tuple[int, pa.Table]]:
     """The tables; an error of reading them, and none of writing them, is the file's."""
     location = Location(stamp.uri)
     with reading(location, f"is damaged: its {what} cannot be read"):
@@ -265,11 +264,11 @@ class _Hashed:
         return data
 
 
-def _look_at_schema(schema: pa.Schema, rows: int) -> Look:
+def _peek_at_schema(schema: pa.Schema, rows: int) -> Peek:
     unusable = {
         f.name: str(f.type)[:_MAX_TYPE] for f in schema if not _holds_text(f.type) and not _holds_messages(f.type)
     }
-    return Look(tuple(schema.names), unusable, rows > 0)
+    return Peek(tuple(schema.names), unusable, rows > 0)
 
 
 def _holds_text(type_: pa.DataType) -> bool:

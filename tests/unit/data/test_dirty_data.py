@@ -11,10 +11,11 @@ import pytest
 
 from dpo_ray.config import Columns, Data
 from dpo_ray.config.layouts import recognise
-from dpo_ray.data.raw.files import read_rows
+from dpo_ray.data.raw.read import read_rows
 from dpo_ray.data.rules import REASONS
 from dpo_ray.errors import DataError
-from dpo_ray.shards.output import IngestShard, ShardOutput
+from dpo_ray.shards.ingest import IngestShard
+from dpo_ray.shards.output import ShardOutput
 
 # Rows that expected.json leaves to a policy, where ours is to keep the row here, and why.
 KEPT = {

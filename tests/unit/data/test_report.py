@@ -25,7 +25,7 @@ from dpo_ray.data.report import (
     to_table,
 )
 from dpo_ray.pairs import PAIRS, REFERENCE, TOKENIZED
-from dpo_ray.shards.output import MeasureShard
+from dpo_ray.shards.measure import MeasureShard
 from dpo_ray.shards.tokenize import NOTED
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location

@@ -7,14 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_ray.evaluation.margins import (
-    calibration,
-    margin_noise,
-    preference_accuracy,
-    quantiles,
-    wilson,
-    win_rate,
-)
+from dpo_ray.estimates import quantiles, wilson
+from dpo_ray.evaluation.agreement import calibration, margin_noise
+from dpo_ray.evaluation.margins import preference_accuracy, win_rate
 
 Z = 1.959963984540054
 

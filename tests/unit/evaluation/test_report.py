@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from dpo_ray.config import Config, parse_config
-from dpo_ray.evaluation.report import html_report, model_card
+from dpo_ray.evaluation.card import model_card
+from dpo_ray.evaluation.report import html_report
 
 ESTIMATE = {"value": 0.75, "low": 0.5091, "high": 0.8938, "n": 16}
 HISTORY = [

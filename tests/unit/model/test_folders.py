@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dpo_ray.errors import ConfigError
-from dpo_ray.model.folders import load_tokenizer, resolve, weights_hash
+from dpo_ray.model.folders import load_tokenizer, weights_hash
+from dpo_ray.model.resolve import resolve
 
 
 @pytest.fixture

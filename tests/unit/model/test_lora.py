@@ -19,9 +19,10 @@ from dpo_ray.config import LoRA, Model
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.attention import IMPLEMENTATION
 from dpo_ray.model.export import export_policy
-from dpo_ray.model.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve
+from dpo_ray.model.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dpo_ray.model.packing import pack, pad
 from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy
+from dpo_ray.model.resolve import resolve
 from dpo_ray.pairs import TokenizedPair
 
 PAIRS = [TokenizedPair("a", [504, 314], [99, 100, 2], [7, 2]), TokenizedPair("b", [11], [12, 2], [13, 14, 15, 2])]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_ray.errors import DataError, DpoRayError
-from dpo_ray.shards.isolation import MAX_ATTEMPTS, Attempts, EngineDied, FailedRow, _Notes, isolate
+from dpo_ray.errors import DataError, DpoRayError, EngineDied
+from dpo_ray.shards.isolation import MAX_ATTEMPTS, Attempts, FailedRow, _Notes, isolate
 from dpo_ray.storage.location import Location
 
 Work = Callable[[int, int], Sequence[int]]

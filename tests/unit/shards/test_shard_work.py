@@ -16,11 +16,14 @@ from hypothesis import strategies as st
 
 from dpo_ray.config import Columns, Pairing
 from dpo_ray.config.layouts import Layout
+from dpo_ray.data.prompts import prompt_table, read_prompts
 from dpo_ray.data.raw.json_lines import Unreadable
 from dpo_ray.data.rules import REASONS
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.pairs import CANDIDATES, PAIRS, PROMPTS, QUARANTINE, PreferencePair, prompt_id, split_of
-from dpo_ray.shards.output import DuplicatesShard, IngestShard, PairShard, prompt_table, read_prompts
+from dpo_ray.shards.deduplicate import DuplicatesShard
+from dpo_ray.shards.ingest import IngestShard
+from dpo_ray.shards.pair import PairShard
 from dpo_ray.storage.artifact import FileEntry, publish, write_shard
 from dpo_ray.storage.location import Location
 from tests.unit.data.test_duplicates import write as write_pairs
@@ -152,7 +155,7 @@ def test_a_row_of_too_many_characters_is_bad(tmp_path: Path, write_preferences: 
 
 def test_a_row_that_could_not_be_parsed_is_quarantined_as_it_stood(monkeypatch: pytest.MonkeyPatch):
     rows = [(3, Unreadable("malformed_json", '{"prompt": ')), (7, raw(0))]
-    monkeypatch.setattr("dpo_ray.shards.output.read_rows", lambda source, columns: iter(rows))
+    monkeypatch.setattr("dpo_ray.shards.ingest.read_rows", lambda source, columns: iter(rows))
     output = IngestShard(0.1, 0)(source(Path("f.jsonl")))
     assert output.counters == {"read": 2, "malformed_json": 1} and output.table.num_rows == 1
     assert output.quarantine is not None
@@ -196,11 +199,11 @@ def test_every_row_is_kept_or_quarantined_with_a_reason_none_lost_none_twice(kin
     numbered = [(3 * i + 1, read(kind, i)) for i, kind in enumerate(kinds)]
     ingest = IngestShard(0.3, 0, pairing=Pairing(pairs_per_prompt=2), max_characters=1000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpo_ray.shards.output.read_rows", lambda source, columns: iter(numbered))
+        patch.setattr("dpo_ray.shards.ingest.read_rows", lambda source, columns: iter(numbered))
         output, again = (ingest(source(Path("f"), split=None, layout=layout)) for _ in range(2))
         alone = []
         for one in numbered:
-            patch.setattr("dpo_ray.shards.output.read_rows", lambda source, columns, one=one: iter([one]))
+            patch.setattr("dpo_ray.shards.ingest.read_rows", lambda source, columns, one=one: iter([one]))
             alone.append(ingest(source(Path("f"), split=None, layout=layout)))
     assert output == again
 
@@ -319,7 +322,7 @@ def by_length(prompt: str, completion: str, finished: bool) -> float:
 
 
 def test_scored_candidates_become_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("dpo_ray.shards.output.load_reward", lambda name: by_length)
+    monkeypatch.setattr("dpo_ray.shards.pair.load_reward", lambda name: by_length)
     shard = candidates_shard(
         tmp_path,
         {

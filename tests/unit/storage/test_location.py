@@ -65,12 +65,12 @@ def test_reading_a_missing_file_raises_file_not_found(tmp_path: Path):
 def test_a_list_is_sorted_and_hides_unfinished_files(tmp_path: Path):
     for name in ("b", "a", ".c.123.partial"):
         (tmp_path / name).write_bytes(b"")
-    assert [child.name for child in Location.of(tmp_path).list()] == ["a", "b"]
+    assert [child.name for child in Location.of(tmp_path).children()] == ["a", "b"]
 
 
 def test_the_list_of_a_missing_folder_is_empty(tmp_path: Path):
     missing = Location.of(tmp_path) / "none"
-    assert missing.list() == []
+    assert missing.children() == []
     assert not missing.exists()
 
 

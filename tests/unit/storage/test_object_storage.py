@@ -18,7 +18,8 @@ import pyarrow.fs as pafs
 import pytest
 
 from dpo_ray.errors import ConfigError, DataError, StorageError
-from dpo_ray.model.folders import is_copy, resolve
+from dpo_ray.model.folders import is_copy
+from dpo_ray.model.resolve import resolve
 from dpo_ray.storage import location as storage
 from dpo_ray.storage.artifact import describe_file, file_hash, inspect_shard, load, publish, read_shard, write_shard
 from dpo_ray.storage.location import Location, find_files
@@ -60,8 +61,8 @@ def test_bytes_and_names_are_taken_as_they_are(store: ObjectStore, place: Locati
     (place / name).write_bytes(b"\x1f\x8b no gzip")
     assert (place / name).read_bytes() == b"\x1f\x8b no gzip"
     assert f"{place.name}/{name}" in store.names(f"{place.name}/")
-    assert place / name in place.list()
-    assert find_files(f"{place}/*", "") == sorted(place.list(), key=str)
+    assert place / name in place.children()
+    assert find_files(f"{place}/*", "") == sorted(place.children(), key=str)
 
 
 def test_a_killed_writer_leaves_nothing_visible(store: ObjectStore, place: Location):
@@ -94,7 +95,7 @@ storage.Location.of("{place}/file").write_bytes(b"x" * {LARGE})
     writer.send_signal(signal.SIGKILL)
     writer.wait(60)
     assert [u["Key"] for u in uploads] == [f"{place.name}/file"]
-    assert not (place / "file").exists() and place.list() == [] and store.names(f"{place.name}/") == []
+    assert not (place / "file").exists() and place.children() == [] and store.names(f"{place.name}/") == []
 
 
 def test_an_interrupt_in_a_write_leaves_the_old_content_or_the_new(store: ObjectStore, place: Location, monkeypatch):
@@ -147,7 +148,7 @@ def test_reading_a_missing_file_raises_file_not_found(place: Location):
 
 
 def test_a_missing_folder_is_empty_and_does_not_exist(place: Location):
-    assert place.list() == [] and place.files() == [] and not place.exists()
+    assert place.children() == [] and place.files() == [] and not place.exists()
     place.remove_folder()
 
 
@@ -156,14 +157,14 @@ def test_a_folder_exists_by_what_is_in_it(place: Location):
         (place / name).write_bytes(b"x")
     assert place.exists() and (place / "c").exists()
     assert not (place / "a/").exists() or (place / "a").size() == 1
-    assert [child.name for child in place.list()] == ["a", "b", "c"]
+    assert [child.name for child in place.children()] == ["a", "b", "c"]
     assert [place.same_store(f.path) for f in place.files()] == [place / "a", place / "b", place / "c" / "d"]
     assert [f.base_name for f in place.files(recursive=False)] == ["a", "b"]
 
 
 def test_a_prefix_of_a_name_is_no_folder(place: Location):
     (place / "checkpoints-old" / "file").write_bytes(b"")
-    assert not (place / "checkpoints").exists() and (place / "checkpoints").list() == []
+    assert not (place / "checkpoints").exists() and (place / "checkpoints").children() == []
     (place / "checkpoints").remove_folder()
     assert (place / "checkpoints-old" / "file").exists()
 
@@ -172,7 +173,7 @@ def test_a_removed_folder_is_gone_and_its_neighbour_is_not(place: Location):
     (place / "one" / "deep" / "file").write_bytes(b"")
     (place / "two" / "file").write_bytes(b"")
     (place / "one").remove_folder()
-    assert [child.name for child in place.list()] == ["two"]
+    assert [child.name for child in place.children()] == ["two"]
 
 
 @pytest.mark.parametrize("size", [0, 5, LARGE])

@@ -16,16 +16,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dpo_ray.config import Train
 from dpo_ray.storage.location import Location
-from dpo_ray.training.checkpoint import (
-    HISTORY,
-    STATE,
-    TrainState,
-    is_whole,
-    load_checkpoint,
-    load_weights,
-    read_history,
-    save_checkpoint,
-)
+from dpo_ray.training.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
+from dpo_ray.training.files import HISTORY, STATE, is_whole, read_history
 from dpo_ray.training.optim import WeightAverage, make_optimizer
 from dpo_ray.training.parallel import Rank
 

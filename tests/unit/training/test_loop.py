@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from dpo_ray.config import LoRA, Model, Train
 from dpo_ray.errors import DataError, NonFiniteLoss, ReferenceMismatch
 from dpo_ray.pairs import TokenizedPair
-from dpo_ray.training.loop import EXPORT
+from dpo_ray.training.files import EXPORT
 from dpo_ray.training.optim import learning_rate
 from tests.training import Trained, random_pairs, run, scored
 

@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_ray.bins import first_fit, split_up, spread
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.pairs import TOKENIZED
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
-from dpo_ray.training.plan import PlanIndex, StepPlan, build_index, fit, microbatches, pair_cost, split_up, spread
+from dpo_ray.training.plan import PlanIndex, StepPlan, build_index, microbatches, pair_cost
 
 HIDDEN = 64
 
@@ -128,19 +129,19 @@ def test_too_few_pairs_for_a_step_are_a_configuration_error():
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 300))
 def test_groups_hold_every_item_once_and_never_exceed_the_limit_unless_alone(tokens: list[int], limit: int):
-    groups = fit(tokens, limit)
+    groups = first_fit(tokens, limit)
     assert sorted(i for group in groups for i in group) == list(range(len(tokens)))
     assert all(len(group) == 1 or sum(tokens[i] for i in group) <= limit for group in groups)
-    assert groups == fit(tokens, limit)
+    assert groups == first_fit(tokens, limit)
 
 
 def test_items_are_fitted_longest_first():
     # 6 takes a group, 4 joins it (10); 5 and 5 fill the next; 3 begins a third.
-    assert fit([5, 3, 6, 4, 5], 10) == [[2, 3], [0, 4], [1]]
+    assert first_fit([5, 3, 6, 4, 5], 10) == [[2, 3], [0, 4], [1]]
 
 
 def test_an_item_over_the_limit_goes_alone():
-    assert fit([3, 99, 4], 10) == [[1], [2, 0]]
+    assert first_fit([3, 99, 4], 10) == [[1], [2, 0]]
 
 
 def test_groups_are_cut_in_halves_the_one_with_most_tokens_first():
@@ -177,7 +178,7 @@ def test_a_step_is_spread_whole_into_as_many_microbatches_on_every_rank(
         if not all(rank):  # an empty one only where each pair goes alone already
             assert max(map(len, rank)) <= 1
     # Some rank needed them all: none is there for nothing.
-    assert any(len(fit(tokens[[row for group in rank for row in group]], limit)) == len(rank) for rank in ranks)
+    assert any(len(first_fit(tokens[[row for group in rank for row in group]], limit)) == len(rank) for rank in ranks)
     assert microbatches(index, rows, world_size, limit, HIDDEN) == ranks
 
 

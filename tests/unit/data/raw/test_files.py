@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_ray.data.raw import files as raw_files
-from dpo_ray.data.raw.files import SUFFIXES, Stamp, Unreadable, format_of, open_lines, raw_lines, read_rows
+from dpo_ray.data.raw import parquet
+from dpo_ray.data.raw.files import SUFFIXES, Stamp, format_of, open_lines
+from dpo_ray.data.raw.json_lines import Unreadable, raw_lines
+from dpo_ray.data.raw.read import read_rows
 from dpo_ray.errors import DataError
 from dpo_ray.storage.location import Location
 
@@ -110,7 +112,7 @@ def test_a_file_that_is_gone_is_an_error_that_names_it(tmp_path: Path):
 def test_a_part_of_parquet_is_its_rows_whatever_the_row_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int, at_once: int
 ):
-    monkeypatch.setattr(raw_files, "ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(parquet, "ROWS_AT_ONCE", at_once)
     path = tmp_path / "f.parquet"
     pq.write_table(pa.table({"a": range(20)}), path, row_group_size=group)
     for first in range(0, 22, 3):

@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_ray.data.raw import scan as raw_scan
-from dpo_ray.data.raw.files import Stamp, Unreadable, read_rows
-from dpo_ray.data.raw.scan import FileRecord, each, look, read_record, record_name, require_usable, scan
+from dpo_ray.data.raw.files import Stamp
+from dpo_ray.data.raw.json_lines import Unreadable
+from dpo_ray.data.raw.read import read_rows
+from dpo_ray.data.raw.scan import FileRecord, map_files, peek, read_record, record_name, require_usable, scan
 from dpo_ray.errors import DataError
 from dpo_ray.storage.artifact import file_hash
 from dpo_ray.storage.location import Location
@@ -198,12 +200,12 @@ def test_compressed_lines_that_end_too_early_are_an_error(tmp_path: Path, name: 
         scanned(path, 100)
     path.write_bytes(b"")
     with pytest.raises(DataError, match=f"{name} is empty"):
-        look(Location.of(path))
+        peek(Location.of(path))
 
 
 def test_the_columns_of_lines_are_those_of_the_first_objects(tmp_path: Path):
     path = write_lines(tmp_path / "f.jsonl", b'\n{"prompt": 1, "chosen": 2}\n{\n{"rejected": 3, "prompt": 4}')
-    found = look(Location.of(path))
+    found = peek(Location.of(path))
     assert found.columns == ("prompt", "chosen", "rejected")
     assert found.has_rows
 
@@ -211,7 +213,7 @@ def test_the_columns_of_lines_are_those_of_the_first_objects(tmp_path: Path):
 @pytest.mark.parametrize("data", [b"", b"\n \r\n", b"\xef\xbb\xbf"])
 def test_a_file_without_lines_is_no_error(tmp_path: Path, data: bytes):
     path = write_lines(tmp_path / "f.jsonl", data)
-    assert not look(Location.of(path)).has_rows
+    assert not peek(Location.of(path)).has_rows
     assert scanned(path, 2).parts == ()
 
 
@@ -221,7 +223,7 @@ def test_a_file_without_lines_is_no_error(tmp_path: Path, data: bytes):
 def test_a_file_that_begins_without_any_object_is_no_file_of_lines(tmp_path: Path, data: bytes):
     path = write_lines(tmp_path / "f.json", data)
     with pytest.raises(DataError, match=r"f\.json is not a file of JSON lines.*jq -c"):
-        look(Location.of(path))
+        peek(Location.of(path))
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,7 @@ def test_a_file_that_begins_without_any_object_is_no_file_of_lines(tmp_path: Pat
 )
 def test_text_and_messages_are_usable(tmp_path: Path, type_: pa.DataType):
     pq.write_table(pa.table({"chosen": pa.array([], type_)}), tmp_path / "f.parquet")
-    found = look(Location.of(tmp_path / "f.parquet"))
+    found = peek(Location.of(tmp_path / "f.parquet"))
     assert found.unusable == {}
     assert not found.has_rows
 
@@ -261,7 +263,7 @@ def test_a_column_of_another_type_is_an_error_that_names_it_and_its_type(tmp_pat
     pq.write_table(
         pa.table({"chosen": pa.array([], type_), "rejected": pa.array([], pa.string())}), tmp_path / "f.parquet"
     )
-    found = look(Location.of(tmp_path / "f.parquet"))
+    found = peek(Location.of(tmp_path / "f.parquet"))
     assert list(found.unusable) == ["chosen"]
     require_usable(found, ["rejected"], "f.parquet")
     with pytest.raises(DataError) as error:
@@ -275,11 +277,11 @@ def test_what_is_done_to_each_is_told_of_all_bad_ones_at_once():
             raise DataError(f"file {number} is bad.")
         return number
 
-    assert each(work, [0, 2, 4]) == [0, 2, 4]
+    assert map_files(work, [0, 2, 4]) == [0, 2, 4]
     with pytest.raises(DataError, match=r"^file 3 is bad\.$"):
-        each(work, [0, 3])
+        map_files(work, [0, 3])
     with pytest.raises(DataError) as error:
-        each(work, range(40))
+        map_files(work, range(40))
     text = str(error.value)
     assert text.startswith("20 files cannot be used. (1) file 1 is bad. (2) file 3 is bad.")
     assert text.endswith("(10) file 19 is bad. And 10 more.")
@@ -288,8 +290,8 @@ def test_what_is_done_to_each_is_told_of_all_bad_ones_at_once():
 def test_the_schema_of_the_dirty_files(real_data: Path):
     wanted = ["prompt", "chosen", "rejected"]
     for name in ("dirty", "implicit_prompt", "other_types", "string_columns", "zero_rows", "invalid_utf8"):
-        require_usable(look(Location.of(real_data / "dirty" / f"{name}.parquet")), wanted, name)
-    found = look(Location.of(real_data / "dirty" / "int_content.parquet"))
+        require_usable(peek(Location.of(real_data / "dirty" / f"{name}.parquet")), wanted, name)
+    found = peek(Location.of(real_data / "dirty" / "int_content.parquet"))
     with pytest.raises(DataError, match=r"int_content cannot .* chosen is list<.*content: int64.*rejected is list<"):
         require_usable(found, wanted, "int_content")
 

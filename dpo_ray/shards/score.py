@@ -6,21 +6,24 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from dpo_ray.config import VLLM, Model
-from dpo_ray.data.pairing import mismatched_rows
+from dpo_ray.config import Model
+from dpo_ray.data.pairing import mismatched, mismatched_rows
 from dpo_ray.data.quarantine import quarantine_table
 from dpo_ray.errors import DataError
-from dpo_ray.model.packing import mismatched
-from dpo_ray.on_ray.vllm_engine import PairScorer, TorchScorer, VLLMScorer
 from dpo_ray.pairs import MISMATCHED, SCORES, TokenizedPair, tokenized_pair
 from dpo_ray.shards.isolation import Attempts, FailedRow, isolate
 from dpo_ray.shards.output import ShardOutput
 from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
+
+if TYPE_CHECKING:
+    from dpo_ray.model.pair_scorer import PairScorer
+
+REFERENCE_COLUMNS = ("chosen_ref_logprobs", "rejected_ref_logprobs")
 
 
 class ScoreShard:
@@ -126,40 +129,33 @@ def _quarantined(
     return quarantine_table(bad)
 
 
-class VLLMScoreShard(ScoreShard):
-    """The reference stage with vLLM."""
-
-    def __init__(self, model: Model, options: VLLM, max_model_len: int):
-        super().__init__(VLLMScorer(model, options, max_model_len), ("chosen_ref_logprobs", "rejected_ref_logprobs"))
-
-
 class TorchScoreShard(ScoreShard):
     """The reference stage with the trainer's forward."""
 
     def __init__(self, model: Model):
-        super().__init__(TorchScorer(model), ("chosen_ref_logprobs", "rejected_ref_logprobs"))
-
-
-class VLLMMismatchShard(MismatchShard):
-    """The mismatched stage with vLLM."""
-
-    def __init__(self, model: Model, options: VLLM, max_model_len: int):
-        super().__init__(VLLMScorer(model, options, max_model_len))
+        super().__init__(_own_scorer(model), REFERENCE_COLUMNS)
 
 
 class TorchMismatchShard(MismatchShard):
     """The mismatched stage with the trainer's forward."""
 
     def __init__(self, model: Model):
-        super().__init__(TorchScorer(model))
+        super().__init__(_own_scorer(model))
 
 
 class PolicyScoreShard(ScoreShard):
     """A policy's log-probs of the held-out pairs."""
 
     def __init__(self, model: Model):
-        super().__init__(TorchScorer(model), ("chosen_logprobs", "rejected_logprobs"), only_split="eval")
+        super().__init__(_own_scorer(model), ("chosen_logprobs", "rejected_logprobs"), only_split="eval")
 
     def __call__(self, source: dict[str, Any], attempts: Attempts | None = None) -> ShardOutput:
         scored = super().__call__(source, attempts)
         return ShardOutput(scored.table.select(SCORES.names), scored.counters, scored.quarantine)
+
+
+def _own_scorer(model: Model) -> PairScorer:
+    # Not above: who only names these classes does without torch.
+    from dpo_ray.model.pair_scorer import TorchScorer
+
+    return TorchScorer(model)

@@ -1,0 +1,137 @@
+"""YAML file and overrides → the tree, or one paragraph that says what is wrong with them."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from dpo_ray.config.section import Section
+from dpo_ray.config.tree import Config
+from dpo_ray.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `dotted.key=value` overrides and validate the tree.
+
+    Raises ConfigError, in one paragraph that names each offending key, its value and the way out.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"There is no configuration file {path}: check the path, or start from a file in pipelines/configs."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration file {path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path} must hold a mapping with the sections run, model, …; it holds {type(tree).__name__}."
+        )
+    for override in overrides or []:
+        _apply(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
+    """Validate a tree of plain values. Raises ConfigError."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_problem(e) for e in error.errors(include_url=False))
+        raise ConfigError(f"{source}: {problems}.") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"-o {override}: write it as dotted.key=value, for example -o train.loss.beta=0.2.")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"-o {override}: {parent} is a value, not a section.")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"-o {override}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _problem(error: Any) -> str:
+    where, section = _locate(error["loc"])
+    if error["type"] == "extra_forbidden":
+        if error["loc"][-1] in _REFERENCE_REFRESH:
+            return f"{where} is not a known key: {_REFRESH_BY_ROUNDS}"
+        known = list(section.model_fields)
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f" (known here: {', '.join(known)})" if known else ""
+        return f"{where} is not a known key{hint}"
+    if error["type"] == "union_tag_invalid":
+        known_types = error["ctx"]["expected_tags"].replace("'", "")
+        return f"{where}.type={error['ctx']['tag']!r} is not known here (known here: {known_types})"
+    if error["type"] in ("missing", "union_tag_not_found"):
+        where += ".type" if error["type"] == "union_tag_not_found" else ""
+        # An override does not reach into a list.
+        override = "" if "[" in where else f" or pass -o {where}=…"
+        return f"{where} is missing: add it to the file{override}"
+    if error["type"] == "value_error":
+        message = str(error["ctx"]["error"])
+        # A section that may stand in several places cannot name its key in full.
+        return message if not error["loc"] or where in message else f"{where}: {message}"
+    return f"{where}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+_REFERENCE_REFRESH = {"sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha", "reference_refresh_steps"}
+_REFRESH_BY_ROUNDS = (
+    "the reference is scored once and stored, so it does not follow the policy within a run (as in TR-DPO, "
+    "arXiv:2404.09656). Refresh it between rounds: run, then run again with model.path=<the published folder>, whose "
+    "log-probs the reference stage then stores anew"
+)
+
+
+def _locate(location: tuple[Any, ...]) -> tuple[str, type[Section]]:
+    """The key that a location in the tree has in the file, and the section that the key belongs to."""
+    path: list[str] = []
+    section: type[Section] = Config
+    candidates: list[type[Section]] = []
+    for part in location:
+        chosen = [c for c in candidates if _tag(c) == part]
+        if chosen:
+            # pydantic puts the type of a loss into the location, where the file has no such key.
+            section, candidates = chosen[0], []
+        elif isinstance(part, int):
+            path[-1] += f"[{part}]"
+        else:
+            path.append(part)
+            section = candidates[0] if candidates else section
+            field = section.model_fields.get(part)
+            candidates = _sections_in(field.annotation) if field else []
+    return ".".join(path) or "the whole", section
+
+
+def _tag(section: type[Section]) -> str | None:
+    """The one value of a section's `type`, which chooses it among those that may stand in its place."""
+    field = section.model_fields.get("type")
+    return next(iter(get_args(field.annotation)), None) if field else None
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    """The sections that a field may hold, also in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]

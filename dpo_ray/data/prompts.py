@@ -1,0 +1,75 @@
+"""Files of prompts to sample for: read, canonical, on their side of the split, each once."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_ray.data.canonical import canonical_prompt
+from dpo_ray.data.rules import BadRow
+from dpo_ray.errors import DataError
+from dpo_ray.pairs import PROMPTS, prompt_id, split_of
+from dpo_ray.storage.location import Location
+from dpo_ray.storage.packaged import PACKAGE, package_file
+
+
+def read_prompts(uri: str, held_out_fraction: float, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """A file of prompts (JSON lines or Parquet, column `prompt`), by side of the split, without duplicates.
+
+    Raises DataError naming the file and the first bad line.
+    """
+    location = Location.of(package_file(uri) if uri.startswith(PACKAGE) else uri)
+    try:
+        data = location.read_bytes()
+    except (FileNotFoundError, OSError) as error:
+        raise DataError(
+            f"generate.prompts is {uri}, which cannot be read ({error}). Name a JSON lines or Parquet "
+            "file with a `prompt` column."
+        ) from error
+    rows = _parquet_prompts(data, uri) if location.name.endswith(".parquet") else _json_prompts(data, uri)
+    sides: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
+    seen = set()
+    for number, row in rows:
+        try:
+            prompt = canonical_prompt(row.get("prompt"))
+        except BadRow as error:
+            raise DataError(
+                f"{uri}, row {number}: not a prompt ({error.reason}). A row holds `prompt`: text, or "
+                "messages that end with the user's turn."
+            ) from error
+        identifier = prompt_id(prompt)
+        if identifier not in seen:
+            seen.add(identifier)
+            split = split_of(identifier, held_out_fraction, seed)
+            sides[split].append({"prompt_id": identifier, "split": split, "prompt": prompt})
+    if not seen:
+        raise DataError(f"generate.prompts is {uri}, and there is no prompt in it.")
+    return sides
+
+
+def prompt_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows of read_prompts as a shard."""
+    return pa.Table.from_pylist(rows, schema=PROMPTS)
+
+
+def _json_prompts(data: bytes, uri: str) -> Iterable[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(data.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{uri}, line {number} is not JSON ({error}).") from error
+        yield number, row if isinstance(row, dict) else {}
+
+
+def _parquet_prompts(data: bytes, uri: str) -> Iterable[tuple[int, dict[str, Any]]]:
+    try:
+        yield from enumerate(pq.read_table(io.BytesIO(data)).to_pylist())
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{uri} cannot be read as Parquet ({error}).") from error

@@ -1,0 +1,22 @@
+"""Templates of the pages that tell people, and what several of them show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jinja2
+
+
+def render(template: str, *, autoescape: bool = False, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dpo_ray.evaluation"),
+        autoescape=autoescape,
+        undefined=jinja2.ChainableUndefined,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def named_estimates(evaluation: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    names = {"accuracy": "preference accuracy", "win_rate": "win rate against the base model"}
+    return [(label, evaluation[name]) for name, label in names.items() if evaluation.get(name)]

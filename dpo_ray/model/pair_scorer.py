@@ -1,0 +1,54 @@
+"""Log-probs of pairs as the reference stage wants them, and the trainer's own forward as one who gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from dpo_ray.bins import first_fit
+from dpo_ray.config import Model
+from dpo_ray.errors import EngineDied
+from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy, torch_dtype
+from dpo_ray.model.resolve import resolve
+from dpo_ray.pairs import TokenizedPair
+
+_TORCH_BATCH_TOKENS = 4096
+
+
+class PairScorer(Protocol):
+    """Log-probs of the completion tokens of pairs, in nats: for each pair, those of chosen and of rejected.
+
+    Of a side that a pair lacks they are an empty list.
+    """
+
+    def score(self, pairs: Sequence[TokenizedPair]) -> tuple[list[list[float]], list[list[float]]]: ...
+
+
+class TorchScorer:
+    """Scores by the trainer's own forward pass."""
+
+    def __init__(self, model: Model):
+        folder = resolve(model.path, model.revision)
+        policy = load_policy(folder, trust_remote_code=model.trust_remote_code)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        compute_in(policy, torch_dtype(model.dtype))
+        self.scorer = CompletionScorer(policy).to(self.device).eval()
+
+    @torch.inference_mode()
+    def score(self, pairs: Sequence[TokenizedPair]) -> tuple[list[list[float]], list[list[float]]]:
+        chosen: list[list[float]] = [[] for _ in pairs]
+        rejected: list[list[float]] = [[] for _ in pairs]
+        for group in first_fit([p.num_tokens for p in pairs], _TORCH_BATCH_TOKENS):
+            members = [pairs[i] for i in group]
+            try:
+                values = self.scorer(self.scorer.collate(members).to(self.device)).logprobs.tolist()
+            except torch.AcceleratorError as error:
+                raise EngineDied("the device is lost to this process") from error
+            at = 0
+            for i, pair in zip(group, members, strict=True):
+                cut, end = at + len(pair.chosen_ids), at + len(pair.chosen_ids) + len(pair.rejected_ids)
+                chosen[i], rejected[i] = values[at:cut], values[cut:end]
+                at = end
+        return chosen, rejected

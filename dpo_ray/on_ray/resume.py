@@ -1,0 +1,68 @@
+"""Where a training goes on from: the checkpoints that Ray Train knows of, and those that it lost track of."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dpo_ray.progress import say
+from dpo_ray.storage.location import Location
+from dpo_ray.training.files import KIND, STATE, is_whole
+
+_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's record of the checkpoints that it knows
+
+
+def run_name(runs: Location) -> str:
+    """The name under which Ray Train goes on, or begins: the first whose record of checkpoints is whole.
+
+    Ray does not write that record atomically; a kill in the middle of it would otherwise end every later attempt.
+    """
+    number = 1
+    while True:
+        name = f"run-{number}"
+        record = runs / name / _SNAPSHOT
+        if not record.exists():
+            return name
+        try:
+            json.loads(record.read_bytes())
+            return name
+        except ValueError:
+            say(KIND, f"{record} is damaged; its checkpoints are looked at one by one")
+            number += 1
+
+
+def newest_whole_checkpoint(runs: Location) -> Location | None:
+    """The checkpoint of the furthest step among those that were written to the end, whatever Ray's record says.
+
+    Not the last one of a training, which could not be gone on from and whose model may be missing.
+    """
+    found = [c for run in runs.children() for c in _checkpoints(run) if is_whole(c) and not state_of(c)["finished"]]
+    return max(found, key=_step_of, default=None)
+
+
+def earliest_resume(run: Location, fallback: Location | None) -> int:
+    """A step that no checkpoint which a worker may resume from comes before; workers pass over what they have done.
+
+    Which checkpoint Ray takes is known only on the workers. Feeding from too early costs little, from too late would
+    leave steps out.
+
+    Args:
+        fallback: what workers resume from where Ray knows of no checkpoint.
+    """
+    start = _step_of(fallback) if fallback is not None and fallback.exists() else 0
+    if not (run / _SNAPSHOT).exists():
+        return start
+    # A checkpoint that is half uploaded or half removed may lack its state; Ray does not resume from that one.
+    return min([_step_of(c) for c in _checkpoints(run) if (c / STATE).exists()], default=start)
+
+
+def _checkpoints(run: Location) -> list[Location]:
+    return [child for child in run.children() if child.name.startswith("checkpoint_") and child.name != _SNAPSHOT]
+
+
+def _step_of(checkpoint: Location) -> int:
+    return state_of(checkpoint)["next_step"]
+
+
+def state_of(checkpoint: Location) -> dict[str, Any]:
+    return json.loads((checkpoint / STATE).read_bytes())

@@ -1,0 +1,109 @@
+"""What Ray Train runs on each worker: the loop, with Ray's feed and checkpoints put in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_ray.config import Metric
+from dpo_ray.errors import DpoRayError, NonFiniteLoss, ReferenceMismatch
+from dpo_ray.progress import say
+from dpo_ray.training.files import KIND
+from dpo_ray.training.loop import train
+from dpo_ray.training.parallel import Rank
+from dpo_ray.training.selection import higher_is_better
+
+_WORST = 1e30
+
+
+def train_worker(job: dict[str, Any]) -> DpoRayError | None:
+    """What Ray Train runs on each worker: the loop, with Ray's feed and checkpoints put in.
+
+    An error that all workers meet alike is returned, not raised: Ray would only try the same again.
+    """
+    import ray.train
+    import ray.train.torch
+
+    from dpo_ray.on_ray.stream import TRAIN, read_share, received_steps
+
+    # Ray prints all metrics of a report on every rank, by a logger outside its own tree; they are in metrics.jsonl.
+    logging.getLogger().setLevel(logging.WARNING)
+    context = ray.train.get_context()
+    options, plan, index = job["train"], job["plan"], job["held_out"]
+    if not options.use_gpu:
+        torch.set_num_threads(max(1, int(options.cpus_per_worker)))
+    me = Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    held_out = None
+    if options.eval_every_steps is not None:
+        rows = np.arange(min(options.eval_pairs, len(index)))
+        held_out = read_share(index, rows, me.rank, me.world_size, job["tokens_per_microbatch"], plan.hidden_size)
+    latest = ray.train.get_checkpoint()
+    if latest is None and job["fallback"] is not None:
+        filesystem, path = job["fallback"].filesystem()
+        latest = ray.train.Checkpoint(path, filesystem)
+    with latest.as_directory() if latest is not None else nullcontext() as folder:
+        if me.rank == 0 and latest is not None:
+            say(KIND, f"going on from {Path(latest.path).name} with {me.world_size} workers")
+        try:
+            train(
+                job["model"],
+                options,
+                seed=job["seed"],
+                num_steps=plan.num_steps,
+                pairs_per_epoch=len(plan.index),
+                me=me,
+                steps_from=lambda start: received_steps(ray.train.get_dataset_shard(TRAIN), me.rank, start),
+                held_out=held_out,
+                checkpoints=RayCheckpoints(me, options.keep_best, plan.num_steps),
+                resume=Path(folder) if folder is not None else None,
+                reference_tolerance=job["reference_tolerance"],
+            )
+        except (NonFiniteLoss, ReferenceMismatch) as error:
+            return error
+    return None
+
+
+class RayCheckpoints:
+    """Keeps checkpoints where Ray Train keeps them; all but the last are uploaded while training goes on."""
+
+    def __init__(self, me: Rank, keep_best: Metric | None, num_steps: int):
+        self.me = me
+        self.keep_best = keep_best
+        self.num_steps = num_steps
+
+    def keep(self, metrics: dict[str, Any], folder: Path, *, last: bool) -> None:
+        import ray.train
+        from ray.train import CheckpointUploadMode
+
+        told = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+        if self.keep_best is not None:
+            # Ray keeps the best ones by this; a checkpoint without evaluation is worse than any other.
+            told.setdefault(self.keep_best, -_WORST if higher_is_better(self.keep_best) else _WORST)
+        ray.train.report(
+            told,
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+            checkpoint_upload_mode=CheckpointUploadMode.SYNC if last else CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+        if self.me.rank == 0:
+            say(KIND, f"checkpoint at step {metrics['step']}/{self.num_steps}")
+
+    def steps(self) -> set[int]:
+        return set(self._kept())
+
+    @contextmanager
+    def of_step(self, step: int) -> Iterator[Path]:
+        with self._kept()[step].as_directory() as folder:
+            yield Path(folder)
+
+    def _kept(self) -> dict[int, Any]:
+        import ray.train
+
+        # It waits for the uploads that are under way.
+        return {int(c.metrics["step"]): c.checkpoint for c in ray.train.get_all_reported_checkpoints()}

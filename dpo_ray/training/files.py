@@ -1,0 +1,34 @@
+"""What training leaves in folders: the files of a checkpoint, and of the finished artifact. It needs no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dpo_ray.storage.location import Location
+
+STATE = "state.json"
+HISTORY = "metrics.jsonl"
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of every logged step up to the checkpoint."""
+    return [json.loads(line) for line in (folder / HISTORY).read_text().splitlines()]
+
+
+def is_whole(checkpoint: Location) -> bool:
+    """Whether every file of a checkpoint is there in its full size; an upload may have been cut short."""
+    try:
+        files = json.loads((checkpoint / STATE).read_bytes())["files"]
+        return all((checkpoint / name).size() == size for name, size in files.items())
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+EXPORT = "export"
+"""Folder of the trained model, in Hugging Face's format, inside the last checkpoint."""
+
+
+KIND = "train"
+MODEL_FOLDER = "model"

@@ -4,10 +4,11 @@ Ray's splitter gives a block to the consumer that has been given the fewest rows
 here is one row: a rank's share of a group of steps, packed as Arrow IPC bytes. Ranks take turns, and block k goes to
 rank k mod W whatever the lengths of pairs are.
 
-One task at a time walks along a stretch of the plan and yields its blocks as they are asked for. It waits once two of
-its blocks are not yet taken over, and Ray takes over none while more than a few groups lie unused in the object store,
-unless a worker has nothing. What is read ahead so depends neither on the length of the run nor on how slow a worker is.
-A task is told the first step of its stretch; the plan itself lies in the object store, once.
+One task at a time walks along a stretch of the plan and yields its blocks as they are asked for. It waits when two of
+its blocks have not been taken over, and Ray takes over none while a few groups lie in the object store, unless a worker
+has nothing to go on with. Workers wait for each other in every step, so none has nothing because another is slow. What
+is read ahead therefore grows neither with the length of the run nor while a worker pauses. A task is told the first
+step of its stretch; the plan itself lies in the object store, once.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TRAIN = "train"
 
 _STEPS_PER_GROUP = 8  # Ray takes about 10 ms for a block; eight steps hide that, and are little to read ahead
 _TOKENS_PER_GROUP = 4 << 20  # of long pairs and large batches a group has fewer steps: at most about 64 MiB
-_GROUPS_PER_TASK = 16  # so that 100,000 steps are some hundred tasks; one that dies begins its stretch again
+_GROUPS_PER_TASK = 16  # 100,000 steps are 800 tasks; one that dies begins its stretch again
 _GROUPS_AHEAD = 4  # one that workers train on, one that each has fetched already, and two on their way
 
 _BLOCK = pa.schema([("rank", pa.int32()), ("step", pa.int64()), ("share", pa.large_binary())])

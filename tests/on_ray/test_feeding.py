@@ -18,6 +18,7 @@ import pytest
 
 from dpo_ray.artifacts import write_shard
 from dpo_ray.errors import DataError
+from dpo_ray.on_ray import feeding
 from dpo_ray.on_ray.feeding import TRAIN, StepFeed, group_size, received_steps, share_blocks
 from dpo_ray.on_ray.session import quiet_data, raise_ours
 from dpo_ray.pairs import REFERENCE
@@ -211,8 +212,10 @@ def side_by_side(world_size: int, consume: Callable[[int], Any]) -> list[Any]:
         return list(pool.map(consume, range(world_size)))
 
 
-def in_step(plan: StepPlan, world_size: int, at: int, do: Callable[[], None]) -> list[list[tuple[int, PairIds] | str]]:
-    """What the ranks receive that wait for each other in every step, as in training; the first rank is late at one.
+def in_step(
+    plan: StepPlan, world_size: int, at: int = -1, do: Callable[[], None] = lambda: None
+) -> list[list[tuple[int, PairIds] | str]]:
+    """What the ranks receive that wait for each other in every step, as in training; the first rank may be late at one.
 
     The error that ends the stream, if one does, stands last.
     """
@@ -309,3 +312,13 @@ def test_a_feed_whose_process_is_killed_goes_on_exactly(busy_ray, index: PlanInd
             os.kill(pid, signal.SIGKILL)
 
     assert in_step(plan, 2, at=20, do=kill) == planned(plan, 2, 0, plan.num_steps)
+
+
+@pytest.mark.ray
+def test_a_feed_without_room_to_read_ahead_does_not_come_to_rest(
+    busy_ray, index: PlanIndex, monkeypatch: pytest.MonkeyPatch
+):
+    # As where the pairs of some steps are much longer than the mean that room is planned for; in two tasks.
+    monkeypatch.setattr(feeding, "_GROUPS_AHEAD", 0)
+    plan = plan_over(index, 160)
+    assert in_step(plan, 8) == planned(plan, 8, 0, plan.num_steps)

@@ -1,9 +1,20 @@
-"""The step plan as a Ray Data stream: each training worker receives its share of each step, in order."""
+"""The step plan as a Ray Data stream: each training worker receives its share of each step, in order.
+
+Ray's splitter gives a block to the consumer that has been given the fewest rows, the first of equals. So every block
+here is one row: a rank's share of a group of steps, packed as Arrow IPC bytes. Ranks take turns, and block k goes to
+rank k mod W whatever the lengths of pairs are.
+
+One task at a time walks along a stretch of the plan and yields its blocks as they are asked for. It waits when two of
+its blocks have not been taken over, and Ray takes over none while a few groups lie in the object store, unless a worker
+has nothing to go on with. Workers wait for each other in every step, so none has nothing because another is slow. What
+is read ahead therefore grows neither with the length of the run nor while a worker pauses. A task is told the first
+step of its stretch; the plan itself lies in the object store, once.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import lru_cache
 from itertools import groupby, islice
 from typing import Any
@@ -14,7 +25,7 @@ import ray.data
 import ray.train
 
 from dpo_ray.on_ray.session import quiet_data
-from dpo_ray.pairs import MISMATCHED, TokenizedPair, tokenized_pair
+from dpo_ray.pairs import TokenizedPair, tokenized_pair
 from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
 from dpo_ray.training.batch import Share, Step
@@ -24,81 +35,106 @@ from dpo_ray.training.plan import microbatches as spread_rows
 TRAIN = "train"
 """Name of the stream among Ray Train's data sets."""
 
-_FETCHERS = 2
-_STEPS_PER_BLOCK = 8  # Ray pays for each block; eight steps hide that, and are little to read ahead
+_STEPS_PER_GROUP = 8  # Ray takes about 10 ms for a block; eight steps hide that, and are little to read ahead
+_TOKENS_PER_GROUP = 4 << 20  # of long pairs and large batches a group has fewer steps: at most about 64 MiB
+_GROUPS_PER_TASK = 16  # 100,000 steps are 800 tasks; one that dies begins its stretch again
+_GROUPS_AHEAD = 4  # one that workers train on, one that each has fetched already, and two on their way
 
-_FEED = pa.schema(
-    [
-        ("rank", pa.int32()),
-        ("step", pa.int32()),
-        ("num_microbatches", pa.int32()),
-        ("microbatch", pa.int32()),
-        *MISMATCHED,
-    ]
-)
-
-
-def step_blocks(plan: StepPlan, start: int, world_size: int, tokens_per_microbatch: int) -> Iterator[dict[str, str]]:
-    """Descriptors of the steps from `start` on, one block each: ranks take turns, in groups of steps."""
-    steps = plan.steps(start)
-    while group := list(islice(steps, _STEPS_PER_BLOCK)):
-        shares = [(step, plan.microbatches(rows, world_size, tokens_per_microbatch)) for step, rows in group]
-        for rank in range(world_size):
-            places = [
-                (step, len(share[rank]), number, plan.index.shards[plan.index.shard[row]], int(plan.index.row[row]))
-                for step, share in shares
-                for number, rows in enumerate(share[rank])
-                for row in rows
-            ]
-            yield {"block": json.dumps({"rank": rank, "places": places})}
+_BLOCK = pa.schema([("rank", pa.int32()), ("step", pa.int64()), ("share", pa.large_binary())])
+_PAIR_COLUMNS = [field.name for field in fields(TokenizedPair)]
 
 
 def feed_dataset(plan: StepPlan, start: int, world_size: int, tokens_per_microbatch: int) -> ray.data.Dataset:
-    """The stream of pairs of the steps from `start` on, one block a rank and group of steps."""
+    """The stream of shares of the steps from `start` on, one block of one row a rank and group of steps."""
     quiet_data()  # Ray Train calls this in a process of its own
-    blocks = list(step_blocks(plan, start, world_size, tokens_per_microbatch))
+    steps_per_group = group_size(plan)
+    steps_per_task = steps_per_group * _GROUPS_PER_TASK
     # A finished run that is asked again has no steps left, but Ray wants a data set all the same.
-    blocks = blocks or [{"block": json.dumps({"rank": 0, "places": []})}]
+    stretches = [{"first": first} for first in range(start, plan.num_steps, steps_per_task)] or [{"first": start}]
     # It claims no CPU of its own: workers may have taken them all, elastic ones whatever there is, and would then wait
-    # for a feed that waits for them. Two tasks at a time are little work beside a training step.
-    return ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
-        fetch_block,
+    # for a feed that waits for them. One task at a time is little work beside a training step.
+    stream = ray.data.from_items(stretches, override_num_blocks=len(stretches)).map_batches(
+        fetch_stretch,
+        fn_kwargs={
+            "plan": ray.put(plan),
+            "num_steps": steps_per_task,
+            "steps_per_group": steps_per_group,
+            "world_size": world_size,
+            "tokens_per_microbatch": tokens_per_microbatch,
+        },
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=0,
         max_retries=3,  # not for ever, where the process dies of what it reads
-        compute=ray.data.TaskPoolStrategy(size=_FETCHERS),
+        # A second task would fill the room for what is read ahead with blocks whose turn comes after the first's.
+        compute=ray.data.TaskPoolStrategy(size=1),
     )
+    stream.context.target_max_block_size = 1  # byte: Ray would join rows of one task to larger blocks
+    return stream
 
 
-def fetch_block(batch: pa.Table) -> pa.Table:
-    """Descriptor → the rows that it names."""
-    block = json.loads(batch["block"][0].as_py())
-    rows: list[dict[str, Any]] = [
-        {"rank": block["rank"], "step": step, "num_microbatches": count, "microbatch": number, **_row(uri, row)}
-        for step, count, number, uri, row in block["places"]
+def group_size(plan: StepPlan) -> int:
+    """Steps whose shares travel together."""
+    tokens_per_step = plan.global_batch_size * plan.index.lengths.sum(axis=1).mean()
+    return int(np.clip(_TOKENS_PER_GROUP // tokens_per_step, 1, _STEPS_PER_GROUP))
+
+
+def fetch_stretch(batch: pa.Table, plan: ray.ObjectRef[StepPlan], num_steps: int, **options: int) -> Iterator[pa.Table]:
+    """First step of a stretch → its blocks."""
+    first = batch["first"][0].as_py()
+    yield from share_blocks(ray.get(plan), first, first + num_steps, **options)
+
+
+def share_blocks(
+    plan: StepPlan, start: int, stop: int, *, steps_per_group: int, world_size: int, tokens_per_microbatch: int
+) -> Iterator[pa.Table]:
+    """The steps from `start` up to `stop` in blocks of one row: groups in order, and in each the ranks in order."""
+    steps = islice(plan.steps(start), stop - start)
+    while group := list(islice(steps, steps_per_group)):
+        shares = [(step, plan.microbatches(rows, world_size, tokens_per_microbatch)) for step, rows in group]
+        for rank in range(world_size):
+            packed = _pack(plan.index, [(step, share[rank]) for step, share in shares])
+            yield pa.Table.from_pydict({"rank": [rank], "step": [group[0][0]], "share": [packed]}, schema=_BLOCK)
+
+
+def _pack(index: PlanIndex, shares: list[tuple[int, list[list[int]]]]) -> bytes:
+    """A rank's micro-batches of some steps, with what is in their rows."""
+    places = [
+        (step, len(share), number, row) for step, share in shares for number, rows in enumerate(share) for row in rows
     ]
-    return pa.Table.from_pylist(rows, schema=_FEED)
+    steps, counts, numbers, rows = (list(column) for column in zip(*places, strict=True))
+    table = pa.concat_tables([_row(index, row) for row in rows]).combine_chunks()
+    for name, values in (("step", steps), ("num_microbatches", counts), ("microbatch", numbers)):
+        table = table.append_column(name, pa.array(values, pa.int64()))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return sink.getvalue().to_pybytes()
 
 
-def _row(uri: str, row: int) -> dict[str, Any]:
-    return _shard(uri).slice(row, 1).to_pylist()[0]
+def _row(index: PlanIndex, row: int) -> pa.Table:
+    return _shard(index.shards[index.shard[row]]).slice(int(index.row[row]), 1)
 
 
 @lru_cache(maxsize=32)
 def _shard(uri: str) -> pa.Table:
-    return read_shard(Location(uri))
+    table = read_shard(Location(uri))
+    return table.select([name for name in _PAIR_COLUMNS if name in table.column_names]).replace_schema_metadata()
 
 
 class StepFeed(ray.train.DataConfig):
-    """Makes the stream for the workers that there are, and hands block k to rank k mod W.
+    """Makes the stream for the workers that there are.
 
     Ray Train asks for it whenever it starts a group of workers, which after a failure may be fewer or more than
     before. The stream then begins at the step that was reached.
     """
 
     def __init__(self, plan: StepPlan, tokens_per_microbatch: int, reached: Callable[[], int]) -> None:
-        super().__init__(execution_options=ray.data.ExecutionOptions(preserve_order=True), enable_shard_locality=False)
+        room = ray.data.ExecutionResources.for_limits(object_store_memory=_GROUPS_AHEAD * _group_bytes(plan))
+        super().__init__(
+            execution_options=ray.data.ExecutionOptions(preserve_order=True, resource_limits=room),
+            enable_shard_locality=False,
+        )
         self.plan = plan
         self.tokens_per_microbatch = tokens_per_microbatch
         self.reached = reached
@@ -111,36 +147,64 @@ class StepFeed(ray.train.DataConfig):
         ordered.context.enable_progress_bars = False
         # A step may take longer than Ray Data's patience with a slow consumer.
         ordered.context.execution_no_progress_timeout_s = -1
-        # equal=True would cut blocks apart to even out rows, and drop what is left over.
+        # equal=True would hold back blocks to even out rows, and drop what is left over.
         return [{TRAIN: split} for split in ordered.streaming_split(world_size, equal=False, locality_hints=None)]
+
+
+def _group_bytes(plan: StepPlan) -> int:
+    """Of a group of steps over all ranks, as they lie in the object store; rather too many."""
+    # A token is 4 bytes, the log-prob of one in a completion 4, and a mismatched completion is half as much again.
+    pair = plan.index.lengths.mean(axis=0) @ (4, 12, 12) + 256
+    return int(group_size(plan) * plan.global_batch_size * pair)
 
 
 def placeholder() -> ray.data.Dataset:
     """What Ray Train is given by name, so that it asks StepFeed, which alone knows how many workers there are."""
-    return ray.data.from_items([{"block": ""}])
+    return ray.data.from_items([{"first": 0}])
 
 
-def received_steps(shard: Any, rank: int, start: int) -> Iterator[Step]:
+def received_steps(shard: Any, rank: int, start: int, stop: int) -> Iterator[Step]:
     """The steps of one rank from its share of the stream, earlier steps than `start` passed over.
 
-    Raises RuntimeError where a block of another rank or an unexpected step arrives: training on would be wrong.
+    Args:
+        stop: the number of steps of the plan.
+
+    Raises RuntimeError where a block of another rank or an unexpected step arrives, or where the stream ends before
+    `stop`: training on would be wrong.
     """
     expected = start
-    rows = (row for batch in shard.iter_batches(batch_size=None, batch_format="pyarrow") for row in batch.to_pylist())
-    for number, of_step in groupby(rows, key=lambda row: row["step"]):
-        members = list(of_step)
-        if any(row["rank"] != rank for row in members):
-            raise RuntimeError(f"rank {rank} was given step {number} of rank {members[0]['rank']}")
+    for number, members in _received(shard, rank):
         if number < start:
             continue
         if number != expected:
-            raise RuntimeError(f"rank {rank} expected step {expected}, but was given step {number}")
+            raise _disorder(f"rank {rank} expected step {expected}, but was given step {number}")
         expected += 1
         microbatches: list[list[TokenizedPair]] = [[] for _ in range(members[0]["num_microbatches"])]
         for row in members:
             microbatches[row["microbatch"]].append(tokenized_pair(row))
         pairs = [pair for microbatch in microbatches for pair in microbatch]
         yield Step(number, Share(microbatches, filler=min(pairs, key=lambda pair: pair.num_tokens)))
+    if expected < stop:
+        raise _disorder(f"rank {rank} expected step {expected} of {stop}, but the stream ended")
+
+
+def _received(shard: Any, rank: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Steps in the order of the stream, with the rows of a rank's share."""
+    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for owner, step, share in zip(*(block[name] for name in _BLOCK.names), strict=True):
+            if owner.as_py() != rank:
+                raise _disorder(f"rank {rank} was given the share of rank {owner} of the steps from {step} on")
+            rows = pa.ipc.open_stream(share.as_buffer()).read_all().to_pylist()
+            for number, members in groupby(rows, key=lambda row: row["step"]):
+                yield number, list(members)
+
+
+def _disorder(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"The training feed is out of order: {what}. Nothing wrong was trained on, and checkpoints are good: the same "
+        "command goes on from the last one. If it happens again at the same step, the installed Ray deals out blocks "
+        "otherwise than the feed relies on: install the version of Ray that pyproject.toml names."
+    )
 
 
 def read_share(
@@ -150,7 +214,7 @@ def read_share(
     mine = spread_rows(index, rows, world_size, tokens_per_microbatch, hidden_size)[rank]
 
     def pair(row: int) -> TokenizedPair:
-        return tokenized_pair(_row(index.shards[index.shard[row]], int(index.row[row])))
+        return tokenized_pair(_row(index, row).to_pylist()[0])
 
     shortest = int(rows[np.argmin(index.lengths[rows].sum(axis=1))])
     return Share([[pair(row) for row in group] for group in mine], filler=pair(shortest))

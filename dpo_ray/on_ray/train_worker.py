@@ -58,7 +58,9 @@ def train_worker(job: dict[str, Any]) -> DpoRayError | None:
                 num_steps=plan.num_steps,
                 pairs_per_epoch=len(plan.index),
                 me=me,
-                steps_from=lambda start: received_steps(ray.train.get_dataset_shard(TRAIN), me.rank, start),
+                steps_from=lambda start: received_steps(
+                    ray.train.get_dataset_shard(TRAIN), me.rank, start, plan.num_steps
+                ),
                 held_out=held_out,
                 checkpoints=RayCheckpoints(me, options.keep_best, plan.num_steps),
                 resume=Path(folder) if folder is not None else None,

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 
 from dpo_ray.errors import DataError
+from dpo_ray.on_ray import stream
 from dpo_ray.on_ray.session import quiet_data, raise_ours
 from dpo_ray.on_ray.stream import TRAIN, StepFeed, group_size, received_steps, share_blocks
 from dpo_ray.pairs import REFERENCE
@@ -318,6 +319,6 @@ def test_a_feed_without_room_to_read_ahead_does_not_come_to_rest(
     busy_ray, index: PlanIndex, monkeypatch: pytest.MonkeyPatch
 ):
     # As where the pairs of some steps are much longer than the mean that room is planned for; in two tasks.
-    monkeypatch.setattr(feeding, "_GROUPS_AHEAD", 0)
+    monkeypatch.setattr(stream, "_GROUPS_AHEAD", 0)
     plan = plan_over(index, 160)
     assert in_step(plan, 8) == planned(plan, 8, 0, plan.num_steps)

@@ -16,7 +16,8 @@ import torch
 from dpo_ray.config import Config, Model
 from dpo_ray.config.losses import Loss
 from dpo_ray.errors import DataError
-from dpo_ray.losses.objective import pair_logps, preference_margins
+from dpo_ray.losses.objective import preference_margins
+from dpo_ray.losses.pair_logps import pair_logps
 from dpo_ray.model.folders import resolve, weights_hash
 from dpo_ray.on_ray.calibrate import choose_engine, max_pair_tokens
 from dpo_ray.on_ray.pool import ShardFunction, shard_stage, shard_tasks

@@ -17,24 +17,18 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from dpo_ray.config.losses import Loss
-from dpo_ray.losses.objective import (
-    BatchTerms,
-    PairLogps,
+from dpo_ray.losses.formulas import (
     aot_margins,
     divergence_reward,
     hinge_loss,
     ipo_loss,
     kl_estimate,
     log_odds,
-    pair_logps,
-    pair_loss,
-    preference_margins,
-    rewards,
     robust_loss,
     sigmoid_loss,
-    sum_by_sequence,
-    zero_margin_loss,
 )
+from dpo_ray.losses.objective import BatchTerms, pair_loss, preference_margins, rewards, zero_margin_loss
+from dpo_ray.losses.pair_logps import PairLogps, pair_logps, sum_by_sequence
 
 _LOSS: TypeAdapter[Any] = TypeAdapter(Loss)
 

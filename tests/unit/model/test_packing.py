@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 
 from dpo_ray.errors import ConfigError, DataError
-from dpo_ray.losses.objective import sum_by_sequence
+from dpo_ray.losses.pair_logps import sum_by_sequence
 from dpo_ray.model.attention import IMPLEMENTATION, Segment
 from dpo_ray.model.packing import mismatched, pack, pad
 from dpo_ray.model.policy import CompletionScorer, load_policy

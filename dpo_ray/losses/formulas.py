@@ -14,18 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_ray.config.losses import (
-    AlphaDivergence,
-    AOTLoss,
-    AOTUnpairedLoss,
-    Divergence,
-    ForwardKL,
-    JensenShannon,
-    KTOLoss,
-    ReverseKL,
-)
-from dpo_ray.losses.pair_logps import PairLogps
-
 _LARGEST_EXPONENT = 80.0  # e^88 overflows float32, and ∞ − ∞ or 0·∞ in a margin would be NaN
 
 
@@ -107,15 +95,25 @@ def log_odds(mean_logprobs: Tensor) -> Tensor:
     return a - torch.log(-torch.expm1(a))
 
 
-def kto_loss(logps: PairLogps, options: KTOLoss, kl: Tensor | float) -> Tensor:
+def kto_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    has_chosen: Tensor,
+    has_rejected: Tensor,
+    *,
+    beta: float,
+    kl: Tensor | float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> Tensor:
     """Mean over a row's completions of λ_D·(1 − σ(β(Δ_w − z0))) and λ_U·(1 − σ(β(z0 − Δ_l))) (arXiv:2402.01306).
 
-    z0 is `kl`, a scalar. A completion without tokens is absent: it adds nothing, and gets no gradient.
+    z0 is `kl`, a scalar; λ_D and λ_U are the weights. A row need not have both completions, see the booleans
+    `has_chosen` and `has_rejected`: an absent one adds nothing, and gets no gradient.
     """
-    chosen = options.desirable_weight * torch.sigmoid(options.beta * (kl - logps.chosen_logratios))
-    rejected = options.undesirable_weight * torch.sigmoid(options.beta * (logps.rejected_logratios - kl))
-    has_chosen, has_rejected = logps.num_chosen_tokens > 0, logps.num_rejected_tokens > 0
-    total = torch.where(has_chosen, chosen, 0.0) + torch.where(has_rejected, rejected, 0.0)
+    desirable = desirable_weight * torch.sigmoid(beta * (kl - chosen))
+    undesirable = undesirable_weight * torch.sigmoid(beta * (rejected - kl))
+    total = torch.where(has_chosen, desirable, 0.0) + torch.where(has_rejected, undesirable, 0.0)
     return total / (has_chosen.to(total) + has_rejected.to(total)).clamp(min=1)
 
 
@@ -137,26 +135,28 @@ def kl_estimate(mismatched_logratios: Tensor) -> Tensor:
     return mismatched_logratios.detach().mean().clamp(min=0.0)
 
 
-def divergence_reward(divergence: Divergence, logratios: Tensor) -> Tensor:
-    """g(Δ) of f-DPO, f′ at the density ratio (arXiv:2309.16240 table 1), less its value at 0, which no margin sees.
+# g(Δ) of f-DPO, f′ at the density ratio (arXiv:2309.16240 table 1), less its value at 0, which no margin sees: so
+# rewards are 0 where policy equals reference. That of the reverse KL is Δ itself.
 
-    So rewards are 0 where policy equals reference. Exponents end at 80, and g is flat behind.
+
+def forward_kl_reward(logratios: Tensor) -> Tensor:
+    """1 − e^(−Δ). The exponent ends at 80, and the reward is flat behind."""
+    return -torch.expm1((-logratios).clamp(max=_LARGEST_EXPONENT))
+
+
+def jensen_shannon_reward(logratios: Tensor) -> Tensor:
+    """log σ(Δ) + log 2."""
+    return F.logsigmoid(logratios) + math.log(2)
+
+
+def alpha_divergence_reward(logratios: Tensor, alpha: float) -> Tensor:
+    """(e^((α−1)Δ) − 1) / (α−1), with α ≠ 1. The exponent ends at 80, and the reward is flat behind."""
+    return torch.expm1(((alpha - 1) * logratios).clamp(max=_LARGEST_EXPONENT)) / (alpha - 1)
+
+
+def aot_margins(better: Tensor, worse: Tensor) -> Tensor:
+    """Differences of quantiles (arXiv:2406.05882), in ascending order of them; not the margins of single pairs.
+
+    Paired, of the policy's margins and the reference's; unpaired, of Δ_w and Δ_l.
     """
-    match divergence:
-        case ReverseKL():
-            return logratios
-        case ForwardKL():
-            return -torch.expm1((-logratios).clamp(max=_LARGEST_EXPONENT))
-        case JensenShannon():
-            return F.logsigmoid(logratios) + math.log(2)
-        case AlphaDivergence(alpha=alpha):
-            return torch.expm1(((alpha - 1) * logratios).clamp(max=_LARGEST_EXPONENT)) / (alpha - 1)
-
-
-def aot_margins(options: AOTLoss | AOTUnpairedLoss, logps: PairLogps) -> Tensor:
-    """Differences of quantiles (arXiv:2406.05882), in ascending order of them; not the margins of single pairs."""
-    if isinstance(options, AOTUnpairedLoss):
-        return logps.chosen_logratios.sort().values - logps.rejected_logratios.sort().values
-    ref_chosen, ref_rejected = logps.reference
-    policy_margins = logps.policy_chosen - logps.policy_rejected
-    return policy_margins.sort().values - (ref_chosen - ref_rejected).sort().values
+    return better.sort().values - worse.sort().values

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_ray.config.losses import (
+    AlphaDivergence,
     AOTLoss,
     AOTUnpairedLoss,
     APODownLoss,
@@ -16,16 +17,20 @@ from dpo_ray.config.losses import (
     BCOPairLoss,
     CPOLoss,
     DiscoPOPLoss,
+    Divergence,
     DPOPLoss,
     EXOPairLoss,
+    ForwardKL,
     HingeLoss,
     IPOLoss,
+    JensenShannon,
     KTOLoss,
     Loss,
     NCAPairLoss,
     NLLTerm,
     ORPOLoss,
     RDPOLoss,
+    ReverseKL,
     RobustLoss,
     SigmoidLoss,
     SigmoidNormLoss,
@@ -34,16 +39,18 @@ from dpo_ray.config.losses import (
     WeightedLoss,
 )
 from dpo_ray.losses.formulas import (
+    alpha_divergence_reward,
     aot_margins,
     apo_down_loss,
     apo_zero_loss,
     bco_pair_loss,
     discopop_loss,
-    divergence_reward,
     dpop_loss,
     exo_pair_loss,
+    forward_kl_reward,
     hinge_loss,
     ipo_loss,
+    jensen_shannon_reward,
     kto_loss,
     log_odds,
     nca_pair_loss,
@@ -115,8 +122,12 @@ def _preference_loss(options: Loss, logps: PairLogps, terms: BatchTerms) -> Tens
             return bco_pair_loss(chosen, rejected, options.beta, terms.reward_mean)
         case SPPOHardLoss():
             return sppo_hard_loss(chosen, rejected, options.beta)
-        case AOTLoss() | AOTUnpairedLoss():
-            return sigmoid_loss(aot_margins(options, logps), options.beta, options.label_smoothing)
+        case AOTLoss():
+            ref_chosen, ref_rejected = logps.reference
+            margins = aot_margins(logps.policy_chosen - logps.policy_rejected, ref_chosen - ref_rejected)
+            return sigmoid_loss(margins, options.beta, options.label_smoothing)
+        case AOTUnpairedLoss():
+            return sigmoid_loss(aot_margins(chosen, rejected), options.beta, options.label_smoothing)
         case APOZeroLoss():
             return apo_zero_loss(chosen, rejected, options.beta)
         case APODownLoss():
@@ -128,7 +139,16 @@ def _preference_loss(options: Loss, logps: PairLogps, terms: BatchTerms) -> Tens
         case ORPOLoss():
             return orpo_loss(logps.mean_chosen, h, options.odds_ratio_weight)
         case KTOLoss():
-            return kto_loss(logps, options, terms.kl)
+            return kto_loss(
+                chosen,
+                rejected,
+                logps.num_chosen_tokens > 0,
+                logps.num_rejected_tokens > 0,
+                beta=options.beta,
+                kl=terms.kl,
+                desirable_weight=options.desirable_weight,
+                undesirable_weight=options.undesirable_weight,
+            )
         case RDPOLoss():
             extra_tokens = logps.num_chosen_tokens - logps.num_rejected_tokens
             return r_dpo_loss(h, extra_tokens, options.beta, options.length_penalty)
@@ -148,10 +168,22 @@ def _unscaled_rewards(options: Loss, logps: PairLogps) -> tuple[Tensor, Tensor]:
     chosen, rejected = logps.chosen_logratios, logps.rejected_logratios
     match options:
         case SigmoidLoss():
-            return divergence_reward(options.divergence, chosen), divergence_reward(options.divergence, rejected)
+            return _divergence_reward(options.divergence, chosen), _divergence_reward(options.divergence, rejected)
         case SigmoidNormLoss() | IPOLoss(log_ratio="mean"):
             return chosen / logps.num_chosen_tokens, rejected / logps.num_rejected_tokens
     return chosen, rejected
+
+
+def _divergence_reward(divergence: Divergence, logratios: Tensor) -> Tensor:
+    match divergence:
+        case ReverseKL():
+            return logratios
+        case ForwardKL():
+            return forward_kl_reward(logratios)
+        case JensenShannon():
+            return jensen_shannon_reward(logratios)
+        case AlphaDivergence(alpha=alpha):
+            return alpha_divergence_reward(logratios, alpha)
 
 
 def _scale(options: Loss) -> float:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from dpo_ray.config.losses import Loss
 from dpo_ray.losses.formulas import (
-    aot_margins,
-    divergence_reward,
+    alpha_divergence_reward,
     hinge_loss,
     ipo_loss,
     kl_estimate,
@@ -365,8 +364,8 @@ def test_an_alpha_divergence_near_1_is_plain_dpo(alpha: float):
 
 def test_an_alpha_divergence_near_1_keeps_float32_precision():
     # e^((α-1)Δ) / (α-1) alone would be near -1e6, where float32 resolves .06.
-    near = loss("sigmoid", divergence={"type": "alpha", "alpha": 1 - 1e-6}).divergence
-    assert divergence_reward(near, torch.tensor([2.0, -3.0])).tolist() == pytest.approx([2.0, -3.0], rel=1e-5)
+    reward = alpha_divergence_reward(torch.tensor([2.0, -3.0]), 1 - 1e-6)
+    assert reward.tolist() == pytest.approx([2.0, -3.0], rel=1e-5)
 
 
 def test_the_alpha_divergence_at_0_is_the_forward_kl():
@@ -577,11 +576,11 @@ def test_aot_compares_sorted_margins_with_sorted_margins_and_ratios_with_ratios(
         f64(-6, -9), f64(-10, -10), f64(-9, -8), f64(-9, -10), tokens, tokens, f64(-6, -9) / 5, f64(-2, -2)
     )
     # Policy margins 4 and 1, reference margins 0 and 2: 1 - 0 and 4 - 2.
-    assert aot_margins(loss("aot"), pairs).tolist() == [1.0, 2.0]
-    # Log-ratios 3 and -1 of chosen, -1 and 0 of rejected: -1 - -1 and 3 - 0.
-    assert aot_margins(loss("aot_unpaired"), pairs).tolist() == [0.0, 3.0]
     values = pair_loss(loss("aot", beta=0.5), pairs)
     assert values.tolist() == pytest.approx([math.log1p(math.exp(-0.5)), math.log1p(math.exp(-1))], abs=1e-14)
+    # Log-ratios 3 and -1 of chosen, -1 and 0 of rejected: -1 - -1 and 3 - 0.
+    values = pair_loss(loss("aot_unpaired", beta=0.5), pairs)
+    assert values.tolist() == pytest.approx([math.log(2), math.log1p(math.exp(-1.5))], abs=1e-14)
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.5])

@@ -1,6 +1,6 @@
 """Parity with TRL: the same model, pairs, order and optimizer in both trainers, and the metrics of every step compared.
 
-    python benchmarks/trl_parity.py --trl-python <Python of the environment of requirements-trl.txt>
+    python -m benchmarks.trl_parity --trl-python <Python of the environment of requirements-trl.txt>
 
 runs all of it in the project's environment. Its parts can run apart, each in its own environment:
 `--side pairs`, `--side ours`, `--side trl`, `--compare`. They meet in a folder:
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from side_by_side import (
+from benchmarks.side_by_side import (
     LEARNING_RATE,
     MODEL,
     OUR_PACKAGES,
@@ -51,7 +51,7 @@ from side_by_side import (
     write_json,
     write_lines,
 )
-from side_by_side import Rows as Steps
+from benchmarks.side_by_side import Rows as Steps
 
 if TYPE_CHECKING:
     from dpo_ray.pairs import TokenizedPair
@@ -465,7 +465,7 @@ def main() -> None:
             parser.error("name the Python of TRL's environment with --trl-python, or run the parts with --side")
         same = ["--folder", str(folder), "--losses", *arguments.losses]
         for python, side in ((sys.executable, "pairs"), (sys.executable, "ours"), (arguments.trl_python, "trl")):
-            subprocess.run([python, __file__, "--side", side, *same], check=True)
+            subprocess.run([python, "-m", "benchmarks.trl_parity", "--side", side, *same], check=True)
     exceeded = compare(folder, cases)
     if exceeded:
         sys.exit("\n".join(["", "Over the tolerance:", *exceeded]))

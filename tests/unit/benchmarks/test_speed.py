@@ -1,4 +1,4 @@
-"""The pure parts of benchmarks/speed.py: which pairs are measured, what is counted, and what the report makes of it."""
+"""The pure parts of benchmarks.speed: which pairs are measured, what is counted, and what the report makes of it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed import busy_cores, group_of, imbalance, in_turn
-from benchmarks.speed_report import Spread, loss_differences, paired_ratios, report
-from benchmarks.speed_runs import (
+from benchmarks.speed.__main__ import busy_cores, group_of, imbalance, in_turn
+from benchmarks.speed.report import Spread, loss_differences, paired_ratios, report
+from benchmarks.speed.runs import (
     Place,
     Setting,
     by_length,
@@ -201,10 +201,9 @@ def test_the_report_says_what_the_runs_say(tmp_path: Path, capsys: pytest.Captur
 def test_our_side_runs_and_is_reported(tmp_path: Path, demo_model: str):
     small = ["--random-llama", "64x2", "--threads", "1", "--steps", "2", "--pairs-per-step", "2", "--max-tokens", "200"]
     chosen = ["--data", "generated", "--dtype", "bfloat16", "--rows", "ours", "--repeats", "1"]
-    script = Path(__file__).parents[3] / "benchmarks" / "speed.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--folder", str(tmp_path), *small, *chosen],
-        capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "benchmarks.speed", "--folder", str(tmp_path), *small, *chosen],
+        cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "## generated, bfloat16" in done.stdout and "\n| ours | " in done.stdout and "Floor: " in done.stdout

@@ -1,4 +1,4 @@
-"""The report of benchmarks/speed.py, in Markdown."""
+"""The report of benchmarks.speed, in Markdown."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flops import ModelShape, flops
-from side_by_side import Rows, read_lines, table, versions
-from speed_runs import (
+from benchmarks.side_by_side import Rows, read_lines, table, versions
+from benchmarks.speed.flops import ModelShape, flops
+from benchmarks.speed.runs import (
     BUSY,
     OURS,
     TUNED,

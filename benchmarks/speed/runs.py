@@ -1,4 +1,4 @@
-"""The runs of benchmarks/speed.py as data: their common setting, where they are kept, their pairs and their speed."""
+"""The runs of benchmarks.speed as data: their common setting, where they are kept, their pairs and their speed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flops import Lengths
-from side_by_side import MODEL, SEED, Rows, longest, write_json
+from benchmarks.side_by_side import MODEL, SEED, Rows, longest, write_json
+from benchmarks.speed.flops import Lengths
 
 DATA = ("hh_helpful", "tldr_human", "generated")
 DTYPES = ("float32", "bfloat16")

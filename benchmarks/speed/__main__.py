@@ -1,6 +1,6 @@
 """How fast a DPO step is, ours beside TRL's, on the same token ids with the same model and optimizer.
 
-    python benchmarks/speed.py --trl-python <Python of the environment of requirements-trl.txt>
+    python -m benchmarks.speed --trl-python <Python of the environment of requirements-trl.txt>
 
 runs all of it in the project's environment, or `make bench` with both environments built. Each row runs in a fresh
 process, the rows in turn, forwards and then backwards; what is finished is not run again, so a killed run goes on.
@@ -49,8 +49,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from flops import Lengths, ModelShape, gemm_rate, gemms
-from side_by_side import (
+from benchmarks.side_by_side import (
     OUR_PACKAGES,
     ROOT,
     SEED,
@@ -69,8 +68,9 @@ from side_by_side import (
     write_json,
     write_lines,
 )
-from speed_report import report
-from speed_runs import (
+from benchmarks.speed.flops import Lengths, ModelShape, gemm_rate, gemms
+from benchmarks.speed.report import report
+from benchmarks.speed.runs import (
     DATA,
     DEFAULT,
     DTYPES,
@@ -558,7 +558,9 @@ def in_turn(rows: Sequence[str], repeats: int) -> list[tuple[int, str]]:
 
 def _run_side(python: str, side: str, place: Place, setting: Setting, *more: str) -> None:
     where = ["--folder", str(place.folder), "--data", place.data, "--dtype", place.dtype]
-    subprocess.run([python, __file__, "--side", side, *where, *more], check=True, env=_environment_of(setting))
+    subprocess.run(
+        [python, "-m", "benchmarks.speed", "--side", side, *where, *more], check=True, env=_environment_of(setting)
+    )
 
 
 def _environment_of(setting: Setting) -> dict[str, str]:

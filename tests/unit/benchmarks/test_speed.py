@@ -12,11 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed.__main__ import busy_cores, group_of, imbalance, in_turn
-from benchmarks.speed.report import Spread, loss_differences, paired_ratios, report
-from benchmarks.speed.runs import (
-    Place,
-    Setting,
+from benchmarks.speed.clock import busy_cores
+from benchmarks.speed.pairs import (
     by_length,
     fixed_pair,
     generated_pairs,
@@ -26,10 +23,12 @@ from benchmarks.speed.runs import (
     real_tokens,
     repeated,
     select,
-    settled,
     shared_tokens,
-    speed,
 )
+from benchmarks.speed.parts import group_of, imbalance
+from benchmarks.speed.report import Spread, loss_differences, paired_ratios, report
+from benchmarks.speed.runs import Place, Setting, settled, speed
+from benchmarks.speed.schedule import in_turn
 
 
 def pair(prompt: int, chosen: int, rejected: int) -> dict[str, list[int]]:

@@ -24,19 +24,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import logsigmoid
 
-from benchmarks.side_by_side import (
-    LEARNING_RATE,
-    MODEL,
-    OUR_PACKAGES,
-    SEED,
-    environment,
-    longest,
-    preference_pairs,
-    table,
-    token_ids,
-    train_options,
-    versions,
-)
+from benchmarks.record import OUR_PACKAGES, environment, table, versions
+from benchmarks.side_by_side import LEARNING_RATE, MODEL, SEED, longest, preference_pairs, token_ids, train_options
 from dpo_ray.losses.pair_logps import sum_by_sequence
 from dpo_ray.model.folders import load_tokenizer, resolve
 from dpo_ray.model.policy import CompletionScorer, load_policy, torch_dtype

@@ -27,7 +27,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from benchmarks.side_by_side import MODEL, OUR_PACKAGES, ROOT, SEED, environment, table, versions, write_json
+from benchmarks.record import OUR_PACKAGES, ROOT, environment, table, versions, write_json
+from benchmarks.side_by_side import MODEL, SEED
 
 MIB = 2**20
 ROWS_PER_SHARD = 2048

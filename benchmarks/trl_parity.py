@@ -29,29 +29,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.side_by_side import (
-    LEARNING_RATE,
-    MODEL,
+from benchmarks.record import (
     OUR_PACKAGES,
     ROOT,
-    SEED,
     TRL_PACKAGES,
-    NoCheckpoints,
-    Pair,
-    dpo_config,
     environment,
-    longest,
-    preference_pairs,
     read_lines,
     table,
-    token_ids,
-    token_ids_trainer,
-    train_options,
     versions,
     write_json,
     write_lines,
 )
-from benchmarks.side_by_side import Rows as Steps
+from benchmarks.record import Rows as Steps
+from benchmarks.side_by_side import (
+    LEARNING_RATE,
+    MODEL,
+    SEED,
+    NoCheckpoints,
+    Pair,
+    dpo_config,
+    longest,
+    preference_pairs,
+    token_ids,
+    token_ids_trainer,
+    train_options,
+)
 
 if TYPE_CHECKING:
     from dpo_ray.pairs import TokenizedPair

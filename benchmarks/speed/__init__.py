@@ -23,5 +23,5 @@ The runs' folder:
     <data>/<dtype>/probe.json               tokens per second of TRL by batch size
     <data>/<dtype>/<row>.<repeat>.json      one run
 
-A module of either trainer is imported where it is used, for no environment has both.
+Either trainer's packages are imported where they are used, for no environment has both.
 """

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from benchmarks.side_by_side import ROOT
+from benchmarks.record import ROOT
 from benchmarks.speed.clock import device
 from benchmarks.speed.inputs import write_pairs
 from benchmarks.speed.ours import run_ours
@@ -30,7 +30,7 @@ SIDES = ("pairs", "ours", "trl", "probe", "gemm", "profile", "scaling", "balance
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("python -m benchmarks.speed", description=__doc__.partition("\n")[0])
     parser.add_argument("--side", choices=SIDES, help="run this part only")
     parser.add_argument("--report", action="store_true", help="only report what is finished")
     real = ["hh_helpful", "tldr_human"] if os.environ.get("DPO_RAY_DATA") else ["generated"]

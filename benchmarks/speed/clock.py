@@ -48,6 +48,7 @@ def machine_load() -> dict[str, Any]:
 
 
 def device() -> str:
+    """Where this process computes: "cuda" where it sees a GPU."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

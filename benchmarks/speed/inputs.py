@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.side_by_side import SEED, preference_pairs, token_ids, write_json, write_lines
+from benchmarks.record import write_json, write_lines
+from benchmarks.side_by_side import SEED, preference_pairs, token_ids
 from benchmarks.speed.flops import ModelShape
 from benchmarks.speed.pairs import generated_pairs, select
 from benchmarks.speed.runs import Place, Setting

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from benchmarks.side_by_side import OUR_PACKAGES, SEED, NoCheckpoints, Rows, read_lines, train_options
+from benchmarks.record import OUR_PACKAGES, Rows, read_lines
+from benchmarks.side_by_side import SEED, NoCheckpoints, train_options
 from benchmarks.speed.clock import Clock, device, machine_load
 from benchmarks.speed.inputs import model_of
 from benchmarks.speed.pairs import real_tokens
-from benchmarks.speed.runs import BETA, OURS, Place, Setting, steps_of, write_run
+from benchmarks.speed.runs import BETA, OURS, Place, Setting, kept_steps, write_run
 
 
 def run_ours(place: Place, setting: Setting, repeat: int) -> None:
@@ -85,4 +86,4 @@ def train_ours(
         reference_tolerance=None,
     )
     losses = [entry["loss"] for entry in state.history]
-    return {"reference": reference, "steps": steps_of(times, losses, rows, pairs_per_step, 1)}
+    return {"reference": reference, "steps": kept_steps(times, losses, rows, pairs_per_step, 1)}

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from benchmarks.side_by_side import SEED, Rows, longest
+from benchmarks.record import Rows
+from benchmarks.side_by_side import SEED, longest
 from benchmarks.speed.flops import Lengths
 
 

@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
-from benchmarks.side_by_side import SEED, longest, read_lines, table, write_json
+from benchmarks.record import read_lines, table, write_json
+from benchmarks.side_by_side import SEED, longest
 from benchmarks.speed.clock import device
 from benchmarks.speed.flops import Lengths, gemm_rate, gemms
 from benchmarks.speed.inputs import model_of, tokenized

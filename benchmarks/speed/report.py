@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.side_by_side import Rows, read_lines, table, versions
+from benchmarks.record import Rows, read_lines, table, versions
 from benchmarks.speed.flops import ModelShape, flops
 from benchmarks.speed.pairs import lengths_of, padded_tokens, real_tokens, shared_tokens
 from benchmarks.speed.runs import OURS, TUNED, Place, Setting, Speed, speed

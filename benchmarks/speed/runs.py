@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.side_by_side import MODEL, Rows, environment, write_json
+from benchmarks.record import Rows, environment, write_json
+from benchmarks.side_by_side import MODEL
 from benchmarks.speed.pairs import real_tokens
 
 DATA = ("hh_helpful", "tldr_human", "generated")
@@ -101,14 +102,15 @@ class Place:
 
 
 def write_run(path: Path, load: dict[str, Any], packages: Sequence[str], measured: dict[str, Any]) -> None:
+    """Keep what a run measured, with where it ran, the machine's load at its start and its peaks of memory in bytes."""
     import torch
 
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    peaks = {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "peak_gpu": gpu}  # bytes
+    peaks = {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "peak_gpu": gpu}
     write_json(path, {"environment": environment(packages), "load": load, **peaks, **measured})
 
 
-def steps_of(
+def kept_steps(
     times: Sequence[dict[str, float]], losses: Sequence[float], rows: Rows, size: int, num_warm_up: int
 ) -> list[dict[str, Any]]:
     """What is kept of each step. `size` pairs each, the last one those that are left."""

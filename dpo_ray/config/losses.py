@@ -1,7 +1,7 @@
 """The options of each loss: the section `train.loss`, one class a type.
 
 A loss has the options that it uses and no others, so an option without effect is an error, never ignored.
-Symbols are those of dpo_ray.losses.objective: Δ the log-ratio of a completion to the reference, h the margin Δ_w − Δ_l.
+Symbols are those of dpo_ray.losses.formulas: Δ the log-ratio of a completion to the reference, h the margin Δ_w − Δ_l.
 """
 
 from __future__ import annotations

@@ -1,10 +1,4 @@
-"""Preference losses: pure functions of the log-probs of a batch of pairs.
-
-B pairs; every argument and result is [B] unless stated, and every log-prob in nats.
-    Δ  log-ratio of a completion, log π(y) − log π_ref(y); Δ_w of the chosen, Δ_l of the rejected one
-    h  the margin Δ_w − Δ_l, without beta
-    a  mean token log-prob of a completion under the policy
-"""
+"""Options → the loss of each pair of a batch, its rewards and its margins. Symbols are those of formulas."""
 
 from __future__ import annotations
 
@@ -12,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_ray.config.losses import (
@@ -45,11 +38,30 @@ from dpo_ray.config.losses import (
     SPPOHardLoss,
     WeightedLoss,
 )
-from dpo_ray.losses.pair_logps import PairLogps as PairLogps
-from dpo_ray.losses.pair_logps import pair_logps as pair_logps
-from dpo_ray.losses.pair_logps import sum_by_sequence as sum_by_sequence
-
-_LARGEST_EXPONENT = 80.0  # e^88 overflows float32, and ∞ − ∞ or 0·∞ in a margin would be NaN
+from dpo_ray.losses.formulas import (
+    alpha_divergence_reward,
+    aot_margins,
+    apo_down_loss,
+    apo_zero_loss,
+    bco_pair_loss,
+    discopop_loss,
+    dpop_loss,
+    exo_pair_loss,
+    forward_kl_reward,
+    hinge_loss,
+    ipo_loss,
+    jensen_shannon_reward,
+    kto_loss,
+    log_odds,
+    nca_pair_loss,
+    orpo_loss,
+    r_dpo_loss,
+    robust_loss,
+    sigmoid_loss,
+    simpo_loss,
+    sppo_hard_loss,
+)
+from dpo_ray.losses.pair_logps import PairLogps
 
 
 @dataclass(frozen=True)
@@ -60,139 +72,6 @@ class BatchTerms:
     """KTO's z0, see kl_estimate."""
     reward_mean: Tensor | float = 0.0
     """BCO's δ: the mean of the rewards of chosen and rejected over all pairs of the steps before; 0 in the first."""
-
-
-def sigmoid_loss(h: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """DPO, −log σ(βh) (arXiv:2305.18290 eq. 7), and its conservative form (ericmitchell.ai/cdpo.pdf)."""
-    return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
-
-
-def robust_loss(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """Provably robust DPO (arXiv:2403.00409): unbiased under flips with probability `label_smoothing` < .5."""
-    kept, flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
-    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
-
-
-def hinge_loss(h: Tensor, beta: float) -> Tensor:
-    """max(0, 1 − βh) (arXiv:2305.10425, 2309.06657)."""
-    return F.relu(1 - beta * h)
-
-
-def ipo_loss(h: Tensor, beta: float) -> Tensor:
-    """(h − 1/2β)² (arXiv:2310.12036 eq. 17), with h of means per token or of sums."""
-    return (h - 1 / (2 * beta)) ** 2
-
-
-def exo_pair_loss(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """KL(softmax(βh, 0) ‖ (1−ε, ε)) (arXiv:2402.00856), with ε = `label_smoothing` > 0."""
-    chosen = torch.sigmoid(beta * h) * (F.logsigmoid(beta * h) - math.log1p(-label_smoothing))
-    rejected = torch.sigmoid(-beta * h) * (F.logsigmoid(-beta * h) - math.log(label_smoothing))
-    return chosen + rejected
-
-
-def nca_pair_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """−log σ(βΔ_w) − ½ log σ(−βΔ_w) − ½ log σ(−βΔ_l) (arXiv:2402.05369)."""
-    apart = F.logsigmoid(-beta * chosen) + F.logsigmoid(-beta * rejected)
-    return -F.logsigmoid(beta * chosen) - 0.5 * apart
-
-
-def bco_pair_loss(chosen: Tensor, rejected: Tensor, beta: float, reward_mean: Tensor | float) -> Tensor:
-    """−log σ(βΔ_w − δ) − log σ(−(βΔ_l − δ)) (arXiv:2404.04656), with δ = `reward_mean`, a scalar."""
-    return -F.logsigmoid(beta * chosen - reward_mean) - F.logsigmoid(reward_mean - beta * rejected)
-
-
-def sppo_hard_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """(Δ_w − 1/2β)² + (Δ_l + 1/2β)² (arXiv:2405.00675)."""
-    return (chosen - 1 / (2 * beta)) ** 2 + (rejected + 1 / (2 * beta)) ** 2
-
-
-def apo_zero_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """1 − σ(βΔ_w) + σ(βΔ_l) (arXiv:2408.06266)."""
-    return torch.sigmoid(-beta * chosen) + torch.sigmoid(beta * rejected)
-
-
-def apo_down_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """σ(βΔ_w) + 1 − σ(βh) (arXiv:2408.06266)."""
-    return torch.sigmoid(beta * chosen) + torch.sigmoid(-beta * (chosen - rejected))
-
-
-def discopop_loss(h: Tensor, beta: float, tau: float) -> Tensor:
-    """(1−m)·(−log σ(βh)) + m·e^(−βh) with m = σ(βh/τ) (arXiv:2406.08414)."""
-    logits = beta * h
-    # m·e^(−βh) in one exponential: apart, m underflows and e^(−βh) overflows for a very negative margin.
-    exponential = torch.exp(F.logsigmoid(logits / tau) - logits)
-    return torch.sigmoid(-logits / tau) * -F.logsigmoid(logits) + exponential
-
-
-def simpo_loss(h: Tensor, beta: float, target_margin: float) -> Tensor:
-    """−log σ(β(a_w − a_l) − γ) (arXiv:2405.14734 eq. 6), with h = a_w − a_l and γ = `target_margin`."""
-    return -F.logsigmoid(beta * h - target_margin)
-
-
-def orpo_loss(mean_chosen: Tensor, log_odds_ratio: Tensor, odds_ratio_weight: float) -> Tensor:
-    """−a_w − λ·log σ(log odds ratio) (arXiv:2403.07691 eq. 6–7)."""
-    return -mean_chosen - odds_ratio_weight * F.logsigmoid(log_odds_ratio)
-
-
-def log_odds(mean_logprobs: Tensor) -> Tensor:
-    """log(p/(1−p)) of p = e^a, finite for every a ≤ 0: nearer to 0 than the dtype resolves, it stays at its largest."""
-    a = mean_logprobs.clamp(max=-torch.finfo(mean_logprobs.dtype).eps)
-    return a - torch.log(-torch.expm1(a))
-
-
-def kto_loss(logps: PairLogps, options: KTOLoss, kl: Tensor | float) -> Tensor:
-    """Mean over a row's completions of λ_D·(1 − σ(β(Δ_w − z0))) and λ_U·(1 − σ(β(z0 − Δ_l))) (arXiv:2402.01306).
-
-    z0 is `kl`, a scalar. A completion without tokens is absent: it adds nothing, and gets no gradient.
-    """
-    chosen = options.desirable_weight * torch.sigmoid(options.beta * (kl - logps.chosen_logratios))
-    rejected = options.undesirable_weight * torch.sigmoid(options.beta * (logps.rejected_logratios - kl))
-    has_chosen, has_rejected = logps.num_chosen_tokens > 0, logps.num_rejected_tokens > 0
-    total = torch.where(has_chosen, chosen, 0.0) + torch.where(has_rejected, rejected, 0.0)
-    return total / (has_chosen.to(total) + has_rejected.to(total)).clamp(min=1)
-
-
-def r_dpo_loss(h: Tensor, extra_tokens: Tensor, beta: float, length_penalty: float) -> Tensor:
-    """−log σ(βh + α(|w| − |l|)) (arXiv:2403.19159), with `extra_tokens` = |w| − |l| and α = `length_penalty`."""
-    return -F.logsigmoid(beta * h + length_penalty * extra_tokens)
-
-
-def dpop_loss(h: Tensor, chosen: Tensor, beta: float, penalty_weight: float) -> Tensor:
-    """−log σ(β(h − λ·max(0, −Δ_w))) (arXiv:2402.13228), with Δ_w = `chosen` and λ = `penalty_weight`."""
-    return -F.logsigmoid(beta * (h - penalty_weight * F.relu(-chosen)))
-
-
-def kl_estimate(mismatched_logratios: Tensor) -> Tensor:
-    """KTO's z0 (arXiv:2402.01306 §4.1): max(0, mean), detached, of Δ [n] over the mismatched completions of the
-    whole global batch. Raises ValueError when there is none."""
-    if mismatched_logratios.numel() == 0:
-        raise ValueError("There are no mismatched completions to estimate the KL term from.")
-    return mismatched_logratios.detach().mean().clamp(min=0.0)
-
-
-def divergence_reward(divergence: Divergence, logratios: Tensor) -> Tensor:
-    """g(Δ) of f-DPO, f′ at the density ratio (arXiv:2309.16240 table 1), less its value at 0, which no margin sees.
-
-    So rewards are 0 where policy equals reference. Exponents end at 80, and g is flat behind.
-    """
-    match divergence:
-        case ReverseKL():
-            return logratios
-        case ForwardKL():
-            return -torch.expm1((-logratios).clamp(max=_LARGEST_EXPONENT))
-        case JensenShannon():
-            return F.logsigmoid(logratios) + math.log(2)
-        case AlphaDivergence(alpha=alpha):
-            return torch.expm1(((alpha - 1) * logratios).clamp(max=_LARGEST_EXPONENT)) / (alpha - 1)
-
-
-def aot_margins(options: AOTLoss | AOTUnpairedLoss, logps: PairLogps) -> Tensor:
-    """Differences of quantiles (arXiv:2406.05882), in ascending order of them; not the margins of single pairs."""
-    if isinstance(options, AOTUnpairedLoss):
-        return logps.chosen_logratios.sort().values - logps.rejected_logratios.sort().values
-    ref_chosen, ref_rejected = logps.reference
-    policy_margins = logps.policy_chosen - logps.policy_rejected
-    return policy_margins.sort().values - (ref_chosen - ref_rejected).sort().values
 
 
 def pair_loss(options: Loss, logps: PairLogps, terms: BatchTerms = BatchTerms()) -> Tensor:
@@ -243,8 +122,12 @@ def _preference_loss(options: Loss, logps: PairLogps, terms: BatchTerms) -> Tens
             return bco_pair_loss(chosen, rejected, options.beta, terms.reward_mean)
         case SPPOHardLoss():
             return sppo_hard_loss(chosen, rejected, options.beta)
-        case AOTLoss() | AOTUnpairedLoss():
-            return sigmoid_loss(aot_margins(options, logps), options.beta, options.label_smoothing)
+        case AOTLoss():
+            ref_chosen, ref_rejected = logps.reference
+            margins = aot_margins(logps.policy_chosen - logps.policy_rejected, ref_chosen - ref_rejected)
+            return sigmoid_loss(margins, options.beta, options.label_smoothing)
+        case AOTUnpairedLoss():
+            return sigmoid_loss(aot_margins(chosen, rejected), options.beta, options.label_smoothing)
         case APOZeroLoss():
             return apo_zero_loss(chosen, rejected, options.beta)
         case APODownLoss():
@@ -256,7 +139,16 @@ def _preference_loss(options: Loss, logps: PairLogps, terms: BatchTerms) -> Tens
         case ORPOLoss():
             return orpo_loss(logps.mean_chosen, h, options.odds_ratio_weight)
         case KTOLoss():
-            return kto_loss(logps, options, terms.kl)
+            return kto_loss(
+                chosen,
+                rejected,
+                logps.num_chosen_tokens > 0,
+                logps.num_rejected_tokens > 0,
+                beta=options.beta,
+                kl=terms.kl,
+                desirable_weight=options.desirable_weight,
+                undesirable_weight=options.undesirable_weight,
+            )
         case RDPOLoss():
             extra_tokens = logps.num_chosen_tokens - logps.num_rejected_tokens
             return r_dpo_loss(h, extra_tokens, options.beta, options.length_penalty)
@@ -276,10 +168,22 @@ def _unscaled_rewards(options: Loss, logps: PairLogps) -> tuple[Tensor, Tensor]:
     chosen, rejected = logps.chosen_logratios, logps.rejected_logratios
     match options:
         case SigmoidLoss():
-            return divergence_reward(options.divergence, chosen), divergence_reward(options.divergence, rejected)
+            return _divergence_reward(options.divergence, chosen), _divergence_reward(options.divergence, rejected)
         case SigmoidNormLoss() | IPOLoss(log_ratio="mean"):
             return chosen / logps.num_chosen_tokens, rejected / logps.num_rejected_tokens
     return chosen, rejected
+
+
+def _divergence_reward(divergence: Divergence, logratios: Tensor) -> Tensor:
+    match divergence:
+        case ReverseKL():
+            return logratios
+        case ForwardKL():
+            return forward_kl_reward(logratios)
+        case JensenShannon():
+            return jensen_shannon_reward(logratios)
+        case AlphaDivergence(alpha=alpha):
+            return alpha_divergence_reward(logratios, alpha)
 
 
 def _scale(options: Loss) -> float:

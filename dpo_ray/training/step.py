@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dpo_ray.config import Train
 from dpo_ray.data.pairing import mismatched
 from dpo_ray.errors import DataError, NonFiniteLoss, ReferenceMismatch
-from dpo_ray.losses.objective import BatchTerms, kl_estimate, pair_loss, rewards
+from dpo_ray.losses.formulas import kl_estimate
+from dpo_ray.losses.objective import BatchTerms, pair_loss, rewards
 from dpo_ray.losses.pair_logps import PairLogps, pair_logps, sum_by_sequence
 from dpo_ray.model.logprobs import TokenScores
 from dpo_ray.model.packing import MicroBatch

@@ -1,11 +1,11 @@
-"""The counting behind the floor of benchmarks/speed.py, against numbers worked by hand."""
+"""The counting behind the floor of benchmarks.speed, against numbers worked by hand."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 
-from benchmarks.flops import ModelShape, attention_flops, flops, gemm_rate, gemms, pair_flops, scored_pairs
+from benchmarks.speed.flops import ModelShape, attention_flops, flops, gemm_rate, gemms, pair_flops, scored_pairs
 
 TWO_MATRICES = ModelShape(backbone=((3, 2), (2, 3)), head=(10, 2), num_layers=1, attention_width=4)
 

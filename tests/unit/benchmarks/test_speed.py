@@ -1,4 +1,4 @@
-"""The pure parts of benchmarks/speed.py: which pairs are measured, what is counted, and what the report makes of it."""
+"""The pure parts of benchmarks.speed: which pairs are measured, what is counted, and what the report makes of it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed import busy_cores, group_of, imbalance, in_turn
-from benchmarks.speed_report import Spread, loss_differences, paired_ratios, report
-from benchmarks.speed_runs import (
-    Place,
-    Setting,
+from benchmarks.speed.clock import busy_cores
+from benchmarks.speed.pairs import (
     by_length,
     fixed_pair,
     generated_pairs,
@@ -26,10 +23,12 @@ from benchmarks.speed_runs import (
     real_tokens,
     repeated,
     select,
-    settled,
     shared_tokens,
-    speed,
 )
+from benchmarks.speed.parts import group_of, imbalance
+from benchmarks.speed.report import Spread, loss_differences, paired_ratios, report
+from benchmarks.speed.runs import Place, Setting, settled, speed
+from benchmarks.speed.schedule import in_turn
 
 
 def pair(prompt: int, chosen: int, rejected: int) -> dict[str, list[int]]:
@@ -201,10 +200,9 @@ def test_the_report_says_what_the_runs_say(tmp_path: Path, capsys: pytest.Captur
 def test_our_side_runs_and_is_reported(tmp_path: Path, demo_model: str):
     small = ["--random-llama", "64x2", "--threads", "1", "--steps", "2", "--pairs-per-step", "2", "--max-tokens", "200"]
     chosen = ["--data", "generated", "--dtype", "bfloat16", "--rows", "ours", "--repeats", "1"]
-    script = Path(__file__).parents[3] / "benchmarks" / "speed.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--folder", str(tmp_path), *small, *chosen],
-        capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "benchmarks.speed", "--folder", str(tmp_path), *small, *chosen],
+        cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "## generated, bfloat16" in done.stdout and "\n| ours | " in done.stdout and "Floor: " in done.stdout

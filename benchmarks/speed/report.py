@@ -1,4 +1,4 @@
-"""The report of benchmarks/speed.py, in Markdown."""
+"""What the finished runs say, in Markdown."""
 
 from __future__ import annotations
 
@@ -10,21 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flops import ModelShape, flops
-from side_by_side import Rows, read_lines, table, versions
-from speed_runs import (
-    BUSY,
-    OURS,
-    TUNED,
-    Place,
-    Setting,
-    Speed,
-    lengths_of,
-    padded_tokens,
-    real_tokens,
-    shared_tokens,
-    speed,
-)
+from benchmarks.record import Rows, read_lines, table, versions
+from benchmarks.speed.flops import ModelShape, flops
+from benchmarks.speed.pairs import lengths_of, padded_tokens, real_tokens, shared_tokens
+from benchmarks.speed.runs import OURS, TUNED, Place, Setting, Speed, speed
+
+BUSY = 0.7
+"""Cores that others use at a run's start, above which the report marks it."""
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,25 @@
-"""The runs of benchmarks/speed.py as data: their common setting, where they are kept, their pairs and their speed."""
+"""The runs as data: their common setting, where they are kept, what is kept of each, and their speed."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import random
+import resource
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flops import Lengths
-from side_by_side import MODEL, SEED, Rows, longest, write_json
+from benchmarks.record import Rows, environment, write_json
+from benchmarks.side_by_side import MODEL
+from benchmarks.speed.pairs import real_tokens
 
 DATA = ("hh_helpful", "tldr_human", "generated")
 DTYPES = ("float32", "bfloat16")
 OURS, DEFAULT, TUNED = "ours", "trl-default", "trl-tuned"
 ROWS = (OURS, DEFAULT, "trl-fair", TUNED)
-BUSY = 0.7
-"""Cores that others use at a run's start, above which the report marks it."""
+BETA = 0.1
 
 
 @dataclass(frozen=True)
@@ -102,72 +101,24 @@ class Place:
         return found
 
 
-# The pairs
+def write_run(path: Path, load: dict[str, Any], packages: Sequence[str], measured: dict[str, Any]) -> None:
+    """Keep what a run measured, with where it ran, the machine's load at its start and its peaks of memory in bytes."""
+    import torch
+
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    peaks = {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "peak_gpu": gpu}
+    write_json(path, {"environment": environment(packages), "load": load, **peaks, **measured})
 
 
-def select(rows: Iterable[dict[str, Any]], count: int, max_tokens: int) -> Rows:
-    """The first `count` rows whose prompt and longer completion have at most `max_tokens` tokens."""
-    chosen: Rows = []
-    for row in rows:
-        if longest(row) <= max_tokens:
-            chosen.append(row)
-        if len(chosen) == count:
-            return chosen
-    sys.exit(f"Only {len(chosen)} pairs have at most {max_tokens} tokens; {count} are needed.")
-
-
-def generated_pairs(vocabulary: int, seed: int = SEED) -> Iterator[dict[str, Any]]:
-    """Endless pairs of random tokens, in lengths like those of HH: medians of 150, 45 and 45 tokens, log-normal."""
-    dice = random.Random(seed)
-    while True:
-        sizes = (dice.lognormvariate(math.log(median), 0.7) for median in (150, 45, 45))
-        yield fixed_pair(dice, vocabulary, [max(1, round(size)) for size in sizes])
-
-
-def fixed_pair(dice: random.Random, vocabulary: int, sizes: Sequence[int]) -> dict[str, Any]:
-    """A pair of random tokens with these P, C and R."""
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return {name: dice.choices(range(vocabulary), k=size) for name, size in zip(names, sizes, strict=True)}
-
-
-def by_length(rows: Rows) -> Rows:
-    """Longest first, so that memory is claimed once; ties in their order."""
-    return sorted(rows, key=longest, reverse=True)
-
-
-def repeated(rows: Rows, count: int) -> Rows:
-    """The rows again and again, `count` of them."""
-    return [rows[i % len(rows)] for i in range(count)]
-
-
-def middle(rows: Rows, count: int) -> Rows:
-    """`count` neighbours from the middle, or all where there are fewer."""
-    first = max(0, (len(rows) - count) // 2)
-    return rows[first : first + count]
-
-
-def lengths_of(row: dict[str, Any]) -> Lengths:
-    """P, C and R."""
-    return len(row["prompt_ids"]), len(row["chosen_ids"]), len(row["rejected_ids"])
-
-
-def real_tokens(rows: Rows) -> int:
-    """2P + C + R of each pair: what its two completions with their prompts have, the same count for every trainer."""
-    return sum(2 * p + c + r for p, c, r in map(lengths_of, rows))
-
-
-def shared_tokens(rows: Rows) -> int:
-    """P + C + R of each pair."""
-    return sum(sum(lengths_of(row)) for row in rows)
-
-
-def padded_tokens(rows: Rows, batch_size: int) -> int:
-    """Tokens with padding where each completion has a row of its own, as wide as the batch's longest."""
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    return sum(2 * len(batch) * max(map(longest, batch)) for batch in batches)
-
-
-# What they measured
+def kept_steps(
+    times: Sequence[dict[str, float]], losses: Sequence[float], rows: Rows, size: int, num_warm_up: int
+) -> list[dict[str, Any]]:
+    """What is kept of each step. `size` pairs each, the last one those that are left."""
+    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [
+        {"warm_up": n < num_warm_up, "pairs": len(batch), "tokens": real_tokens(batch), **spent, "loss": loss}
+        for n, (spent, loss, batch) in enumerate(zip(times, losses, batches, strict=True))
+    ]
 
 
 @dataclass(frozen=True)

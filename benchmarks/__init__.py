@@ -1,0 +1,1 @@
+"""What is measured, how, and the results: each benchmark's tables stand beside it. Run from the root of a clone."""

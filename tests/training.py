@@ -28,6 +28,7 @@ from dpo_ray.training.files import EXPORT, read_history
 from dpo_ray.training.loop import train
 from dpo_ray.training.parallel import Rank
 from dpo_ray.training.plan import PlanIndex, microbatches
+from tests import gradients
 
 VOCABULARY = 512
 
@@ -136,6 +137,7 @@ class Trained:
     """What a training left in its folder."""
 
     def __init__(self, folder: Path):
+        self.folder = folder
         steps = sorted(folder.glob("step-*"), key=lambda f: int(f.name.removeprefix("step-")))
         self.checkpoints = [int(f.name.removeprefix("step-")) for f in steps]
         self.last = steps[-1]
@@ -148,6 +150,11 @@ class Trained:
     @property
     def losses(self) -> list[float]:
         return self.of("loss")
+
+    @property
+    def gradients(self) -> list[gradients.Gradients]:
+        """Of every step taken, where they were recorded."""
+        return gradients.read(self.folder)
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -167,12 +174,16 @@ def run(
     num_steps: int | None = None,
     reference_tolerance: float | None = 0.05,
     packed: bool = True,
+    record_gradients: bool = False,
+    factor_of_rank_1: float | None = None,
     **values: Any,
 ) -> TrainState:
     """Train on the pairs, as one worker or as one rank of a gang.
 
     Args:
         packed: whether the model may run on packed pairs; otherwise they are padded.
+        record_gradients: leave them beside the checkpoints, and take the smooth AdamW of tests.gradients.
+        factor_of_rank_1: a fault: what rank 1's gradients are multiplied by before they travel.
         values: of the section `train`.
     """
     me = me or Rank(0, 1, torch.device("cpu"))
@@ -182,7 +193,9 @@ def run(
     )
     assert options.tokens_per_microbatch != "auto"
     layout = nullcontext() if packed else mock.patch.object(attention, "serves", return_value=False)
-    with layout, _one_thread():
+    record = gradients.recorded(folder, me.rank) if record_gradients else nullcontext()
+    fault = gradients.multiplied(factor_of_rank_1) if factor_of_rank_1 and me.rank == 1 else nullcontext()
+    with layout, record, fault, _one_thread():
         return train(
             model if isinstance(model, Model) else Model(path=str(model)),
             options,

@@ -16,10 +16,20 @@ from typing import Any
 import torch
 
 from dpo_ray.pairs import TokenizedPair
+from tests import gradients
 from tests.training import Gang, Trained, random_pairs, run, scored, small_model
 
 REFERENCE = Path(__file__).with_name("reference.json")
 HALF, STEPS = 10, 20
+BETA = 0.1
+
+TOKENS = 8  # of a completion, at most
+ULP = 2**-21  # of a float32 between 4 and 8, as the log-prob of one of 512 tokens is: ln 512 = 6.2
+LOGPROB = TOKENS * ULP
+"""How far a completion's log-prob may be from itself in another order of summation: each token by an ulp, all to one
+side. In a mean over the pairs of a batch that leaves room for several ulps a token: they go either way."""
+LOSS = BETA / 2 * 2 * LOGPROB + 2**-23
+"""The same of a loss: it moves by β/2 of either completion's log-prob, and is itself below 2. It is 5e-7."""
 
 
 @dataclass(frozen=True)
@@ -77,20 +87,46 @@ class Trajectories:
         name = f"{loss}/{layout}/{resumed_from}"
         if name not in self._done:
             resume = self.of(loss, resumed_from).last.with_name(f"step-{HALF}") if resumed_from else None
-            self.train(LAYOUTS[layout], self.folder / name, resume=resume, loss={"type": loss, "beta": 0.1})
+            self.train(LAYOUTS[layout], self.folder / name, resume=resume, loss={"type": loss, "beta": BETA})
             self._done[name] = Trained(self.folder / name)
         return self._done[name]
 
     def train(self, layout: Layout, folder: Path, pairs: list[TokenizedPair] | None = None, **options: Any) -> None:
-        """Any run in a layout."""
+        """Any run in a layout: with a smooth AdamW, on gradients most of which are clipped, and which are kept."""
         start = run if layout.workers == 1 else self.gang.run
-        start(self.model, pairs or self.pairs, folder, **{"checkpoint_every_steps": HALF} | layout.options | options)
+        always = {"checkpoint_every_steps": HALF, "learning_rate": 2e-3, "max_grad_norm": 0.5, "record_gradients": True}
+        start(self.model, pairs or self.pairs, folder, **always | layout.options | options)
 
 
 def differences(got: list[float], expected: list[float]) -> tuple[float, float]:
     """Largest and mean |Δ| over the steps."""
     apart = [abs(a - b) for a, b in zip(got, expected, strict=True)]
     return max(apart), sum(apart) / len(apart)
+
+
+def require_equal(got: list[float], expected: list[float], bound: float) -> None:
+    """Step by step."""
+    largest, _ = differences(got, expected)
+    assert largest <= bound, f"largest |Δ| {largest:.2g}, over {bound:.2g}"
+
+
+def require_same(got: Trained, expected: Trained) -> None:
+    """The same run but for rounding: its losses, and all that it learnt from; one that was resumed from there on."""
+    found = got.gradients
+    gradients.require_same(found, expected.gradients[-len(found) :])
+    mine, other = ([m for m in trained.metrics if "loss" in m] for trained in (got, expected))
+    require_equal([m["loss"] for m in mine], [m["loss"] for m in other], LOSS)
+    norms = [m["grad_norm"] for m in other]
+    require_equal([m["grad_norm"] for m in mine], norms, gradients.ROUNDING * max(norms))
+
+
+def require_same_weights(got: Trained, expected: Trained, start: dict[str, torch.Tensor]) -> None:
+    """Moved from the start by the same, but for the rounding of gradients, and of weights once a step."""
+    steps = len(expected.gradients)
+    for name, value in expected.weights.items():
+        apart, moved = (got.weights[name] - value).norm(), (value - start[name]).norm()
+        # A step is a quotient of two averages of gradients, either of which is rounded.
+        assert apart <= 2 * gradients.ROUNDING * moved + 2 * steps * 2**-24 * value.norm(), (name, apart, moved)
 
 
 def read_reference() -> dict[str, list[float]]:
@@ -100,16 +136,18 @@ def read_reference() -> dict[str, list[float]]:
 
 def table(trajectories: Trajectories) -> str:
     """What is compared, in Markdown."""
-    lines = ["| loss | run | compared with | largest \\|Δloss\\| | mean \\|Δloss\\| |", "|---|---|---|---|---|"]
-
-    def add(loss: str, run_name: str, other: str, got: list[float], expected: list[float]) -> None:
-        largest, mean = differences(got, expected)
-        lines.append(f"| {loss} | {run_name} | {other} | {largest:.1e} | {mean:.1e} |")
-
+    lines = [
+        "| loss | run | compared with | largest \\|Δloss\\| | mean \\|Δloss\\| | largest ‖Δg‖ / ‖g‖ of a parameter |",
+        "|---|---|---|---|---|---|",
+    ]
     for loss, layout, other in COMPARED:
-        add(loss, layout, other, trajectories.of(loss, layout).losses, trajectories.of(loss, other).losses)
+        one, two = trajectories.of(loss, layout), trajectories.of(loss, other)
+        largest, mean = differences(one.losses, two.losses)
+        apart, _, _ = gradients.furthest(one.gradients, two.gradients)
+        lines.append(f"| {loss} | {layout} | {other} | {largest:.1e} | {mean:.1e} | {apart:.1e} |")
     for loss in LOSSES:
-        add(loss, BASELINE, "reference.json", trajectories.of(loss, BASELINE).losses, read_reference()[loss])
+        largest, mean = differences(trajectories.of(loss, BASELINE).losses, read_reference()[loss])
+        lines.append(f"| {loss} | {BASELINE} | reference.json | {largest:.1e} | {mean:.1e} | |")
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dpo_ray.model.policy import CompletionScorer
-from dpo_ray.training import train_loop
+from dpo_ray.training import loop
 
 SMOOTH_EPS = 1e-3  # of the size of a gradient: 100,000 weights whose gradient's norm is below 1
 FILE = "gradients.pt"
@@ -34,9 +34,9 @@ ROUNDING = math.sqrt(2 * 32 * 512) * 2**-24
 
 @contextmanager
 def recorded(folder: Path, rank: int) -> Iterator[None]:
-    """Inside, train_loop's optimizer is smooth, and rank 0 leaves the gradients of every step taken in the folder."""
+    """Inside, loop's optimizer is smooth, and rank 0 leaves the gradients of every step taken in the folder."""
     steps: list[Gradients] = []
-    make_optimizer = train_loop.make_optimizer
+    make_optimizer = loop.make_optimizer
 
     def made(model: nn.Module, options: Any) -> torch.optim.Optimizer:
         optimizer = make_optimizer(model, options)
@@ -52,7 +52,7 @@ def recorded(folder: Path, rank: int) -> Iterator[None]:
         optimizer.register_step_pre_hook(keep)
         return optimizer
 
-    with mock.patch.object(train_loop, "make_optimizer", made):
+    with mock.patch.object(loop, "make_optimizer", made):
         yield
     if rank == 0:
         torch.save(steps, folder / FILE)

@@ -12,7 +12,8 @@ from dpo_ray.evaluation.margins import margin_noise, preference_accuracy, quanti
 from dpo_ray.on_ray.score import held_out_margins, score_policy
 from dpo_ray.on_ray.trainer import MODEL_FOLDER
 from dpo_ray.progress import say
-from dpo_ray.rewards import load_reward
+from dpo_ray.reward_source import reward_identity
+from dpo_ray.rewards import load_reward, score_completions
 from dpo_ray.storage.artifact import Artifact, fingerprint, load, publish, read_shard
 from pipelines.context import RunContext
 from pipelines.generate import held_out_prompts, sample
@@ -68,7 +69,7 @@ def _evaluate(
     if drawn is not None:
         base, tuned, options = drawn
         inputs |= {"base": base.fingerprint, "tuned": tuned.fingerprint}
-        identity = {"reward": options.reward}
+        identity = reward_identity(options.reward)
     location = context.output / "artifacts" / KIND / fingerprint(KIND, identity, inputs)
     done = load(location, KIND, location.name)
     if done is not None:
@@ -94,11 +95,8 @@ def _compare(base: Artifact, tuned: Artifact, options: WinRate) -> dict[str, Any
     after = {row["prompt_id"]: row for row in _rows(tuned)}
     both = [(row, after[row["prompt_id"]]) for row in _rows(base) if row["prompt_id"] in after]
 
-    def scored(row: dict[str, Any]) -> list[float]:
-        question = row["prompt"][-1]["content"]
-        return [reward(question, c["text"], c["finished"]) for c in row["completions"]]
-
-    base_scores, tuned_scores = [scored(b) for b, _ in both], [scored(t) for _, t in both]
+    base_scores = [score_completions(options.reward, reward, b) for b, _ in both]
+    tuned_scores = [score_completions(options.reward, reward, t) for _, t in both]
     rate = win_rate(tuned_scores, base_scores)
     say(KIND, f"win rate against the base model {rate or 'undefined: no prompt'}")
     return {

@@ -10,8 +10,9 @@ from dpo_ray.config import VLLM, Config, Model
 from dpo_ray.errors import DataError, ReferenceMismatch
 from dpo_ray.evaluation.margins import calibration
 from dpo_ray.model.folders import resolve, weights_hash
+from dpo_ray.on_ray.failures import raise_ours
 from dpo_ray.on_ray.pool import Pool
-from dpo_ray.on_ray.session import connect, raise_ours
+from dpo_ray.on_ray.session import connect
 from dpo_ray.on_ray.vllm_engine import (
     TorchScorer,
     VLLMScorer,

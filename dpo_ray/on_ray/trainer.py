@@ -19,7 +19,8 @@ from dpo_ray.config import Config, Metric
 from dpo_ray.errors import ConfigError, DataError, DpoRayError, NonFiniteLoss, ReferenceMismatch
 from dpo_ray.losses.objective import zero_margin_loss
 from dpo_ray.model.folders import resolve, weights_hash
-from dpo_ray.on_ray.session import connect, raise_ours
+from dpo_ray.on_ray.failures import raise_ours
+from dpo_ray.on_ray.session import connect
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact, describe_file, fingerprint, load, publish
 from dpo_ray.storage.location import Location

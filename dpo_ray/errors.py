@@ -7,6 +7,7 @@ the command line:
     ├── NonFiniteLoss           1   training met NaN or infinity more often than allowed
     ├── StorageError            1   an object store refused, or did not answer
     ├── ConfigError             2   configuration or usage
+    │   └── RewardError         2   the reward function that is named there fails, or gives no number
     ├── DataError               3   data unreadable, or too much of it quarantined
     ├── ReferenceMismatch       3   reference log-probs and the trainer's forward disagree
     └── GateFailed              4   the model did not pass its gate; nothing was published
@@ -25,6 +26,10 @@ class ConfigError(DpoRayError, ValueError):
     """A configuration value, or a combination of values, that cannot work."""
 
     exit_code = 2
+
+
+class RewardError(ConfigError):
+    """A reward function that raises, or gives something else than a finite number."""
 
 
 class DataError(DpoRayError):

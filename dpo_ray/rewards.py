@@ -2,16 +2,23 @@
 
 A reward is any function `(prompt: str, completion: str, finished: bool) -> float`, named in the configuration
 as module:function; higher is better. `prompt` is the text of the user's last turn, `finished` says whether the
-model ended its answer by itself instead of running into generate.sampling.max_tokens.
+model ended its answer by itself instead of running into generate.sampling.max_tokens. What an edit of it makes anew
+is told in dpo_ray.reward_source.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
+import math
 import re
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any
 
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, RewardError
+from dpo_ray.origin import own, places, short
 
 Reward = Callable[[str, str, bool], float]
 
@@ -41,6 +48,45 @@ def load_reward(name: str) -> Reward:
     if not callable(found):
         raise ConfigError(f"The reward {name} is not a function but {type(found).__name__}.")
     return found
+
+
+def score_completions(name: str, reward: Reward, row: Mapping[str, Any]) -> list[float]:
+    """What the reward gives to each completion of a row of candidates (dpo_ray.pairs.CANDIDATES).
+
+    Args:
+        name: as it is configured, for the errors.
+
+    Raises RewardError where it raises, naming the completion and the line of its code, and where it gives something
+    else than a finite real number: None, text, an array, a tensor even of one element.
+    """
+    question = row["prompt"][-1]["content"]
+    scores = []
+    for number, completion in enumerate(row["completions"], start=1):
+        text, finished = completion["text"], completion["finished"]
+        where = f"completion {number} of the prompt {row['prompt_id']} ({question[:80]!r} → {text[:80]!r})"
+        try:
+            value = reward(question, text, finished)
+            score = float(value) if isinstance(value, Real) else math.nan
+        except Exception as error:
+            what = short("".join(traceback.format_exception_only(error))).rstrip(".")
+            raise RewardError(
+                f"The reward {name} failed on {where}: {what}{_place(error, reward)}. Mend it, and run the same "
+                "command again: what is finished is kept. DPO_RAY_TRACEBACK=1 shows the whole traceback."
+            ) from error
+        if not math.isfinite(score):
+            raise RewardError(
+                f"The reward {name} gave {short(repr(value))} ({type(value).__name__}) to {where}. It must give a "
+                "finite number; of a tensor or an array with one element that is its .item()."
+            )
+        scores.append(score)
+    return scores
+
+
+def _place(error: Exception, reward: Reward) -> str:
+    """Where in the user's code it happened: `, at` file:line, and the calls that led there."""
+    code = getattr(inspect.unwrap(reward), "__code__", None)
+    frames = own(traceback.extract_tb(error.__traceback__)[1:], code.co_filename if code else None)
+    return f", at {places(frames)}" if frames else ""
 
 
 def brief_answer(prompt: str, completion: str, finished: bool) -> float:

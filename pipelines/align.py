@@ -11,7 +11,7 @@ from dpo_ray.evaluation.report import html_report
 from dpo_ray.model.folders import load_tokenizer
 from dpo_ray.model.resolve import resolve
 from dpo_ray.on_ray.vllm_engine import require_vllm
-from dpo_ray.rewards import load_reward
+from dpo_ray.reward_source import reward_identity
 from dpo_ray.storage.artifact import Artifact
 from pipelines import STAGES, Stage
 from pipelines.context import RunContext
@@ -84,7 +84,7 @@ def preflight(config: Config, until: Stage = "publish") -> None:
         check_inputs(config)
     if config.generate is not None:
         require_vllm("generate")
-        load_reward(config.generate.reward)
+        reward_identity(config.generate.reward)
     if until == "reference":
         require_reference_use(config)
     scores_reference = config.train.loss.needs_reference and STAGES.index(until) >= STAGES.index("reference")
@@ -92,7 +92,7 @@ def preflight(config: Config, until: Stage = "publish") -> None:
         require_vllm("reference.engine=vllm")
     if config.evaluate.win_rate is not None and STAGES.index(until) >= STAGES.index("evaluate"):
         require_vllm("evaluate.win_rate")
-        load_reward(config.evaluate.win_rate.reward)
+        reward_identity(config.evaluate.win_rate.reward)
     if until != "ingest":
         folder = resolve(config.model.path, config.model.revision)
         tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)

@@ -191,14 +191,14 @@ def main() -> None:
     try:
         app()
     except DpoRayError as error:
+        _show_traceback()
         typer.echo(f"\n{type(error).__name__}: {error}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("\nInterrupted. What is finished is kept: the same command goes on from there.", err=True)
         sys.exit(1)
     except Exception as error:
-        if os.environ.get("DPO_RAY_TRACEBACK"):
-            raise
+        _show_traceback()
         last = traceback.extract_tb(error.__traceback__)[-1]
         typer.echo(
             f"\nUnexpected {type(error).__name__}: {error} ({last.filename}:{last.lineno}). What is finished is kept. "
@@ -206,6 +206,12 @@ def main() -> None:
             err=True,
         )
         sys.exit(1)
+
+
+def _show_traceback() -> None:
+    """Where it is asked for, the whole traceback, the worker's included; the paragraph still ends the output."""
+    if os.environ.get("DPO_RAY_TRACEBACK"):
+        traceback.print_exc()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from dpo_ray.evaluation.held_out import held_out_margins
 from dpo_ray.evaluation.margins import preference_accuracy, win_rate
 from dpo_ray.on_ray.score import score_policy
 from dpo_ray.progress import say
-from dpo_ray.rewards import load_reward
+from dpo_ray.reward_source import reward_identity
+from dpo_ray.rewards import load_reward, score_completions
 from dpo_ray.storage.artifact import Artifact, fingerprint, load, publish, read_shard
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
@@ -71,7 +72,7 @@ def _evaluate(
     if drawn is not None:
         base, tuned, options = drawn
         inputs |= {"base": base.fingerprint, "tuned": tuned.fingerprint}
-        identity = {"reward": options.reward}
+        identity = reward_identity(options.reward)
     location = context.output / "artifacts" / KIND / fingerprint(KIND, identity, inputs)
     done = load(location, KIND, location.name)
     if done is not None:
@@ -97,11 +98,8 @@ def _compare(base: Artifact, tuned: Artifact, options: WinRate) -> dict[str, Any
     after = {row["prompt_id"]: row for row in _rows(tuned)}
     both = [(row, after[row["prompt_id"]]) for row in _rows(base) if row["prompt_id"] in after]
 
-    def scored(row: dict[str, Any]) -> list[float]:
-        question = row["prompt"][-1]["content"]
-        return [reward(question, c["text"], c["finished"]) for c in row["completions"]]
-
-    base_scores, tuned_scores = [scored(b) for b, _ in both], [scored(t) for _, t in both]
+    base_scores = [score_completions(options.reward, reward, b) for b, _ in both]
+    tuned_scores = [score_completions(options.reward, reward, t) for _, t in both]
     rate = win_rate(tuned_scores, base_scores)
     say(KIND, f"win rate against the base model {rate or 'undefined: no prompt'}")
     return {

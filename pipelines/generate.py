@@ -12,6 +12,7 @@ from dpo_ray.errors import DataError
 from dpo_ray.on_ray.generate import sample_completions
 from dpo_ray.on_ray.pool import Pool, shard_stage, shard_tasks
 from dpo_ray.pairs import PAIRS, PROMPTS
+from dpo_ray.reward_source import reward_identity
 from dpo_ray.shards.pair import PairShard
 from dpo_ray.storage.artifact import Artifact, digest, fingerprint, load, publish, read_shard, write_shard
 from dpo_ray.storage.location import Location
@@ -69,18 +70,15 @@ def _tables(rows: list[dict[str, Any]], rows_per_shard: int) -> list[pa.Table]:
 
 
 def _pair(context: RunContext, options: Generate, candidates: Artifact) -> tuple[Artifact, bool]:
-    arguments: dict[str, Any] = {
-        "reward": options.reward,
-        "min_score_gap": options.min_score_gap,
-        "pairs_per_prompt": options.pairs_per_prompt,
-    }
+    choices = {"min_score_gap": options.min_score_gap, "pairs_per_prompt": options.pairs_per_prompt}
+    reward = reward_identity(options.reward)
     artifact, reused = shard_stage(
         context.output,
         "pairs",
-        identity={**arguments, "columns": PAIRS.names},
+        identity={**choices, **reward, "columns": PAIRS.names},
         inputs={"candidates": candidates.fingerprint},
         tasks=shard_tasks(candidates),
-        pool=Pool(PairShard, arguments),
+        pool=Pool(PairShard, {**choices, "reward": reward["reward"], "reward_source": reward["reward_source"]}),
         unit="prompts",
     )
     if artifact.manifest.rows == 0:

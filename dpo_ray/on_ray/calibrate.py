@@ -12,8 +12,9 @@ from dpo_ray.evaluation.agreement import calibration
 from dpo_ray.model.folders import weights_hash
 from dpo_ray.model.resolve import resolve
 from dpo_ray.model.version import own_forward
+from dpo_ray.on_ray.failures import raise_ours
 from dpo_ray.on_ray.pool import Pool, torch_pool
-from dpo_ray.on_ray.session import connect, raise_ours
+from dpo_ray.on_ray.session import connect
 from dpo_ray.on_ray.vllm_engine import VLLMScorer, has_vllm, require_vllm, vllm_pool
 from dpo_ray.pairs import TokenizedPair, tokenized_pair
 from dpo_ray.progress import say

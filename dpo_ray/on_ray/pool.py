@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import sys
 import traceback
 from collections import Counter
@@ -20,7 +21,8 @@ import pyarrow as pa
 
 from dpo_ray.config import Config
 from dpo_ray.errors import EngineDied
-from dpo_ray.on_ray.session import connect, is_embedded, num_cores, raise_ours
+from dpo_ray.on_ray.failures import carried, raise_ours
+from dpo_ray.on_ray.session import connect, is_embedded, num_cores
 from dpo_ray.progress import Progress, say
 from dpo_ray.shards.isolation import MAX_ATTEMPTS, Attempts
 from dpo_ray.shards.output import ShardOutput
@@ -207,28 +209,44 @@ def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask]]
     say(kind, f"computing {len(missing)} shards, {progress.total} {unit}")
     try:
         for result in results.iter_rows():
+            if result["failure"] is not None:
+                raise pickle.loads(result["failure"])
             progress.advance(rows[result["name"]], note=f"shard {result['name'].removesuffix('.parquet')} done")
     except Exception as error:
         raise_ours(error, kind)
 
 
 class ShardWorker:
-    """An actor of the pool: builds its function once, then writes one shard a task."""
+    """An actor of the pool: builds its function once, then writes one shard a task.
+
+    Of each task it gives back the `name`, and the `failure` where there was one (dpo_ray.on_ray.failures).
+    """
 
     def __init__(
         self, location: Location, build: Callable[..., ShardFunction], arguments: dict[str, Any], isolates: bool = False
     ):
         self.location = location
         self.isolates = isolates
-        self.work = build(**arguments)
+        self.failure: bytes | None = None
+        try:
+            self.work = build(**arguments)
+        except Exception as error:
+            self.failure = carried(error)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        names = []
+        names, failures = [], []
         for text in batch["task"].to_pylist():
             task = json.loads(text)
-            self._do(task["name"], task["source"])
             names.append(task["name"])
-        return pa.table({"name": names})
+            failures.append(self.failure or self._try(task["name"], task["source"]))
+        return pa.table({"name": names, "failure": pa.array(failures, pa.binary())})
+
+    def _try(self, name: str, source: dict[str, Any]) -> bytes | None:
+        try:
+            self._do(name, source)
+        except Exception as error:
+            return carried(error)
+        return None
 
     def _do(self, name: str, source: dict[str, Any]) -> None:
         if not self.isolates:

@@ -11,7 +11,8 @@ import pyarrow as pa
 from dpo_ray.data.raw.files import Stamp
 from dpo_ray.data.raw.scan import FileRecord, map_files, one_error, read_record, record_name, scan
 from dpo_ray.errors import DataError
-from dpo_ray.on_ray.session import connect, raise_ours
+from dpo_ray.on_ray.failures import raise_ours
+from dpo_ray.on_ray.session import connect
 from dpo_ray.progress import Progress, say
 from dpo_ray.storage.location import Location
 

@@ -1,4 +1,4 @@
-"""Connecting to Ray, and bringing our errors back from it."""
+"""Connecting to Ray."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
 
 from dpo_ray.errors import ConfigError, DpoRayError
 from dpo_ray.progress import say
@@ -134,26 +133,3 @@ def quiet_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # Of how often a task or an actor is tried again Ray Data has no other parameter yet.
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-
-
-def raise_ours(error: BaseException, stage: str) -> NoReturn:
-    """Re-raise the error of ours that Ray carries, or a readable DpoRayError where there is none."""
-    ours = _find(error, set())
-    if ours is not None:
-        raise ours from error
-    text = str(error).strip().splitlines()
-    raise DpoRayError(
-        f"The stage {stage} failed on Ray: {type(error).__name__}: {text[-1] if text else ''} What is finished is "
-        "kept: the same command goes on from there. The workers' logs are in /tmp/ray/session_latest/logs."
-    ) from error
-
-
-def _find(error: BaseException | None, seen: set[int]) -> DpoRayError | None:
-    if error is None or id(error) in seen:
-        return None
-    seen.add(id(error))
-    if isinstance(error, DpoRayError):
-        return error
-    inside = [error.__cause__, error.__context__, getattr(error, "cause", None)]
-    inside += list((getattr(error, "worker_failures", None) or {}).values())
-    return next((found for e in inside if isinstance(e, BaseException) and (found := _find(e, seen))), None)

@@ -11,8 +11,9 @@ from dpo_ray.config import Config
 from dpo_ray.errors import DpoRayError
 from dpo_ray.model.folders import weights_hash
 from dpo_ray.model.resolve import resolve
+from dpo_ray.on_ray.failures import raise_ours
 from dpo_ray.on_ray.resume import earliest_resume, newest_whole_checkpoint, run_name, state_of
-from dpo_ray.on_ray.session import connect, raise_ours
+from dpo_ray.on_ray.session import connect
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact, describe_file, fingerprint, load, publish
 from dpo_ray.storage.location import Location

@@ -9,17 +9,25 @@ import pyarrow as pa
 
 from dpo_ray.data.pairing import make_pairs
 from dpo_ray.pairs import PAIRS
-from dpo_ray.rewards import load_reward
+from dpo_ray.reward_source import require_same_source
+from dpo_ray.rewards import load_reward, score_completions
 from dpo_ray.shards.output import ShardOutput
 from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
 
 
 class PairShard:
-    """Candidates → scored → pairs."""
+    """Candidates → scored → pairs.
 
-    def __init__(self, reward: str, min_score_gap: float, pairs_per_prompt: int):
-        self.reward = load_reward(reward)
+    Args:
+        reward_source: what the driver knows the reward by (dpo_ray.reward_source).
+
+    Raises ConfigError where the reward cannot be imported or has another source here.
+    """
+
+    def __init__(self, reward: str, reward_source: str, min_score_gap: float, pairs_per_prompt: int):
+        self.reward_name, self.reward = reward, load_reward(reward)
+        require_same_source(reward, reward_source)
         self.min_score_gap = min_score_gap
         self.pairs_per_prompt = pairs_per_prompt
 
@@ -27,9 +35,8 @@ class PairShard:
         kept, counters = [], Counter[str]()
         for row in read_shard(Location(source["file"])).to_pylist():
             counters["read"] += 1
-            question = row["prompt"][-1]["content"]
             texts = [c["text"] for c in row["completions"]]
-            scores = [self.reward(question, c["text"], c["finished"]) for c in row["completions"]]
+            scores = score_completions(self.reward_name, self.reward, row)
             pairs, passed_over = make_pairs(
                 row["prompt"],
                 texts,

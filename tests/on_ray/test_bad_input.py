@@ -70,6 +70,28 @@ def test_missing_file(attempt):
     readable(attempt(data__train="/nowhere/*.parquet"), 3, "data.train", "/nowhere/*.parquet", "no file")
 
 
+def test_the_traceback_of_an_error_of_ours_is_shown_where_it_is_asked_for(attempt, monkeypatch):
+    monkeypatch.setenv("DPO_RAY_TRACEBACK", "1")
+    done = attempt(data__train="/nowhere/*.parquet")
+    assert done.code == 3, done.log
+    assert "Traceback (most recent call last)" in done.log and "in check_inputs" in done.log
+    assert done.log.strip().splitlines()[-1].startswith("DataError: data.train is /nowhere/*.parquet")
+
+
+def test_an_unexpected_error_ends_in_its_paragraph_with_and_without_the_traceback(attempt, monkeypatch):
+    def breaks(*arguments: object) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr("pipelines.align.check_inputs", breaks)
+    for asked in (False, True):
+        if asked:
+            monkeypatch.setenv("DPO_RAY_TRACEBACK", "1")
+        done = attempt()
+        assert done.code == 1, done.log
+        assert ("Traceback (most recent call last)" in done.log) == asked
+        assert done.log.strip().splitlines()[-1].startswith("Unexpected KeyError: 'lost' (")
+
+
 def test_empty_shard(attempt, tmp_path, write_preferences):
     columns = {name: pa.array([], pa.string()) for name in ("prompt", "chosen", "rejected")}
     (tmp_path / "empty").mkdir()

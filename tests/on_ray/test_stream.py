@@ -18,7 +18,8 @@ import pytest
 
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray import stream
-from dpo_ray.on_ray.session import quiet_data, raise_ours
+from dpo_ray.on_ray.failures import raise_ours
+from dpo_ray.on_ray.session import quiet_data
 from dpo_ray.on_ray.stream import TRAIN, StepFeed, group_size, received_steps, share_blocks
 from dpo_ray.pairs import REFERENCE
 from dpo_ray.storage.artifact import write_shard

@@ -62,17 +62,19 @@ ROOMS = {
     "estimates": set(),
     "pairs": set(),
     "storage": {"errors"},
-    "rewards": {"errors"},
+    "origin": set(),
+    "rewards": {"errors", "origin"},
+    "reward_source": {"errors", "rewards", "storage"},
     "config": {"errors"},
     "data": {"config", "errors", "estimates", "pairs", "storage"},
     "losses": {"config"},
     "model": {"bins", "config", "errors", "pairs", "progress", "storage"},
-    "shards": {"bins", "config", "data", "errors", "model", "pairs", "rewards", "storage"},
+    "shards": {"bins", "config", "data", "errors", "model", "pairs", "reward_source", "rewards", "storage"},
     "training": {"bins", "config", "data", "errors", "losses", "model", "pairs", "progress", "storage"},
     "evaluation": {"config", "errors", "estimates", "losses", "storage"},
     "on_ray": {
-        "bins", "config", "data", "errors", "evaluation", "losses", "model", "pairs", "progress", "shards", "storage",
-        "training",
+        "bins", "config", "data", "errors", "evaluation", "losses", "model", "origin", "pairs", "progress", "shards",
+        "storage", "training",
     },
 }  # fmt: skip
 """Room of dpo_ray → the rooms that it may import. A room is a folder, or a file at the top of the library."""

@@ -1,11 +1,20 @@
-"""The demo reward, and loading rewards by name."""
+"""The demo reward, loading rewards by name, and what becomes of those that fail."""
 
 from __future__ import annotations
 
-import pytest
+import functools
+import json
+import pickle
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
-from dpo_ray.errors import ConfigError
-from dpo_ray.rewards import brief_answer, load_reward, split_sentences, topic_overlap
+import numpy as np
+import pytest
+import torch
+
+from dpo_ray.errors import ConfigError, RewardError
+from dpo_ray.rewards import brief_answer, load_reward, score_completions, split_sentences, topic_overlap
 
 QUESTION = "Why do cats purr when they are petted?"
 GOOD = "Cats purr when petted because they feel content and safe."
@@ -151,3 +160,89 @@ def test_a_reward_that_cannot_be_loaded_says_why(name: str, said: str):
     with pytest.raises(ConfigError) as caught:
         load_reward(name)
     assert said in str(caught.value) and name in str(caught.value)
+
+
+ROW = {
+    "prompt_id": "00ff",
+    "prompt": [{"role": "user", "content": "First."}, {"role": "user", "content": f"Why{'?' * 100}"}],
+    "completions": [{"text": "{}", "finished": True}, {"text": f"{{{'x' * 100}", "finished": False}],
+}
+
+
+def parses(prompt: str, completion: str, finished: bool) -> float:
+    return measured(completion)
+
+
+def measured(text: str) -> float:
+    return float(len(json.loads(text)))
+
+
+def line_of(code: str) -> int:
+    return next(n for n, line in enumerate(Path(__file__).read_text().splitlines(), 1) if line.strip() == code)
+
+
+def failure(reward: Any) -> RewardError:
+    with pytest.raises(RewardError) as caught:
+        score_completions("my_rewards:mine", reward, ROW)
+    return caught.value
+
+
+def test_each_completion_is_scored_by_the_last_turn():
+    seen: list[tuple[str, str, bool]] = []
+
+    def reward(prompt: str, completion: str, finished: bool) -> float:
+        seen.append((prompt, completion, finished))
+        return float(len(seen))
+
+    assert score_completions("any:name", reward, ROW) == [1.0, 2.0]
+    question = f"Why{'?' * 100}"
+    assert seen == [(question, "{}", True), (question, f"{{{'x' * 100}", False)]
+
+
+def test_a_reward_that_raises_is_told_with_the_completion_and_the_lines_of_its_code():
+    error = failure(parses)
+    here = str(Path(__file__))
+    inner, outer = line_of("return float(len(json.loads(text)))"), line_of("return measured(completion)")
+    assert str(error).startswith("The reward my_rewards:mine failed on completion 2 of the prompt 00ff ('Why???")
+    assert f"→ '{{{'x' * 79}')" in str(error) and "?" * 78 not in str(error)
+    assert "JSONDecodeError: Expecting property name" in str(error)
+    assert f", at {here}:{inner} in measured, called at {here}:{outer} in parses. Mend it" in str(error)
+    assert "\n" not in str(error)
+    assert isinstance(error.__cause__, json.JSONDecodeError)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy)) == (RewardError, str(error))
+
+
+def test_a_message_of_several_lines_stays_one_paragraph():
+    def reward(prompt: str, completion: str, finished: bool) -> float:
+        raise ValueError("first.\nsecond.\n")
+
+    assert "ValueError: first. second, at " in str(failure(reward))
+
+
+def test_a_reward_without_code_of_its_own_is_told_all_the_same():
+    assert "TypeError" in str(failure(functools.partial(len, "a", "b"))) and " at " not in str(failure(len))
+
+
+@pytest.mark.parametrize("value", [1, True, 0.5, np.float32(0.5), np.float64(0.5), np.int64(2), Fraction(1, 2)])
+def test_any_real_number_is_a_score(value: Any):
+    [score, _] = score_completions("any:name", lambda p, c, f: value, ROW)
+    assert type(score) is float and score == value
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "gave None (NoneType)"),
+        ("0.5", "gave '0.5' (str)"),
+        (torch.tensor(0.5), "gave tensor(0.5000) (Tensor)"),
+        (torch.tensor([0.5]), "(Tensor)"),
+        (np.array([0.5]), "(ndarray)"),
+        (float("nan"), "gave nan (float)"),
+        (float("-inf"), "gave -inf (float)"),
+    ],
+)
+def test_what_is_no_finite_number_is_refused(value: Any, said: str):
+    error = failure(lambda p, c, f: value)
+    assert said in str(error)
+    assert "to completion 1 of the prompt 00ff" in str(error) and "It must give a finite number" in str(error)

@@ -19,8 +19,9 @@ from dpo_ray.config.layouts import Layout
 from dpo_ray.data.prompts import prompt_table, read_prompts
 from dpo_ray.data.raw.json_lines import Unreadable
 from dpo_ray.data.rules import REASONS
-from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.errors import ConfigError, DataError, RewardError
 from dpo_ray.pairs import CANDIDATES, PAIRS, PROMPTS, QUARANTINE, PreferencePair, prompt_id, split_of
+from dpo_ray.reward_source import reward_identity
 from dpo_ray.shards.deduplicate import DuplicatesShard
 from dpo_ray.shards.ingest import IngestShard
 from dpo_ray.shards.pair import PairShard
@@ -315,14 +316,24 @@ def candidates_shard(folder: Path, samples: dict[str, list[tuple[str, bool]]]) -
     return {"file": location.uri}
 
 
-def by_length(prompt: str, completion: str, finished: bool) -> float:
-    """A reward that shows what it was given."""
+BY_LENGTH = """
+def by_length(prompt, completion, finished):
     assert prompt.startswith("Say")
     return len(completion) if finished else -1.0
+"""
+"""A reward that shows what it was given."""
 
 
-def test_scored_candidates_become_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("dpo_ray.shards.pair.load_reward", lambda name: by_length)
+@pytest.fixture
+def reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What a PairShard is told of a reward."""
+    (tmp_path / "reward_by_length.py").write_text(BY_LENGTH)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = "reward_by_length:by_length"
+    return {"reward": name, "reward_source": str(reward_identity(name)["reward_source"])}
+
+
+def test_scored_candidates_become_pairs(tmp_path: Path, reward: dict[str, str]):
     shard = candidates_shard(
         tmp_path,
         {
@@ -331,7 +342,7 @@ def test_scored_candidates_become_pairs(tmp_path: Path, monkeypatch: pytest.Monk
             "Say c": [("c", True), ("", True)],
         },
     )
-    output = PairShard("any:name", min_score_gap=1.0, pairs_per_prompt=1)(shard)
+    output = PairShard(**reward, min_score_gap=1.0, pairs_per_prompt=1)(shard)
     # The longest answer was cut off, and so is the worst.
     [pair] = output.table.to_pylist()
     assert (pair["chosen"], pair["rejected"]) == ("aaaa", "aaaaaa")
@@ -350,7 +361,20 @@ def test_scored_candidates_become_pairs(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_reward_that_does_not_exist_fails_before_any_shard():
     with pytest.raises(ConfigError, match="no_such_reward"):
-        PairShard("dpo_ray.rewards:no_such_reward", 0.1, 1)
+        PairShard("dpo_ray.rewards:no_such_reward", "", 0.1, 1)
+
+
+def test_a_reward_that_is_another_one_on_the_worker_fails_before_any_shard(reward: dict[str, str]):
+    with pytest.raises(ConfigError, match=r"reward_by_length:by_length has another source"):
+        PairShard(reward["reward"], "0123456789abcdef", 0.1, 1)
+
+
+def test_a_reward_that_fails_is_told_with_prompt_and_completion(tmp_path: Path, reward: dict[str, str]):
+    shard = candidates_shard(tmp_path, {"Say a": [("aa", True)], "Name b": [("b", True)]})
+    with pytest.raises(
+        RewardError, match=r"completion 1 of the prompt id of Name b \('Name b' → 'b'\): AssertionError, at .*:3 in"
+    ):
+        PairShard(**reward, min_score_gap=1.0, pairs_per_prompt=1)(shard)
 
 
 def prompts_file(folder: Path, content: bytes, name: str = "prompts.jsonl") -> str:

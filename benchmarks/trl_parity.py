@@ -53,6 +53,7 @@ from benchmarks.side_by_side import (
     token_ids,
     token_ids_trainer,
     train_options,
+    with_reference,
 )
 
 if TYPE_CHECKING:
@@ -149,8 +150,6 @@ def _made_pairs() -> Iterable[Pair]:
 
 def run_ours(folder: Path, cases: Sequence[Case]) -> None:
     """Train with dpo_ray.training.loop.train, one worker, on reference log-probs by the trainer's own forward."""
-    from dataclasses import replace
-
     from dpo_ray.config import Model
     from dpo_ray.on_ray.vllm_engine import TorchScorer
     from dpo_ray.pairs import TokenizedPair
@@ -158,11 +157,7 @@ def run_ours(folder: Path, cases: Sequence[Case]) -> None:
     setting = json.loads((folder / "setting.json").read_text())
     model = Model(path=setting["model"], dtype="float32")
     unscored = [TokenizedPair(f"{n}", **row) for n, row in enumerate(read_lines(folder / "pairs.jsonl"))]
-    scores = zip(*TorchScorer(model).score(unscored), strict=True)
-    pairs = [
-        replace(pair, chosen_ref_logprobs=chosen, rejected_ref_logprobs=rejected)
-        for pair, (chosen, rejected) in zip(unscored, scores, strict=True)
-    ]
+    pairs = with_reference(unscored, TorchScorer(model).score(unscored))
     write_json(folder / "ours" / "environment.json", environment(OUR_PACKAGES))
     for case in cases:
         write_lines(folder / "ours" / f"{case.loss}.jsonl", _train_ours(setting["model"], pairs, case))

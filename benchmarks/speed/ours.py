@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from benchmarks.record import OUR_PACKAGES, Rows, read_lines
-from benchmarks.side_by_side import SEED, NoCheckpoints, train_options
+from benchmarks.side_by_side import SEED, NoCheckpoints, train_options, with_reference
 from benchmarks.speed.clock import Clock, device, machine_load
 from benchmarks.speed.inputs import model_of
 from benchmarks.speed.pairs import real_tokens
@@ -32,8 +32,6 @@ def train_ours(
 
     around: what is entered around a step, counted from 0.
     """
-    from dataclasses import replace
-
     import torch
 
     from dpo_ray.config import Model
@@ -50,13 +48,10 @@ def train_ours(
     unscored = [TokenizedPair(f"{n}", **row) for n, row in enumerate(rows)]
     scorer = TorchScorer(model)
     clock.start()
-    scores = zip(*scorer.score(unscored), strict=True)
+    scores = scorer.score(unscored)
     reference = {**clock.stop(), "pairs": len(rows), "tokens": real_tokens(rows)}
     del scorer
-    pairs = [
-        replace(pair, chosen_ref_logprobs=chosen, rejected_ref_logprobs=rejected)
-        for pair, (chosen, rejected) in zip(unscored, scores, strict=True)
-    ]
+    pairs = with_reference(unscored, scores)
     num_steps = len(pairs) // pairs_per_step
     times: list[dict[str, float]] = []
 

@@ -61,7 +61,7 @@ def token_ids(tokenizer: Any, pair: Pair) -> dict[str, list[int]]:
 
 
 def with_reference(pairs: Sequence[TokenizedPair], scores: tuple[Sequence[Any], Sequence[Any]]) -> list[TokenizedPair]:
-    """The pairs with their reference log-probs; `scores`: of chosen and of rejected, as scorers return them."""
+    """The pairs with their reference log-probs; `scores` has those of chosen, then of rejected."""
     return [
         replace(pair, chosen_ref_logprobs=chosen, rejected_ref_logprobs=rejected)
         for pair, chosen, rejected in zip(pairs, *scores, strict=True)

@@ -14,7 +14,7 @@ from dpo_ray.model.resolve import resolve
 from dpo_ray.on_ray.resume import earliest_resume, newest_whole_checkpoint, run_name, state_of
 from dpo_ray.on_ray.session import connect, raise_ours
 from dpo_ray.progress import say
-from dpo_ray.storage.artifact import Artifact, describe_file, fingerprint, load, publish
+from dpo_ray.storage.artifact import Artifact, Contents, describe_file, make
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import EXPORT, HISTORY, KIND, MODEL_FOLDER, read_history
 from dpo_ray.training.plan import PlanIndex, StepPlan, make_plan
@@ -40,11 +40,16 @@ def train_policy(output: Location, config: Config, pairs: Artifact) -> tuple[Art
         "seed": config.run.seed,
     }
     inputs = {"pairs": pairs.fingerprint}
-    location = output / "artifacts" / KIND / fingerprint(KIND, identity, inputs)
-    done = load(location, KIND, location.name)
-    if done is not None:
-        say(KIND, f"reused: {location}")
-        return done, True
+    artifact, reused = make(output, KIND, identity, inputs, lambda location: _train(config, pairs, location))
+    if reused:
+        say(KIND, f"reused: {artifact.location}")
+    else:
+        _remove_runs(artifact.location)
+    return artifact, reused
+
+
+def _train(config: Config, pairs: Artifact, location: Location) -> Contents:
+    """Run the training, or what is left of it, in the artifact's location."""
     from dpo_ray.losses.objective import zero_margin_loss  # with torch, which only a training needs
 
     plan, held_out = make_plan(config, pairs)
@@ -56,11 +61,7 @@ def train_policy(output: Location, config: Config, pairs: Artifact) -> tuple[Art
     names = [f"{MODEL_FOLDER}/{name}" for name in (location / MODEL_FOLDER).names()]
     model_files = [describe_file(location / name).model_copy(update={"name": name}) for name in names]
     losses = [m["loss"] for m in history if "loss" in m]
-    artifact = publish(
-        location,
-        KIND,
-        identity=identity,
-        inputs=inputs,
+    return Contents(
         files=[*model_files, describe_file(location / HISTORY)],
         counters={
             "read": plan.index.read,
@@ -80,8 +81,6 @@ def train_policy(output: Location, config: Config, pairs: Artifact) -> tuple[Art
             "seconds": round(time.monotonic() - began, 1),
         },
     )
-    _remove_runs(location)
-    return artifact, False
 
 
 def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location) -> Location:

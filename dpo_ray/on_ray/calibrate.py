@@ -9,8 +9,7 @@ from typing import Any, Literal
 from dpo_ray.config import VLLM, Config, Model
 from dpo_ray.errors import DataError, ReferenceMismatch
 from dpo_ray.evaluation.agreement import calibration
-from dpo_ray.model.folders import weights_hash
-from dpo_ray.model.resolve import resolve
+from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.model.version import own_forward
 from dpo_ray.on_ray.pool import Pool, torch_pool
 from dpo_ray.on_ray.session import connect, raise_ours
@@ -40,7 +39,7 @@ def choose_engine(output: Location, config: Config, tokenized: Artifact) -> Engi
         return config.reference.engine
     installed = has_vllm()
     identity = {
-        "weights": weights_hash(resolve(config.model.path, config.model.revision)),
+        "weights": ModelFolder.of(config.model).weights_hash(),
         "tokenizer": tokenized.manifest.identity["tokenizer"],
         "dtype": config.model.dtype,
         "vllm": require_vllm("reference.engine=auto") if installed else None,

@@ -9,8 +9,7 @@ from typing import Any
 
 from dpo_ray.config import Config
 from dpo_ray.errors import DpoRayError
-from dpo_ray.model.folders import weights_hash
-from dpo_ray.model.resolve import resolve
+from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.resume import earliest_resume, newest_whole_checkpoint, run_name, state_of
 from dpo_ray.on_ray.session import connect, raise_ours
 from dpo_ray.progress import say
@@ -31,9 +30,8 @@ def train_policy(output: Location, config: Config, pairs: Artifact) -> tuple[Art
         pairs: what the loss needs: the reference artifact, with mismatched completions for KTO; the tokenized pairs
             for a loss without reference.
     """
-    folder = resolve(config.model.path, config.model.revision)
     identity = {
-        "weights": weights_hash(folder),
+        "weights": ModelFolder.of(config.model).weights_hash(),
         "dtype": config.model.dtype,
         "lora": config.model.lora.model_dump(mode="json") if config.model.lora else None,
         "train": config.train.identity(),
@@ -166,9 +164,8 @@ def _tokens_per_microbatch(config: Config) -> int:
 
     fewest = options.min_workers or options.num_workers
     memory = ray.remote(worker_memory).options(num_cpus=0, num_gpus=1 if options.use_gpu else 0).remote
-    shape = shape_of(resolve(model.path, model.revision), trust_remote_code=model.trust_remote_code)
     tokens = tokens_that_fit(
-        shape,
+        shape_of(ModelFolder.of(model)),
         model,
         options,
         memory=ray.get(memory(fewest, options.cpus_per_worker, options.use_gpu)),

@@ -15,7 +15,7 @@ from dpo_ray.config import Model, Train
 from dpo_ray.errors import NonFiniteLoss
 from dpo_ray.model.export import export_policy
 from dpo_ray.model.policy import CompletionScorer, compile_layers, load_policy, torch_dtype
-from dpo_ray.model.resolve import resolve
+from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.progress import Progress, say
 from dpo_ray.training.batch import Share, Step
 from dpo_ray.training.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
@@ -69,10 +69,10 @@ def train(
     needs.
     """
     torch.manual_seed(seed + me.rank)
-    folder = resolve(model.path, model.revision)
+    folder = ModelFolder.of(model)
     policy = load_policy(
-        folder,
-        trust_remote_code=model.trust_remote_code,
+        folder.path,
+        trust_remote_code=folder.trust_remote_code,
         lora=model.lora,
         seed=seed,
         activation_checkpointing=options.activation_checkpointing,
@@ -133,7 +133,7 @@ def train(
             eval_due and options.early_stopping is not None and should_stop(state.history, options.early_stopping)
         )
         if state.finished or scheduled or (eval_due and options.keep_best):
-            _checkpoint(learner, metrics, checkpoints, model=model, source=folder)
+            _checkpoint(learner, metrics, checkpoints, model=model, source=folder.path)
         if state.finished:
             break
     return state

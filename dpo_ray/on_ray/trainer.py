@@ -15,7 +15,7 @@ from dpo_ray.on_ray.session import connect, raise_ours
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact, Contents, describe_file, make
 from dpo_ray.storage.location import Location
-from dpo_ray.training.files import EXPORT, HISTORY, KIND, MODEL_FOLDER, read_history
+from dpo_ray.training.files import EXPORT, HISTORY, KIND, MODEL_FOLDER, num_skipped, read_history
 from dpo_ray.training.plan import PlanIndex, StepPlan, make_plan
 from dpo_ray.training.selection import higher_is_better
 
@@ -66,7 +66,7 @@ def _train(config: Config, pairs: Artifact, location: Location) -> Contents:
             "kept": len(plan.index),
             "other_split": plan.index.read - len(plan.index) - plan.index.duplicates,
             "duplicate": plan.index.duplicates,
-            "steps_left_out": sum("skipped_pairs" in m for m in history),
+            "steps_left_out": num_skipped(history),
         },
         metrics={
             "first_step_loss": losses[0] if losses else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 from dpo_ray.config import Config
 from dpo_ray.data.chat import require_chat_template, require_prompt_room
@@ -26,24 +27,32 @@ from pipelines.tokenize import tokenize
 from pipelines.train import train
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What the stages before training have made, which every trial of a sweep shares."""
+
+    pairs: Artifact
+    rows: Artifact
+    """What is trained on: with what the loss needs of the reference, or the tokenized pairs for a loss without."""
+    calibration: Artifact | None
+    """Of the rows' reference scores; None for a loss without."""
+
+
 def align(context: RunContext, until: Stage = "publish") -> None:
     """All stages up to the named one; what is finished is taken over."""
-    pairs, left_out = preferences(context)
     if until in {"ingest", "generate"}:
+        preferences(context)
         return
-    tokenized = tokenize(context, pairs, left_out)
-    report_data(context, pairs, left_out, tokenized)
     if until == "tokenize":
+        tokenized_preferences(context)
         return
-    rows, calibration = reference(context, tokenized)
-    if calibration is not None:
-        report_data(context, pairs, left_out, tokenized, rows)
+    prepared = prepare_reference(context)
     if until == "reference":
         return
-    policy = train(context, rows)
+    policy = train(context, prepared.rows)
     if until == "train":
         return
-    evaluation = evaluate(context, pairs, rows, calibration, policy)
+    evaluation = evaluate(context, prepared.pairs, prepared.rows, prepared.calibration, policy)
     if until == "publish":
         publish(context, policy, evaluation)
 
@@ -56,18 +65,21 @@ def preferences(context: RunContext) -> tuple[Artifact, Artifact | None]:
     return pairs, deduplicate(context, pairs)
 
 
-def prepare_reference(context: RunContext) -> tuple[Artifact, Artifact | None]:
-    """The stages before training, which every trial of a sweep shares: the rows to train on, and their calibration.
-
-    Without a reference in the loss these are the tokenized pairs and None.
-    """
+def tokenized_preferences(context: RunContext) -> tuple[Artifact, Artifact | None, Artifact]:
+    """The stages up to tokenize, and the report on them: the pairs, which are left out, and their token ids."""
     pairs, left_out = preferences(context)
     tokenized = tokenize(context, pairs, left_out)
     report_data(context, pairs, left_out, tokenized)
+    return pairs, left_out, tokenized
+
+
+def prepare_reference(context: RunContext) -> Prepared:
+    """The stages up to reference, and the report on them."""
+    pairs, left_out, tokenized = tokenized_preferences(context)
     rows, calibration = reference(context, tokenized)
     if calibration is not None:
         report_data(context, pairs, left_out, tokenized, rows)
-    return rows, calibration
+    return Prepared(pairs, rows, calibration)
 
 
 def preflight(config: Config, until: Stage = "publish") -> None:

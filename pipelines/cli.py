@@ -97,8 +97,8 @@ def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = Fals
     def work(context: Any) -> None:
         from pipelines.align import prepare_reference
 
-        rows, calibration = prepare_reference(context)
-        context.results["sweep"] = run_sweep(context.output, loaded, rows, calibration, context.folder)
+        made = prepare_reference(context)
+        context.results["sweep"] = run_sweep(context.output, loaded, made.rows, made.calibration, context.folder)
 
     _record(loaded, run_id, work)
 

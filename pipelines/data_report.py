@@ -10,7 +10,8 @@ from dpo_ray.progress import say
 from dpo_ray.shards.measure import MeasureShard
 from dpo_ray.shards.measure import identity as measure_identity
 from dpo_ray.shards.tokenize import NOTED
-from dpo_ray.storage.artifact import Artifact, fingerprint, load, publish, read_shard
+from dpo_ray.storage.artifact import Artifact, Contents, make, read_shard
+from dpo_ray.storage.location import Location
 from pipelines.context import RunContext
 from pipelines.deduplicate import kept_tasks
 
@@ -41,27 +42,27 @@ def _report(
     made = {"pairs": pairs, "duplicates": left_out, "tokenized": tokenized, "scored": scored}
     inputs = {name: artifact.fingerprint for name, artifact in made.items() if artifact is not None}
     identity = measure_identity()
-    location = context.output / "artifacts" / KIND / fingerprint(KIND, identity, inputs)
-    done = load(location, KIND, location.name)
-    if done is not None:
-        return done, True
-    # All in one stage, so that Ray is asked once; what an earlier report measured is taken over.
-    tasks = [
-        *(_task(task, "pairs") for task in kept_tasks(pairs, left_out)),
-        *(_task(task, "tokens") for task in shard_tasks(tokenized)),
-        *(_task(task, "reference") for task in (shard_tasks(scored) if scored is not None else [])),
-    ]
-    measured, _ = shard_stage(
-        context.output, "measures", identity=identity, inputs=inputs, tasks=tasks, pool=Pool(MeasureShard, {})
-    )
-    metrics = report(
-        merge(read_shard(shard) for shard in measured.shards()),
-        ingested=pairs.manifest.counters if left_out is not None else None,
-        left_out=left_out.manifest.counters if left_out is not None else None,
-        tokenized=tokenized.manifest.counters,
-        noted=NOTED,
-    )
-    return publish(location, KIND, identity=identity, inputs=inputs, files=[], metrics=metrics), False
+
+    def measure(_: Location) -> Contents:
+        # All in one stage, so that Ray is asked once; what an earlier report measured is taken over.
+        tasks = [
+            *(_task(task, "pairs") for task in kept_tasks(pairs, left_out)),
+            *(_task(task, "tokens") for task in shard_tasks(tokenized)),
+            *(_task(task, "reference") for task in (shard_tasks(scored) if scored is not None else [])),
+        ]
+        measured, _reused = shard_stage(
+            context.output, "measures", identity=identity, inputs=inputs, tasks=tasks, pool=Pool(MeasureShard, {})
+        )
+        metrics = report(
+            merge(read_shard(shard) for shard in measured.shards()),
+            ingested=pairs.manifest.counters if left_out is not None else None,
+            left_out=left_out.manifest.counters if left_out is not None else None,
+            tokenized=tokenized.manifest.counters,
+            noted=NOTED,
+        )
+        return Contents(metrics=metrics)
+
+    return make(context.output, KIND, identity, inputs, measure)
 
 
 def _task(task: ShardTask, what: str) -> ShardTask:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_ray.config import Model, WinRate
+from dpo_ray.config import Config, Model, WinRate
 from dpo_ray.estimates import quantiles
 from dpo_ray.evaluation.agreement import margin_noise
 from dpo_ray.evaluation.held_out import held_out_margins
@@ -16,7 +16,8 @@ from dpo_ray.on_ray.score import score_policy
 from dpo_ray.progress import say
 from dpo_ray.reward_source import reward_identity
 from dpo_ray.rewards import load_reward, score_completions
-from dpo_ray.storage.artifact import Artifact, fingerprint, load, publish, read_shard
+from dpo_ray.storage.artifact import Artifact, Contents, make, read_shard
+from dpo_ray.storage.location import Location
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
 from pipelines.generate import held_out_prompts, sample
@@ -73,24 +74,27 @@ def _evaluate(
         base, tuned, options = drawn
         inputs |= {"base": base.fingerprint, "tuned": tuned.fingerprint}
         identity = reward_identity(options.reward)
-    location = context.output / "artifacts" / KIND / fingerprint(KIND, identity, inputs)
-    done = load(location, KIND, location.name)
-    if done is not None:
-        return done, True
-    margins = held_out_margins(context.config.train.loss, scores, rows)
-    per_token = context.config.train.loss.averages_tokens
+
+    def measure(_: Location) -> Contents:
+        metrics = _held_out(context.config, scores, rows, calibration)
+        return Contents(metrics=metrics if drawn is None else metrics | _compare(*drawn))
+
+    return make(context.output, KIND, identity, inputs, measure)
+
+
+def _held_out(config: Config, scores: Artifact, rows: Artifact, calibration: Artifact | None) -> dict[str, Any]:
+    loss = config.train.loss
+    margins = held_out_margins(loss, scores, rows)
+    per_token = loss.averages_tokens
     noise = margin_noise(calibration.manifest.metrics, per_token=per_token) if calibration is not None else 0.0
     accuracy = preference_accuracy(margins, noise)
-    metrics: dict[str, Any] = {
+    say(KIND, f"held-out accuracy {accuracy or 'undefined: no margin above the noise of the engines'}")
+    return {
         "accuracy": accuracy.as_dict() if accuracy else None,
         "margin": {"mean": float(np.mean(margins)), **quantiles(margins)} if len(margins) else None,
         "win_rate": None,
         "samples": [],
     }
-    say(KIND, f"held-out accuracy {accuracy or 'undefined: no margin above the noise of the engines'}")
-    if drawn is not None:
-        metrics |= _compare(*drawn)
-    return publish(location, KIND, identity=identity, inputs=inputs, files=[], metrics=metrics), False
 
 
 def _compare(base: Artifact, tuned: Artifact, options: WinRate) -> dict[str, Any]:

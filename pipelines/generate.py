@@ -14,7 +14,7 @@ from dpo_ray.on_ray.pool import Pool, shard_stage, shard_tasks
 from dpo_ray.pairs import PAIRS, PROMPTS
 from dpo_ray.reward_source import reward_identity
 from dpo_ray.shards.pair import PairShard
-from dpo_ray.storage.artifact import Artifact, digest, fingerprint, load, publish, read_shard, write_shard
+from dpo_ray.storage.artifact import Artifact, Contents, digest, make, read_shard, write_shard
 from dpo_ray.storage.location import Location
 from pipelines.context import RunContext
 
@@ -56,13 +56,12 @@ def publish_prompts(output: Location, tables: list[pa.Table]) -> Artifact:
     if not tables:
         raise DataError("There is no held-out prompt: raise data.held_out_fraction, or leave evaluate.win_rate out.")
     content = [digest(table.to_pylist()) for table in tables]
-    identity = {"shards": content}
-    location = output / "artifacts" / "prompts" / fingerprint("prompts", identity, {})
-    done = load(location, "prompts", location.name)
-    if done is not None:
-        return done
-    files = [write_shard(location / f"{name}.parquet", table, {}) for name, table in zip(content, tables, strict=True)]
-    return publish(location, "prompts", identity=identity, inputs={}, files=files)
+
+    def write(location: Location) -> Contents:
+        named = zip(content, tables, strict=True)
+        return Contents(files=[write_shard(location / f"{name}.parquet", table, {}) for name, table in named])
+
+    return make(output, "prompts", {"shards": content}, {}, write)[0]
 
 
 def _tables(rows: list[dict[str, Any]], rows_per_shard: int) -> list[pa.Table]:

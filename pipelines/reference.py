@@ -6,8 +6,7 @@ from __future__ import annotations
 from dpo_ray.config import Config
 from dpo_ray.data.chat import tokenizer_identity
 from dpo_ray.errors import ConfigError, DataError, ReferenceMismatch
-from dpo_ray.model.folders import load_tokenizer, weights_hash
-from dpo_ray.model.resolve import resolve
+from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.calibrate import calibrate
 from dpo_ray.on_ray.score import score_mismatched, score_reference
 from dpo_ray.shards.isolation import FAILURES
@@ -84,10 +83,10 @@ def given_reference(context: RunContext, path: str) -> Artifact:
 def require_same_model(artifact: Artifact, config: Config) -> None:
     """Raises ReferenceMismatch, naming what differs."""
     model = config.model
-    folder = resolve(model.path, model.revision)
+    folder = ModelFolder.of(model)
     mine = {
-        "tokenizer": tokenizer_identity(load_tokenizer(folder, trust_remote_code=model.trust_remote_code)),
-        "weights": weights_hash(folder),
+        "tokenizer": tokenizer_identity(folder.tokenizer()),
+        "weights": folder.weights_hash(),
         "dtype": model.dtype,
     }
     for name, value in mine.items():

@@ -11,7 +11,7 @@ from dpo_ray.bins import first_fit
 from dpo_ray.config import Model
 from dpo_ray.errors import EngineDied
 from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy, torch_dtype
-from dpo_ray.model.resolve import resolve
+from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import TokenizedPair
 
 _TORCH_BATCH_TOKENS = 4096
@@ -30,8 +30,8 @@ class TorchScorer:
     """Scores by the trainer's own forward pass."""
 
     def __init__(self, model: Model):
-        folder = resolve(model.path, model.revision)
-        policy = load_policy(folder, trust_remote_code=model.trust_remote_code)
+        folder = ModelFolder.of(model)
+        policy = load_policy(folder.path, trust_remote_code=folder.trust_remote_code)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         compute_in(policy, torch_dtype(model.dtype))
         self.scorer = CompletionScorer(policy).to(self.device).eval()

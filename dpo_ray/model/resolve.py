@@ -1,4 +1,7 @@
-"""A model's path → the local folder of a whole model: found, fetched, converted or merged, each made once."""
+"""A model's path → the local folder of a whole model: found, fetched, converted or merged, each made once.
+
+It can be imported without torch and transformers.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,11 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from dpo_ray.config import Model
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.folders import (
     _FILES,
@@ -20,12 +26,40 @@ from dpo_ray.model.folders import (
     cache_folder,
     is_hub_id,
     load_tokenizer,
+    weights_hash,
 )
 from dpo_ray.storage.artifact import digest, file_hash
 from dpo_ray.storage.location import Location
 from dpo_ray.storage.packaged import PACKAGE, package_file
 
 _DOWNLOADS = 4  # at once
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """The local folder of a whole model."""
+
+    path: Path
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model."""
+
+    @classmethod
+    def of(cls, model: Model) -> ModelFolder:
+        """Found, fetched, converted or merged, as resolve does. Raises ConfigError."""
+        return cls(resolve(model.path, model.revision), model.trust_remote_code)
+
+    def tokenizer(self) -> Any:
+        """Raises ConfigError where none can be loaded."""
+        return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
+
+    def weights_hash(self) -> str:
+        """Digest over the configuration and the weights, by content."""
+        return weights_hash(self.path)
+
+    def config(self) -> dict[str, Any]:
+        """What stands in config.json; defaults of the model's class are not in it."""
+        found: dict[str, Any] = json.loads((self.path / "config.json").read_bytes())
+        return found
 
 
 def resolve(path: str, revision: str | None = None) -> Path:

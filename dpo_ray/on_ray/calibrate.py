@@ -9,8 +9,7 @@ from typing import Any, Literal
 from dpo_ray.config import VLLM, Config, Model
 from dpo_ray.errors import DataError, ReferenceMismatch
 from dpo_ray.evaluation.agreement import calibration
-from dpo_ray.model.folders import weights_hash
-from dpo_ray.model.resolve import resolve
+from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.model.version import own_forward
 from dpo_ray.on_ray.failures import raise_ours
 from dpo_ray.on_ray.pool import Pool, torch_pool
@@ -18,7 +17,7 @@ from dpo_ray.on_ray.session import connect
 from dpo_ray.on_ray.vllm_engine import VLLMScorer, has_vllm, require_vllm, vllm_pool
 from dpo_ray.pairs import TokenizedPair, tokenized_pair
 from dpo_ray.progress import say
-from dpo_ray.storage.artifact import Artifact, fingerprint, load, publish, read_shard
+from dpo_ray.storage.artifact import Artifact, Contents, make, read_shard
 from dpo_ray.storage.location import Location
 
 Engine = Literal["vllm", "torch"]
@@ -39,10 +38,9 @@ def choose_engine(output: Location, config: Config, tokenized: Artifact) -> Engi
     """
     if config.reference.engine != "auto":
         return config.reference.engine
-    kind = "reference_engine"
     installed = has_vllm()
     identity = {
-        "weights": weights_hash(resolve(config.model.path, config.model.revision)),
+        "weights": ModelFolder.of(config.model).weights_hash(),
         "tokenizer": tokenized.manifest.identity["tokenizer"],
         "dtype": config.model.dtype,
         "vllm": require_vllm("reference.engine=auto") if installed else None,
@@ -50,21 +48,28 @@ def choose_engine(output: Location, config: Config, tokenized: Artifact) -> Engi
         "tolerance": config.reference.tolerance,
         "pairs": config.reference.calibration_pairs,
     }
-    location = output / "artifacts" / kind / fingerprint(kind, identity, {})
-    artifact = load(location, kind, location.name)
-    if artifact is None:
-        metrics = _compare_engines(config, tokenized) if installed else _choice("torch", "vLLM is not installed")
-        if metrics.get("for_now"):
-            say("reference", f"reference.engine=auto: torch for this run, for {metrics['why']}")
-            return "torch"
-        artifact = publish(location, kind, identity=identity, inputs={}, files=[], metrics=metrics)
+
+    def compare(_: Location) -> Contents:
+        found = _compare_engines(config, tokenized) if installed else _choice("torch", "vLLM is not installed")
+        return Contents(metrics=found)
+
+    try:
+        artifact, _ = make(output, "reference_engine", identity, {}, compare)
+    except _Undecided as undecided:
+        say("reference", f"reference.engine=auto: torch for this run, for {undecided}")
+        return "torch"
     choice = artifact.manifest.metrics
+    engine: Engine = choice["engine"]
     say(
         "reference",
-        f"reference.engine=auto: {choice['engine']}, for {choice['why']} (decided {artifact.manifest.created}; "
-        f"to decide anew, remove {location})",
+        f"reference.engine=auto: {engine}, for {choice['why']} (decided {artifact.manifest.created}; "
+        f"to decide anew, remove {artifact.location})",
     )
-    return choice["engine"]
+    return engine
+
+
+class _Undecided(Exception):
+    """Says why this run cannot tell whether vLLM can score the model; the next one may."""
 
 
 def _compare_engines(config: Config, tokenized: Artifact) -> dict[str, Any]:
@@ -80,9 +85,10 @@ def _compare_engines(config: Config, tokenized: Artifact) -> dict[str, Any]:
             raise
         # What vLLM does not know of a model, the trainer's forward still computes.
         last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        # A lost node or a killed process says nothing of the model: the next run may decide otherwise.
-        for_now = {} if isinstance(error, RayTaskError) else {"for_now": True}
-        return _choice("torch", f"vLLM cannot score this model: {last[:500]}") | for_now
+        why = f"vLLM cannot score this model: {last[:500]}"
+        if not isinstance(error, RayTaskError):  # a lost node or a killed process says nothing of the model
+            raise _Undecided(why) from error
+        return _choice("torch", why)
     metrics = _agreement(by_vllm, _scored_by_trainer(config, pairs))
     worst, limit = metrics["sequence"]["max"], config.reference.tolerance
     if not math.isfinite(worst):
@@ -103,28 +109,27 @@ def calibrate(output: Location, config: Config, reference: Artifact) -> tuple[Ar
 
     Raises ReferenceMismatch where a completion differs by more than reference.tolerance.
     """
-    kind = "calibration"
     engine = reference.manifest.identity["engine"]
     identity = {"pairs": config.reference.calibration_pairs, "engine_version": own_forward()}
     inputs = {"reference": reference.fingerprint}
-    location = output / "artifacts" / kind / fingerprint(kind, identity, inputs)
-    artifact = load(location, kind, location.name)
-    reused = artifact is not None
-    if artifact is None:
+
+    def compare(_: Location) -> Contents:
         pairs = _sample(reference, config.reference.calibration_pairs)
-        say(kind, f"scoring {len(pairs)} pairs again with the trainer's forward")
+        say("calibration", f"scoring {len(pairs)} pairs again with the trainer's forward")
         scored = [p.chosen_ref_logprobs or [] for p in pairs], [p.rejected_ref_logprobs or [] for p in pairs]
-        metrics = _agreement(scored, _scored_by_trainer(config, pairs))
-        if not math.isfinite(metrics["sequence"]["max"]):
+        found = _agreement(scored, _scored_by_trainer(config, pairs))
+        if not math.isfinite(found["sequence"]["max"]):
             raise ReferenceMismatch(
                 f"Of {len(pairs)} pairs, some have log-probs that are not finite, by {engine} or by the trainer's own "
                 "forward. The weights may be damaged, or model.dtype too narrow: try float32."
             )
-        artifact = publish(location, kind, identity=identity, inputs=inputs, files=[], metrics=metrics)
+        return Contents(metrics=found)
+
+    artifact, reused = make(output, "calibration", identity, inputs, compare)
     metrics = artifact.manifest.metrics
     worst, limit = metrics["sequence"]["max"], config.reference.tolerance
     say(
-        kind,
+        "calibration",
         f"|Δ| per token p50 {metrics['token']['p50']:.1e}, max {metrics['token']['max']:.1e}; per sequence p50 "
         f"{metrics['sequence']['p50']:.1e}, max {worst:.1e} nats (tolerance {limit:g})",
     )

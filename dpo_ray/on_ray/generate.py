@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dpo_ray.config import Config, Model, Sampling
 from dpo_ray.data.chat import tokenizer_identity
-from dpo_ray.model.folders import load_tokenizer, weights_hash
-from dpo_ray.model.resolve import resolve
+from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.pool import shard_stage, shard_tasks
 from dpo_ray.on_ray.vllm_engine import GenerateShard, require_vllm, vllm_pool
 from dpo_ray.storage.artifact import Artifact
@@ -17,10 +16,10 @@ def sample_completions(
 ) -> tuple[Artifact, bool]:
     """Sampled completions of each prompt by a model."""
     version = require_vllm("Generating completions")
-    folder = resolve(model.path, model.revision)
+    folder = ModelFolder.of(model)
     identity = {
-        "weights": weights_hash(folder),
-        "tokenizer": tokenizer_identity(load_tokenizer(folder, trust_remote_code=model.trust_remote_code)),
+        "weights": folder.weights_hash(),
+        "tokenizer": tokenizer_identity(folder.tokenizer()),
         "sampling": sampling.model_dump(mode="json"),
         "max_prompt_tokens": config.data.max_prompt_tokens,
         "engine_version": version,

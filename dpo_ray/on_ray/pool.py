@@ -27,16 +27,17 @@ from dpo_ray.progress import Progress, say
 from dpo_ray.shards.isolation import MAX_ATTEMPTS, Attempts
 from dpo_ray.shards.output import ShardOutput
 from dpo_ray.storage.artifact import (
+    MANIFEST,
     SCHEMA_VERSION,
     Artifact,
+    Contents,
     FileEntry,
     describe_file,
     digest,
-    fingerprint,
     inspect_shard,
-    load,
     lost_files,
-    publish,
+    make,
+    place,
     write_shard,
 )
 from dpo_ray.storage.location import Location
@@ -111,24 +112,37 @@ def shard_stage(
         output: the folder run.output.
         identity: options that change the result; the fingerprint covers them and the inputs.
     """
-    stage_folder = output / "artifacts" / kind
-    location = stage_folder / fingerprint(kind, identity, inputs)
+    _reopen_without_lost(place(output, kind, identity, inputs), kind)
+
+    def compute(location: Location) -> Contents:
+        # A name covers all that a shard depends on, so that a sibling artifact's shard can be taken over.
+        names = [f"{digest([kind, SCHEMA_VERSION, identity, task.content])}.parquet" for task in tasks]
+        finished = set(_take_over(output / "artifacts" / kind, location, set(names), pool.isolates))
+        missing = [(n, t) for n, t in dict(zip(names, tasks, strict=True)).items() if n not in finished]
+        say(kind, f"{len(finished)} of {len(names)} shards are finished already, {len(missing)} to compute")
+        if missing:
+            _compute(kind, location, missing, pool, unit)
+        return _contents(location, names)
+
+    artifact, reused = make(output, kind, identity, inputs, compute)
+    if reused:
+        say(kind, f"reused: {artifact.manifest.counters['kept']} rows in {artifact.location}")
+    return artifact, reused
+
+
+def _reopen_without_lost(location: Location, kind: str) -> None:
+    """Make an artifact that has lost files an unfinished one, which lacks just these."""
     lost = lost_files(location, kind, location.name)
+    if not lost:
+        return
     for name in lost:
         (location / name.removeprefix("quarantine/")).remove()  # a quarantine is made with its shard
-    if lost:
-        say(kind, f"{location} has lost {len(lost)} files, the first being {lost[0]}: they are made again")
-    done = None if lost else load(location, kind, location.name)
-    if done is not None:
-        say(kind, f"reused: {done.manifest.counters['kept']} rows in {location}")
-        return done, True
-    # A name covers all that a shard depends on, so that a sibling artifact's shard can be taken over.
-    names = [f"{digest([kind, SCHEMA_VERSION, identity, task.content])}.parquet" for task in tasks]
-    finished = set(_take_over(stage_folder, location, set(names), pool.isolates))
-    missing = [(n, t) for n, t in dict(zip(names, tasks, strict=True)).items() if n not in finished]
-    say(kind, f"{len(finished)} of {len(names)} shards are finished already, {len(missing)} to compute")
-    if missing:
-        _compute(kind, location, missing, pool, unit)
+    (location / MANIFEST).remove()  # last, for what is lost is known by it
+    say(kind, f"{location} has lost {len(lost)} files, the first being {lost[0]}: they are made again")
+
+
+def _contents(location: Location, names: list[str]) -> Contents:
+    """Of the finished shards of these names, each once, with their quarantines and the sum of their counters."""
     entries: dict[str, FileEntry] = {}
     counters: Counter[str] = Counter()
     quarantines: list[FileEntry] = []
@@ -141,15 +155,7 @@ def shard_stage(
             quarantines.append(entry.model_copy(update={"name": f"quarantine/{name}"}))
     if "kept" not in counters:  # a stage whose rows are not those that it keeps counts them itself
         counters["kept"] = sum(e.rows or 0 for e in entries.values())
-    artifact = publish(
-        location,
-        kind,
-        identity=identity,
-        inputs=inputs,
-        files=[*entries.values(), *quarantines],
-        counters=dict(sorted(counters.items())),
-    )
-    return artifact, False
+    return Contents(files=[*entries.values(), *quarantines], counters=dict(sorted(counters.items())))
 
 
 def _take_over(stage_folder: Location, location: Location, wanted: set[str], isolates: bool) -> list[str]:

@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dpo_ray.config import VLLM, Config, Model
-from dpo_ray.model.folders import weights_hash
-from dpo_ray.model.resolve import resolve
+from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.model.version import own_forward
 from dpo_ray.on_ray.calibrate import choose_engine, max_pair_tokens
 from dpo_ray.on_ray.pool import ShardFunction, shard_stage, shard_tasks, torch_pool
@@ -55,7 +54,7 @@ def _score(
     """A stage in which the model of the configuration, as an engine runs it, scores the rows of an artifact."""
     model = config.model
     identity: dict[str, Any] = {
-        "weights": weights_hash(resolve(model.path, model.revision)),
+        "weights": ModelFolder.of(model).weights_hash(),
         "tokenizer": rows.manifest.identity["tokenizer"],
         "dtype": model.dtype,
         "engine": engine,

@@ -9,15 +9,14 @@ from typing import Any
 
 from dpo_ray.config import Config
 from dpo_ray.errors import DpoRayError
-from dpo_ray.model.folders import weights_hash
-from dpo_ray.model.resolve import resolve
+from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.failures import raise_ours
 from dpo_ray.on_ray.resume import earliest_resume, newest_whole_checkpoint, run_name, state_of
 from dpo_ray.on_ray.session import connect
 from dpo_ray.progress import say
-from dpo_ray.storage.artifact import Artifact, describe_file, fingerprint, load, publish
+from dpo_ray.storage.artifact import Artifact, Contents, describe_file, make
 from dpo_ray.storage.location import Location
-from dpo_ray.training.files import EXPORT, HISTORY, KIND, MODEL_FOLDER, read_history
+from dpo_ray.training.files import EXPORT, HISTORY, KIND, MODEL_FOLDER, num_skipped, read_history
 from dpo_ray.training.plan import PlanIndex, StepPlan, make_plan
 from dpo_ray.training.selection import higher_is_better
 
@@ -32,20 +31,24 @@ def train_policy(output: Location, config: Config, pairs: Artifact) -> tuple[Art
         pairs: what the loss needs: the reference artifact, with mismatched completions for KTO; the tokenized pairs
             for a loss without reference.
     """
-    folder = resolve(config.model.path, config.model.revision)
     identity = {
-        "weights": weights_hash(folder),
+        "weights": ModelFolder.of(config.model).weights_hash(),
         "dtype": config.model.dtype,
         "lora": config.model.lora.model_dump(mode="json") if config.model.lora else None,
         "train": config.train.identity(),
         "seed": config.run.seed,
     }
     inputs = {"pairs": pairs.fingerprint}
-    location = output / "artifacts" / KIND / fingerprint(KIND, identity, inputs)
-    done = load(location, KIND, location.name)
-    if done is not None:
-        say(KIND, f"reused: {location}")
-        return done, True
+    artifact, reused = make(output, KIND, identity, inputs, lambda location: _train(config, pairs, location))
+    if reused:
+        say(KIND, f"reused: {artifact.location}")
+    else:
+        _remove_runs(artifact.location)
+    return artifact, reused
+
+
+def _train(config: Config, pairs: Artifact, location: Location) -> Contents:
+    """Run the training, or what is left of it, in the artifact's location."""
     from dpo_ray.losses.objective import zero_margin_loss  # with torch, which only a training needs
 
     plan, held_out = make_plan(config, pairs)
@@ -57,18 +60,14 @@ def train_policy(output: Location, config: Config, pairs: Artifact) -> tuple[Art
     names = [f"{MODEL_FOLDER}/{name}" for name in (location / MODEL_FOLDER).names()]
     model_files = [describe_file(location / name).model_copy(update={"name": name}) for name in names]
     losses = [m["loss"] for m in history if "loss" in m]
-    artifact = publish(
-        location,
-        KIND,
-        identity=identity,
-        inputs=inputs,
+    return Contents(
         files=[*model_files, describe_file(location / HISTORY)],
         counters={
             "read": plan.index.read,
             "kept": len(plan.index),
             "other_split": plan.index.read - len(plan.index) - plan.index.duplicates,
             "duplicate": plan.index.duplicates,
-            "steps_left_out": sum("skipped_pairs" in m for m in history),
+            "steps_left_out": num_skipped(history),
         },
         metrics={
             "first_step_loss": losses[0] if losses else None,
@@ -81,8 +80,6 @@ def train_policy(output: Location, config: Config, pairs: Artifact) -> tuple[Art
             "seconds": round(time.monotonic() - began, 1),
         },
     )
-    _remove_runs(location)
-    return artifact, False
 
 
 def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location) -> Location:
@@ -168,9 +165,8 @@ def _tokens_per_microbatch(config: Config) -> int:
 
     fewest = options.min_workers or options.num_workers
     memory = ray.remote(worker_memory).options(num_cpus=0, num_gpus=1 if options.use_gpu else 0).remote
-    shape = shape_of(resolve(model.path, model.revision), trust_remote_code=model.trust_remote_code)
     tokens = tokens_that_fit(
-        shape,
+        shape_of(ModelFolder.of(model)),
         model,
         options,
         memory=ray.get(memory(fewest, options.cpus_per_worker, options.use_gpu)),

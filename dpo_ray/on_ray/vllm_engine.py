@@ -15,8 +15,7 @@ from dpo_ray.bins import batches
 from dpo_ray.config import VLLM, Config, Model, Sampling
 from dpo_ray.data.chat import ChatTokenizer, parse_tools
 from dpo_ray.errors import ConfigError, EngineDied
-from dpo_ray.model.folders import load_tokenizer
-from dpo_ray.model.resolve import resolve
+from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.pool import Pool
 from dpo_ray.pairs import CANDIDATES, TokenizedPair
 from dpo_ray.shards.output import ShardOutput
@@ -43,9 +42,7 @@ class VLLMScorer:
     """
 
     def __init__(self, model: Model, options: VLLM, max_model_len: int):
-        self.llm = _engine(
-            model.path, model.revision, model.dtype, model.trust_remote_code, options, max_model_len, True
-        )
+        self.llm = _engine(model, model.dtype, options, max_model_len, True)
         # The newer runner, on CUDA, computes log-probs of given tokens only; the other one those of the whole prompt.
         self.by_token_ids = self.llm.llm_engine.vllm_config.use_v2_model_runner
 
@@ -117,21 +114,12 @@ class GenerateShard:
     """Prompts → n sampled completions each."""
 
     def __init__(self, model: Model, sampling: Sampling, options: VLLM, max_prompt_tokens: int, seed: int):
-        folder = resolve(model.path, model.revision)
-        self.chat = ChatTokenizer(load_tokenizer(folder, trust_remote_code=model.trust_remote_code))
+        self.chat = ChatTokenizer(ModelFolder.of(model).tokenizer())
         self.sampling = sampling
         self.max_prompt_tokens = max_prompt_tokens
         self.seed = seed
         self.on_gpu = options.gpus_per_actor > 0
-        self.llm = _engine(
-            model.path,
-            model.revision,
-            sampling.dtype,
-            model.trust_remote_code,
-            options,
-            max_prompt_tokens + sampling.max_tokens,
-            False,
-        )
+        self.llm = _engine(model, sampling.dtype, options, max_prompt_tokens + sampling.max_tokens, False)
 
     def __call__(self, source: dict[str, Any]) -> ShardOutput:
         rows = read_shard(Location(source["file"])).to_pylist()
@@ -218,32 +206,24 @@ def _sequence_tokens(pair: TokenizedPair) -> int:
     return pair.num_tokens + len(pair.prompt_ids)
 
 
-def _engine(
-    path: str,
-    revision: str | None,
-    dtype: str,
-    trust_remote_code: bool,
-    options: VLLM,
-    max_model_len: int,
-    scores: bool,
-) -> Any:
+def _engine(model: Model, dtype: str, options: VLLM, max_model_len: int, scores: bool) -> Any:
     import vllm
     from transformers import AutoConfig
 
     on_cpu = options.gpus_per_actor == 0
-    folder = resolve(path, revision)
+    folder = ModelFolder.of(model)
     batch: dict[str, Any] = {"max_num_seqs": options.max_num_seqs}
     tokens = options.max_num_batched_tokens
     if tokens is None and scores and on_cpu:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=folder.trust_remote_code)
         tokens = tokens_at_once(config.get_text_config().vocab_size)
     if tokens is not None:
         # vLLM refuses more sequences than tokens at once.
         batch = {"max_num_batched_tokens": tokens, "max_num_seqs": min(options.max_num_seqs, tokens)}
     return vllm.LLM(
-        model=str(folder),
+        model=str(folder.path),
         dtype=dtype,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=folder.trust_remote_code,
         max_model_len=max_model_len + 1,  # vLLM wants room for one generated token also where it only scores
         enable_chunked_prefill=True,
         enforce_eager=on_cpu,

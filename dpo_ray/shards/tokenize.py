@@ -11,8 +11,7 @@ from dpo_ray.bins import batches
 from dpo_ray.config import Data, Model
 from dpo_ray.data.chat import ChatTokenizer, Completion, Prompt, parse_tools, tokenizer_identity
 from dpo_ray.data.duplicates import read_kept
-from dpo_ray.model.folders import load_tokenizer
-from dpo_ray.model.resolve import resolve
+from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import TOKENIZED
 from dpo_ray.shards.output import ShardOutput
 
@@ -63,8 +62,7 @@ class TokenizeShard:
     """
 
     def __init__(self, model: Model, data: Data):
-        folder = resolve(model.path, model.revision)
-        self.chat = ChatTokenizer(load_tokenizer(folder, trust_remote_code=model.trust_remote_code))
+        self.chat = ChatTokenizer(ModelFolder.of(model).tokenizer())
         self.data = data
 
     def __call__(self, source: dict[str, Any]) -> ShardOutput:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -79,6 +81,15 @@ class Artifact(BaseModel):
         return [self.location / f.name for f in self.manifest.files if f.rows is not None]
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What a stage has made: the part of a manifest that is known only after the work."""
+
+    files: list[FileEntry] = field(default_factory=list)
+    counters: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
 def digest(value: Any) -> str:
     """16 hex digits over a JSON-able value, independent of the order of its keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -88,6 +99,46 @@ def digest(value: Any) -> str:
 def fingerprint(kind: str, identity: dict[str, Any], inputs: dict[str, str]) -> str:
     """The name of the artifact that this stage makes of these inputs with these options."""
     return digest([kind, SCHEMA_VERSION, identity, inputs])
+
+
+def place(output: Location, kind: str, identity: dict[str, Any], inputs: dict[str, str]) -> Location:
+    """Where that artifact lies below the folder run.output, finished or not."""
+    return output / "artifacts" / kind / fingerprint(kind, identity, inputs)
+
+
+def make(
+    output: Location,
+    kind: str,
+    identity: dict[str, Any],
+    inputs: dict[str, str],
+    compute: Callable[[Location], Contents],
+) -> tuple[Artifact, bool]:
+    """The artifact of these inputs with these options, and whether it was finished already.
+
+    Args:
+        output: the folder run.output.
+        identity: options that change the result.
+        inputs: name of an input → its fingerprint or content hash.
+        compute: does the work of an artifact that is not finished. It writes its files below the location that it is
+            given, where those of an attempt that was interrupted may lie. Where it raises, nothing is published.
+
+    Raises DataError where there is a manifest, but not of this artifact, or where a file of it is missing.
+    """
+    location = place(output, kind, identity, inputs)
+    done = load(location, kind, location.name)
+    if done is not None:
+        return done, True
+    made = compute(location)
+    artifact = publish(
+        location,
+        kind,
+        identity=identity,
+        inputs=inputs,
+        files=made.files,
+        counters=made.counters,
+        metrics=made.metrics,
+    )
+    return artifact, False
 
 
 def load(location: Location, kind: str, expected: str) -> Artifact | None:

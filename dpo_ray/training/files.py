@@ -10,11 +10,18 @@ from dpo_ray.storage.location import Location
 
 STATE = "state.json"
 HISTORY = "metrics.jsonl"
+SKIPPED = "skipped_pairs"
+"""In a line of the history: the ids of the step's pairs, where it was skipped."""
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
     """The metrics of every logged step up to the checkpoint."""
     return [json.loads(line) for line in (folder / HISTORY).read_text().splitlines()]
+
+
+def num_skipped(history: list[dict[str, Any]]) -> int:
+    """Logged steps that changed nothing, for their loss or their gradient was not finite."""
+    return sum(SKIPPED in metrics for metrics in history)
 
 
 def is_whole(checkpoint: Location) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +15,11 @@ from dpo_ray.config import Model, Train
 from dpo_ray.errors import NonFiniteLoss
 from dpo_ray.model.export import export_policy
 from dpo_ray.model.policy import CompletionScorer, compile_layers, load_policy, torch_dtype
-from dpo_ray.model.resolve import resolve
+from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.progress import Progress, say
 from dpo_ray.training.batch import Share, Step
 from dpo_ray.training.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
-from dpo_ray.training.files import EXPORT
+from dpo_ray.training.files import EXPORT, num_skipped
 from dpo_ray.training.optim import WeightAverage, learning_rate, make_optimizer
 from dpo_ray.training.parallel import Rank, parallelize, whole_state
 from dpo_ray.training.selection import best_step, should_stop
@@ -69,10 +69,10 @@ def train(
     needs.
     """
     torch.manual_seed(seed + me.rank)
-    folder = resolve(model.path, model.revision)
+    folder = ModelFolder.of(model)
     policy = load_policy(
-        folder,
-        trust_remote_code=model.trust_remote_code,
+        folder.path,
+        trust_remote_code=folder.trust_remote_code,
         lora=model.lora,
         seed=seed,
         activation_checkpointing=options.activation_checkpointing,
@@ -98,18 +98,18 @@ def train(
         rate = learning_rate(step.number, num_steps, options)
         at_start = step.number == 0 and options.loss.needs_reference
         every = options.entropy_every_steps
-        metrics = learner.step(
+        result = learner.step(
             step.share,
             rate,
             reference_tolerance if at_start else None,
             with_entropies=every is not None and number % every == 0,
         )
-        num_tokens += metrics["num_tokens"]
-        metrics |= {
+        num_tokens += result.num_tokens
+        metrics = result.record() | {
             "step": number,
             "epoch": number * options.global_batch_size / pairs_per_epoch,
             "learning_rate": rate,
-            "tokens_per_second": metrics["num_tokens"] / (time.monotonic() - began),
+            "tokens_per_second": result.num_tokens / (time.monotonic() - began),
             "num_tokens": num_tokens,
         }
         eval_due = options.eval_every_steps is not None and (
@@ -118,22 +118,21 @@ def train(
         if eval_due and held_out is not None:
             with average.in_place() if average is not None else nullcontext():
                 metrics |= learner.evaluate(held_out)
-        skipped = "skipped_pairs" in metrics
         scheduled = number == num_steps or number % options.checkpoint_every_steps == 0
-        if scheduled or eval_due or skipped or number % options.log_every_steps == 0:
+        if scheduled or eval_due or result.skipped or number % options.log_every_steps == 0:
             state.history.append(metrics)
         if me.rank == 0:
-            progress.advance(1, _note(metrics))
+            progress.advance(1, "left out" if result.skipped else _note(metrics))
             if eval_due:
                 say("train", _evaluation_note(number, metrics))
-        if skipped:
-            _count_skipped(state, options, number, me)
+        if result.skipped:
+            _count_skipped(result.skipped_pairs, state, options, number, me)
         state.next_step = number
         state.finished = number == num_steps or (
             eval_due and options.early_stopping is not None and should_stop(state.history, options.early_stopping)
         )
         if state.finished or scheduled or (eval_due and options.keep_best):
-            _checkpoint(learner, metrics, checkpoints, model=model, source=folder)
+            _checkpoint(learner, metrics, checkpoints, model=model, source=folder.path)
         if state.finished:
             break
     return state
@@ -166,27 +165,24 @@ def _checkpoint(
     checkpoints.keep(metrics, folder, last=state.finished)
 
 
-def _count_skipped(state: TrainState, options: Train, number: int, me: Rank) -> None:
+def _count_skipped(pairs: Sequence[str], state: TrainState, options: Train, number: int, me: Rank) -> None:
     """Say which pairs were in the step; raise NonFiniteLoss where it was one step too many."""
-    skipped = [m for m in state.history if "skipped_pairs" in m]
-    pairs = skipped[-1]["skipped_pairs"]
+    skipped = num_skipped(state.history)
     told = (
         f"Step {number}: the loss or the gradient is not finite. The weights were left as they were. The step's pairs: "
         f"{', '.join(pairs[:8])}{f', and {len(pairs) - 8} more' if len(pairs) > 8 else ''}."
     )
-    if len(skipped) > options.max_nonfinite_steps:
+    if skipped > options.max_nonfinite_steps:
         raise NonFiniteLoss(
-            f"{told} That makes {len(skipped)} such steps, and train.max_nonfinite_steps={options.max_nonfinite_steps} "
+            f"{told} That makes {skipped} such steps, and train.max_nonfinite_steps={options.max_nonfinite_steps} "
             "allows no more. Lower train.learning_rate, train in float32, or look at these pairs; the last checkpoint "
             "is kept."
         )
     if me.rank == 0:
-        say("train", f"{told} {len(skipped)} of at most {options.max_nonfinite_steps} such steps")
+        say("train", f"{told} {skipped} of at most {options.max_nonfinite_steps} such steps")
 
 
 def _note(metrics: dict[str, Any]) -> str:
-    if "loss" not in metrics:
-        return "left out"
     accuracy = f" · accuracy {metrics['rewards/accuracies']:.2f}" if "rewards/accuracies" in metrics else ""
     return f"loss {metrics['loss']:.4f}{accuracy} · {metrics['tokens_per_second']:.0f} tokens/s"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from dpo_ray.config import Model, Train
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.logprobs import TILE_TOKENS
+from dpo_ray.model.resolve import ModelFolder
 
 MOST_TOKENS_CPU = 1024  # matrix products are no faster with more rows, and memory that is not taken costs nothing
 MOST_TOKENS_GPU = 16384
@@ -35,14 +36,14 @@ class Shape:
     vocabulary: int
 
 
-def shape_of(folder: Path, *, trust_remote_code: bool = False) -> Shape:
+def shape_of(folder: ModelFolder) -> Shape:
     """Read off a model folder's configuration; no weights are loaded."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    whole = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    whole = AutoConfig.from_pretrained(folder.path, trust_remote_code=folder.trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(whole, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(whole, trust_remote_code=folder.trust_remote_code)
     config = whole.get_text_config()
     hidden = config.hidden_size
     experts = getattr(config, "num_experts_per_tok", None) or 1

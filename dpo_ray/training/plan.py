@@ -7,7 +7,6 @@ starting the plan at t.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 from dpo_ray.bins import first_fit, split_up, spread
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DataError
-from dpo_ray.model.resolve import resolve
+from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.storage.artifact import Artifact, read_shard
 from dpo_ray.storage.location import Location
 
@@ -175,7 +174,7 @@ def make_plan(config: Config, pairs: Artifact) -> tuple[StepPlan, PlanIndex]:
     Raises ConfigError where the plan has no step, or where held-out pairs are asked for and there are none; DataError
     where rows lack an answer that the loss needs.
     """
-    model_config = json.loads((resolve(config.model.path, config.model.revision) / "config.json").read_text())
+    model_config = ModelFolder.of(config.model).config()
     plan = StepPlan(
         index=build_index(pairs.shards(), "train"),
         global_batch_size=config.train.global_batch_size,

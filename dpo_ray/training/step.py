@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from dpo_ray.model.policy import CompletionScorer
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.training.batch import Share
 from dpo_ray.training.checkpoint import TrainState
+from dpo_ray.training.files import SKIPPED
 from dpo_ray.training.optim import WeightAverage
 from dpo_ray.training.parallel import (
     Rank,
@@ -36,6 +37,26 @@ from dpo_ray.training.parallel import (
     gathered_objects,
     summed,
 )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step came to, over the global batch."""
+
+    num_tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Averages over the pairs; of a step that was skipped there are none."""
+    skipped_pairs: tuple[str, ...] = ()
+    """Ids of the step's pairs where its loss or gradient was not finite, and the weights were left as they are."""
+
+    @property
+    def skipped(self) -> bool:
+        return bool(self.skipped_pairs)
+
+    def record(self) -> dict[str, Any]:
+        """The step's own part of its line in metrics.jsonl."""
+        skipped = {SKIPPED: list(self.skipped_pairs)} if self.skipped else {}
+        return {**skipped, **self.metrics, "num_tokens": self.num_tokens}
 
 
 @dataclass
@@ -53,11 +74,8 @@ class Learner:
 
     def step(
         self, share: Share, rate: float, reference_tolerance: float | None, *, with_entropies: bool = False
-    ) -> dict[str, Any]:
-        """Forward, backward and update. Returns metrics averaged over the global batch.
-
-        Where the loss or the gradient is not finite the weights are left as they are, and `skipped_pairs` names the
-        pairs in place of the metrics.
+    ) -> StepResult:
+        """Forward, backward and update; where the loss or the gradient is not finite, the step is skipped.
 
         Args:
             rate: the learning rate.
@@ -97,7 +115,7 @@ class Learner:
         grad_norm = clip_grad_norm(self.scorer.parameters(), options.max_grad_norm)
         if not (math.isfinite(totals.mean("loss")) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad(set_to_none=True)
-            return {"skipped_pairs": self._ids(share), "num_tokens": totals.num_tokens}
+            return StepResult(totals.num_tokens, skipped_pairs=self._ids(share))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
@@ -107,12 +125,8 @@ class Learner:
                 total, count = totals.total_and_count(side)
                 self.state.reward_sum += total
                 self.state.reward_count += count
-        return {
-            **totals.means(),
-            **_batch_metrics(options, terms),
-            "grad_norm": grad_norm,
-            "num_tokens": totals.num_tokens,
-        }
+        metrics = {**totals.means(), **_batch_metrics(options, terms), "grad_norm": grad_norm}
+        return StepResult(totals.num_tokens, metrics)
 
     @torch.no_grad()
     def evaluate(self, share: Share) -> dict[str, float]:
@@ -216,8 +230,8 @@ class Learner:
                 "bfloat16, use reference.engine=torch, model.dtype=float32 or a larger reference.tolerance."
             )
 
-    def _ids(self, share: Share) -> list[str]:
-        return [i for ids in gathered_objects([p.pair_id for p in share.pairs], self.me) for i in ids]
+    def _ids(self, share: Share) -> tuple[str, ...]:
+        return tuple(i for ids in gathered_objects([p.pair_id for p in share.pairs], self.me) for i in ids)
 
 
 _POLICY_FIELDS = ("policy_chosen", "policy_rejected", "mean_chosen", "mean_rejected")

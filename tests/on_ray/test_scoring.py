@@ -19,6 +19,7 @@ from dpo_ray.config import VLLM, Config, Model
 from dpo_ray.config.losses import Loss
 from dpo_ray.errors import ConfigError, DataError, EngineDied
 from dpo_ray.evaluation.held_out import held_out_margins
+from dpo_ray.model import resolve
 from dpo_ray.on_ray import calibrate, vllm_engine
 from dpo_ray.on_ray.calibrate import choose_engine
 from dpo_ray.on_ray.pool import ShardWorker
@@ -312,8 +313,8 @@ def engine_arguments(monkeypatch: pytest.MonkeyPatch, scores: bool, **options: A
     text = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=151_936))
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **arguments: arguments))
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: text)
-    monkeypatch.setattr(vllm_engine, "resolve", lambda *_: Path("m"))
-    return vllm_engine._engine("m", None, "float32", False, VLLM(**options), 8192, scores)
+    monkeypatch.setattr(resolve, "resolve", lambda *_: Path("m"))
+    return vllm_engine._engine(Model(path="m"), "float32", VLLM(**options), 8192, scores)
 
 
 def test_a_scoring_engine_on_cpu_computes_only_tokens_whose_logits_have_room(monkeypatch: pytest.MonkeyPatch):

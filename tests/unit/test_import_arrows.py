@@ -181,7 +181,9 @@ def test_the_command_line_starts_without_ray_and_vllm():
     assert not loaded & {"ray", "vllm"}
 
 
-@pytest.mark.parametrize("module", ["dpo_ray.on_ray.scan", "dpo_ray.on_ray.pool", "dpo_ray.on_ray.stream"])
+@pytest.mark.parametrize(
+    "module", ["dpo_ray.model.resolve", "dpo_ray.on_ray.scan", "dpo_ray.on_ray.pool", "dpo_ray.on_ray.stream"]
+)
 def test_workers_that_only_carry_rows_do_without_torch(module: str):
     # It would cost each of them seconds at its start and 200 MB.
     assert not loaded_after(f"import {module}") & {"torch", "transformers"}

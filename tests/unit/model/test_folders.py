@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from dpo_ray.config import Model
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.folders import load_tokenizer, weights_hash
-from dpo_ray.model.resolve import resolve
+from dpo_ray.model.resolve import ModelFolder, resolve
 
 
 @pytest.fixture
@@ -63,6 +64,14 @@ def test_a_folder_without_tokenizer_is_a_configuration_error(tiny_model: Path, t
         shutil.copy(tiny_model / name, tmp_path)
     with pytest.raises(ConfigError, match="no tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_model_folder_is_read_as_its_configuration_says(tiny_model: Path):
+    folder = ModelFolder.of(Model(path=str(tiny_model), trust_remote_code=True))
+    assert folder == ModelFolder(tiny_model, trust_remote_code=True)
+    assert folder.config()["model_type"] == "llama"
+    assert folder.weights_hash() == weights_hash(tiny_model)
+    assert folder.tokenizer().get_vocab() == load_tokenizer(tiny_model).get_vocab()
 
 
 def test_the_hash_of_the_weights_is_their_content_wherever_they_lie(tiny_model: Path, own_cache: Path, tmp_path: Path):

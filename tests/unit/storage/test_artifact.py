@@ -14,6 +14,7 @@ from dpo_ray.pairs import PAIRS
 from dpo_ray.storage.artifact import (
     MANIFEST,
     Artifact,
+    Contents,
     describe_file,
     digest,
     file_hash,
@@ -21,6 +22,8 @@ from dpo_ray.storage.artifact import (
     inspect_shard,
     load,
     lost_files,
+    make,
+    place,
     publish,
     read_shard,
     write_shard,
@@ -77,6 +80,47 @@ def test_a_published_artifact_loads_as_it_was(tmp_path: Path):
     assert again.manifest.rows == 3
     assert again.manifest.inputs == INPUTS
     assert read_shard(again.shards()[0]).equals(TABLE)
+
+
+def test_what_is_made_is_published_once_and_then_taken_over(tmp_path: Path):
+    output, asked = Location.of(tmp_path), []
+
+    def compute(location: Location) -> Contents:
+        asked.append(location)
+        return Contents([write_shard(location / "part-0.parquet", TABLE, {})], {"kept": 3}, {"mean": 2.0})
+
+    artifact, reused = make(output, "pairs", IDENTITY, INPUTS, compute)
+    assert not reused
+    assert (
+        artifact.location
+        == place(output, "pairs", IDENTITY, INPUTS)
+        == output / "artifacts" / "pairs" / (fingerprint("pairs", IDENTITY, INPUTS))
+    )
+    manifest = artifact.manifest
+    assert (manifest.rows, manifest.counters, manifest.metrics) == (3, {"kept": 3}, {"mean": 2.0})
+    assert (manifest.kind, manifest.identity, manifest.inputs) == ("pairs", IDENTITY, INPUTS)
+    assert make(output, "pairs", IDENTITY, INPUTS, compute) == (artifact, True)
+    assert asked == [artifact.location]
+    assert make(output, "pairs", {**IDENTITY, "seed": 1}, INPUTS, compute)[1] is False
+
+
+def test_nothing_is_published_of_a_computation_that_fails_and_the_next_one_finds_what_it_left(tmp_path: Path):
+    output = Location.of(tmp_path)
+
+    def fail(location: Location) -> Contents:
+        write_shard(location / "part-0.parquet", TABLE, {})
+        raise DataError("no")
+
+    with pytest.raises(DataError, match="no"):
+        make(output, "pairs", IDENTITY, INPUTS, fail)
+    artifact, reused = make(
+        output,
+        "pairs",
+        IDENTITY,
+        INPUTS,
+        lambda location: Contents(files=[inspect_shard(location / "part-0.parquet")[0]]),
+    )
+    assert (artifact.manifest.rows, reused) == (3, False)
 
 
 def test_an_artifact_of_no_shards_has_no_row_count(tmp_path: Path):

@@ -14,6 +14,7 @@ from dpo_ray.errors import ConfigError
 from dpo_ray.model import attention
 from dpo_ray.model.packing import pack
 from dpo_ray.model.policy import CompletionScorer
+from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.training import memory
 from dpo_ray.training.memory import MOST_TOKENS_CPU, MOST_TOKENS_GPU, Shape, bytes_per_token, shape_of, tokens_that_fit
@@ -34,13 +35,13 @@ def test_shape_is_read_off_the_configuration(tmp_path: Path):
     config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, vocab_size=100)
     config.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_config(config)
-    assert shape_of(tmp_path) == Shape(sum(p.numel() for p in model.parameters()), 3, 64, 96, 100)
+    assert shape_of(ModelFolder(tmp_path)) == Shape(sum(p.numel() for p in model.parameters()), 3, 64, 96, 100)
 
 
 def test_experts_count_as_many_times_as_a_token_goes_through_them(tmp_path: Path):
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 100, "moe_intermediate_size": 48}
     Qwen3MoeConfig(**sizes, num_experts=8, num_experts_per_tok=2).save_pretrained(tmp_path)
-    assert shape_of(tmp_path).intermediate == 96
+    assert shape_of(ModelFolder(tmp_path)).intermediate == 96
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

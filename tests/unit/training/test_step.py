@@ -19,7 +19,7 @@ from dpo_ray.pairs import TokenizedPair
 from dpo_ray.training.batch import Share
 from dpo_ray.training.checkpoint import TrainState
 from dpo_ray.training.parallel import Rank
-from dpo_ray.training.step import Learner
+from dpo_ray.training.step import Learner, StepResult
 from tests.training import random_pairs, scored
 
 BATCH = 6
@@ -66,12 +66,18 @@ def learner_of(model: Path, loss: dict[str, Any], **values: Any) -> Learner:
     return Learner(scorer, scorer, optimizer, None, options, me, TrainState())
 
 
-def stepped(learner: Learner, microbatches: list[list[TokenizedPair]]) -> tuple[dict[str, Any], list[Tensor]]:
+def stepped(learner: Learner, microbatches: list[list[TokenizedPair]]) -> tuple[dict[str, float], list[Tensor]]:
     shortest = min((p for pairs in microbatches for p in pairs), key=lambda p: p.num_tokens)
-    metrics = learner.step(Share(microbatches, filler=shortest), 0.0, None)
+    result = learner.step(Share(microbatches, filler=shortest), 0.0, None)
+    assert not result.skipped
     assert isinstance(learner.optimizer, Remembering) and learner.optimizer.gradients is not None
     assert all(p.grad is None for p in learner.scorer.parameters())
-    return metrics, learner.optimizer.gradients
+    return result.metrics, learner.optimizer.gradients
+
+
+def tokens_of(pair: TokenizedPair) -> int:
+    """As the field counts them: the prompt once for each completion."""
+    return 2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
 
 
 def completion_logprobs(learner: Learner, pairs: Sequence[TokenizedPair]) -> list[tuple[Tensor, Tensor]]:
@@ -184,9 +190,11 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_are(small_mode
     weight = learner.scorer.model.model.norm.weight
     weight.register_hook(lambda gradient: gradient * math.inf)
     before = weight.detach().clone()
-    metrics = learner.step(Share([pairs[:2], pairs[2:]], filler=pairs[0]), 0.5, None)
-    assert metrics.keys() == {"skipped_pairs", "num_tokens"}
-    assert metrics["skipped_pairs"] == [p.pair_id for p in pairs]
+    result = learner.step(Share([pairs[:2], pairs[2:]], filler=pairs[0]), 0.5, None)
+    ids = [p.pair_id for p in pairs]
+    assert result == StepResult(sum(map(tokens_of, pairs)), skipped_pairs=tuple(ids))
+    assert result.skipped
+    assert result.record() == {"skipped_pairs": ids, "num_tokens": result.num_tokens}
     assert torch.equal(weight, before)
     assert all(p.grad is None for p in learner.scorer.parameters())
 
@@ -202,7 +210,7 @@ def test_reward_sums_count_each_completion_once_and_not_those_of_skipped_steps(
     assert learner.state.reward_sum == pytest.approx(total, abs=1e-6)
     assert abs(total) > 0.1
     bad = replace(pairs[0], chosen_ref_logprobs=[math.nan] * len(pairs[0].chosen_ids))
-    learner.step(Share([[bad, *pairs[1:]]], filler=pairs[0]), 0.0, None)
+    assert learner.step(Share([[bad, *pairs[1:]]], filler=pairs[0]), 0.0, None).skipped
     assert learner.state.reward_count == 2 * BATCH
     metrics, _ = stepped(learner, [pairs])
     assert metrics["reward_mean"] == pytest.approx(total / (2 * BATCH), abs=1e-6)

@@ -1,0 +1,78 @@
+"""What a row-wise stage takes over and what it computes again; the workers run in this process."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from dpo_ray.on_ray import pool
+from dpo_ray.on_ray.pool import Pool, ShardTask, ShardWorker, shard_stage
+from dpo_ray.shards.output import ShardOutput
+from dpo_ray.storage.artifact import Artifact
+from dpo_ray.storage.location import Location
+
+TASKS = [ShardTask(source={"rows": n}, content=f"{n} rows", rows=n) for n in (1, 2, 3)]
+
+
+class Count:
+    """n rows of a source; of 2 rows, a third that goes into quarantine."""
+
+    def __call__(self, source: dict[str, Any]) -> ShardOutput:
+        n = source["rows"]
+        quarantine = pa.table({"x": [9]}) if n == 2 else None
+        return ShardOutput(pa.table({"x": list(range(n))}), Counter(read=n, bad=int(n == 2)), quarantine)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of the shards that were computed, in order."""
+    done: list[int] = []
+
+    def compute(kind: str, location: Location, missing: list[tuple[str, ShardTask]], pool: Pool, unit: str) -> None:
+        worker = ShardWorker(location, pool.build, pool.arguments)
+        for name, task in missing:
+            worker._do(name, task.source)
+            done.append(task.rows)
+
+    monkeypatch.setattr(pool, "_compute", compute)
+    return done
+
+
+def stage(output: Path, tasks: list[ShardTask] = TASKS) -> tuple[Artifact, bool]:
+    inputs = {"rows": ", ".join(task.content for task in tasks)}
+    return shard_stage(
+        Location.of(output), "counted", identity={"seed": 0}, inputs=inputs, tasks=tasks, pool=Pool(Count, {})
+    )
+
+
+def test_a_finished_artifact_is_taken_over_and_shards_of_others_are_too(tmp_path: Path, computed: list[int]):
+    first, reused = stage(tmp_path, TASKS[:2])
+    assert (computed, reused, first.manifest.counters) == ([1, 2], False, {"read": 3, "bad": 1, "kept": 3})
+    more, reused = stage(tmp_path)
+    assert (computed, reused, more.manifest.counters) == ([1, 2, 3], False, {"read": 6, "bad": 1, "kept": 6})
+    assert stage(tmp_path) == (more, True)
+    assert len(computed) == 3
+
+
+@pytest.mark.parametrize("lost", ["shard", "quarantine"])
+def test_only_what_was_lost_is_made_again_also_after_an_attempt_that_failed(
+    tmp_path: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch, lost: str
+):
+    artifact, _ = stage(tmp_path)
+    [quarantine] = [f.name for f in artifact.manifest.files if f.name.startswith("quarantine/")]
+    artifact.file(quarantine if lost == "quarantine" else quarantine.removeprefix("quarantine/")).remove()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(pool, "_compute", fail)
+        stage(tmp_path)
+    again, reused = stage(tmp_path)
+    assert (computed, reused) == ([1, 2, 3, 2], False)
+    assert again.manifest.files == artifact.manifest.files
+    assert again.manifest.counters == artifact.manifest.counters

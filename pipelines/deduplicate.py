@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dpo_ray.data.duplicates import REASONS, by_shard, num_buckets
+from dpo_ray.data.duplicates import REASONS, PairsShard, by_shard, num_buckets
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage, shard_tasks
 from dpo_ray.progress import say
-from dpo_ray.shards.deduplicate import DuplicatesShard, identity
+from dpo_ray.shards.deduplicate import Bucket, DuplicatesShard, identity
 from dpo_ray.storage.artifact import Artifact, digest, read_shard
 from pipelines.context import RunContext
 
@@ -29,12 +29,12 @@ def deduplicate(context: RunContext, pairs: Artifact) -> Artifact:
     return left_out
 
 
-def kept_tasks(pairs: Artifact, left_out: Artifact | None) -> list[ShardTask]:
-    """One task for each shard of the pairs, with the rows to leave out (see duplicates.read_kept).
+def kept_tasks(pairs: Artifact, left_out: Artifact | None) -> list[ShardTask[PairsShard]]:
+    """One task for each shard of pairs, canonical or tokenized, with the rows to leave out; None: no row.
 
     These are part of what a task is made of, so that new shards change only those old ones that lose further rows.
     """
-    tasks = shard_tasks(pairs)
+    tasks = [ShardTask(PairsShard(task.source.file), task.content, task.rows) for task in shard_tasks(pairs)]
     if left_out is None:
         return tasks
     rows = by_shard(read_shard(shard) for shard in left_out.shards())
@@ -43,7 +43,7 @@ def kept_tasks(pairs: Artifact, left_out: Artifact | None) -> list[ShardTask]:
         [
             replace(
                 task,
-                source={**task.source, "left_out": rows[shard]},
+                source=PairsShard(task.source.file, rows[shard]),
                 content=f"{task.content} without {digest(rows[shard])}",
             )
             if shard in rows
@@ -63,7 +63,7 @@ def _find(context: RunContext, pairs: Artifact) -> tuple[Artifact, bool]:
         inputs={"pairs": pairs.fingerprint},
         tasks=[
             ShardTask(
-                source={"artifact": pairs.location.uri, "bucket": bucket, "buckets": buckets},
+                source=Bucket(pairs.location.uri, bucket, buckets),
                 content=f"{pairs.fingerprint}: bucket {bucket} of {buckets}",
                 rows=rows // buckets,
             )

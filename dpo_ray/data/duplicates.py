@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +31,15 @@ ROWS_PER_BUCKET = 4_000_000  # 37 bytes a row, and some 400 MiB in all while a b
 
 LeftOut = dict[str, list[int]]
 """Reason → row numbers of one shard, ascending."""
+
+
+@dataclass(frozen=True)
+class PairsShard:
+    """A shard of pairs, canonical, tokenized or scored, and which of its rows are left out."""
+
+    file: str
+    """URI of the shard."""
+    left_out: LeftOut = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ def read_bucket(shards: Iterable[Location], bucket: int, buckets: int) -> RowIds
     ]
     if not parts:
         raise ValueError("a bucket is read from at least one shard")
-    return RowIds(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(RowIds)))
+    return RowIds(*(np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(RowIds)))
 
 
 def find(rows: RowIds) -> np.ndarray:
@@ -112,18 +120,14 @@ def by_shard(tables: Iterable[pa.Table]) -> dict[str, LeftOut]:
     }
 
 
-def read_kept(source: dict[str, Any]) -> tuple[pa.Table, Counter[str]]:
-    """The rows of a pairs shard that are not left out; and `read`, and rows left out by reason.
-
-    source: `file`, and `left_out` (LeftOut) where a row of it is.
-    """
-    table = read_shard(Location(source["file"]))
-    left_out: LeftOut = source.get("left_out", {})
-    counters = Counter({"read": table.num_rows, **{reason: len(rows) for reason, rows in left_out.items()}})
-    if not left_out:
+def read_kept(source: PairsShard) -> tuple[pa.Table, Counter[str]]:
+    """The rows of a shard that are not left out; and `read`, and rows left out by reason."""
+    table = read_shard(Location(source.file))
+    counters = Counter({"read": table.num_rows, **{reason: len(rows) for reason, rows in source.left_out.items()}})
+    if not source.left_out:
         return table, counters
     keep = np.ones(table.num_rows, dtype=bool)
-    for rows in left_out.values():
+    for rows in source.left_out.values():
         keep[rows] = False
     return table.filter(pa.array(keep)), counters
 

@@ -19,7 +19,7 @@ from dpo_ray.model.folders import load_tokenizer
 from dpo_ray.model.resolve import resolve
 from dpo_ray.on_ray.pool import Pool
 from dpo_ray.pairs import CANDIDATES, TokenizedPair
-from dpo_ray.shards.output import ShardOutput
+from dpo_ray.shards.output import Shard, ShardOutput
 from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
 
@@ -133,8 +133,8 @@ class GenerateShard:
             False,
         )
 
-    def __call__(self, source: dict[str, Any]) -> ShardOutput:
-        rows = read_shard(Location(source["file"])).to_pylist()
+    def __call__(self, source: Shard) -> ShardOutput:
+        rows = read_shard(Location(source.file)).to_pylist()
         counters = Counter(read=len(rows))
         prompts = self.chat.prompts([(row["prompt"], parse_tools(row["tools"])) for row in rows])
         encoded = [prompt.ids for prompt in prompts]

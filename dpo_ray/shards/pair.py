@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pyarrow as pa
 
 from dpo_ray.data.pairing import make_pairs
 from dpo_ray.pairs import PAIRS
 from dpo_ray.rewards import load_reward
-from dpo_ray.shards.output import ShardOutput
+from dpo_ray.shards.output import Shard, ShardOutput
 from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
 
@@ -23,9 +22,9 @@ class PairShard:
         self.min_score_gap = min_score_gap
         self.pairs_per_prompt = pairs_per_prompt
 
-    def __call__(self, source: dict[str, Any]) -> ShardOutput:
+    def __call__(self, source: Shard) -> ShardOutput:
         kept, counters = [], Counter[str]()
-        for row in read_shard(Location(source["file"])).to_pylist():
+        for row in read_shard(Location(source.file)).to_pylist():
             counters["read"] += 1
             question = row["prompt"][-1]["content"]
             texts = [c["text"] for c in row["completions"]]

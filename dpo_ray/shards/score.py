@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -16,7 +16,7 @@ from dpo_ray.data.quarantine import quarantine_table
 from dpo_ray.errors import DataError
 from dpo_ray.pairs import MISMATCHED, SCORES, TokenizedPair, tokenized_pair
 from dpo_ray.shards.isolation import Attempts, FailedRow, isolate
-from dpo_ray.shards.output import ShardOutput
+from dpo_ray.shards.output import Shard, ShardOutput
 from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
 
@@ -38,8 +38,8 @@ class ScoreShard:
         self.columns = columns
         self.only_split = only_split
 
-    def __call__(self, source: dict[str, Any], attempts: Attempts | None = None) -> ShardOutput:
-        table = read_shard(Location(source["file"]))
+    def __call__(self, source: Shard, attempts: Attempts | None = None) -> ShardOutput:
+        table = read_shard(Location(source.file))
         counters = Counter(read=table.num_rows)
         if self.only_split is not None:
             keep = pa.array([side == self.only_split for side in table["split"].to_pylist()], pa.bool_())
@@ -65,8 +65,8 @@ class MismatchShard:
     def __init__(self, scorer: PairScorer):
         self.scorer = scorer
 
-    def __call__(self, source: dict[str, Any], attempts: Attempts | None = None) -> ShardOutput:
-        table = read_shard(Location(source["file"]))
+    def __call__(self, source: Shard, attempts: Attempts | None = None) -> ShardOutput:
+        table = read_shard(Location(source.file))
         rows = table.to_pylist()
         others = mismatched_rows(table["prompt_id"].to_pylist(), table["split"].to_pylist())
         ids: list[list[int] | None] = []
@@ -112,14 +112,12 @@ def _scores(
     return isolate(len(pairs), score_finite, attempts)
 
 
-def _quarantined(
-    table: pa.Table, failed: list[FailedRow], source: dict[str, Any], counters: Counter[str]
-) -> pa.Table | None:
+def _quarantined(table: pa.Table, failed: list[FailedRow], source: Shard, counters: Counter[str]) -> pa.Table | None:
     """The quarantine's rows, counted by their reasons; None where nothing failed."""
     counters.update(row.reason for row in failed)
     bad = [
         {
-            "source": source["file"],
+            "source": source.file,
             "row": row.place,
             "reason": row.reason,
             "raw": json.dumps({"pair_id": table["pair_id"][row.place].as_py(), "message": row.message}),
@@ -149,7 +147,7 @@ class PolicyScoreShard(ScoreShard):
     def __init__(self, model: Model):
         super().__init__(_own_scorer(model), ("chosen_logprobs", "rejected_logprobs"), only_split="eval")
 
-    def __call__(self, source: dict[str, Any], attempts: Attempts | None = None) -> ShardOutput:
+    def __call__(self, source: Shard, attempts: Attempts | None = None) -> ShardOutput:
         scored = super().__call__(source, attempts)
         return ShardOutput(scored.table.select(SCORES.names), scored.counters, scored.quarantine)
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 from dpo_ray.bins import batches
 from dpo_ray.config import Data, Model
 from dpo_ray.data.chat import ChatTokenizer, Completion, Prompt, parse_tools, tokenizer_identity
-from dpo_ray.data.duplicates import read_kept
+from dpo_ray.data.duplicates import PairsShard, read_kept
 from dpo_ray.model.folders import load_tokenizer
 from dpo_ray.model.resolve import resolve
 from dpo_ray.pairs import TOKENIZED
@@ -56,10 +56,9 @@ def identity(tokenizer: Any, data: Data) -> dict[str, Any]:
 class TokenizeShard:
     """Canonical pairs → token ids; pairs over the length limits are dropped or cut, and counted.
 
-    An absent side has no ids. Rows that the source leaves out, as duplicates.read_kept reads it, are counted too. A
-    very long text is tokenized like any other before it is dropped or cut: that takes time and memory in proportion to
-    its length (0.1 to 0.5 s and some 100 MB for 200,000 characters), and its number of characters does not tell for
-    sure whether it is too long.
+    An absent side has no ids. Rows that the source leaves out are counted too. A very long text is tokenized like any
+    other before it is dropped or cut: its number of characters does not tell for sure whether it is too long. That
+    takes time and memory in proportion to its length: 0.1 to 0.5 s and some 100 MB for 200,000 characters.
     """
 
     def __init__(self, model: Model, data: Data):
@@ -67,7 +66,7 @@ class TokenizeShard:
         self.chat = ChatTokenizer(load_tokenizer(folder, trust_remote_code=model.trust_remote_code))
         self.data = data
 
-    def __call__(self, source: dict[str, Any]) -> ShardOutput:
+    def __call__(self, source: PairsShard) -> ShardOutput:
         kept: list[dict[str, Any]] = []
         table, counters = read_kept(source)
         for rows in batches(table.to_pylist(), _characters, _CHARACTERS_AT_ONCE):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from dpo_ray.on_ray.pool import ShardWorker
 from dpo_ray.on_ray.vllm_engine import VLLMScorer
 from dpo_ray.pairs import MISMATCHED, QUARANTINE, REFERENCE, SCORES, TOKENIZED, TokenizedPair
 from dpo_ray.shards.isolation import Attempts
-from dpo_ray.shards.output import ShardOutput
+from dpo_ray.shards.output import Shard, ShardOutput
 from dpo_ray.shards.score import MismatchShard, ScoreShard
 from dpo_ray.storage.artifact import Artifact, publish, read_shard, write_shard
 from dpo_ray.storage.location import Location
@@ -148,7 +149,7 @@ class ByToken:
         return [of(p, p.chosen_ids) for p in pairs], [of(p, p.rejected_ids) for p in pairs]
 
 
-def shard(folder: Path, rows: list[tuple[str, str, int, list[int], list[int]]]) -> dict[str, Any]:
+def shard(folder: Path, rows: list[tuple[str, str, int, list[int], list[int]]]) -> Shard:
     """A tokenized shard of (prompt_id, split, prompt token, chosen, rejected), scored by ByToken."""
     values = [
         {"pair_id": str(n), "prompt_id": p, "split": s, "prompt_ids": [i], "chosen_ids": c, "rejected_ids": r}
@@ -156,9 +157,9 @@ def shard(folder: Path, rows: list[tuple[str, str, int, list[int], list[int]]]) 
     ]
     place = Location.of(folder) / "rows.parquet"
     write_shard(place, pa.Table.from_pylist(values, schema=TOKENIZED), {})
-    scored = ScoreShard(ByToken(), ("chosen_ref_logprobs", "rejected_ref_logprobs"))({"file": place.uri})
+    scored = ScoreShard(ByToken(), ("chosen_ref_logprobs", "rejected_ref_logprobs"))(Shard(place.uri))
     write_shard(place, scored.table, {})
-    return {"file": place.uri}
+    return Shard(place.uri)
 
 
 class Broken(ByToken):
@@ -187,12 +188,12 @@ def attempts_in(folder: Path) -> Attempts:
 
 def test_a_row_that_cannot_be_scored_is_quarantined_and_the_others_are_not(tmp_path: Path):
     columns = ("chosen_ref_logprobs", "rejected_ref_logprobs")
-    source = {"file": str(tmp_path / "tokenized.parquet")}
+    source = Shard(str(tmp_path / "tokenized.parquet"))
     rows = [
         {"pair_id": str(n), "prompt_id": p, "split": s, "prompt_ids": [i], "chosen_ids": c, "rejected_ids": r}
         for n, (p, s, i, c, r) in enumerate(FOUR)
     ]
-    write_shard(Location(source["file"]), pa.Table.from_pylist(rows, schema=TOKENIZED), {})
+    write_shard(Location(source.file), pa.Table.from_pylist(rows, schema=TOKENIZED), {})
     output = ScoreShard(Broken(2), columns)(source, attempts_in(tmp_path))
     assert output.table.schema.equals(REFERENCE)
     assert output.table["pair_id"].to_pylist() == ["0", "1", "3"]
@@ -212,8 +213,8 @@ def test_a_row_with_a_log_prob_that_is_not_finite_is_quarantined(tmp_path: Path,
             return chosen, [[value] if 2 in pair.prompt_ids else r for pair, r in zip(pairs, rejected, strict=True)]
 
     source = shard(tmp_path, FOUR)
-    rows = read_shard(Location(source["file"])).select(TOKENIZED.names)
-    write_shard(Location(source["file"]), rows, {})
+    rows = read_shard(Location(source.file)).select(TOKENIZED.names)
+    write_shard(Location(source.file), rows, {})
     columns = ("chosen_ref_logprobs", "rejected_ref_logprobs")
     output = ScoreShard(Overflows(), columns)(source, attempts_in(tmp_path))
     assert output.table["pair_id"].to_pylist() == ["0", "1", "3"]
@@ -235,7 +236,7 @@ def test_a_worker_writes_the_quarantine_and_forgets_the_attempts(tmp_path: Path)
     source = shard(tmp_path / "in", FOUR)
     output = Location.of(tmp_path / "out")
     worker = ShardWorker(output, MismatchShard, {"scorer": Broken(1)}, isolates=True)
-    batch = pa.table({"task": [json.dumps({"name": "x.parquet", "source": source})]})
+    batch = pa.table({"task": [pickle.dumps(("x.parquet", source))]})
     assert worker(batch)["name"].to_pylist() == ["x.parquet"]
     assert read_shard(output / "x.parquet").num_rows == 3
     assert read_shard(output / "quarantine" / "x.parquet").num_rows == 1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
+from dpo_ray.data.raw.files import Stamp
 from dpo_ray.data.raw.json_lines import is_blank
 from dpo_ray.storage.location import Location
 
@@ -28,6 +30,20 @@ class Part(NamedTuple):
     """Where the part begins in plain JSON lines, in bytes."""
     length: int = 0
     """Bytes of the part in plain JSON lines."""
+
+
+@dataclass(frozen=True)
+class RawPart:
+    """Where the rows of a part of a raw file are read."""
+
+    file: str
+    """URI of the raw file."""
+    part: Part | None = None
+    """None: the whole file."""
+    copy: str | None = None
+    """URI of the copy of the part; None: the part is read from the file itself."""
+    stamp: Stamp | None = None
+    """The file as it must still be; None: it may have changed."""
 
 
 _LIST = "parts.json"

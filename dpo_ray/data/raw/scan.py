@@ -21,7 +21,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dpo_ray.data.raw.files import Format, Stamp, format_of, open_lines, reading
 from dpo_ray.data.raw.json_lines import Unreadable, is_blank, parse_line, raw_lines
 from dpo_ray.data.raw.parquet import ROWS_AT_ONCE, open_parquet
-from dpo_ray.data.raw.parts import Part, copy_is_finished, copy_parts, cut_lines, line_tables, part_file, row_tables
+from dpo_ray.data.raw.parts import (
+    Part,
+    RawPart,
+    copy_is_finished,
+    copy_parts,
+    cut_lines,
+    line_tables,
+    part_file,
+    row_tables,
+)
 from dpo_ray.errors import DataError
 from dpo_ray.storage.artifact import digest, file_hash
 from dpo_ray.storage.location import Location
@@ -69,17 +78,14 @@ class FileRecord(BaseModel):
     def has_rows(self) -> bool:
         return bool(self.parts)
 
-    def sources(self, folder: Location) -> Iterator[tuple[Part, dict[str, Any]]]:
-        """Each part with its source for raw_files.read_rows. folder: where the records are."""
-        is_parquet = format_of(self.uri).is_parquet
+    def sources(self, folder: Location) -> Iterator[tuple[Part, RawPart]]:
+        """Each part, and where its rows are read. folder: where the records are."""
+        stamp = Stamp(self.uri, self.size, self.mtime_ns)
         for number, part in enumerate(self.parts):
-            source: dict[str, Any] = {"file": self.uri, "first": part.first, "count": part.rows}
-            if self.copied_to is not None:
-                source["copy"] = part_file(folder / self.copied_to, number).uri
+            if self.copied_to is None:
+                yield part, RawPart(self.uri, part, stamp=stamp)
             else:
-                source |= {"size": self.size, "mtime_ns": self.mtime_ns}
-                source |= {} if is_parquet else {"offset": part.offset, "length": part.length}
-            yield part, source
+                yield part, RawPart(self.uri, part, copy=part_file(folder / self.copied_to, number).uri)
 
 
 def record_name(stamp: Stamp, rows_per_shard: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +17,7 @@ from dpo_ray.data.duplicates import (
     LEFT_OUT,
     REASONS,
     LeftOut,
+    PairsShard,
     RowIds,
     by_shard,
     find,
@@ -179,7 +179,7 @@ def test_the_same_rows_are_found_as_by_comparing_texts_whatever_the_buckets(
     assert found == naive(shards)
     kept = 0
     for place in places:
-        table, counters = read_kept({"file": place.uri, "left_out": found.get(place.name, {})})
+        table, counters = read_kept(PairsShard(place.uri, found.get(place.name, {})))
         kept += table.num_rows
         assert table.num_rows + sum(counters[reason] for reason in REASONS) == counters["read"]
     # What stays has nothing more to find.
@@ -239,11 +239,10 @@ def test_the_table_names_shard_row_and_reason(tmp_path: Path):
 
 def test_reading_leaves_out_and_counts(tmp_path: Path):
     [place] = write(tmp_path, [[(pair(f"Question {n}", "a", "b"), "train") for n in range(6)]])
-    source: dict[str, Any] = {"file": place.uri}
-    whole, counters = read_kept(source)
+    whole, counters = read_kept(PairsShard(place.uri))
     assert (whole.num_rows, counters) == (6, Counter(read=6))
     left_out = {"duplicate": [5], "contradiction": [0, 2]}
-    table, counters = read_kept({**source, "left_out": left_out})
+    table, counters = read_kept(PairsShard(place.uri, left_out))
     assert table["prompt_id"].to_pylist() == [whole["prompt_id"][n].as_py() for n in (1, 3, 4)]
     assert counters == Counter(read=6, duplicate=1, contradiction=2)
 

@@ -18,11 +18,13 @@ from dpo_ray.config import Columns, Pairing
 from dpo_ray.config.layouts import Layout
 from dpo_ray.data.prompts import prompt_table, read_prompts
 from dpo_ray.data.raw.json_lines import Unreadable
+from dpo_ray.data.raw.parts import Part, RawPart
 from dpo_ray.data.rules import REASONS
 from dpo_ray.errors import ConfigError, DataError
-from dpo_ray.pairs import CANDIDATES, PAIRS, PROMPTS, QUARANTINE, PreferencePair, prompt_id, split_of
-from dpo_ray.shards.deduplicate import DuplicatesShard
-from dpo_ray.shards.ingest import IngestShard
+from dpo_ray.pairs import CANDIDATES, PAIRS, PROMPTS, QUARANTINE, PreferencePair, Split, prompt_id, split_of
+from dpo_ray.shards.deduplicate import Bucket, DuplicatesShard
+from dpo_ray.shards.ingest import IngestShard, RawShard
+from dpo_ray.shards.output import Shard
 from dpo_ray.shards.pair import PairShard
 from dpo_ray.storage.artifact import FileEntry, publish, write_shard
 from dpo_ray.storage.location import Location
@@ -41,9 +43,9 @@ def raw(number: int, **fields: Any) -> dict[str, Any]:
 
 
 def source(
-    path: Path, first: int = 0, count: int = 100, split: str | None = "train", layout: Layout = "paired"
-) -> dict[str, Any]:
-    return {"file": str(path), "first": first, "count": count, "split": split, "layout": layout}
+    path: Path, first: int = 0, count: int = 100, split: Split | None = "train", layout: Layout = "paired"
+) -> RawShard:
+    return RawShard(RawPart(str(path), Part(first, count)), layout, split)
 
 
 def ingested(path: Path, **options: Any) -> list[str]:
@@ -272,7 +274,7 @@ def test_bytes_that_are_not_utf8_cost_their_row_only(tmp_path: Path):
 def test_lines_that_cannot_be_parsed_go_to_quarantine_with_their_line_numbers(tmp_path: Path):
     lines = [json.dumps(raw(0)).encode(), b"", b"{", b'{"a": "\xff"}', json.dumps(raw(1)).encode(), b"[]"]
     (tmp_path / "f.jsonl").write_bytes(b"\n".join(lines))
-    output = IngestShard(0.1, 0)({"file": str(tmp_path / "f.jsonl"), "layout": "paired", "split": "train"})
+    output = IngestShard(0.1, 0)(RawShard(RawPart(str(tmp_path / "f.jsonl")), "paired", "train"))
     assert output.table["chosen"].to_pylist() == ["Good 0", "Good 1"]
     assert output.counters == {"read": 5, "malformed_json": 1, "invalid_utf8": 1, "not_an_object": 1}
     assert output.quarantine is not None
@@ -292,7 +294,7 @@ def test_the_rows_to_leave_out_are_found_over_all_shards_of_an_artifact(tmp_path
     write_pairs(tmp_path, [[(pair, "train") for pair in part] for part in (pairs[:1], pairs[1:])])
     files = [FileEntry(name=f"{n}.parquet", rows=rows, bytes=1, sha256="") for n, rows in ((0, 1), (1, 3))]
     publish(Location.of(tmp_path), "pairs", identity={}, inputs={}, files=files)
-    output = DuplicatesShard()({"artifact": str(tmp_path), "bucket": 0, "buckets": 1})
+    output = DuplicatesShard()(Bucket(str(tmp_path), 0, 1))
     assert output.table.to_pylist() == [
         {"shard": "1.parquet", "row": row, "reason": reason}
         for row, reason in enumerate(["duplicate", "contradiction", "contradiction"])
@@ -300,7 +302,7 @@ def test_the_rows_to_leave_out_are_found_over_all_shards_of_an_artifact(tmp_path
     assert output.counters == {"read": 4, "kept": 1, "duplicate": 1, "contradiction": 2}
 
 
-def candidates_shard(folder: Path, samples: dict[str, list[tuple[str, bool]]]) -> dict[str, str]:
+def candidates_shard(folder: Path, samples: dict[str, list[tuple[str, bool]]]) -> Shard:
     rows = [
         {
             "prompt_id": f"id of {text}",
@@ -312,7 +314,7 @@ def candidates_shard(folder: Path, samples: dict[str, list[tuple[str, bool]]]) -
     ]
     location = Location.of(folder) / "candidates.parquet"
     write_shard(location, pa.Table.from_pylist(rows, schema=CANDIDATES), {})
-    return {"file": location.uri}
+    return Shard(location.uri)
 
 
 def by_length(prompt: str, completion: str, finished: bool) -> float:

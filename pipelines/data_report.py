@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dpo_ray.data.duplicates import PairsShard
 from dpo_ray.data.report import merge, preference_lines, report, report_lines
+from dpo_ray.data.tally import Tally
 from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage
 from dpo_ray.progress import say
 from dpo_ray.shards.measure import MeasuredShard, MeasureShard, What
 from dpo_ray.shards.measure import identity as measure_identity
-from dpo_ray.shards.tokenize import NOTED
 from dpo_ray.storage.artifact import Artifact, fingerprint, load, publish, read_shard
 from pipelines.context import RunContext
 from pipelines.deduplicate import kept_tasks
@@ -55,10 +55,9 @@ def _report(
     )
     metrics = report(
         merge(read_shard(shard) for shard in measured.shards()),
-        ingested=pairs.manifest.counters if left_out is not None else None,
-        left_out=left_out.manifest.counters if left_out is not None else None,
-        tokenized=tokenized.manifest.counters,
-        noted=NOTED,
+        ingested=Tally.of(pairs.manifest.counters) if left_out is not None else None,
+        left_out=Tally.of(left_out.manifest.counters) if left_out is not None else None,
+        tokenized=Tally.of(tokenized.manifest.counters),
     )
     return publish(location, KIND, identity=identity, inputs=inputs, files=[], metrics=metrics), False
 

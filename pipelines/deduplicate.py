@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dpo_ray.data.duplicates import REASONS, PairsShard, by_shard, num_buckets
+from dpo_ray.data.tally import Tally
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage, shard_tasks
 from dpo_ray.progress import say
@@ -16,13 +17,13 @@ from pipelines.context import RunContext
 def deduplicate(context: RunContext, pairs: Artifact) -> Artifact:
     """The rows of the pairs that later stages leave out, found over all shards. Raises DataError where none is left."""
     left_out = context.stage("duplicates", lambda: _find(context, pairs))
-    counters = left_out.manifest.counters
-    if shared := counters.get("prompt_in_eval"):
+    tally = Tally.of(left_out.manifest.counters)
+    if shared := tally.dropped.get("prompt_in_eval"):
         say("duplicates", f"training rows left out because their prompts are in data.eval too: {shared}")
-    if not counters["kept"]:
-        reasons = ", ".join(f"{reason} {counters[reason]}" for reason in REASONS if counters.get(reason))
+    if not tally.kept:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in tally.dropped_for(REASONS).items())
         raise DataError(
-            f"Of {counters['read']} pairs none is left to train or to evaluate on ({reasons}). A contradiction is two "
+            f"Of {tally.read} pairs none is left to train or to evaluate on ({reasons}). A contradiction is two "
             "answers that are judged both ways round: look whether chosen and rejected were swapped in some of the "
             f"files. The rows are named in {left_out.location}."
         )

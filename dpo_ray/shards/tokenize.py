@@ -19,21 +19,6 @@ from dpo_ray.shards.output import ShardOutput
 VERSION = 1
 """Of how dialogues become ids, here and in dpo_ray.data.chat; raised when that changes: all shards are made again."""
 
-NOTED = {
-    "truncated_prompt": "the prompt was over data.max_prompt_tokens and was cut",
-    "truncated_completion": "a completion was over data.max_completion_tokens and was cut; it has no end-of-turn token",
-    "boundary_merge": "the last characters of the prompt and the first of a completion would share a token if they "
-    "were tokenized together; trained on are the ids apart",
-    "double_bos": "the prompt begins with two BOS tokens, which the chat template writes",
-    "double_eos": "a completion ends with two control tokens, with nothing but white space between them, which the "
-    "chat template writes; a model that stops at the first never generates the second",
-    "inner_control_token": "an answer spells a control token of the model, which is taken as plain text, or has one "
-    "that the chat template did not write",
-    "tools_ignored": "the pair has tools, but the chat template writes nothing for them",
-}
-"""Counters of pairs that were kept, though something about them is worth a look. Each counts a pair once, whichever of
-its sides is concerned; those that are zero are left out."""
-
 # Texts that are tokenized at once: enough to make the most of a call, little enough that a shard of very long rows
 # needs no more memory than one of them.
 _CHARACTERS_AT_ONCE = 1 << 18
@@ -124,7 +109,7 @@ class _Kept(NamedTuple):
     row: dict[str, Any]
     """A row of TOKENIZED."""
     noted: list[str]
-    """Keys of NOTED."""
+    """Keys of tally.NOTED."""
 
 
 def _characters(row: dict[str, Any]) -> int:

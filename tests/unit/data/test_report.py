@@ -25,9 +25,9 @@ from dpo_ray.data.report import (
     script_of,
     to_table,
 )
+from dpo_ray.data.tally import Tally
 from dpo_ray.pairs import PAIRS, REFERENCE, TOKENIZED
 from dpo_ray.shards.measure import MeasuredShard, MeasureShard, What
-from dpo_ray.shards.tokenize import NOTED
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
 
@@ -62,8 +62,8 @@ def texts(*rows: tuple[str, str | None, str | None]) -> pa.Table:
 
 
 def reported(*tables: pa.Table, kept: int = 4, **counters: Any) -> dict[str, Any]:
-    given = {"ingested": None, "left_out": None, "tokenized": {"read": kept, "kept": kept}, "noted": NOTED, **counters}
-    return report(merge(tables), **given)
+    given = {"ingested": None, "left_out": None, "tokenized": {"read": kept, "kept": kept}, **counters}
+    return report(merge(tables), **{name: counted and Tally.of(counted) for name, counted in given.items()})
 
 
 def test_lengths_are_counted_where_there_is_an_answer():

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from dpo_ray.config import Data, Model
 from dpo_ray.data.chat import ChatTokenizer, completion_ids, prompt_ids
 from dpo_ray.data.duplicates import PairsShard
+from dpo_ray.data.tally import NOTED
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.model.folders import load_tokenizer
 from dpo_ray.pairs import TOKENIZED, Message, PreferencePair
 from dpo_ray.shards import tokenize as tokenize_shard
-from dpo_ray.shards.tokenize import NOTED, TokenizeShard
+from dpo_ray.shards.tokenize import TokenizeShard
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
 from tests.unit.data.test_duplicates import table_of

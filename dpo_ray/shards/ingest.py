@@ -16,7 +16,7 @@ from dpo_ray.data.raw.json_lines import Unreadable
 from dpo_ray.data.raw.parts import RawPart
 from dpo_ray.data.raw.read import read_rows
 from dpo_ray.data.rules import BadRow, check_length, reject
-from dpo_ray.pairs import PAIRS, PreferencePair, Split, split_of
+from dpo_ray.pairs import PAIRS, PreferencePair, Split, pair_row, split_of
 from dpo_ray.shards.output import ShardOutput
 
 VERSION = 1
@@ -82,18 +82,7 @@ class IngestShard:
                 counters["more_pairs"] += len(pairs) - 1
             for pair in pairs:
                 split = source.split or split_of(pair.prompt_id, self.held_out_fraction, self.seed)
-                kept.append(
-                    {
-                        "pair_id": pair.pair_id,
-                        "prompt_id": pair.prompt_id,
-                        "couple_id": pair.couple_id,
-                        "split": split,
-                        "prompt": list(pair.prompt),
-                        "chosen": pair.chosen,
-                        "rejected": pair.rejected,
-                        "tools": pair.tools,
-                    }
-                )
+                kept.append(pair_row(pair, split))
         return ShardOutput(pa.Table.from_pylist(kept, schema=PAIRS), counters, quarantine_table(bad))
 
     def _pairs(self, row: dict[str, Any] | Unreadable, layout: Layout, fields: dict[str, str]) -> list[PreferencePair]:

@@ -7,7 +7,7 @@ from collections import Counter
 import pyarrow as pa
 
 from dpo_ray.data.pairing import make_pairs
-from dpo_ray.pairs import PAIRS
+from dpo_ray.pairs import PAIRS, pair_row
 from dpo_ray.rewards import load_reward
 from dpo_ray.shards.output import Shard, ShardOutput
 from dpo_ray.storage.artifact import read_shard
@@ -35,19 +35,9 @@ class PairShard:
                 scores,
                 min_score_gap=self.min_score_gap,
                 pairs_per_prompt=self.pairs_per_prompt,
+                tools=row["tools"],
             )
             counters.update(passed_over)
             counters["without_pair"] += not pairs
-            kept += [
-                {
-                    "pair_id": pair.pair_id,
-                    "prompt_id": row["prompt_id"],
-                    "couple_id": pair.couple_id,
-                    "split": row["split"],
-                    "prompt": row["prompt"],
-                    "chosen": pair.chosen,
-                    "rejected": pair.rejected,
-                }
-                for pair in pairs
-            ]
+            kept += [pair_row(pair, row["split"]) for pair in pairs]
         return ShardOutput(pa.Table.from_pylist(kept, schema=PAIRS), counters)

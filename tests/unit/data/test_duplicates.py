@@ -27,7 +27,7 @@ from dpo_ray.data.duplicates import (
     read_kept,
 )
 from dpo_ray.errors import DataError
-from dpo_ray.pairs import PAIRS, Message, PreferencePair, Split
+from dpo_ray.pairs import PAIRS, Message, PreferencePair, Split, pair_row
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
 
@@ -39,21 +39,7 @@ def pair(prompt: str, chosen: str | None, rejected: str | None) -> PreferencePai
 
 
 def table_of(rows: list[Row]) -> pa.Table:
-    return pa.Table.from_pylist(
-        [
-            {
-                "pair_id": p.pair_id,
-                "prompt_id": p.prompt_id,
-                "couple_id": p.couple_id,
-                "split": split,
-                "prompt": list(p.prompt),
-                "chosen": p.chosen,
-                "rejected": p.rejected,
-            }
-            for p, split in rows
-        ],
-        schema=PAIRS,
-    )
+    return pa.Table.from_pylist([pair_row(p, split) for p, split in rows], schema=PAIRS)
 
 
 def write(folder: Path, shards: list[list[Row]]) -> list[Location]:

@@ -21,12 +21,12 @@ from dpo_ray.data.raw.json_lines import Unreadable
 from dpo_ray.data.raw.parts import Part, RawPart
 from dpo_ray.data.rules import REASONS
 from dpo_ray.errors import ConfigError, DataError
-from dpo_ray.pairs import CANDIDATES, PAIRS, PROMPTS, QUARANTINE, PreferencePair, Split, prompt_id, split_of
+from dpo_ray.pairs import CANDIDATES, PAIRS, PROMPTS, QUARANTINE, PreferencePair, Split, pair_row, prompt_id, split_of
 from dpo_ray.shards.deduplicate import Bucket, DuplicatesShard
 from dpo_ray.shards.ingest import IngestShard, RawShard
 from dpo_ray.shards.output import Shard
 from dpo_ray.shards.pair import PairShard
-from dpo_ray.storage.artifact import FileEntry, publish, write_shard
+from dpo_ray.storage.artifact import FileEntry, publish, read_shard, write_shard
 from dpo_ray.storage.location import Location
 from tests.unit.data.test_duplicates import write as write_pairs
 
@@ -302,12 +302,17 @@ def test_the_rows_to_leave_out_are_found_over_all_shards_of_an_artifact(tmp_path
     assert output.counters == {"read": 4, "kept": 1, "duplicate": 1, "contradiction": 2}
 
 
-def candidates_shard(folder: Path, samples: dict[str, list[tuple[str, bool]]]) -> Shard:
+def candidates_shard(
+    folder: Path, samples: dict[str, list[tuple[str, bool]]], tools: dict[str, str] | None = None
+) -> Shard:
+    """Prompt → its completions, and whether each is finished. tools: of some of the prompts."""
+    of_prompts = tools or {}
     rows = [
         {
-            "prompt_id": f"id of {text}",
+            "prompt_id": prompt_id(list(question(text)), of_prompts.get(text)),
             "split": "eval",
             "prompt": list(question(text)),
+            "tools": of_prompts.get(text),
             "completions": [{"text": t, "finished": finished, "num_tokens": 3} for t, finished in of_prompt],
         }
         for text, of_prompt in samples.items()
@@ -337,9 +342,7 @@ def test_scored_candidates_become_pairs(tmp_path: Path, monkeypatch: pytest.Monk
     # The longest answer was cut off, and so is the worst.
     [pair] = output.table.to_pylist()
     assert (pair["chosen"], pair["rejected"]) == ("aaaa", "aaaaaa")
-    assert (pair["prompt_id"], pair["split"]) == ("id of Say a", "eval")
-    expected = PreferencePair(question("Say a"), "aaaa", "aaaaaa")
-    assert (pair["pair_id"], pair["couple_id"]) == (expected.pair_id, expected.couple_id)
+    assert pair == pair_row(PreferencePair(question("Say a"), "aaaa", "aaaaaa"), "eval")
     assert output.counters == {
         "read": 3,
         "duplicate": 1,
@@ -348,6 +351,17 @@ def test_scored_candidates_become_pairs(tmp_path: Path, monkeypatch: pytest.Monk
         "too_few_distinct": 1,
         "without_pair": 2,
     }
+
+
+def test_generated_pairs_keep_the_tools_that_the_model_was_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dpo_ray.shards.pair.load_reward", lambda name: by_length)
+    answers, tools = [("a", True), ("aaa", True)], json.dumps([{"name": "look_up"}])
+    shard = candidates_shard(tmp_path, {"Say a": answers, "Say b": answers}, tools={"Say a": tools})
+    table = PairShard("any:name", min_score_gap=1.0, pairs_per_prompt=1)(shard).table
+    assert table["tools"].to_pylist() == [tools, None]
+    with_tools = PreferencePair(question("Say a"), "aaa", "a", tools)
+    assert table["pair_id"].to_pylist() == [with_tools.pair_id, PreferencePair(question("Say b"), "aaa", "a").pair_id]
+    assert table["prompt_id"].to_pylist() == read_shard(Location(shard.file))["prompt_id"].to_pylist()
 
 
 def test_a_reward_that_does_not_exist_fails_before_any_shard():

@@ -21,14 +21,14 @@ from dpo_ray.training.plan import PlanIndex, StepPlan, make_plan
 from dpo_ray.training.selection import higher_is_better
 
 
-def train_policy(output: Location, config: Config, pairs: Artifact) -> tuple[Artifact, bool]:
+def train_policy(output: Location, config: Config, rows: Artifact) -> tuple[Artifact, bool]:
     """Train the policy on finished pairs, or take over the artifact if it is finished already.
 
     The artifact holds the model as a Hugging Face folder, and the metrics of every logged step. A run that was
     killed goes on from its last checkpoint.
 
     Args:
-        pairs: what the loss needs: the reference artifact, with mismatched completions for KTO; the tokenized pairs
+        rows: what the loss needs: the reference artifact, with mismatched completions for KTO; the tokenized pairs
             for a loss without reference.
     """
     folder = resolve(config.model.path, config.model.revision)
@@ -39,7 +39,7 @@ def train_policy(output: Location, config: Config, pairs: Artifact) -> tuple[Art
         "train": config.train.identity(),
         "seed": config.run.seed,
     }
-    inputs = {"pairs": pairs.fingerprint}
+    inputs = {"pairs": rows.fingerprint}
     location = output / "artifacts" / KIND / fingerprint(KIND, identity, inputs)
     done = load(location, KIND, location.name)
     if done is not None:
@@ -47,7 +47,7 @@ def train_policy(output: Location, config: Config, pairs: Artifact) -> tuple[Art
         return done, True
     from dpo_ray.losses.objective import zero_margin_loss  # with torch, which only a training needs
 
-    plan, held_out = make_plan(config, pairs)
+    plan, held_out = make_plan(config, rows)
     say(KIND, f"{len(plan.index)} pairs, {plan.num_steps} steps of {config.train.global_batch_size} pairs")
     began = time.monotonic()
     checkpoint = _run(config, plan, held_out, location)

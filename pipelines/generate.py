@@ -11,8 +11,8 @@ from dpo_ray.data.prompts import prompt_table, read_prompts
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.generate import sample_completions
 from dpo_ray.on_ray.pool import Pool, shard_stage, shard_tasks
-from dpo_ray.pairs import PAIRS, PROMPTS
-from dpo_ray.shards.pair import PairShard
+from dpo_ray.pairs import PROMPTS
+from dpo_ray.shards.pair import PairShard, identity
 from dpo_ray.storage.artifact import Artifact, digest, fingerprint, load, publish, read_shard, write_shard
 from dpo_ray.storage.location import Location
 from pipelines.context import RunContext
@@ -77,7 +77,7 @@ def _pair(context: RunContext, options: Generate, candidates: Artifact) -> tuple
     artifact, reused = shard_stage(
         context.output,
         "pairs",
-        identity={**arguments, "columns": PAIRS.names},
+        identity=identity(options),
         inputs={"candidates": candidates.fingerprint},
         tasks=shard_tasks(candidates),
         pool=Pool(PairShard, arguments),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dpo_ray.config import Config, Model, Sampling
-from dpo_ray.data.chat import tokenizer_identity
+from dpo_ray.config import VLLM, Config, Model, Sampling
+from dpo_ray.data.chat import ChatTokenizer
 from dpo_ray.model.folders import load_tokenizer, weights_hash
 from dpo_ray.model.resolve import resolve
 from dpo_ray.on_ray.pool import shard_stage, shard_tasks
-from dpo_ray.on_ray.vllm_engine import GenerateShard, require_vllm, vllm_pool
+from dpo_ray.on_ray.vllm_engine import VLLMSampler, require_vllm, vllm_pool
+from dpo_ray.shards.generate import GenerateShard, identity
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
 
@@ -18,14 +19,6 @@ def sample_completions(
     """Sampled completions of each prompt by a model."""
     version = require_vllm("Generating completions")
     folder = resolve(model.path, model.revision)
-    identity = {
-        "weights": weights_hash(folder),
-        "tokenizer": tokenizer_identity(load_tokenizer(folder, trust_remote_code=model.trust_remote_code)),
-        "sampling": sampling.model_dump(mode="json"),
-        "max_prompt_tokens": config.data.max_prompt_tokens,
-        "engine_version": version,
-        "seed": config.run.seed,
-    }
     arguments = {
         "model": model,
         "sampling": sampling,
@@ -36,9 +29,25 @@ def sample_completions(
     return shard_stage(
         output,
         "candidates",
-        identity=identity,
+        identity=identity(
+            weights_hash(folder),
+            load_tokenizer(folder, trust_remote_code=model.trust_remote_code),
+            sampling,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            engine_version=version,
+            seed=config.run.seed,
+        ),
         inputs={"prompts": prompts.fingerprint},
         tasks=shard_tasks(prompts),
-        pool=vllm_pool(config, GenerateShard, arguments),
+        pool=vllm_pool(config, vllm_generate_shard, arguments),
         unit="prompts",
     )
+
+
+def vllm_generate_shard(
+    model: Model, sampling: Sampling, options: VLLM, max_prompt_tokens: int, seed: int
+) -> GenerateShard:
+    """The worker of this stage, with vLLM."""
+    folder = resolve(model.path, model.revision)
+    chat = ChatTokenizer(load_tokenizer(folder, trust_remote_code=model.trust_remote_code))
+    return GenerateShard(chat, VLLMSampler(model, sampling, options, max_prompt_tokens), max_prompt_tokens, seed)

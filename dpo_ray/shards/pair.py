@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pyarrow as pa
 
+from dpo_ray.config import Generate
 from dpo_ray.data.pairing import make_pairs
 from dpo_ray.pairs import PAIRS, pair_row
 from dpo_ray.rewards import load_reward
 from dpo_ray.shards.output import Shard, ShardOutput
 from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
+
+
+def identity(options: Generate) -> dict[str, Any]:
+    """What changes the pairs, beside the candidates."""
+    return {
+        "reward": options.reward,
+        "min_score_gap": options.min_score_gap,
+        "pairs_per_prompt": options.pairs_per_prompt,
+        "columns": PAIRS.names,
+    }
 
 
 class PairShard:

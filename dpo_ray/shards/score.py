@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
@@ -14,6 +14,7 @@ from dpo_ray.config import Model
 from dpo_ray.data.pairing import mismatched, mismatched_rows
 from dpo_ray.data.quarantine import quarantine_table
 from dpo_ray.errors import DataError
+from dpo_ray.model.version import own_forward
 from dpo_ray.pairs import MISMATCHED, SCORES, TokenizedPair, tokenized_pair
 from dpo_ray.shards.isolation import Attempts, FailedRow, isolate
 from dpo_ray.shards.output import Shard, ShardOutput
@@ -24,6 +25,28 @@ if TYPE_CHECKING:
     from dpo_ray.model.pair_scorer import PairScorer
 
 REFERENCE_COLUMNS = ("chosen_ref_logprobs", "rejected_ref_logprobs")
+
+Engine = Literal["vllm", "torch"]
+
+
+def identity(weights: str, tokenizer: str, dtype: str, engine: Engine, engine_version: str) -> dict[str, Any]:
+    """What changes the reference scores, beside the rows. Neither beta nor any other training option is in it.
+
+    Args:
+        weights, tokenizer: hash of the model's weights, and what made the rows' ids, as tokenizer_identity tells.
+    """
+    return {
+        "weights": weights,
+        "tokenizer": tokenizer,
+        "dtype": dtype,
+        "engine": engine,
+        "engine_version": engine_version,
+    }
+
+
+def policy_identity(policy: str, dtype: str) -> dict[str, Any]:
+    """What changes a policy's scores, beside the rows. policy: fingerprint of its artifact."""
+    return {"dtype": dtype, "engine_version": own_forward(), "policy": policy}
 
 
 class ScoreShard:

@@ -1,7 +1,7 @@
-"""Rows that make no pair: how they are kept, and how much of them is too much.
+"""Rows that make no pair: how they are kept, and how many of them are too many.
 
-For every ingested row holds: it is kept, or it is quarantined with one reason. In the counters of the artifact, where
-`kept` counts pairs and `more_pairs` those beyond the first of a ranked row:
+Every ingested row is kept, or quarantined with one reason. In the counters of the artifact `kept` counts pairs, and
+`more_pairs` those beyond the first of a ranked row. So:
 
     read = (kept - more_pairs) + the sum over the reasons
 """

@@ -1,4 +1,4 @@
-"""The workers of the scoring stages: each loads its engine once and then takes shard after shard."""
+"""Tokenized pairs → log-probs of their completions, a shard at a time."""
 
 from __future__ import annotations
 

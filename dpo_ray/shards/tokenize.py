@@ -1,4 +1,4 @@
-"""Canonical pairs → token ids, one shard at a time. No Ray here."""
+"""Canonical pairs → token ids, a shard at a time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from dpo_ray.shards.output import ShardOutput
 VERSION = 1
 """Of how dialogues become ids, here and in dpo_ray.data.chat; raised when that changes: all shards are made again."""
 
-# Texts that are tokenized at once: enough to make the most of a call, little enough that a shard of very long rows
-# needs no more memory than one of them.
+# Texts are tokenized this many characters at once: enough for an efficient call, and a shard of very long rows needs no
+# more memory than one of its rows.
 _CHARACTERS_AT_ONCE = 1 << 18
 
 _SIDES = ("chosen", "rejected")

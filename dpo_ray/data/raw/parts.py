@@ -16,7 +16,7 @@ from dpo_ray.data.raw.json_lines import is_blank
 from dpo_ray.storage.location import Location
 
 PART_BYTES = 1 << 26
-"""A part ends early where its rows take so much: a part is held in memory while its copy is written."""
+"""A part ends early at this size: a part is held in memory while its copy is written."""
 
 
 class Part(NamedTuple):
@@ -51,7 +51,7 @@ _PARTS = TypeAdapter(list[Part])
 
 
 def cut_lines(lines: Iterable[tuple[bytes, int]], rows_per_shard: int) -> Iterator[Part]:
-    """Parts of json_lines.raw_lines: whole lines, one after the other; lines without a row after them are in none."""
+    """The parts of json_lines.raw_lines, in order; no part is of blank lines alone."""
     first, count, offset, length = 1, 0, 0, 0
     for number, (line, size) in enumerate(lines, start=1):
         if count == rows_per_shard or (count and length >= PART_BYTES):
@@ -104,7 +104,7 @@ def row_tables(batches: Iterable[pa.RecordBatch], rows_per_shard: int) -> Iterat
 
 
 def copy_parts(tables: Iterable[tuple[int, pa.Table]], folder: Location) -> list[Part]:
-    """Write each part as a file of its own, and their list last; a finished list is taken over and nothing is read."""
+    """Write each part as a file of its own, and their list last. If there is a list already, nothing is read."""
     listed = folder / _LIST
     if listed.exists():
         return _PARTS.validate_json(listed.read_bytes())

@@ -132,6 +132,20 @@ def prompt_id(prompt: list[Message], tools: str | None = None) -> str:
     return _digest(prompt if tools is None else [prompt, tools])
 
 
+def pair_row(pair: PreferencePair, split: Split) -> dict[str, Any]:
+    """A pair as a row of PAIRS."""
+    return {
+        "pair_id": pair.pair_id,
+        "prompt_id": pair.prompt_id,
+        "couple_id": pair.couple_id,
+        "split": split,
+        "prompt": list(pair.prompt),
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "tools": pair.tools,
+    }
+
+
 def split_of(identifier: str, held_out_fraction: float, seed: int) -> Split:
     """Which side a prompt is on: by its own hash, so that a prompt is never on both sides."""
     place = int(hashlib.sha256(f"{seed}:{identifier}".encode()).hexdigest()[:8], 16) / 2**32

@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dpo_ray.config import Config, dump_config
+from dpo_ray.data.tally import Tally
 from dpo_ray.progress import say
-from dpo_ray.shards.tokenize import NOTED
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
 
@@ -48,25 +48,18 @@ class RunContext:
         began = time.monotonic()
         artifact, reused = make()
         counters = artifact.manifest.counters
-        noted = {k: v for k, v in counters.items() if k in NOTED and v}
-        not_dropped = {"read", "kept", "more_pairs", "tokens", "other_split", *noted}
-        dropped = {k: v for k, v in counters.items() if k not in not_dropped and v}
+        tally = Tally.of(counters) if counters else None  # of what is no table of rows nothing is counted
+        dropped = tally.dropped if tally else {}
         self.stages[name] = {
             "fingerprint": artifact.fingerprint,
             "reused": reused,
             "seconds": round(time.monotonic() - began, 1),
-            "rows": {"in": counters.get("read"), "kept": counters.get("kept"), "dropped": dropped},
-            "noted": noted,
+            "rows": {"in": tally and tally.read, "kept": tally and tally.kept, "dropped": dropped},
+            "noted": tally.noted if tally else {},
         }
         if not reused:
-            # The rows of its shards, or those that it keeps where its shards hold something else.
-            in_shards = artifact.manifest.rows
-            rows = f"{counters.get('kept', in_shards)} rows, " if in_shards is not None else ""
-            said = (
-                f" (dropped {', '.join(f'{k}: {v}' for k, v in dropped.items())})"
-                if "kept" in counters and dropped
-                else ""
-            )
+            rows = f"{tally.kept} rows, " if tally and artifact.manifest.rows is not None else ""
+            said = f" (dropped {', '.join(f'{k}: {v}' for k, v in dropped.items())})" if dropped else ""
             say(name, f"done: {rows}{self.stages[name]['seconds']} s{said}")
         return artifact
 

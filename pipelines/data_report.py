@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from dpo_ray.data.duplicates import PairsShard
 from dpo_ray.data.report import merge, preference_lines, report, report_lines
-from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage, shard_tasks
+from dpo_ray.data.tally import Tally
+from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage
 from dpo_ray.progress import say
-from dpo_ray.shards.measure import MeasureShard
+from dpo_ray.shards.measure import MeasuredShard, MeasureShard, What
 from dpo_ray.shards.measure import identity as measure_identity
-from dpo_ray.shards.tokenize import NOTED
 from dpo_ray.storage.artifact import Artifact, Contents, make, read_shard
 from dpo_ray.storage.location import Location
 from pipelines.context import RunContext
@@ -47,23 +46,22 @@ def _report(
         # All in one stage, so that Ray is asked once; what an earlier report measured is taken over.
         tasks = [
             *(_task(task, "pairs") for task in kept_tasks(pairs, left_out)),
-            *(_task(task, "tokens") for task in shard_tasks(tokenized)),
-            *(_task(task, "reference") for task in (shard_tasks(scored) if scored is not None else [])),
+            *(_task(task, "tokens") for task in kept_tasks(tokenized, None)),
+            *(_task(task, "reference") for task in (kept_tasks(scored, None) if scored is not None else [])),
         ]
         measured, _reused = shard_stage(
             context.output, "measures", identity=identity, inputs=inputs, tasks=tasks, pool=Pool(MeasureShard, {})
         )
         metrics = report(
             merge(read_shard(shard) for shard in measured.shards()),
-            ingested=pairs.manifest.counters if left_out is not None else None,
-            left_out=left_out.manifest.counters if left_out is not None else None,
-            tokenized=tokenized.manifest.counters,
-            noted=NOTED,
+            ingested=Tally.of(pairs.manifest.counters) if left_out is not None else None,
+            left_out=Tally.of(left_out.manifest.counters) if left_out is not None else None,
+            tokenized=Tally.of(tokenized.manifest.counters),
         )
         return Contents(metrics=metrics)
 
     return make(context.output, KIND, identity, inputs, measure)
 
 
-def _task(task: ShardTask, what: str) -> ShardTask:
-    return replace(task, source={**task.source, "what": what}, content=f"{what} {task.content}")
+def _task(task: ShardTask[PairsShard], what: What) -> ShardTask[MeasuredShard]:
+    return ShardTask(MeasuredShard(what, task.source), f"{what} {task.content}", task.rows)

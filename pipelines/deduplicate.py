@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dpo_ray.data.duplicates import REASONS, by_shard, num_buckets
+from dpo_ray.data.duplicates import REASONS, PairsShard, by_shard, num_buckets
+from dpo_ray.data.tally import Tally
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage, shard_tasks
 from dpo_ray.progress import say
-from dpo_ray.shards.deduplicate import DuplicatesShard, identity
+from dpo_ray.shards.deduplicate import Bucket, DuplicatesShard, identity
 from dpo_ray.storage.artifact import Artifact, digest, read_shard
 from pipelines.context import RunContext
 
@@ -16,25 +17,25 @@ from pipelines.context import RunContext
 def deduplicate(context: RunContext, pairs: Artifact) -> Artifact:
     """The rows of the pairs that later stages leave out, found over all shards. Raises DataError where none is left."""
     left_out = context.stage("duplicates", lambda: _find(context, pairs))
-    counters = left_out.manifest.counters
-    if shared := counters.get("prompt_in_eval"):
+    tally = Tally.of(left_out.manifest.counters)
+    if shared := tally.dropped.get("prompt_in_eval"):
         say("duplicates", f"training rows left out because their prompts are in data.eval too: {shared}")
-    if not counters["kept"]:
-        reasons = ", ".join(f"{reason} {counters[reason]}" for reason in REASONS if counters.get(reason))
+    if not tally.kept:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in tally.dropped_for(REASONS).items())
         raise DataError(
-            f"Of {counters['read']} pairs none is left to train or to evaluate on ({reasons}). A contradiction is two "
+            f"Of {tally.read} pairs none is left to train or to evaluate on ({reasons}). A contradiction is two "
             "answers that are judged both ways round: look whether chosen and rejected were swapped in some of the "
             f"files. The rows are named in {left_out.location}."
         )
     return left_out
 
 
-def kept_tasks(pairs: Artifact, left_out: Artifact | None) -> list[ShardTask]:
-    """One task for each shard of the pairs, with the rows to leave out (see duplicates.read_kept).
+def kept_tasks(pairs: Artifact, left_out: Artifact | None) -> list[ShardTask[PairsShard]]:
+    """One task for each shard of pairs, canonical or tokenized, with the rows to leave out; None: no row.
 
     These are part of what a task is made of, so that new shards change only those old ones that lose further rows.
     """
-    tasks = shard_tasks(pairs)
+    tasks = [ShardTask(PairsShard(task.source.file), task.content, task.rows) for task in shard_tasks(pairs)]
     if left_out is None:
         return tasks
     rows = by_shard(read_shard(shard) for shard in left_out.shards())
@@ -43,7 +44,7 @@ def kept_tasks(pairs: Artifact, left_out: Artifact | None) -> list[ShardTask]:
         [
             replace(
                 task,
-                source={**task.source, "left_out": rows[shard]},
+                source=PairsShard(task.source.file, rows[shard]),
                 content=f"{task.content} without {digest(rows[shard])}",
             )
             if shard in rows
@@ -63,7 +64,7 @@ def _find(context: RunContext, pairs: Artifact) -> tuple[Artifact, bool]:
         inputs={"pairs": pairs.fingerprint},
         tasks=[
             ShardTask(
-                source={"artifact": pairs.location.uri, "bucket": bucket, "buckets": buckets},
+                source=Bucket(pairs.location.uri, bucket, buckets),
                 content=f"{pairs.fingerprint}: bucket {bucket} of {buckets}",
                 rows=rows // buckets,
             )

@@ -11,9 +11,8 @@ from dpo_ray.data.prompts import prompt_table, read_prompts
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.generate import sample_completions
 from dpo_ray.on_ray.pool import Pool, shard_stage, shard_tasks
-from dpo_ray.pairs import PAIRS, PROMPTS
-from dpo_ray.reward_source import reward_identity
-from dpo_ray.shards.pair import PairShard
+from dpo_ray.pairs import PROMPTS
+from dpo_ray.shards.pair import PairShard, identity
 from dpo_ray.storage.artifact import Artifact, Contents, digest, make, read_shard, write_shard
 from dpo_ray.storage.location import Location
 from pipelines.context import RunContext
@@ -69,15 +68,15 @@ def _tables(rows: list[dict[str, Any]], rows_per_shard: int) -> list[pa.Table]:
 
 
 def _pair(context: RunContext, options: Generate, candidates: Artifact) -> tuple[Artifact, bool]:
-    choices = {"min_score_gap": options.min_score_gap, "pairs_per_prompt": options.pairs_per_prompt}
-    reward = reward_identity(options.reward)
+    covered = identity(options)
+    arguments = {name: covered[name] for name in ("reward", "reward_source", "min_score_gap", "pairs_per_prompt")}
     artifact, reused = shard_stage(
         context.output,
         "pairs",
-        identity={**choices, **reward, "columns": PAIRS.names},
+        identity=covered,
         inputs={"candidates": candidates.fingerprint},
         tasks=shard_tasks(candidates),
-        pool=Pool(PairShard, {**choices, "reward": reward["reward"], "reward_source": reward["reward_source"]}),
+        pool=Pool(PairShard, arguments),
         unit="prompts",
     )
     if artifact.manifest.rows == 0:

@@ -13,7 +13,8 @@ from dpo_ray.data.raw.scan import FileRecord, Peek, map_files, peek, read_record
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage
 from dpo_ray.on_ray.scan import scan_files
-from dpo_ray.shards.ingest import IngestShard, identity
+from dpo_ray.pairs import Split
+from dpo_ray.shards.ingest import IngestShard, RawShard, identity
 from dpo_ray.storage.artifact import Artifact, digest
 from dpo_ray.storage.location import Location, find_files
 from pipelines.context import RunContext
@@ -47,12 +48,14 @@ def _known(file: Location, config: Config) -> tuple[Peek | FileRecord, Layout | 
     return found, _layout(found, str(file), config)
 
 
-def _sides(config: Config) -> list[tuple[str, list[Location], str | None]]:
+def _sides(config: Config) -> list[tuple[str, list[Location], Split | None]]:
     """Key of the configuration, its files, and the side of the split that they are; None: it is cut from them."""
     data, output = config.data, Location.of(config.run.output)
     assert data.train is not None
-    sides = [("data.train", input_files(data.train, "data.train", output), "train" if data.eval else None)]
-    return [*sides, ("data.eval", input_files(data.eval, "data.eval", output), "eval")] if data.eval else sides
+    train = input_files(data.train, "data.train", output)
+    if not data.eval:
+        return [("data.train", train, None)]
+    return [("data.train", train, "train"), ("data.eval", input_files(data.eval, "data.eval", output), "eval")]
 
 
 def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
@@ -109,7 +112,7 @@ def _ingest(context: RunContext) -> tuple[Artifact, bool]:
     records = scan_files(folder, [file for _, files, _ in sides for file in files], data.rows_per_shard)
     found = map_files(lambda record: (record, _layout(record, record.uri, context.config)), records)
     data.require_used({layout for _, layout in found if layout is not None})
-    tasks: list[ShardTask] = []
+    tasks: list[ShardTask[RawShard]] = []
     for key, files, split in sides:
         side, found = found[: len(files)], found[len(files) :]
         _require_rows([record for record, _ in side], key)
@@ -135,16 +138,18 @@ def _ingest(context: RunContext) -> tuple[Artifact, bool]:
     return artifact, reused
 
 
-def _tasks(record: FileRecord, layout: Layout, folder: Location, split: str | None, data: Data) -> list[ShardTask]:
+def _tasks(
+    record: FileRecord, layout: Layout, folder: Location, split: Split | None, data: Data
+) -> list[ShardTask[RawShard]]:
     """A task for each part. Its content is the file's, not its name: a file that was moved is the same."""
     # The layout is part of what the rows are, and so is the pairing for those that it makes pairs of; as options of the
     # stage, they would have every other shard computed again.
     how = f"{layout}:{digest(data.pairing.model_dump())}" if layout == "ranked" else layout
     return [
         ShardTask(
-            source={**source, "layout": layout, "split": split},
+            source=RawShard(rows, layout, split),
             content=f"{record.sha256}:{split}:{how}:{part.first}:{part.rows}",
             rows=part.rows,
         )
-        for part, source in record.sources(folder)
+        for part, rows in record.sources(folder)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dpo_ray.config import Config
 from dpo_ray.data.chat import tokenizer_identity
+from dpo_ray.data.tally import Tally
 from dpo_ray.errors import ConfigError, DataError, ReferenceMismatch
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.calibrate import calibrate
@@ -43,9 +44,9 @@ def with_mismatched(context: RunContext, scored: Artifact) -> Artifact:
 
 def require_enough_scored(scored: Artifact, max_quarantined_fraction: float) -> None:
     """Raises DataError where the engine could not score too large a share of the rows."""
-    counters = scored.manifest.counters
-    reasons = {reason: count for reason in FAILURES if (count := counters.get(reason, 0))}
-    lost, read = sum(reasons.values()), counters["read"]
+    tally = Tally.of(scored.manifest.counters)
+    reasons = tally.dropped_for(FAILURES)
+    lost, read = sum(reasons.values()), tally.read
     if lost > max_quarantined_fraction * read:
         named = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
         raise DataError(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dpo_ray.data.chat import require_chat_template, require_prompt_room
+from dpo_ray.data.tally import NOTED, Tally
 from dpo_ray.errors import DataError
 from dpo_ray.model.folders import load_tokenizer
 from dpo_ray.model.resolve import resolve
 from dpo_ray.on_ray.pool import Pool, shard_stage
 from dpo_ray.progress import say
-from dpo_ray.shards.tokenize import NOTED, TokenizeShard, identity
+from dpo_ray.shards.tokenize import TokenizeShard, identity
 from dpo_ray.storage.artifact import Artifact
 from pipelines.context import RunContext
 from pipelines.deduplicate import kept_tasks
@@ -37,16 +38,15 @@ def _tokenize(context: RunContext, pairs: Artifact, left_out: Artifact | None) -
         pool=Pool(TokenizeShard, {"model": model, "data": data}),
         unit="pairs",
     )
-    counters = artifact.manifest.counters
-    if artifact.manifest.rows == 0:
-        dropped = ", ".join(f"{k} {v}" for k, v in counters.items() if k not in {"read", "kept"})
+    tally = Tally.of(artifact.manifest.counters)
+    if not tally.kept:
+        dropped = ", ".join(f"{reason} {count}" for reason, count in tally.dropped.items())
         raise DataError(
             f"No pair fits data.max_prompt_tokens={data.max_prompt_tokens} and data.max_completion_tokens="
             f"{data.max_completion_tokens} (dropped: {dropped}). Raise these limits, or have what is longer cut "
             "(data.long_prompts, data.long_completions)."
         )
     if not reused:
-        for name in NOTED:
-            if counters.get(name):
-                say("tokenize", f"{name}, {counters[name]} of {artifact.manifest.rows} pairs: {NOTED[name]}")
+        for name, count in tally.noted.items():
+            say("tokenize", f"{name}, {count} of {tally.kept} pairs: {NOTED[name]}")
     return artifact, reused

@@ -35,7 +35,7 @@ from dpo_ray.pairs import Message, PreferencePair
 
 
 def canonical_pairs(row: Mapping[str, Any], layout: Layout, pairing: Pairing) -> list[PreferencePair]:
-    """The pairs of a row, at least one; one-sided if it is unpaired. Raises quality.BadRow with the rule it breaks."""
+    """The pairs of a row, at least one; one-sided if it is unpaired. Raises rules.BadRow with the rule it breaks."""
     if layout == "ranked":
         pairs = _from_ranked(row, pairing)
     elif layout == "unpaired":
@@ -47,7 +47,7 @@ def canonical_pairs(row: Mapping[str, Any], layout: Layout, pairing: Pairing) ->
 
 
 def canonical_pair(row: Mapping[str, Any]) -> PreferencePair:
-    """A row of two answers as a pair, its tools left aside. Raises quality.BadRow with the rule it breaks."""
+    """A row of two answers as a pair, its tools left aside. Raises rules.BadRow with the rule it breaks."""
     fields = _values(row, "chosen", "rejected", *(["prompt"] if "prompt" in row else []))
     kinds = {type(field) for field in fields}
     if kinds == {str}:
@@ -60,7 +60,7 @@ def canonical_pair(row: Mapping[str, Any]) -> PreferencePair:
 
 
 def canonical_prompt(value: Any) -> list[Message]:
-    """A prompt, as text or messages, as a dialogue. Raises quality.BadRow."""
+    """A prompt, as text or messages, as a dialogue. Raises rules.BadRow."""
     if isinstance(value, list):
         prompt = [check_message(m) for m in value]
     else:

@@ -1,17 +1,15 @@
-"""Rows of the pairs that must not be trained on beside others: exact duplicates, contradictions, and training rows
-whose prompt is held out.
+"""Rows that are left out of training because of other rows: duplicates, contradictions, and prompts that are held out.
 
-They are found from ids alone. Rows are divided by a hash of their prompt into buckets, for rows that concern each
-other have the same prompt; so a bucket is judged by itself, in memory that depends on its number of rows and not on
-their text. The number of buckets changes nothing in what is found. All rows of one prompt are in one bucket.
+They are found from ids alone. A hash of its prompt puts each row into a bucket. Rows that concern each other have the
+same prompt and so the same bucket, and each bucket is judged by itself. Its memory depends on its number of rows, not
+on their text. The number of buckets does not change what is found.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import pyarrow as pa
@@ -21,17 +19,25 @@ from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
 
 REASONS = ("duplicate", "contradiction", "prompt_in_eval")
-"""duplicate: the same pair stands in an earlier row. contradiction: the same two answers to the prompt are also judged
-the other way round, or the same single answer otherwise; all such rows are left out, for nobody can say which is
-right. prompt_in_eval: a training row whose prompt is held out."""
+"""duplicate: an earlier row holds the same pair. contradiction: another row judges the same answers the other way; all
+such rows are left out, because it is not known which is right. prompt_in_eval: a training row's prompt is held out."""
 
 LEFT_OUT = pa.schema([("shard", pa.string()), ("row", pa.int64()), ("reason", pa.string())])
-"""A row that is left out: name of its shard in the pairs artifact, its row there, and why."""
+"""A row that is left out: the name of its shard in the pairs artifact, its place in the shard, and the reason."""
 
 ROWS_PER_BUCKET = 4_000_000  # 37 bytes a row, and some 400 MiB in all while a bucket is judged
 
 LeftOut = dict[str, list[int]]
 """Reason → row numbers of one shard, ascending."""
+
+
+@dataclass(frozen=True)
+class PairsShard:
+    """A shard of pairs, canonical, tokenized or scored, and which of its rows are left out."""
+
+    file: str
+    """URI of the shard."""
+    left_out: LeftOut = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,12 @@ class RowIds:
 
 
 def num_buckets(rows: int, rows_per_bucket: int = ROWS_PER_BUCKET) -> int:
-    """As many as keep a bucket near so many rows; at least one."""
+    """How many buckets hold about rows_per_bucket rows each; at least one."""
     return max(1, -(-rows // rows_per_bucket))
 
 
 def read_bucket(shards: Iterable[Location], bucket: int, buckets: int) -> RowIds:
-    """Ids of the rows of a bucket, from pairs shards that are read one after another. Raises DataError."""
+    """Ids of the rows of a bucket. The pairs shards are read one after another. Raises DataError."""
     parts = [
         _bucket_of(
             read_shard(location, columns=["pair_id", "prompt_id", "couple_id", "split"]), number, bucket, buckets
@@ -67,17 +73,17 @@ def read_bucket(shards: Iterable[Location], bucket: int, buckets: int) -> RowIds
     ]
     if not parts:
         raise ValueError("a bucket is read from at least one shard")
-    return RowIds(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(RowIds)))
+    return RowIds(*(np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(RowIds)))
 
 
 def find(rows: RowIds) -> np.ndarray:
-    """[n] for each row -1, or the place in REASONS of why it is left out; the first that holds, in this order:
+    """[n] for each row -1, or the index in REASONS of why it is left out.
 
-    contradiction, then prompt_in_eval, then duplicate, of which the first row stays. A prompt is held out by any
-    held-out row that has it, though that row be left out itself.
+    Of several reasons it is the first of contradiction, prompt_in_eval, duplicate. Of duplicates the first row stays. A
+    prompt is held out if any held-out row has it, even a row that is left out itself.
     """
     found = np.full(len(rows.row), -1, dtype=np.int8)
-    # Also a repeated row is of the contradiction, if it has one: no judgement wins by being said twice.
+    # Before duplicates: a judgement does not win over its opposite by being repeated.
     found[_contradictory(rows)] = REASONS.index("contradiction")
     also_held_out = np.isin(rows.prompt, rows.prompt[rows.held_out]) & ~rows.held_out
     found[also_held_out & (found < 0)] = REASONS.index("prompt_in_eval")
@@ -88,7 +94,7 @@ def find(rows: RowIds) -> np.ndarray:
 
 
 def left_out_table(rows: RowIds, found: np.ndarray, names: Sequence[str]) -> pa.Table:
-    """LEFT_OUT of a bucket. `names`: of the shards."""
+    """The rows of a bucket that are left out, as LEFT_OUT. names: those of the shards."""
     places = np.flatnonzero(found >= 0)
     return pa.table(
         {
@@ -101,7 +107,7 @@ def left_out_table(rows: RowIds, found: np.ndarray, names: Sequence[str]) -> pa.
 
 
 def by_shard(tables: Iterable[pa.Table]) -> dict[str, LeftOut]:
-    """Name of a shard → what is left out of it; shards that lose no row are absent."""
+    """Name of a shard → what is left out of it. Shards that lose no row are absent."""
     places: dict[str, LeftOut] = {}
     for table in tables:
         for shard, row, reason in zip(*(table[name].to_pylist() for name in LEFT_OUT.names), strict=True):
@@ -112,24 +118,20 @@ def by_shard(tables: Iterable[pa.Table]) -> dict[str, LeftOut]:
     }
 
 
-def read_kept(source: dict[str, Any]) -> tuple[pa.Table, Counter[str]]:
-    """The rows of a pairs shard that are not left out; and `read`, and rows left out by reason.
-
-    source: `file`, and `left_out` (LeftOut) where a row of it is.
-    """
-    table = read_shard(Location(source["file"]))
-    left_out: LeftOut = source.get("left_out", {})
-    counters = Counter({"read": table.num_rows, **{reason: len(rows) for reason, rows in left_out.items()}})
-    if not left_out:
+def read_kept(source: PairsShard) -> tuple[pa.Table, Counter[str]]:
+    """The rows of a shard that are not left out; and `read`, and rows left out by reason."""
+    table = read_shard(Location(source.file))
+    counters = Counter({"read": table.num_rows, **{reason: len(rows) for reason, rows in source.left_out.items()}})
+    if not source.left_out:
         return table, counters
     keep = np.ones(table.num_rows, dtype=bool)
-    for rows in left_out.values():
+    for rows in source.left_out.values():
         keep[rows] = False
     return table.filter(pa.array(keep)), counters
 
 
 def _contradictory(rows: RowIds) -> np.ndarray:
-    """[n] bool: another row of the same couple is another pair."""
+    """[n] bool: another row holds the same answers, judged otherwise."""
     order = np.argsort(rows.couple, kind="stable")
     couples, pairs = rows.couple[order], rows.pair[order]
     if not len(order):

@@ -17,12 +17,16 @@ def make_pairs(
     *,
     min_score_gap: float,
     pairs_per_prompt: int,
+    tools: str | None = None,
 ) -> tuple[list[PreferencePair], Counter[str]]:
     """Best against worst, second best against second worst, and so on, each completion in one pair at most.
 
     Completions that are equal but for outer white space count once (`duplicate`), empty ones not at all
     (`empty_response`); a pair whose scores differ by less than `min_score_gap` is a `tie` and ends the prompt,
     for the pairs after it are nearer still.
+
+    Args:
+        tools: those of the prompt, as PreferencePair has them.
 
     Returns the pairs and the counts of what was passed over, by reason. Raises DataError on a score that is not finite.
     """
@@ -50,7 +54,7 @@ def make_pairs(
         if gap < min_score_gap and not math.isclose(gap, min_score_gap):
             passed_over["tie"] += 1
             break
-        pairs.append(PreferencePair(tuple(prompt), chosen, worst))
+        pairs.append(PreferencePair(tuple(prompt), chosen, worst, tools))
     if not ranked or len(ranked) == 1:
         passed_over["too_few_distinct"] += 1
     return pairs, passed_over

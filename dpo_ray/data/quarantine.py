@@ -1,7 +1,7 @@
-"""Rows that make no pair: how they are kept, and how much of them is too much.
+"""Rows that make no pair: how they are kept, and how many of them are too many.
 
-For every ingested row holds: it is kept, or it is quarantined with one reason. In the counters of the artifact, where
-`kept` counts pairs and `more_pairs` those beyond the first of a ranked row:
+Every ingested row is kept, or quarantined with one reason. In the counters of the artifact `kept` counts pairs, and
+`more_pairs` those beyond the first of a ranked row. So:
 
     read = (kept - more_pairs) + the sum over the reasons
 """
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import Any
 
 import pyarrow as pa
 
 from dpo_ray.data.raw.json_lines import RAW_BOUND
 from dpo_ray.data.rules import MEANING, REASONS, Reason
+from dpo_ray.data.tally import Tally
 from dpo_ray.errors import DataError
 from dpo_ray.pairs import QUARANTINE
 from dpo_ray.storage.artifact import Artifact, read_shard
@@ -37,46 +37,35 @@ def quarantine_table(rows: list[dict[str, Any]]) -> pa.Table | None:
     return pa.Table.from_pylist(rows, schema=QUARANTINE) if rows else None
 
 
-@dataclass(frozen=True)
-class Account:
-    """What became of the rows of an ingested artifact."""
-
-    read: int
-    kept: int
-    """Rows that made a pair, or several."""
-    bad: Counter[Reason]
-    """Rows in quarantine, by reason."""
-
-    @classmethod
-    def of(cls, counters: Mapping[str, int]) -> Account:
-        """From the counters of the artifact. Raises DataError where they do not add up."""
-        bad = Counter({reason: counters[reason] for reason in REASONS if counters.get(reason)})
-        account = cls(counters["read"], counters["kept"] - counters.get("more_pairs", 0), bad)
-        if account.kept + bad.total() != account.read:
-            raise DataError(
-                f"Of {account.read} rows {account.kept} were kept and {bad.total()} quarantined: these do not add up. "
-                "Remove the folder artifacts/pairs below run.output; ingest will then read the data again."
-            )
-        return account
+def bad_rows(tally: Tally) -> Counter[Reason]:
+    """Rows in quarantine by reason. Raises DataError where they and the rows kept are not the rows read."""
+    bad = Counter({reason: tally.dropped[reason] for reason in REASONS if reason in tally.dropped})
+    kept = tally.kept - tally.more_pairs
+    if kept + bad.total() != tally.read:
+        raise DataError(
+            f"Of {tally.read} rows {kept} were kept and {bad.total()} quarantined: these do not add up. "
+            "Remove the folder artifacts/pairs below run.output; ingest will then read the data again."
+        )
+    return bad
 
 
 def require_enough_kept(pairs: Artifact, max_quarantined_fraction: float) -> None:
     """Raises DataError where too large a share of the rows was quarantined, or where no pair is left."""
-    account = Account.of(pairs.manifest.counters)
-    bad = account.bad.total()
-    if bad <= max_quarantined_fraction * account.read and account.kept:
+    tally = Tally.of(pairs.manifest.counters)
+    bad = bad_rows(tally)
+    if bad.total() <= max_quarantined_fraction * tally.read and tally.kept:
         return
-    ranked = account.bad.most_common()
+    ranked = bad.most_common()
     examples = _examples(pairs, {reason for reason, _ in ranked[:_EXPLAINED]})
     said = [
         f"{reason} {count} ({MEANING[reason]}; the first: {examples[reason]})" for reason, count in ranked[:_EXPLAINED]
     ]
     said += [f"{reason} {count}" for reason, count in ranked[_EXPLAINED:]]
     where = f"These rows, with their reasons, are in {pairs.location}/quarantine"
-    if not account.kept:
-        raise DataError(f"None of the {account.read} rows read makes a preference pair: {', '.join(said)}. {where}.")
+    if not tally.kept:
+        raise DataError(f"None of the {tally.read} rows read makes a preference pair: {', '.join(said)}. {where}.")
     raise DataError(
-        f"{bad} of {account.read} rows ({bad / account.read:.1%}) make no preference pair, more than "
+        f"{bad.total()} of {tally.read} rows ({bad.total() / tally.read:.1%}) make no preference pair, more than "
         f"data.max_quarantined_fraction={max_quarantined_fraction:g} allows: {', '.join(said)}. {where}; mend the "
         "input, or raise the limit if they may be left out."
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_ray.data import duplicates, rules
+from dpo_ray.data.tally import Tally
 from dpo_ray.estimates import wilson
 
 MEASURES = pa.schema([("measure", pa.string()), ("value", pa.int64()), ("count", pa.int64())])
@@ -99,31 +100,28 @@ def merge(tables: Iterable[pa.Table]) -> Measures:
 def report(
     measures: Measures,
     *,
-    ingested: Mapping[str, int] | None,
-    left_out: Mapping[str, int] | None,
-    tokenized: Mapping[str, int],
-    noted: Collection[str],
+    ingested: Tally | None,
+    left_out: Tally | None,
+    tokenized: Tally,
 ) -> dict[str, Any]:
     """The report: what was not measured is absent.
 
     Args:
-        ingested, left_out, tokenized: counters of these stages; without the first two the pairs were generated.
-        noted: counters of tokenization that are of rows which are kept all the same.
+        ingested, left_out, tokenized: what these stages counted; without the first two the pairs were generated.
 
     `pairs` is how many rows were tokenized and `splits` on which side; `scripts` counts the rows before the length
     limits. `tokens` holds quantiles by nearest rank; in `prompt_token_share` a prompt counts once a pair. Of
     `chosen_longer` and `reference_prefers_chosen`, `value` is a share of the n pairs that are no ties, with its 95%
     interval.
     """
-    found: dict[str, Any] = {"pairs": tokenized["kept"]}
+    found: dict[str, Any] = {"pairs": tokenized.kept}
     if ingested is not None:
-        found |= {"more_pairs": ingested["more_pairs"]} if ingested.get("more_pairs") else {}
-        found |= {"read": ingested["read"], "quarantined": _nonzero(ingested, rules.REASONS)}
+        found |= {"more_pairs": ingested.more_pairs} if ingested.more_pairs else {}
+        found |= {"read": ingested.read, "quarantined": ingested.dropped_for(rules.REASONS)}
     if left_out is not None:
-        found["left_out"] = _nonzero(left_out, duplicates.REASONS)
-    others = {"read", "kept", *noted, *duplicates.REASONS}
-    found["dropped"] = _nonzero(tokenized, sorted(tokenized.keys() - others))
-    found["noted"] = _nonzero(tokenized, noted)
+        found["left_out"] = left_out.dropped_for(duplicates.REASONS)
+    found["dropped"] = tokenized.dropped_for(sorted(tokenized.dropped.keys() - set(duplicates.REASONS)))
+    found["noted"] = tokenized.noted
     found["splits"] = _group(measures, "split")
     lengths = {part: dict(sorted(_values(measures, f"tokens/{part}").items())) for part in _PARTS}
     found["tokens"] = {part: quantiles(of_part) for part, of_part in lengths.items() if of_part}
@@ -226,11 +224,8 @@ def _share(outcomes: dict[str, int]) -> dict[str, Any] | None:
     chosen, n = outcomes.get("chosen", 0), outcomes.get("chosen", 0) + outcomes.get("rejected", 0)
     if not n:
         return None
-    return {**wilson(chosen / n, n).as_dict(), **_nonzero(outcomes, ("tie", "not_finite"))}
-
-
-def _nonzero(counters: Mapping[str, int], names: Iterable[str]) -> dict[str, int]:
-    return {name: counters[name] for name in names if counters.get(name)}
+    apart = {name: outcomes[name] for name in ("tie", "not_finite") if outcomes.get(name)}
+    return {**wilson(chosen / n, n).as_dict(), **apart}
 
 
 def _listed(counts: Mapping[str, Any], into: str) -> str:

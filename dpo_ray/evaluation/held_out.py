@@ -18,7 +18,7 @@ from dpo_ray.storage.artifact import Artifact, read_shard
 _ROWS_AT_ONCE = 4096
 
 
-def held_out_margins(loss: Loss, scores: Artifact, pairs: Artifact) -> np.ndarray:
+def held_out_margins(loss: Loss, scores: Artifact, rows: Artifact) -> np.ndarray:
     """Margins [n] of the held-out pairs as the loss sees them, without its scale beta, joined by pair_id.
 
     Unpaired rows have no margin of their own: where no row has both sides, the i-th desirable and the i-th
@@ -26,8 +26,8 @@ def held_out_margins(loss: Loss, scores: Artifact, pairs: Artifact) -> np.ndarra
     rewards; n is then the smaller of the two counts. Where some rows are pairs, only these count.
 
     Args:
-        scores: what score_policy made of `pairs`.
-        pairs: the reference artifact; for a loss without a reference the tokenized one.
+        scores: what score_policy made of `rows`.
+        rows: what was trained on: the reference artifact; for a loss without a reference the tokenized one.
 
     Raises DataError on a gap between the two, and on margins that are not finite.
     """
@@ -35,9 +35,9 @@ def held_out_margins(loss: Loss, scores: Artifact, pairs: Artifact) -> np.ndarra
     for shard in scores.shards():
         table = read_shard(shard)
         policy.update(zip(table["pair_id"].to_pylist(), _sides(table, "chosen", "rejected"), strict=True))
-    rows: dict[str, _Scored] = {}
+    scored: dict[str, _Scored] = {}
     missing = []
-    for shard in pairs.shards():
+    for shard in rows.shards():
         table = read_shard(shard)
         table = table.filter(pc.equal(table["split"], "eval"))
         reference: Iterable[_Sides | None] = repeat(None, table.num_rows)
@@ -45,15 +45,15 @@ def held_out_margins(loss: Loss, scores: Artifact, pairs: Artifact) -> np.ndarra
             reference = _sides(table, "chosen_ref", "rejected_ref")
         for pair_id, of_reference in zip(table["pair_id"].to_pylist(), reference, strict=True):
             if pair_id in policy:
-                rows[pair_id] = _Scored(policy[pair_id], of_reference)
+                scored[pair_id] = _Scored(policy[pair_id], of_reference)
             else:
                 missing.append(pair_id)
     if missing:
         raise DataError(
-            f"{len(missing)} held-out pairs of {pairs.location} have no scores in {scores.location}, the first: "
+            f"{len(missing)} held-out pairs of {rows.location} have no scores in {scores.location}, the first: "
             f"{', '.join(missing[:5])}. Remove the latter; it will be computed again."
         )
-    couples = _couples(rows)
+    couples = _couples(scored)
     margins = _margins(loss, list(couples.values()))
     wrong = [name for name, margin in zip(couples, margins, strict=True) if not math.isfinite(margin)]
     if wrong:

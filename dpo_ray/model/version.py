@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dpo_ray.storage.artifact import library_versions
 
-if TYPE_CHECKING:
-    pass
-
-
-FORWARD = 2
-"""Version of the trainer's forward pass, raised when its numbers change: scores of before are then not taken over."""
+VERSION = 2
+"""Of the trainer's forward pass, raised when its numbers change: scores of before are then not taken over."""
 
 
 def own_forward() -> str:
     """The version of the trainer's forward, as an engine."""
-    return f"torch {library_versions()['torch']}, forward {FORWARD}"
+    return f"torch {library_versions()['torch']}, forward {VERSION}"

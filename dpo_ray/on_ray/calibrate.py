@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from dpo_ray.config import VLLM, Config, Model
 from dpo_ray.errors import DataError, ReferenceMismatch
@@ -17,10 +17,9 @@ from dpo_ray.on_ray.session import connect
 from dpo_ray.on_ray.vllm_engine import VLLMScorer, has_vllm, require_vllm, vllm_pool
 from dpo_ray.pairs import TokenizedPair, tokenized_pair
 from dpo_ray.progress import say
+from dpo_ray.shards.score import Engine
 from dpo_ray.storage.artifact import Artifact, Contents, make, read_shard
 from dpo_ray.storage.location import Location
-
-Engine = Literal["vllm", "torch"]
 
 _Scores = tuple[list[list[float]], list[list[float]]]
 

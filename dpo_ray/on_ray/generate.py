@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dpo_ray.config import Config, Model, Sampling
-from dpo_ray.data.chat import tokenizer_identity
+from dpo_ray.config import VLLM, Config, Model, Sampling
+from dpo_ray.data.chat import ChatTokenizer
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.pool import shard_stage, shard_tasks
-from dpo_ray.on_ray.vllm_engine import GenerateShard, require_vllm, vllm_pool
+from dpo_ray.on_ray.vllm_engine import VLLMSampler, require_vllm, vllm_pool
+from dpo_ray.shards.generate import GenerateShard, identity
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
 
@@ -17,14 +18,6 @@ def sample_completions(
     """Sampled completions of each prompt by a model."""
     version = require_vllm("Generating completions")
     folder = ModelFolder.of(model)
-    identity = {
-        "weights": folder.weights_hash(),
-        "tokenizer": tokenizer_identity(folder.tokenizer()),
-        "sampling": sampling.model_dump(mode="json"),
-        "max_prompt_tokens": config.data.max_prompt_tokens,
-        "engine_version": version,
-        "seed": config.run.seed,
-    }
     arguments = {
         "model": model,
         "sampling": sampling,
@@ -35,9 +28,24 @@ def sample_completions(
     return shard_stage(
         output,
         "candidates",
-        identity=identity,
+        identity=identity(
+            folder.weights_hash(),
+            folder.tokenizer(),
+            sampling,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            engine_version=version,
+            seed=config.run.seed,
+        ),
         inputs={"prompts": prompts.fingerprint},
         tasks=shard_tasks(prompts),
-        pool=vllm_pool(config, GenerateShard, arguments),
+        pool=vllm_pool(config, vllm_generate_shard, arguments),
         unit="prompts",
     )
+
+
+def vllm_generate_shard(
+    model: Model, sampling: Sampling, options: VLLM, max_prompt_tokens: int, seed: int
+) -> GenerateShard:
+    """The worker of this stage, with vLLM."""
+    chat = ChatTokenizer(ModelFolder.of(model).tokenizer())
+    return GenerateShard(chat, VLLMSampler(model, sampling, options, max_prompt_tokens), max_prompt_tokens, seed)

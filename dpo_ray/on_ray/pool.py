@@ -6,7 +6,6 @@ killed loses the shards in flight and no others, and a stage over more input com
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import pickle
@@ -15,7 +14,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 
@@ -25,7 +24,7 @@ from dpo_ray.on_ray.failures import carried, raise_ours
 from dpo_ray.on_ray.session import connect, is_embedded, num_cores
 from dpo_ray.progress import Progress, say
 from dpo_ray.shards.isolation import MAX_ATTEMPTS, Attempts
-from dpo_ray.shards.output import ShardOutput
+from dpo_ray.shards.output import Shard, ShardOutput
 from dpo_ray.storage.artifact import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -45,13 +44,15 @@ from dpo_ray.storage.location import Location
 ShardFunction = Callable[..., ShardOutput]
 """Called with a task's source; where the pool isolates, with the shard's Attempts too."""
 
+Source = TypeVar("Source")
+
 
 @dataclass(frozen=True)
-class ShardTask:
+class ShardTask(Generic[Source]):
     """One unit of work."""
 
-    source: dict[str, Any]
-    """Where the worker finds its rows."""
+    source: Source
+    """Where the worker finds its rows: what its function takes."""
     content: str
     """What the rows are: a content hash, and whatever of the source changes the result."""
     rows: int
@@ -76,16 +77,16 @@ class Pool:
     """The configuration keys behind these numbers."""
 
 
-def shard_tasks(artifact: Artifact) -> list[ShardTask]:
+def shard_tasks(artifact: Artifact) -> list[ShardTask[Shard]]:
     """One task for each shard of a finished artifact."""
     return [
-        ShardTask(source={"file": (artifact.location / f.name).uri}, content=f.sha256, rows=f.rows)
+        ShardTask(source=Shard((artifact.location / f.name).uri), content=f.sha256, rows=f.rows)
         for f in artifact.manifest.files
         if f.rows is not None
     ]
 
 
-def each_its_own(tasks: list[ShardTask]) -> list[ShardTask]:
+def each_its_own(tasks: list[ShardTask[Source]]) -> list[ShardTask[Source]]:
     """The same tasks, those of equal content told apart: copies of a shard would otherwise be done and counted once."""
     seen: Counter[str] = Counter()
     own = []
@@ -102,7 +103,7 @@ def shard_stage(
     *,
     identity: dict[str, Any],
     inputs: dict[str, str],
-    tasks: list[ShardTask],
+    tasks: list[ShardTask[Any]],
     pool: Pool,
     unit: str = "rows",
 ) -> tuple[Artifact, bool]:
@@ -181,10 +182,10 @@ def _take_over(stage_folder: Location, location: Location, wanted: set[str], iso
     return sorted(present)
 
 
-def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask]], pool: Pool, unit: str) -> None:
+def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask[Any]]], pool: Pool, unit: str) -> None:
     import ray.data
 
-    tasks = [{"task": json.dumps({"name": name, "source": task.source})} for name, task in missing]
+    tasks = [{"task": pickle.dumps((name, task.source))} for name, task in missing]
     wanted = pool.num_cpus * (pool.num_actors or 0)
     one = (pool.num_cpus, pool.num_gpus)
     connect(pool.num_cpus + 1, pool.num_gpus, why=pool.why, wanted_cpus=wanted + 1, one_process=one)
@@ -241,20 +242,20 @@ class ShardWorker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         names, failures = [], []
-        for text in batch["task"].to_pylist():
-            task = json.loads(text)
-            names.append(task["name"])
-            failures.append(self.failure or self._try(task["name"], task["source"]))
+        for pickled in batch["task"].to_pylist():
+            name, source = pickle.loads(pickled)
+            names.append(name)
+            failures.append(self.failure or self._try(name, source))
         return pa.table({"name": names, "failure": pa.array(failures, pa.binary())})
 
-    def _try(self, name: str, source: dict[str, Any]) -> bytes | None:
+    def _try(self, name: str, source: Any) -> bytes | None:
         try:
             self._do(name, source)
         except Exception as error:
             return carried(error)
         return None
 
-    def _do(self, name: str, source: dict[str, Any]) -> None:
+    def _do(self, name: str, source: Any) -> None:
         if not self.isolates:
             self._write(name, self.work(source))
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from dpo_ray.config import VLLM, Config, Model
 from dpo_ray.model.resolve import ModelFolder
@@ -14,11 +13,14 @@ from dpo_ray.on_ray.pool import ShardFunction, shard_stage, shard_tasks, torch_p
 from dpo_ray.on_ray.vllm_engine import VLLMScorer, require_vllm, vllm_pool
 from dpo_ray.shards.score import (
     REFERENCE_COLUMNS,
+    Engine,
     MismatchShard,
     PolicyScoreShard,
     ScoreShard,
     TorchMismatchShard,
     TorchScoreShard,
+    identity,
+    policy_identity,
 )
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
@@ -26,20 +28,20 @@ from dpo_ray.training.files import MODEL_FOLDER
 
 
 def score_reference(output: Location, config: Config, tokenized: Artifact) -> tuple[Artifact, bool]:
-    """Reference log-probs of every tokenized pair. Neither beta nor any other training option is in its identity."""
+    """Reference log-probs of every tokenized pair."""
     engine = choose_engine(output, config, tokenized)
     return _score(output, config, "reference", tokenized, engine, vllm_score_shard, TorchScoreShard)
 
 
-def score_mismatched(output: Location, config: Config, reference: Artifact) -> tuple[Artifact, bool]:
+def score_mismatched(output: Location, config: Config, scored: Artifact) -> tuple[Artifact, bool]:
     """The rows of a reference artifact, each with a mismatched completion and its reference log-probs.
 
     A stage of its own, so that the reference artifact stays the one that every other loss shares.
     """
     engine = config.reference.engine
     if engine == "auto":
-        engine = reference.manifest.identity["engine"]
-    return _score(output, config, "mismatched", reference, engine, vllm_mismatch_shard, TorchMismatchShard)
+        engine = scored.manifest.identity["engine"]
+    return _score(output, config, "mismatched", scored, engine, vllm_mismatch_shard, TorchMismatchShard)
 
 
 def _score(
@@ -47,29 +49,29 @@ def _score(
     config: Config,
     kind: str,
     rows: Artifact,
-    engine: str,
+    engine: Engine,
     vllm_work: Callable[..., ShardFunction],
     torch_work: Callable[..., ShardFunction],
 ) -> tuple[Artifact, bool]:
     """A stage in which the model of the configuration, as an engine runs it, scores the rows of an artifact."""
     model = config.model
-    identity: dict[str, Any] = {
-        "weights": ModelFolder.of(model).weights_hash(),
-        "tokenizer": rows.manifest.identity["tokenizer"],
-        "dtype": model.dtype,
-        "engine": engine,
-    }
     if engine == "vllm":
-        identity["engine_version"] = require_vllm("reference.engine=vllm")
+        engine_version = require_vllm("reference.engine=vllm")
         arguments = {"model": model, "options": config.vllm, "max_model_len": max_pair_tokens(config)}
         pool = vllm_pool(config, vllm_work, arguments)
     else:
-        identity["engine_version"] = own_forward()
+        engine_version = own_forward()
         pool = torch_pool(config, torch_work, {"model": model})
     return shard_stage(
         output,
         kind,
-        identity=identity,
+        identity=identity(
+            ModelFolder.of(model).weights_hash(),
+            rows.manifest.identity["tokenizer"],
+            model.dtype,
+            engine,
+            engine_version,
+        ),
         inputs={rows.manifest.kind: rows.fingerprint},
         tasks=shard_tasks(rows),
         pool=replace(pool, isolates=True),
@@ -77,16 +79,16 @@ def _score(
     )
 
 
-def score_policy(output: Location, config: Config, policy: Artifact, pairs: Artifact) -> tuple[Artifact, bool]:
+def score_policy(output: Location, config: Config, policy: Artifact, rows: Artifact) -> tuple[Artifact, bool]:
     """A trained policy's log-probs of the held-out pairs of a tokenized, reference or mismatched artifact."""
     folder = (policy.location / MODEL_FOLDER).uri
     model = Model(path=folder, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code)
     return shard_stage(
         output,
         "policy_scores",
-        identity={"dtype": model.dtype, "engine_version": own_forward(), "policy": policy.fingerprint},
-        inputs={"policy": policy.fingerprint, pairs.manifest.kind: pairs.fingerprint},
-        tasks=shard_tasks(pairs),
+        identity=policy_identity(policy.fingerprint, model.dtype),
+        inputs={"policy": policy.fingerprint, rows.manifest.kind: rows.fingerprint},
+        tasks=shard_tasks(rows),
         pool=torch_pool(config, PolicyScoreShard, {"model": model}),
         unit="pairs",
     )

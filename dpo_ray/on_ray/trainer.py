@@ -21,14 +21,14 @@ from dpo_ray.training.plan import PlanIndex, StepPlan, make_plan
 from dpo_ray.training.selection import higher_is_better
 
 
-def train_policy(output: Location, config: Config, pairs: Artifact) -> tuple[Artifact, bool]:
+def train_policy(output: Location, config: Config, rows: Artifact) -> tuple[Artifact, bool]:
     """Train the policy on finished pairs, or take over the artifact if it is finished already.
 
     The artifact holds the model as a Hugging Face folder, and the metrics of every logged step. A run that was
     killed goes on from its last checkpoint.
 
     Args:
-        pairs: what the loss needs: the reference artifact, with mismatched completions for KTO; the tokenized pairs
+        rows: what the loss needs: the reference artifact, with mismatched completions for KTO; the tokenized pairs
             for a loss without reference.
     """
     identity = {
@@ -38,8 +38,8 @@ def train_policy(output: Location, config: Config, pairs: Artifact) -> tuple[Art
         "train": config.train.identity(),
         "seed": config.run.seed,
     }
-    inputs = {"pairs": pairs.fingerprint}
-    artifact, reused = make(output, KIND, identity, inputs, lambda location: _train(config, pairs, location))
+    inputs = {"pairs": rows.fingerprint}
+    artifact, reused = make(output, KIND, identity, inputs, lambda location: _train(config, rows, location))
     if reused:
         say(KIND, f"reused: {artifact.location}")
     else:
@@ -47,11 +47,11 @@ def train_policy(output: Location, config: Config, pairs: Artifact) -> tuple[Art
     return artifact, reused
 
 
-def _train(config: Config, pairs: Artifact, location: Location) -> Contents:
+def _train(config: Config, rows: Artifact, location: Location) -> Contents:
     """Run the training, or what is left of it, in the artifact's location."""
     from dpo_ray.losses.objective import zero_margin_loss  # with torch, which only a training needs
 
-    plan, held_out = make_plan(config, pairs)
+    plan, held_out = make_plan(config, rows)
     say(KIND, f"{len(plan.index)} pairs, {plan.num_steps} steps of {config.train.global_batch_size} pairs")
     began = time.monotonic()
     checkpoint = _run(config, plan, held_out, location)

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from dpo_ray.bins import batches
 from dpo_ray.config import VLLM, Config, Model, Sampling
-from dpo_ray.data.chat import ChatTokenizer, parse_tools
 from dpo_ray.errors import ConfigError, EngineDied
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.pool import Pool
-from dpo_ray.pairs import CANDIDATES, TokenizedPair
-from dpo_ray.shards.output import ShardOutput
-from dpo_ray.storage.artifact import read_shard
-from dpo_ray.storage.location import Location
+from dpo_ray.pairs import TokenizedPair
+from dpo_ray.shards.generate import Completion
 
 # Pairs of so many tokens are given to vLLM at once: enough to keep it busy, and their outputs, which hold an object or
 # two for every token of the prompt, stay small whatever the size of a shard.
@@ -110,42 +105,29 @@ class VLLMScorer:
         return [flat.logprobs[i] for i in starts]
 
 
-class GenerateShard:
-    """Prompts → n sampled completions each."""
+class VLLMSampler:
+    """Samples completions. Seeds belong to prompts, but vLLM's CPU build cannot seed a request whose prefill is cut in
+    two: there all that is sampled at once is seeded, through the generator that it draws from.
+    """
 
-    def __init__(self, model: Model, sampling: Sampling, options: VLLM, max_prompt_tokens: int, seed: int):
-        self.chat = ChatTokenizer(ModelFolder.of(model).tokenizer())
+    def __init__(self, model: Model, sampling: Sampling, options: VLLM, max_prompt_tokens: int):
         self.sampling = sampling
-        self.max_prompt_tokens = max_prompt_tokens
-        self.seed = seed
         self.on_gpu = options.gpus_per_actor > 0
         self.llm = _engine(model, sampling.dtype, options, max_prompt_tokens + sampling.max_tokens, False)
 
-    def __call__(self, source: dict[str, Any]) -> ShardOutput:
-        rows = read_shard(Location(source["file"])).to_pylist()
-        counters = Counter(read=len(rows))
-        prompts = self.chat.prompts([(row["prompt"], parse_tools(row["tools"])) for row in rows])
-        encoded = [prompt.ids for prompt in prompts]
-        kept = [i for i, ids in enumerate(encoded) if len(ids) <= self.max_prompt_tokens]
-        counters["prompt_too_long"] = len(rows) - len(kept)
-        seeds = [(self.seed + int(rows[i]["prompt_id"], 16)) % 2**63 for i in kept]
-        # Seeds belong to prompts, so that a shard made again is the same. vLLM's CPU build cannot seed a request
-        # whose prefill is cut in two; there the shard as a whole is seeded, through the generator it draws from.
+    def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[list[Completion]]:
+        if not prompts:
+            return []
         if not self.on_gpu:
             import torch
 
             torch.manual_seed(sum(seeds) % 2**63)
-        inputs = [{"prompt_token_ids": encoded[i]} for i in kept]
-        outputs = self.llm.generate(inputs, [self._params(s) for s in seeds], use_tqdm=False) if inputs else []
-        out = []
-        for i, output in zip(kept, outputs, strict=True):
-            completions = [
-                {"text": c.text, "finished": c.finish_reason == "stop", "num_tokens": len(c.token_ids)}
-                for c in output.outputs
-            ]
-            counters["tokens"] += sum(c["num_tokens"] for c in completions)
-            out.append({**rows[i], "completions": completions})
-        return ShardOutput(pa.Table.from_pylist(out, schema=CANDIDATES), counters)
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs = self.llm.generate(inputs, [self._params(seed) for seed in seeds], use_tqdm=False)
+        return [
+            [Completion(c.text, c.finish_reason == "stop", len(c.token_ids)) for c in output.outputs]
+            for output in outputs
+        ]
 
     def _params(self, seed: int) -> Any:
         import vllm

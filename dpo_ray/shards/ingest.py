@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -12,9 +13,10 @@ from dpo_ray.config.layouts import Layout, fields_of
 from dpo_ray.data.canonical import canonical_pairs
 from dpo_ray.data.quarantine import quarantine_table, quarantined
 from dpo_ray.data.raw.json_lines import Unreadable
+from dpo_ray.data.raw.parts import RawPart
 from dpo_ray.data.raw.read import read_rows
 from dpo_ray.data.rules import BadRow, check_length, reject
-from dpo_ray.pairs import PAIRS, PreferencePair, split_of
+from dpo_ray.pairs import PAIRS, PreferencePair, Split, pair_row, split_of
 from dpo_ray.shards.output import ShardOutput
 
 VERSION = 1
@@ -34,10 +36,20 @@ def identity(data: Data, seed: int) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class RawShard:
+    """Rows of a raw file, and what they are."""
+
+    rows: RawPart
+    layout: Layout
+    split: Split | None
+    """The side that they are all on; None: the hash of its prompt decides for each."""
+
+
 class IngestShard:
     """Raw rows → canonical pairs, in order; bad rows → quarantine with the reason.
 
-    A source names its `layout` (dpo_ray.config.layouts). A row with more than `max_characters` is bad.
+    A row with more than `max_characters` is bad.
     """
 
     def __init__(
@@ -54,34 +66,23 @@ class IngestShard:
         self.pairing = pairing
         self.max_characters = max_characters
 
-    def __call__(self, source: dict[str, Any]) -> ShardOutput:
-        fields = {f: self.columns[f] for f in fields_of(source["layout"]) if f in self.columns}
+    def __call__(self, source: RawShard) -> ShardOutput:
+        fields = {f: self.columns[f] for f in fields_of(source.layout) if f in self.columns}
         kept, bad, counters = [], [], Counter[str]()
-        for number, row in read_rows(source, set(fields.values())):
+        for number, row in read_rows(source.rows, set(fields.values())):
             counters["read"] += 1
             try:
-                pairs = self._pairs(row, source["layout"], fields)
+                pairs = self._pairs(row, source.layout, fields)
             except BadRow as error:
                 counters[error.reason] += 1
                 raw = row.raw if isinstance(row, Unreadable) else row
-                bad.append(quarantined(source["file"], number, error.reason, raw))
+                bad.append(quarantined(source.rows.file, number, error.reason, raw))
                 continue
             if len(pairs) > 1:
                 counters["more_pairs"] += len(pairs) - 1
             for pair in pairs:
-                split = source["split"] or split_of(pair.prompt_id, self.held_out_fraction, self.seed)
-                kept.append(
-                    {
-                        "pair_id": pair.pair_id,
-                        "prompt_id": pair.prompt_id,
-                        "couple_id": pair.couple_id,
-                        "split": split,
-                        "prompt": list(pair.prompt),
-                        "chosen": pair.chosen,
-                        "rejected": pair.rejected,
-                        "tools": pair.tools,
-                    }
-                )
+                split = source.split or split_of(pair.prompt_id, self.held_out_fraction, self.seed)
+                kept.append(pair_row(pair, split))
         return ShardOutput(pa.Table.from_pylist(kept, schema=PAIRS), counters, quarantine_table(bad))
 
     def _pairs(self, row: dict[str, Any] | Unreadable, layout: Layout, fields: dict[str, str]) -> list[PreferencePair]:

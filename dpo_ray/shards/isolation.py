@@ -1,9 +1,9 @@
-"""Finding the rows of a shard that an engine cannot do, without losing the others. No Ray here.
+"""Finding the rows of a shard that an engine cannot do, without losing the others.
 
-There are rows at which an engine raises, and rows at which its process dies: of a segmentation fault, or killed for
-its memory. After a death nobody is left to tell of it, so what is about to be done is noted in a file beside the
-shards, and whoever does the shard next reads there what was in flight. Rows that fail together are done again in
-smaller ranges, until those that fail alone are found.
+Some rows make an engine raise. Others end its process: by a segmentation fault, or because it is killed for its memory.
+A dead process cannot report its row. So each range of rows is noted in a file beside the shards before it is done, and
+the next attempt at the shard reads there what was in flight. A range that failed is split and done again, until the
+rows are found that fail alone.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ Value = TypeVar("Value")
 
 
 Failure = Literal["engine_error", "engine_crash"]
-"""What became of a row that the engine cannot do: an exception, or the end of its process."""
+"""What came of a row that the engine cannot do: an exception, or the end of its process."""
 
 
 FAILURES: tuple[Failure, ...] = get_args(Failure)
 
 
-# Into so many parts is a range divided that failed. A death costs the start of an engine, and the parts that are well
-# cost little: so more than two.
+# A failed range is split into this many parts: each crash costs an engine restart, running healthy rows again is cheap.
 _PARTS = 8
-# So often is a shard begun before its deaths are an error. One row that kills costs about six in a shard of 512.
 MAX_ATTEMPTS = 64
-# After so many deaths without a single range that came through, it is the engine that does not work.
+"""A shard is an error after this many attempts. A row that kills its process costs about six, in a shard of 512."""
+# The engine is at fault after this many crashes without a range that came through.
 _HOPELESS = 6
-_MESSAGE_BOUND = 500  # characters of an engine's message that are kept
+_MESSAGE_BOUND = 500  # characters that are kept of an engine's message
 
 
 class FailedRow(BaseModel):
@@ -56,11 +55,11 @@ class _Range(BaseModel):
     count: int
     deaths: int = 0
     well: bool = False
-    """It came through once; its results died with a later range."""
+    """It came through once; its results were lost when a later range crashed."""
 
 
 class _Notes(BaseModel):
-    """What is known of a shard: its ranges and its failed rows make up all of it."""
+    """What is known of a shard. Its ranges and its failed rows are all of its rows."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -69,11 +68,11 @@ class _Notes(BaseModel):
     in_flight: int | None = None
     """First row of the range that is being done."""
     message: str = ""
-    """What the engine said of the end of this range, if it could."""
+    """What the engine said last of the range in flight."""
     attempts: int = 0
     deaths: int = 0
     came_through: bool = False
-    """Some range did, so the engine works."""
+    """Some range came through, so the engine works."""
 
 
 @dataclass(frozen=True)
@@ -97,27 +96,26 @@ class Attempts:
         self.location.write_bytes(notes.model_dump_json().encode())
 
     def clear(self) -> None:
-        """Forget everything: the shard is written, or its next attempt is to begin anew."""
+        """Remove the notes: the shard is written, or its next attempt begins anew."""
         self.location.remove()
 
 
 def isolate(
     num_rows: int, work: Callable[[int, int], Sequence[Value]], attempts: Attempts
 ) -> tuple[dict[int, Value], list[FailedRow]]:
-    """Do all rows of a shard but those that cannot be done.
+    """Do all rows of a shard except those that the engine cannot do.
 
-    Where nothing is wrong all rows are done in one call, and one note is written. The first death of a shard is taken
-    for one from outside, and all its rows are done together again. A row is given up when an exception came of it
-    alone, or when two processes died while doing it alone.
+    A healthy shard takes one call and one note. After the first crash of a shard all its rows are done together again,
+    for the cause may lie outside of it. A row is given up when it raised alone, or when it ended two processes alone.
 
     Args:
-        work: (first, count) → a result for each of these rows. An exception means that one of them fails; EngineDied,
-            which passes through, and the end of the process, that one of them kills.
-        attempts: kept until the caller has written the shard and calls its clear().
+        work: (first, count) → a result for each of these rows. An exception means that one of the rows fails. The end
+            of the process, or EngineDied, which is raised again, means that one of them kills.
+        attempts: the notes. The caller clears them once it has written the shard.
 
-    Returns the results by row, and the rows that have none.
+    Returns the results by row, and the rows without one.
 
-    Raises DpoRayError where the engine rather than a row is at fault: no row can be done, or deaths do not end.
+    Raises DpoRayError where the engine is at fault and not a row: no row can be done, or the crashes do not end.
     """
     if num_rows == 0:
         return {}, []
@@ -144,21 +142,21 @@ def isolate(
         rows.well = notes.came_through = True
         results.update(zip(range(rows.first, rows.first + rows.count), values, strict=True))
     if notes.attempts > 1:
-        # A death from here on has another cause than the range that was done last.
+        # A crash after this line is not due to the range that was done last.
         notes.in_flight = None
         attempts.write(notes)
     return results, sorted(notes.failed, key=lambda row: row.place)
 
 
 def _account_for_death(notes: _Notes, num_rows: int) -> None:
-    """Blame what was in flight when the attempt before this one died."""
+    """Blame the range that was in flight when the last attempt crashed."""
     rows = next((r for r in notes.ranges if r.first == notes.in_flight), None)
     notes.in_flight = None
     if rows is None:
         return
     notes.deaths += 1
     if rows.well:
-        rows.well = False  # these rows were done before, so this death came from elsewhere
+        rows.well = False  # these rows came through before, so the cause is elsewhere
         return
     rows.deaths += 1
     if rows.deaths >= 2 or 1 < rows.count < num_rows:
@@ -167,7 +165,7 @@ def _account_for_death(notes: _Notes, num_rows: int) -> None:
 
 
 def _fail(notes: _Notes, rows: _Range, reason: Failure) -> None:
-    """Divide the range, or give its only row up."""
+    """Split the range, or give up its only row."""
     notes.ranges.remove(rows)
     if rows.count == 1:
         notes.failed.append(FailedRow(place=rows.first, reason=reason, message=notes.message))
@@ -178,7 +176,7 @@ def _fail(notes: _Notes, rows: _Range, reason: Failure) -> None:
 
 
 def _next(ranges: list[_Range], results: dict[int, Value]) -> _Range | None:
-    """What to do next: of the unknown ranges the largest; last what came through before, for it is lost at a death."""
+    """The largest range whose outcome is unknown. Those that came through before are last: a crash would lose them."""
     missing = [r for r in ranges if r.first not in results]
     return min(missing, key=lambda r: (r.well, -r.count, r.first), default=None)
 

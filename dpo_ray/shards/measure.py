@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from dpo_ray.data.duplicates import read_kept
+from dpo_ray.data.duplicates import PairsShard, read_kept
 from dpo_ray.data.report import measure_pairs, measure_reference, measure_tokens, to_table
 from dpo_ray.shards.output import ShardOutput
 
@@ -17,10 +18,21 @@ def identity() -> dict[str, Any]:
     return {"version": VERSION}
 
 
-class MeasureShard:
-    """A pairs, tokenized or reference shard → its part of the data report, as source["what"] says."""
+What = Literal["pairs", "tokens", "reference"]
 
-    def __call__(self, source: dict[str, Any]) -> ShardOutput:
-        measure = {"pairs": measure_pairs, "tokens": measure_tokens, "reference": measure_reference}[source["what"]]
-        table, counters = read_kept(source)
+
+@dataclass(frozen=True)
+class MeasuredShard:
+    """A shard, and what is measured of it: of canonical pairs, of tokenized ones, or of those with reference scores."""
+
+    what: What
+    shard: PairsShard
+
+
+class MeasureShard:
+    """A shard → its part of the data report."""
+
+    def __call__(self, source: MeasuredShard) -> ShardOutput:
+        measure = {"pairs": measure_pairs, "tokens": measure_tokens, "reference": measure_reference}[source.what]
+        table, counters = read_kept(source.shard)
         return ShardOutput(to_table(measure(table)), counters)

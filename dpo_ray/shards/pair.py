@@ -7,13 +7,24 @@ from typing import Any
 
 import pyarrow as pa
 
+from dpo_ray.config import Generate
 from dpo_ray.data.pairing import make_pairs
-from dpo_ray.pairs import PAIRS
-from dpo_ray.reward_source import require_same_source
+from dpo_ray.pairs import PAIRS, pair_row
+from dpo_ray.reward_source import require_same_source, reward_identity
 from dpo_ray.rewards import load_reward, score_completions
-from dpo_ray.shards.output import ShardOutput
+from dpo_ray.shards.output import Shard, ShardOutput
 from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
+
+
+def identity(options: Generate) -> dict[str, Any]:
+    """What changes the pairs, beside the candidates."""
+    return {
+        **reward_identity(options.reward),
+        "min_score_gap": options.min_score_gap,
+        "pairs_per_prompt": options.pairs_per_prompt,
+        "columns": PAIRS.names,
+    }
 
 
 class PairShard:
@@ -31,9 +42,9 @@ class PairShard:
         self.min_score_gap = min_score_gap
         self.pairs_per_prompt = pairs_per_prompt
 
-    def __call__(self, source: dict[str, Any]) -> ShardOutput:
+    def __call__(self, source: Shard) -> ShardOutput:
         kept, counters = [], Counter[str]()
-        for row in read_shard(Location(source["file"])).to_pylist():
+        for row in read_shard(Location(source.file)).to_pylist():
             counters["read"] += 1
             texts = [c["text"] for c in row["completions"]]
             scores = score_completions(self.reward_name, self.reward, row)
@@ -43,19 +54,9 @@ class PairShard:
                 scores,
                 min_score_gap=self.min_score_gap,
                 pairs_per_prompt=self.pairs_per_prompt,
+                tools=row["tools"],
             )
             counters.update(passed_over)
             counters["without_pair"] += not pairs
-            kept += [
-                {
-                    "pair_id": pair.pair_id,
-                    "prompt_id": row["prompt_id"],
-                    "couple_id": pair.couple_id,
-                    "split": row["split"],
-                    "prompt": row["prompt"],
-                    "chosen": pair.chosen,
-                    "rejected": pair.rejected,
-                }
-                for pair in pairs
-            ]
+            kept += [pair_row(pair, row["split"]) for pair in pairs]
         return ShardOutput(pa.Table.from_pylist(kept, schema=PAIRS), counters)

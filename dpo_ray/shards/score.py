@@ -1,4 +1,4 @@
-"""The workers of the scoring stages: each loads its engine once and then takes shard after shard."""
+"""Tokenized pairs → log-probs of their completions, a shard at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
@@ -14,9 +14,10 @@ from dpo_ray.config import Model
 from dpo_ray.data.pairing import mismatched, mismatched_rows
 from dpo_ray.data.quarantine import quarantine_table
 from dpo_ray.errors import DataError
+from dpo_ray.model.version import own_forward
 from dpo_ray.pairs import MISMATCHED, SCORES, TokenizedPair, tokenized_pair
 from dpo_ray.shards.isolation import Attempts, FailedRow, isolate
-from dpo_ray.shards.output import ShardOutput
+from dpo_ray.shards.output import Shard, ShardOutput
 from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
 
@@ -24,6 +25,28 @@ if TYPE_CHECKING:
     from dpo_ray.model.pair_scorer import PairScorer
 
 REFERENCE_COLUMNS = ("chosen_ref_logprobs", "rejected_ref_logprobs")
+
+Engine = Literal["vllm", "torch"]
+
+
+def identity(weights: str, tokenizer: str, dtype: str, engine: Engine, engine_version: str) -> dict[str, Any]:
+    """What changes the reference scores, beside the rows. Neither beta nor any other training option is in it.
+
+    Args:
+        weights, tokenizer: hash of the model's weights, and what made the rows' ids, as tokenizer_identity tells.
+    """
+    return {
+        "weights": weights,
+        "tokenizer": tokenizer,
+        "dtype": dtype,
+        "engine": engine,
+        "engine_version": engine_version,
+    }
+
+
+def policy_identity(policy: str, dtype: str) -> dict[str, Any]:
+    """What changes a policy's scores, beside the rows. policy: fingerprint of its artifact."""
+    return {"dtype": dtype, "engine_version": own_forward(), "policy": policy}
 
 
 class ScoreShard:
@@ -38,8 +61,8 @@ class ScoreShard:
         self.columns = columns
         self.only_split = only_split
 
-    def __call__(self, source: dict[str, Any], attempts: Attempts | None = None) -> ShardOutput:
-        table = read_shard(Location(source["file"]))
+    def __call__(self, source: Shard, attempts: Attempts | None = None) -> ShardOutput:
+        table = read_shard(Location(source.file))
         counters = Counter(read=table.num_rows)
         if self.only_split is not None:
             keep = pa.array([side == self.only_split for side in table["split"].to_pylist()], pa.bool_())
@@ -65,8 +88,8 @@ class MismatchShard:
     def __init__(self, scorer: PairScorer):
         self.scorer = scorer
 
-    def __call__(self, source: dict[str, Any], attempts: Attempts | None = None) -> ShardOutput:
-        table = read_shard(Location(source["file"]))
+    def __call__(self, source: Shard, attempts: Attempts | None = None) -> ShardOutput:
+        table = read_shard(Location(source.file))
         rows = table.to_pylist()
         others = mismatched_rows(table["prompt_id"].to_pylist(), table["split"].to_pylist())
         ids: list[list[int] | None] = []
@@ -112,14 +135,12 @@ def _scores(
     return isolate(len(pairs), score_finite, attempts)
 
 
-def _quarantined(
-    table: pa.Table, failed: list[FailedRow], source: dict[str, Any], counters: Counter[str]
-) -> pa.Table | None:
+def _quarantined(table: pa.Table, failed: list[FailedRow], source: Shard, counters: Counter[str]) -> pa.Table | None:
     """The quarantine's rows, counted by their reasons; None where nothing failed."""
     counters.update(row.reason for row in failed)
     bad = [
         {
-            "source": source["file"],
+            "source": source.file,
             "row": row.place,
             "reason": row.reason,
             "raw": json.dumps({"pair_id": table["pair_id"][row.place].as_py(), "message": row.message}),
@@ -149,7 +170,7 @@ class PolicyScoreShard(ScoreShard):
     def __init__(self, model: Model):
         super().__init__(_own_scorer(model), ("chosen_logprobs", "rejected_logprobs"), only_split="eval")
 
-    def __call__(self, source: dict[str, Any], attempts: Attempts | None = None) -> ShardOutput:
+    def __call__(self, source: Shard, attempts: Attempts | None = None) -> ShardOutput:
         scored = super().__call__(source, attempts)
         return ShardOutput(scored.table.select(SCORES.names), scored.counters, scored.quarantine)
 

@@ -1,4 +1,4 @@
-"""Canonical pairs → token ids, one shard at a time. No Ray here."""
+"""Canonical pairs → token ids, a shard at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 from dpo_ray.bins import batches
 from dpo_ray.config import Data, Model
 from dpo_ray.data.chat import ChatTokenizer, Completion, Prompt, parse_tools, tokenizer_identity
-from dpo_ray.data.duplicates import read_kept
+from dpo_ray.data.duplicates import PairsShard, read_kept
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import TOKENIZED
 from dpo_ray.shards.output import ShardOutput
@@ -18,23 +18,8 @@ from dpo_ray.shards.output import ShardOutput
 VERSION = 1
 """Of how dialogues become ids, here and in dpo_ray.data.chat; raised when that changes: all shards are made again."""
 
-NOTED = {
-    "truncated_prompt": "the prompt was over data.max_prompt_tokens and was cut",
-    "truncated_completion": "a completion was over data.max_completion_tokens and was cut; it has no end-of-turn token",
-    "boundary_merge": "the last characters of the prompt and the first of a completion would share a token if they "
-    "were tokenized together; trained on are the ids apart",
-    "double_bos": "the prompt begins with two BOS tokens, which the chat template writes",
-    "double_eos": "a completion ends with two control tokens, with nothing but white space between them, which the "
-    "chat template writes; a model that stops at the first never generates the second",
-    "inner_control_token": "an answer spells a control token of the model, which is taken as plain text, or has one "
-    "that the chat template did not write",
-    "tools_ignored": "the pair has tools, but the chat template writes nothing for them",
-}
-"""Counters of pairs that were kept, though something about them is worth a look. Each counts a pair once, whichever of
-its sides is concerned; those that are zero are left out."""
-
-# Texts that are tokenized at once: enough to make the most of a call, little enough that a shard of very long rows
-# needs no more memory than one of them.
+# Texts are tokenized this many characters at once: enough for an efficient call, and a shard of very long rows needs no
+# more memory than one of its rows.
 _CHARACTERS_AT_ONCE = 1 << 18
 
 _SIDES = ("chosen", "rejected")
@@ -55,17 +40,16 @@ def identity(tokenizer: Any, data: Data) -> dict[str, Any]:
 class TokenizeShard:
     """Canonical pairs → token ids; pairs over the length limits are dropped or cut, and counted.
 
-    An absent side has no ids. Rows that the source leaves out, as duplicates.read_kept reads it, are counted too. A
-    very long text is tokenized like any other before it is dropped or cut: that takes time and memory in proportion to
-    its length (0.1 to 0.5 s and some 100 MB for 200,000 characters), and its number of characters does not tell for
-    sure whether it is too long.
+    An absent side has no ids. Rows that the source leaves out are counted too. A very long text is tokenized like any
+    other before it is dropped or cut: its number of characters does not tell for sure whether it is too long. That
+    takes time and memory in proportion to its length: 0.1 to 0.5 s and some 100 MB for 200,000 characters.
     """
 
     def __init__(self, model: Model, data: Data):
         self.chat = ChatTokenizer(ModelFolder.of(model).tokenizer())
         self.data = data
 
-    def __call__(self, source: dict[str, Any]) -> ShardOutput:
+    def __call__(self, source: PairsShard) -> ShardOutput:
         kept: list[dict[str, Any]] = []
         table, counters = read_kept(source)
         for rows in batches(table.to_pylist(), _characters, _CHARACTERS_AT_ONCE):
@@ -123,7 +107,7 @@ class _Kept(NamedTuple):
     row: dict[str, Any]
     """A row of TOKENIZED."""
     noted: list[str]
-    """Keys of NOTED."""
+    """Keys of tally.NOTED."""
 
 
 def _characters(row: dict[str, Any]) -> int:

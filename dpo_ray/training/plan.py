@@ -168,25 +168,25 @@ def pair_cost(lengths: np.ndarray, hidden_size: int) -> np.ndarray:
     return lengths.sum(axis=1) + attention / (12 * hidden_size)
 
 
-def make_plan(config: Config, pairs: Artifact) -> tuple[StepPlan, PlanIndex]:
-    """The step plan of a configuration over its pairs, and the index of the held-out ones.
+def make_plan(config: Config, rows: Artifact) -> tuple[StepPlan, PlanIndex]:
+    """The step plan of a configuration over its rows, and the index of the held-out ones.
 
     Raises ConfigError where the plan has no step, or where held-out pairs are asked for and there are none; DataError
     where rows lack an answer that the loss needs.
     """
     model_config = ModelFolder.of(config.model).config()
     plan = StepPlan(
-        index=build_index(pairs.shards(), "train"),
+        index=build_index(rows.shards(), "train"),
         global_batch_size=config.train.global_batch_size,
         epochs=config.train.epochs,
         seed=config.run.seed,
         hidden_size=model_config.get("hidden_size") or model_config.get("n_embd") or 1024,
     )
-    held_out = build_index(pairs.shards(), "eval")
+    held_out = build_index(rows.shards(), "eval")
     loss = config.train.loss
     if plan.index.num_unpaired and not loss.accepts_unpaired:
         raise DataError(
-            f"{plan.index.num_unpaired} of the {len(plan.index)} training rows of {pairs.location} have one answer, "
+            f"{plan.index.num_unpaired} of the {len(plan.index)} training rows of {rows.location} have one answer, "
             f"and train.loss.type={loss.type} compares two. Set train.loss.type=kto, or train on pairs."
         )
     steering = {config.train.keep_best, config.train.early_stopping and config.train.early_stopping.metric}

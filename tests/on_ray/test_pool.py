@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 from dpo_ray.on_ray import pool
 from dpo_ray.on_ray.pool import Pool, ShardTask, ShardWorker, shard_stage
 from dpo_ray.shards.output import ShardOutput
-from dpo_ray.storage.artifact import Artifact
+from dpo_ray.shards.score import MismatchShard
+from dpo_ray.storage.artifact import Artifact, read_shard
 from dpo_ray.storage.location import Location
+from tests.unit.shards.test_score import FOUR, Broken, shard
 
 TASKS = [ShardTask(source={"rows": n}, content=f"{n} rows", rows=n) for n in (1, 2, 3)]
 
@@ -76,3 +79,14 @@ def test_only_what_was_lost_is_made_again_also_after_an_attempt_that_failed(
     assert (computed, reused) == ([1, 2, 3, 2], False)
     assert again.manifest.files == artifact.manifest.files
     assert again.manifest.counters == artifact.manifest.counters
+
+
+def test_a_worker_writes_the_quarantine_and_forgets_the_attempts(tmp_path: Path):
+    source = shard(tmp_path / "in", FOUR)
+    output = Location.of(tmp_path / "out")
+    worker = ShardWorker(output, MismatchShard, {"scorer": Broken(1)}, isolates=True)
+    batch = pa.table({"task": [pickle.dumps(("x.parquet", source))]})
+    assert worker(batch)["name"].to_pylist() == ["x.parquet"]
+    assert read_shard(output / "x.parquet").num_rows == 3
+    assert read_shard(output / "quarantine" / "x.parquet").num_rows == 1
+    assert (output / "attempts").children() == []

@@ -1,8 +1,8 @@
-"""Raw preference files: which formats there are, and how the rows of a part of a file are read.
+"""Raw preference files: which formats there are, and how their bytes are read.
 
 Parquet, and JSON lines (UTF-8, an object a line; a byte-order mark and CRLF do no harm), the latter plain or
 compressed with gzip or Zstandard. The suffix tells which. A row that cannot be read costs itself only; a file that
-cannot be read is an error that names it. raw_scan cuts files into parts.
+cannot be read is an error that names it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dpo_ray.storage.location import Location
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".parquet", *(lines + codec for lines in _LINES for codec in ("", *_CODECS)))
-"""What a folder's files of preferences are called. A file that is named itself may be called .json, too."""
+"""Files of a folder with these suffixes are taken. A file that is named itself may end in .json, too."""
 
 
 _READ_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError)

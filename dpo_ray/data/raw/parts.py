@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
+from dpo_ray.data.raw.files import Stamp
 from dpo_ray.data.raw.json_lines import is_blank
 from dpo_ray.storage.location import Location
 
 PART_BYTES = 1 << 26
-"""A part ends early where its rows take so much: a part is held in memory while its copy is written."""
+"""A part ends early at this size: a part is held in memory while its copy is written."""
 
 
 class Part(NamedTuple):
@@ -30,12 +32,26 @@ class Part(NamedTuple):
     """Bytes of the part in plain JSON lines."""
 
 
+@dataclass(frozen=True)
+class RawPart:
+    """Where the rows of a part of a raw file are read."""
+
+    file: str
+    """URI of the raw file."""
+    part: Part | None = None
+    """None: the whole file."""
+    copy: str | None = None
+    """URI of the copy of the part; None: the part is read from the file itself."""
+    stamp: Stamp | None = None
+    """The file as it must still be; None: it may have changed."""
+
+
 _LIST = "parts.json"
 _PARTS = TypeAdapter(list[Part])
 
 
 def cut_lines(lines: Iterable[tuple[bytes, int]], rows_per_shard: int) -> Iterator[Part]:
-    """Parts of json_lines.raw_lines: whole lines, one after the other; lines without a row after them are in none."""
+    """The parts of json_lines.raw_lines, in order; no part is of blank lines alone."""
     first, count, offset, length = 1, 0, 0, 0
     for number, (line, size) in enumerate(lines, start=1):
         if count == rows_per_shard or (count and length >= PART_BYTES):
@@ -88,7 +104,7 @@ def row_tables(batches: Iterable[pa.RecordBatch], rows_per_shard: int) -> Iterat
 
 
 def copy_parts(tables: Iterable[tuple[int, pa.Table]], folder: Location) -> list[Part]:
-    """Write each part as a file of its own, and their list last; a finished list is taken over and nothing is read."""
+    """Write each part as a file of its own, and their list last. If there is a list already, nothing is read."""
     listed = folder / _LIST
     if listed.exists():
         return _PARTS.validate_json(listed.read_bytes())

@@ -8,6 +8,7 @@ from typing import Any
 from dpo_ray.data.raw.files import Stamp, format_of, open_lines, reading
 from dpo_ray.data.raw.json_lines import Unreadable, is_blank, parse_line, raw_lines
 from dpo_ray.data.raw.parquet import parquet_batches, parquet_rows
+from dpo_ray.data.raw.parts import Part, RawPart
 from dpo_ray.errors import DataError
 from dpo_ray.storage.location import Location
 
@@ -17,51 +18,50 @@ _CHANGED = (
 
 
 def read_rows(
-    source: dict[str, Any], columns: Collection[str] | None = None
+    source: RawPart, columns: Collection[str] | None = None
 ) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
     """Rows of a part of a raw file, with their numbers: 0-based rows of Parquet, 1-based lines of JSON lines.
 
     Args:
-        source: `file`, the raw file; `first` and `count`, the part: rows of Parquet, or the first line's number and
-            the rows. Left out, they mean the whole file. Of plain JSON lines also `offset` and `length`, the bytes
-            of the part; `copy`, where the rows of the part were copied; `size` and `mtime_ns`, as they must still be.
         columns: what is read of a row, where it is there; None: all.
 
     Blank lines are skipped and count as no rows. Memory does not grow with the file, but with the rows of Parquet's
     row groups. Raises DataError naming the file where it is damaged, or has changed since it was cut into parts.
     """
-    location = Location(source["file"])
+    location, part = Location(source.file), source.part
     is_parquet = format_of(location.uri).is_parquet
-    first, count = source.get("first", 0 if is_parquet else 1), source.get("count")
-    if "copy" in source:
-        yield from _copied_rows(Location(source["copy"]), location, is_parquet, first, columns)
+    if source.copy is not None:
+        first = part.first if part else 0
+        yield from _copied_rows(Location(source.copy), location, is_parquet, first, columns)
         return
-    if "size" in source and Stamp.of(location) != Stamp(location.uri, source["size"], source["mtime_ns"]):
+    if source.stamp is not None and Stamp.of(location) != source.stamp:
         raise DataError(f"{location} {_CHANGED}")
     if is_parquet:
+        first, count = (part.first, part.rows) if part else (0, None)
         for start, batch in parquet_batches(location, first, count, columns):
             yield from parquet_rows(location, batch, start)
         return
     read = 0
-    for number, line in _part_lines(location, source.get("offset"), source.get("length"), first):
+    for number, line in _part_lines(location, part):
         if not is_blank(line):
             read += 1
             yield number, parse_line(line, columns)
-    if count is not None and read != count:
+    if part is not None and read != part.rows:
         raise DataError(f"{location} {_CHANGED}")
 
 
-def _part_lines(location: Location, offset: int | None, length: int | None, first: int) -> Iterator[tuple[int, bytes]]:
+def _part_lines(location: Location, part: Part | None) -> Iterator[tuple[int, bytes]]:
+    first = part.first if part else 1
     with reading(location, f"is damaged: its lines from {first} on cannot be read"):
-        if offset is None:
+        if part is None:
             with open_lines(location) as stream:
                 for number, (line, _) in enumerate(raw_lines(stream), start=first):
                     yield number, line
             return
         fs, path = location.filesystem()
         with fs.open_input_file(path) as file:
-            file.seek(offset)
-            for number, (line, _) in enumerate(raw_lines(file, length), start=first):
+            file.seek(part.offset)
+            for number, (line, _) in enumerate(raw_lines(file, part.length), start=first):
                 yield number, line
 
 

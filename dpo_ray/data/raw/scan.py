@@ -1,8 +1,8 @@
-"""Looking at raw files before work begins, and cutting them into parts that can be read each by itself.
+"""A first look at raw files, and their scan, which cuts them into parts.
 
-A look reads a footer or the first lines. A scan reads a file once, from its first byte to its last: it hashes the
-content and finds the parts. Of a file whose parts cannot be read each by itself (compressed lines, row groups much
-larger than a part) it writes a copy, part by part. Neither takes more memory for a larger file.
+A look reads a footer or the first lines. A scan reads all of a file once: it hashes the content and finds the parts.
+Some files cannot be read from the middle: compressed lines, and Parquet with row groups much larger than a part. The
+scan copies them, a file for each part. The memory of both does not grow with the file.
 """
 
 from __future__ import annotations
@@ -21,17 +21,28 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dpo_ray.data.raw.files import Format, Stamp, format_of, open_lines, reading
 from dpo_ray.data.raw.json_lines import Unreadable, is_blank, parse_line, raw_lines
 from dpo_ray.data.raw.parquet import ROWS_AT_ONCE, open_parquet
-from dpo_ray.data.raw.parts import Part, copy_is_finished, copy_parts, cut_lines, line_tables, part_file, row_tables
+from dpo_ray.data.raw.parts import (
+    Part,
+    RawPart,
+    copy_is_finished,
+    copy_parts,
+    cut_lines,
+    line_tables,
+    part_file,
+    row_tables,
+)
 from dpo_ray.errors import DataError
 from dpo_ray.storage.artifact import digest, file_hash
 from dpo_ray.storage.location import Location
 
 VERSION = 1
-"""Of what a scan writes: a change of it makes all files be scanned again."""
-_SAMPLE_LINES = 64  # that tell the columns of JSON lines
-_OVERREAD = 4  # of rows in a row group to those of a part, up to which a file is read where it is
-_FOOTER_BYTES = 1 << 28  # of footers read over all parts, up to which a file is read where it is
-_SIDE_BY_SIDE = 16  # threads, which mostly wait for a disk or an object store
+"""Of what a scan writes; raised when that changes, and all files are scanned again."""
+_SAMPLE_LINES = 64  # lines that a first look reads to learn the columns
+# Parquet is copied where a row group holds more rows than this many parts: every part reads whole row groups.
+_OVERREAD = 4
+# Parquet is copied where its parts would read more footers than this, in bytes, and more than _OVERREAD times the file.
+_FOOTER_BYTES = 1 << 28
+_SIDE_BY_SIDE = 16  # threads; they mostly wait for a disk or an object store
 _LISTED = 10  # bad files that one message names
 _MAX_TYPE = 200  # characters of a type in a message
 T = TypeVar("T")
@@ -45,7 +56,7 @@ class Peek:
     columns: tuple[str, ...]
     """Of JSON lines: the names that the first objects have."""
     unusable: dict[str, str]
-    """Columns whose type holds neither text nor messages → that type. JSON lines have no types."""
+    """Column whose type holds neither text nor messages → the type. JSON lines have no types."""
     has_rows: bool
 
 
@@ -63,23 +74,20 @@ class FileRecord(BaseModel):
     unusable: dict[str, str]
     parts: tuple[Part, ...]
     copied_to: str | None
-    """Name of the folder with a file for each part, beside the records; None where the file itself is read."""
+    """Name of the folder beside the records that holds a file for each part; None where the file itself is read."""
 
     @property
     def has_rows(self) -> bool:
         return bool(self.parts)
 
-    def sources(self, folder: Location) -> Iterator[tuple[Part, dict[str, Any]]]:
-        """Each part with its source for raw_files.read_rows. folder: where the records are."""
-        is_parquet = format_of(self.uri).is_parquet
+    def sources(self, folder: Location) -> Iterator[tuple[Part, RawPart]]:
+        """Each part, and where its rows are read. folder: where the records are."""
+        stamp = Stamp(self.uri, self.size, self.mtime_ns)
         for number, part in enumerate(self.parts):
-            source: dict[str, Any] = {"file": self.uri, "first": part.first, "count": part.rows}
-            if self.copied_to is not None:
-                source["copy"] = part_file(folder / self.copied_to, number).uri
+            if self.copied_to is None:
+                yield part, RawPart(self.uri, part, stamp=stamp)
             else:
-                source |= {"size": self.size, "mtime_ns": self.mtime_ns}
-                source |= {} if is_parquet else {"offset": part.offset, "length": part.length}
-            yield part, source
+                yield part, RawPart(self.uri, part, copy=part_file(folder / self.copied_to, number).uri)
 
 
 def record_name(stamp: Stamp, rows_per_shard: int) -> str:
@@ -120,7 +128,7 @@ def peek(location: Location) -> Peek:
 
 
 def map_files(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """What `work` makes of each item, several side by side, in order. Raises DataError that tells of all bad ones."""
+    """work(item) for each item, in order, on several threads. Raises one DataError that names all bad items."""
     results, bad = [], []
     with ThreadPoolExecutor(_SIDE_BY_SIDE) as threads:
         for future in [threads.submit(work, item) for item in items]:
@@ -134,7 +142,7 @@ def map_files(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
 
 def one_error(messages: Sequence[str]) -> DataError:
-    """One error that tells of all these, in one paragraph."""
+    """One error with all these messages, in one paragraph."""
     if len(messages) == 1:
         return DataError(messages[0])
     listed = [f"({number}) {message}" for number, message in enumerate(messages[:_LISTED], start=1)]
@@ -179,7 +187,7 @@ def scan(stamp: Stamp, rows_per_shard: int, folder: Location) -> FileRecord:
 
 
 def read_record(folder: Location, stamp: Stamp, rows_per_shard: int) -> FileRecord | None:
-    """The record of a file; None where it must be scanned, be it that its copy was removed. Raises DataError."""
+    """The record of a file; None where it must be scanned, also because its copy was removed. Raises DataError."""
     try:
         data = (folder / record_name(stamp, rows_per_shard)).read_bytes()
     except (FileNotFoundError, NotADirectoryError):  # of a run.output that is a file; whoever writes there says so
@@ -231,11 +239,11 @@ def _scan_lines(
 
 
 def _blaming_file(tables: Iterator[tuple[int, pa.Table]], stamp: Stamp, what: str) -> Iterator[tuple[int, pa.Table]]:
-    """The tables; an error of reading them, and none of writing them, is the file's."""
+    """The tables. An error of reading them is blamed on the file; an error of writing them is not."""
     location = Location(stamp.uri)
     with reading(location, f"is damaged: its {what} cannot be read"):
         yield from tables
-    # Before the copy is declared whole: it bears the name of what was hashed, in a reading of its own.
+    # Before the copy counts as finished: its name is the hash of an earlier reading.
     _require_unchanged(stamp)
 
 
@@ -247,7 +255,7 @@ def _require_unchanged(stamp: Stamp) -> None:
 def _copied(
     tables: Iterable[tuple[int, pa.Table]], sha256: str, rows_per_shard: int, folder: Location
 ) -> tuple[list[Part], str]:
-    """The parts and the name of their copy, which is that of the content: a file that was moved has one already."""
+    """The parts, and the name of their copy. It is a hash of the content, so that a moved file finds its copy."""
     name = digest([VERSION, sha256, rows_per_shard])
     return copy_parts(tables, folder / name), name
 

@@ -11,10 +11,11 @@ import pytest
 
 from dpo_ray.config import Columns, Data
 from dpo_ray.config.layouts import recognise
+from dpo_ray.data.raw.parts import RawPart
 from dpo_ray.data.raw.read import read_rows
 from dpo_ray.data.rules import REASONS
 from dpo_ray.errors import DataError
-from dpo_ray.shards.ingest import IngestShard
+from dpo_ray.shards.ingest import IngestShard, RawShard
 from dpo_ray.shards.output import ShardOutput
 
 # Rows that expected.json leaves to a policy, where ours is to keep the row here, and why.
@@ -37,14 +38,14 @@ def listed(dirty: Path, file: str) -> dict[str, Any]:
 
 def ingested(path: Path, max_characters: int = Data().max_characters) -> ShardOutput:
     ingest = IngestShard(0.0, 0, max_characters=max_characters)
-    return ingest({"file": str(path), "split": None, "layout": "paired"})
+    return ingest(RawShard(RawPart(str(path)), "paired", None))
 
 
 def reasons_by_row(path: Path, **options: Any) -> dict[int, list[str]]:
     """Number of each row that counts as one → its reasons, none for a kept row."""
     output = ingested(path, **options)
     bad = {} if output.quarantine is None else {q["row"]: [q["reason"]] for q in output.quarantine.to_pylist()}
-    read = [number for number, _ in read_rows({"file": str(path)})]
+    read = [number for number, _ in read_rows(RawPart(str(path)))]
     assert output.counters["read"] == len(read) == output.table.num_rows + len(bad)
     return {number: bad.get(number, []) for number in read}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +17,7 @@ from dpo_ray.data.duplicates import (
     LEFT_OUT,
     REASONS,
     LeftOut,
+    PairsShard,
     RowIds,
     by_shard,
     find,
@@ -27,7 +27,7 @@ from dpo_ray.data.duplicates import (
     read_kept,
 )
 from dpo_ray.errors import DataError
-from dpo_ray.pairs import PAIRS, Message, PreferencePair, Split
+from dpo_ray.pairs import PAIRS, Message, PreferencePair, Split, pair_row
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
 
@@ -39,21 +39,7 @@ def pair(prompt: str, chosen: str | None, rejected: str | None) -> PreferencePai
 
 
 def table_of(rows: list[Row]) -> pa.Table:
-    return pa.Table.from_pylist(
-        [
-            {
-                "pair_id": p.pair_id,
-                "prompt_id": p.prompt_id,
-                "couple_id": p.couple_id,
-                "split": split,
-                "prompt": list(p.prompt),
-                "chosen": p.chosen,
-                "rejected": p.rejected,
-            }
-            for p, split in rows
-        ],
-        schema=PAIRS,
-    )
+    return pa.Table.from_pylist([pair_row(p, split) for p, split in rows], schema=PAIRS)
 
 
 def write(folder: Path, shards: list[list[Row]]) -> list[Location]:
@@ -179,7 +165,7 @@ def test_the_same_rows_are_found_as_by_comparing_texts_whatever_the_buckets(
     assert found == naive(shards)
     kept = 0
     for place in places:
-        table, counters = read_kept({"file": place.uri, "left_out": found.get(place.name, {})})
+        table, counters = read_kept(PairsShard(place.uri, found.get(place.name, {})))
         kept += table.num_rows
         assert table.num_rows + sum(counters[reason] for reason in REASONS) == counters["read"]
     # What stays has nothing more to find.
@@ -239,11 +225,10 @@ def test_the_table_names_shard_row_and_reason(tmp_path: Path):
 
 def test_reading_leaves_out_and_counts(tmp_path: Path):
     [place] = write(tmp_path, [[(pair(f"Question {n}", "a", "b"), "train") for n in range(6)]])
-    source: dict[str, Any] = {"file": place.uri}
-    whole, counters = read_kept(source)
+    whole, counters = read_kept(PairsShard(place.uri))
     assert (whole.num_rows, counters) == (6, Counter(read=6))
     left_out = {"duplicate": [5], "contradiction": [0, 2]}
-    table, counters = read_kept({**source, "left_out": left_out})
+    table, counters = read_kept(PairsShard(place.uri, left_out))
     assert table["prompt_id"].to_pylist() == [whole["prompt_id"][n].as_py() for n in (1, 3, 4)]
     assert counters == Counter(read=6, duplicate=1, contradiction=2)
 

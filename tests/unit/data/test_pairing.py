@@ -17,11 +17,11 @@ PROMPT = [Message(role="user", content="Why?")]
 
 
 def paired(scored: dict[str, float], gap: float = 0.1, at_most: int = 1) -> tuple[list[tuple[str, str]], Counter[str]]:
-    pairs, rejected = make_pairs(
+    pairs, passed_over = make_pairs(
         PROMPT, list(scored), list(scored.values()), min_score_gap=gap, pairs_per_prompt=at_most
     )
     assert all(pair.prompt == tuple(PROMPT) for pair in pairs)
-    return [(pair.chosen, pair.rejected) for pair in pairs], rejected
+    return [(pair.chosen, pair.rejected) for pair in pairs], passed_over
 
 
 def test_the_best_is_chosen_over_the_worst():
@@ -35,9 +35,9 @@ def test_each_completion_is_in_one_pair_at_most():
 
 def test_a_pair_too_near_is_a_tie_and_ends_the_prompt():
     # .9 - .1 = .8 is a pair; .5 - .45 = .05 < .1 is a tie, counted once.
-    pairs, rejected = paired({"a": 0.9, "b": 0.1, "c": 0.5, "d": 0.45}, at_most=2)
+    pairs, passed_over = paired({"a": 0.9, "b": 0.1, "c": 0.5, "d": 0.45}, at_most=2)
     assert pairs == [("a", "b")]
-    assert rejected == {"tie": 1}
+    assert passed_over == {"tie": 1}
 
 
 @pytest.mark.parametrize(("gap", "count"), [(0.5, 1), (0.5001, 0)])
@@ -51,24 +51,24 @@ def test_scores_of_one_decimal_differ_by_a_tenth(tenths: int):
 
 
 def test_completions_equal_but_for_outer_space_count_once_with_the_first_score():
-    pairs, rejected = make_pairs(PROMPT, ["a", " a\n", "b"], [0.9, 0.0, 0.5], min_score_gap=0.1, pairs_per_prompt=3)
+    pairs, passed_over = make_pairs(PROMPT, ["a", " a\n", "b"], [0.9, 0.0, 0.5], min_score_gap=0.1, pairs_per_prompt=3)
     assert [(p.chosen, p.rejected) for p in pairs] == [("a", "b")]
-    assert rejected == {"duplicate": 1}
+    assert passed_over == {"duplicate": 1}
 
 
 def test_empty_completions_are_never_a_side_of_a_pair():
-    pairs, rejected = paired({"": 0.0, "a": 0.9, " ": 1.0, "b": 0.1})
+    pairs, passed_over = paired({"": 0.0, "a": 0.9, " ": 1.0, "b": 0.1})
     assert pairs == [("a", "b")]
-    assert rejected == {"empty_response": 2}
+    assert passed_over == {"empty_response": 2}
 
 
 @pytest.mark.parametrize("completions", [[], ["a"], ["a", "a "], ["a", ""]])
 def test_fewer_than_two_distinct_completions_make_no_pair(completions: list[str]):
-    pairs, rejected = make_pairs(
+    pairs, passed_over = make_pairs(
         PROMPT, completions, [1.0, 0.0][: len(completions)], min_score_gap=0.1, pairs_per_prompt=1
     )
     assert pairs == []
-    assert rejected["too_few_distinct"] == 1
+    assert passed_over["too_few_distinct"] == 1
 
 
 def test_a_score_is_needed_for_each_completion():

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.data.quarantine import Account, quarantine_table, quarantined, require_enough_kept
+from dpo_ray.data.quarantine import bad_rows, quarantine_table, quarantined, require_enough_kept
 from dpo_ray.data.raw.json_lines import RAW_BOUND
 from dpo_ray.data.rules import REASONS, Reason
+from dpo_ray.data.tally import Tally
 from dpo_ray.errors import DataError
 from dpo_ray.pairs import QUARANTINE
 from dpo_ray.storage.artifact import Artifact, FileEntry, publish, write_shard
@@ -46,15 +47,14 @@ def test_no_bad_rows_are_no_table():
     assert table is not None and table.schema.equals(QUARANTINE)
 
 
-def test_the_account_counts_rows_not_pairs():
+def test_rows_are_counted_and_not_pairs():
     counters = {"read": 10, "kept": 12, "more_pairs": 5, "tie": 2, "null_field": 1, "other": 9}
-    account = Account.of(counters)
-    assert (account.read, account.kept, dict(account.bad)) == (10, 7, {"tie": 2, "null_field": 1})
+    assert bad_rows(Tally.of(counters)) == {"tie": 2, "null_field": 1}
 
 
 def test_counters_that_do_not_add_up_are_an_error():
     with pytest.raises(DataError, match="Of 10 rows 8 were kept and 1 quarantined"):
-        Account.of({"read": 10, "kept": 8, "tie": 1})
+        bad_rows(Tally.of({"read": 10, "kept": 8, "tie": 1}))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_ray.data.duplicates import LeftOut, PairsShard
 from dpo_ray.data.report import (
     MEASURES,
     measure_pairs,
@@ -24,9 +25,9 @@ from dpo_ray.data.report import (
     script_of,
     to_table,
 )
+from dpo_ray.data.tally import Tally
 from dpo_ray.pairs import PAIRS, REFERENCE, TOKENIZED
-from dpo_ray.shards.measure import MeasureShard
-from dpo_ray.shards.tokenize import NOTED
+from dpo_ray.shards.measure import MeasuredShard, MeasureShard, What
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
 
@@ -61,8 +62,8 @@ def texts(*rows: tuple[str, str | None, str | None]) -> pa.Table:
 
 
 def reported(*tables: pa.Table, kept: int = 4, **counters: Any) -> dict[str, Any]:
-    given = {"ingested": None, "left_out": None, "tokenized": {"read": kept, "kept": kept}, "noted": NOTED, **counters}
-    return report(merge(tables), **given)
+    given = {"ingested": None, "left_out": None, "tokenized": {"read": kept, "kept": kept}, **counters}
+    return report(merge(tables), **{name: counted and Tally.of(counted) for name, counted in given.items()})
 
 
 def test_lengths_are_counted_where_there_is_an_answer():
@@ -233,15 +234,15 @@ def test_the_log_says_it_in_lines():
 
 
 def test_a_shard_is_measured_by_what_it_is_and_without_the_rows_left_out(tmp_path: Path):
-    def measured(table: pa.Table, **source: Any) -> pa.Table:
-        location = Location.of(tmp_path) / f"{source['what']}.parquet"
+    def measured(table: pa.Table, what: What, left_out: LeftOut | None = None) -> pa.Table:
+        location = Location.of(tmp_path) / f"{what}.parquet"
         write_shard(location, table, {})
-        return MeasureShard()({"file": location.uri, **source}).table
+        return MeasureShard()(MeasuredShard(what, PairsShard(location.uri, left_out or {}))).table
 
     pairs = texts(("Why?", "Because.", "No."), ("Почему?", "Да", "Нет"))
-    assert measured(pairs, what="pairs", left_out={"duplicate": [0]}).to_pylist() == [
+    assert measured(pairs, "pairs", {"duplicate": [0]}).to_pylist() == [
         {"measure": "script/Cyrillic", "value": 0, "count": 1}
     ]
     tokens, scores = tokenized((3, 2, 2)), scored(([-1.0], [-2.0]))
-    assert measured(tokens, what="tokens").equals(to_table(measure_tokens(tokens)))
-    assert measured(scores, what="reference").equals(to_table(measure_reference(scores)))
+    assert measured(tokens, "tokens").equals(to_table(measure_tokens(tokens)))
+    assert measured(scores, "reference").equals(to_table(measure_reference(scores)))

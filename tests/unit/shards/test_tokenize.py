@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 
 from dpo_ray.config import Data, Model
 from dpo_ray.data.chat import ChatTokenizer, completion_ids, prompt_ids
+from dpo_ray.data.duplicates import PairsShard
+from dpo_ray.data.tally import NOTED
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.model.folders import load_tokenizer
 from dpo_ray.pairs import TOKENIZED, Message, PreferencePair
 from dpo_ray.shards import tokenize as tokenize_shard
-from dpo_ray.shards.tokenize import NOTED, TokenizeShard
+from dpo_ray.shards.tokenize import TokenizeShard
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
 from tests.unit.data.test_duplicates import table_of
@@ -55,16 +57,14 @@ def model_with_template(tiny_model: Path, tmp_path: Path) -> Callable[[str], str
     return make
 
 
-def pairs_shard(
-    folder: Path, pairs: Sequence[PreferencePair], tools: Sequence[str | None] | None = None
-) -> dict[str, str]:
+def pairs_shard(folder: Path, pairs: Sequence[PreferencePair], tools: Sequence[str | None] | None = None) -> PairsShard:
     """Source of a shard of pairs, with a column of tools where they are given."""
     table = table_of([(pair, "train") for pair in pairs])
     if tools is not None:
         table = table.set_column(table.schema.get_field_index("tools"), "tools", pa.array(tools, pa.string()))
     location = Location.of(folder) / "pairs.parquet"
     write_shard(location, table, {})
-    return {"file": location.uri}
+    return PairsShard(location.uri)
 
 
 def question(text: str) -> tuple[Message, ...]:
@@ -112,7 +112,7 @@ def test_pairs_over_a_limit_are_dropped_whole_and_counted(tmp_path: Path, tiny_m
 
 def test_rows_that_are_left_out_are_counted_and_not_tokenized(tmp_path: Path, worker: Worker):
     pairs = [PreferencePair(question("Why?"), f"Answer {n}.", "No.") for n in range(4)]
-    shard = {**pairs_shard(tmp_path, pairs), "left_out": {"duplicate": [1], "contradiction": [0, 3]}}
+    shard = PairsShard(pairs_shard(tmp_path, pairs).file, {"duplicate": [1], "contradiction": [0, 3]})
     output = worker()(shard)
     assert output.table["pair_id"].to_pylist() == [pairs[2].pair_id]
     assert output.counters == {"read": 4, "duplicate": 1, "contradiction": 2}

@@ -249,7 +249,7 @@ def test_a_store_that_is_not_there_says_what_to_check(store: ObjectStore, monkey
     monkeypatch.setattr(storage.pafs, "AwsStandardS3RetryStrategy", lambda max_attempts: once)
     storage._filesystem.cache_clear()
     try:
-        for ask in (Location.exists, Location.read_bytes, Location.list, lambda place: place.write_bytes(b"")):
+        for ask in (Location.exists, Location.read_bytes, Location.children, lambda place: place.write_bytes(b"")):
             with pytest.raises(StorageError, match=r"AWS_ENDPOINT_URL_S3=http://127\.0\.0\.1:1") as caught:
                 ask(Location.of(f"s3://{BUCKET}/x"))
             assert store.env["AWS_SECRET_ACCESS_KEY"] not in str(caught.value)

@@ -14,6 +14,7 @@ import pytest
 from dpo_ray.data.raw import parquet
 from dpo_ray.data.raw.files import SUFFIXES, Stamp, format_of, open_lines
 from dpo_ray.data.raw.json_lines import Unreadable, raw_lines
+from dpo_ray.data.raw.parts import Part, RawPart
 from dpo_ray.data.raw.read import read_rows
 from dpo_ray.errors import DataError
 from dpo_ray.storage.location import Location
@@ -32,8 +33,8 @@ def compressed(data: bytes, codec: str) -> bytes:
     return pa.compress(data, codec=codec, asbytes=True) if codec == "zstd" else gzip.compress(data)
 
 
-def read(path: Path, **part: Any) -> list[tuple[int, Any]]:
-    return list(read_rows({"file": str(path), **part}))
+def read(path: Path, part: Part | None = None, stamp: Stamp | None = None) -> list[tuple[int, Any]]:
+    return list(read_rows(RawPart(str(path), part, stamp=stamp)))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -79,23 +80,23 @@ def test_damaged_compression_is_an_error_that_names_the_file(tmp_path: Path, nam
 
 def test_a_part_of_plain_lines_is_read_from_its_place(tmp_path: Path):
     path = write_lines(tmp_path / "a.jsonl", b'{"a": 1}\n\n{"a": 2}\n{"a": 3}\n')
-    assert read(path, first=2, count=1, offset=9, length=10) == [(3, {"a": 2})]
+    assert read(path, Part(2, 1, offset=9, length=10)) == [(3, {"a": 2})]
 
 
 def test_a_file_that_changed_after_it_was_cut_is_an_error(tmp_path: Path):
     path = write_lines(tmp_path / "a.jsonl", b'{"a": 1}\n{"a": 2}\n')
     stamp = Stamp.of(Location.of(path))
-    part = {"first": 1, "count": 2, "offset": 0, "length": 18, "size": stamp.size, "mtime_ns": stamp.mtime_ns}
-    assert len(read(path, **part)) == 2
+    part = Part(1, 2, offset=0, length=18)
+    assert len(read(path, part, stamp)) == 2
     write_lines(path, b'{"a": 1}\n{"a": 2}\n{"a": 3}\n')
     with pytest.raises(DataError, match=r"a\.jsonl has changed"):
-        read(path, **part)
+        read(path, part, stamp)
     # The same size and, as some file systems tell it, the same time: the rows are counted, too.
     write_lines(path, b'{"a": 123456789}\n\n')
     now = Stamp.of(Location.of(path))
     assert now.size == 18
     with pytest.raises(DataError, match=r"a\.jsonl has changed"):
-        read(path, **{**part, "mtime_ns": now.mtime_ns})
+        read(path, part, now)
 
 
 def test_a_file_that_is_gone_is_an_error_that_names_it(tmp_path: Path):
@@ -104,7 +105,7 @@ def test_a_file_that_is_gone_is_an_error_that_names_it(tmp_path: Path):
     with pytest.raises(DataError, match=r"none\.parquet"):
         read(tmp_path / "none.parquet")
     with pytest.raises(DataError, match=r"none\.parquet is not there"):
-        read(tmp_path / "none.parquet", size=1, mtime_ns=1)
+        read(tmp_path / "none.parquet", stamp=Stamp(str(tmp_path / "none.parquet"), 1, 1))
 
 
 @pytest.mark.parametrize("group", [1, 3, 7, 100])
@@ -118,7 +119,7 @@ def test_a_part_of_parquet_is_its_rows_whatever_the_row_groups(
     for first in range(0, 22, 3):
         for count in (0, 1, 5, 100):
             expected = [(n, {"a": n}) for n in range(first, min(first + count, 20))]
-            assert read(path, first=first, count=count) == expected
+            assert read(path, Part(first, count)) == expected
     assert len(read(path)) == 20
 
 
@@ -126,7 +127,7 @@ def test_only_the_columns_asked_for_are_read(tmp_path: Path):
     path = tmp_path / "f.parquet"
     made = pa.array([10**17], pa.timestamp("ms"))  # later than Python's last year
     pq.write_table(pa.table({"a": [1], "made": made, "b": ["x"]}), path)
-    assert list(read_rows({"file": str(path)}, {"b", "a", "absent"})) == [(0, {"a": 1, "b": "x"})]
+    assert list(read_rows(RawPart(str(path)), {"b", "a", "absent"})) == [(0, {"a": 1, "b": "x"})]
     with pytest.raises(DataError, match=r"f\.parquet holds values in rows 0 to 0 that Python cannot hold"):
         read(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from dpo_ray.data.raw import scan as raw_scan
 from dpo_ray.data.raw.files import Stamp
 from dpo_ray.data.raw.json_lines import Unreadable
+from dpo_ray.data.raw.parts import RawPart
 from dpo_ray.data.raw.read import read_rows
 from dpo_ray.data.raw.scan import FileRecord, map_files, peek, read_record, record_name, require_usable, scan
 from dpo_ray.errors import DataError
@@ -35,9 +37,9 @@ def part_rows(record: FileRecord, folder: Path) -> list[tuple[int, Any]]:
     """The rows of all parts, each read by itself."""
     found: list[tuple[int, Any]] = []
     for part, source in record.sources(Location.of(folder) / "files"):
-        rows = list(read_rows(json.loads(json.dumps(source))))
+        rows = list(read_rows(pickle.loads(pickle.dumps(source))))
         assert len(rows) == part.rows
-        assert source["file"] == record.uri
+        assert source.file == record.uri
         found += rows
     return found
 
@@ -56,7 +58,7 @@ def test_any_bytes_read_in_parts_give_the_rows_of_the_whole(
     folder = tmp_path_factory.mktemp("any")
     # A good first row: a file without any is refused as a whole.
     path = write_lines(folder / name, b'{"chosen": 0}\n' + data)
-    whole = list(read_rows({"file": str(path)}))
+    whole = list(read_rows(RawPart(str(path))))
     assert part_rows(scanned(path, rows), folder) == whole
     lines = (b'{"chosen": 0}\n' + data).split(b"\n")
     filled = [n for n, line in enumerate(lines, start=1) if line.removeprefix(b"\xef\xbb\xbf").strip()]
@@ -115,7 +117,7 @@ def test_copies_of_any_text_type_are_the_same_rows(tmp_path: Path):
     record = scanned(tmp_path / "f.parquet", 2)
     assert record.copied_to is not None
     assert record.unusable == {}
-    assert part_rows(record, tmp_path) == list(read_rows({"file": str(tmp_path / "f.parquet")}))
+    assert part_rows(record, tmp_path) == list(read_rows(RawPart(str(tmp_path / "f.parquet"))))
 
 
 def test_a_file_that_moved_has_the_same_content_and_takes_its_copy_over(tmp_path: Path):
@@ -126,7 +128,7 @@ def test_a_file_that_moved_has_the_same_content_and_takes_its_copy_over(tmp_path
     after = scanned(path.rename(tmp_path / "g.jsonl.gz"), 2)
     assert (after.sha256, after.parts, after.copied_to) == (before.sha256, before.parts, before.copied_to)
     assert {p.name: p.stat().st_mtime_ns for p in copied.iterdir()} == written
-    assert {source["file"] for _, source in after.sources(Location.of(tmp_path))} == {str(tmp_path / "g.jsonl.gz")}
+    assert {source.file for _, source in after.sources(Location.of(tmp_path))} == {str(tmp_path / "g.jsonl.gz")}
 
 
 def test_a_record_is_found_again_until_the_file_is_written_or_cut_otherwise(tmp_path: Path):
@@ -151,7 +153,8 @@ def test_a_damaged_record_or_copy_says_what_to_remove(tmp_path: Path):
     with pytest.raises(DataError, match=r"\.json is not a valid record of .*f\.jsonl\.gz.*Remove it"):
         read_record(folder, stamp, 2)
     [_, (_, second), _] = record.sources(folder)
-    Path(second["copy"]).unlink()
+    assert second.copy is not None
+    Path(second.copy).unlink()
     with pytest.raises(DataError, match=r"copy that was made of .*f\.jsonl\.gz.*part-00001.*remove the folder"):
         list(read_rows(second))
 
@@ -300,7 +303,7 @@ def test_the_schema_of_the_dirty_files(real_data: Path):
 @pytest.mark.parametrize("rows", [1, 4, 1000])
 def test_the_dirty_files_in_parts_give_the_rows_of_the_whole(real_data: Path, tmp_path: Path, name: str, rows: int):
     (tmp_path / name).write_bytes((real_data / "dirty" / name).read_bytes())
-    whole = list(read_rows({"file": str(tmp_path / name)}))
+    whole = list(read_rows(RawPart(str(tmp_path / name))))
     assert part_rows(scanned(tmp_path / name, rows), tmp_path) == whole
     if name.endswith(".jsonl"):
         packed = write_lines(tmp_path / f"{name}.gz", (tmp_path / name).read_bytes())

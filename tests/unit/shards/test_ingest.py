@@ -1,4 +1,4 @@
-"""What stages do with one shard."""
+"""Raw rows → canonical pairs, a part of a file at a time."""
 
 from __future__ import annotations
 
@@ -16,18 +16,11 @@ from hypothesis import strategies as st
 
 from dpo_ray.config import Columns, Pairing
 from dpo_ray.config.layouts import Layout
-from dpo_ray.data.prompts import prompt_table, read_prompts
 from dpo_ray.data.raw.json_lines import Unreadable
+from dpo_ray.data.raw.parts import Part, RawPart
 from dpo_ray.data.rules import REASONS
-from dpo_ray.errors import ConfigError, DataError, RewardError
-from dpo_ray.pairs import CANDIDATES, PAIRS, PROMPTS, QUARANTINE, PreferencePair, prompt_id, split_of
-from dpo_ray.reward_source import reward_identity
-from dpo_ray.shards.deduplicate import DuplicatesShard
-from dpo_ray.shards.ingest import IngestShard
-from dpo_ray.shards.pair import PairShard
-from dpo_ray.storage.artifact import FileEntry, publish, write_shard
-from dpo_ray.storage.location import Location
-from tests.unit.data.test_duplicates import write as write_pairs
+from dpo_ray.pairs import PAIRS, QUARANTINE, PreferencePair, Split, split_of
+from dpo_ray.shards.ingest import IngestShard, RawShard
 
 Write = Callable[..., Path]
 
@@ -42,9 +35,9 @@ def raw(number: int, **fields: Any) -> dict[str, Any]:
 
 
 def source(
-    path: Path, first: int = 0, count: int = 100, split: str | None = "train", layout: Layout = "paired"
-) -> dict[str, Any]:
-    return {"file": str(path), "first": first, "count": count, "split": split, "layout": layout}
+    path: Path, first: int = 0, count: int = 100, split: Split | None = "train", layout: Layout = "paired"
+) -> RawShard:
+    return RawShard(RawPart(str(path), Part(first, count)), layout, split)
 
 
 def ingested(path: Path, **options: Any) -> list[str]:
@@ -178,10 +171,14 @@ def rows_of(layout: Layout, number: int) -> dict[str, Any]:
 
 
 _ANY = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.lists(st.text(max_size=2))
+
+
 _BROKEN = st.tuples(
     st.sampled_from(get_args(Layout)),
     st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "completion", "scores", "tools"]), _ANY),
 )
+
+
 _READ = st.lists(
     st.sampled_from(get_args(Layout)) | _BROKEN | st.sampled_from(REASONS[:3]).map(lambda r: Unreadable(r, "{")),
     max_size=12,
@@ -273,7 +270,7 @@ def test_bytes_that_are_not_utf8_cost_their_row_only(tmp_path: Path):
 def test_lines_that_cannot_be_parsed_go_to_quarantine_with_their_line_numbers(tmp_path: Path):
     lines = [json.dumps(raw(0)).encode(), b"", b"{", b'{"a": "\xff"}', json.dumps(raw(1)).encode(), b"[]"]
     (tmp_path / "f.jsonl").write_bytes(b"\n".join(lines))
-    output = IngestShard(0.1, 0)({"file": str(tmp_path / "f.jsonl"), "layout": "paired", "split": "train"})
+    output = IngestShard(0.1, 0)(RawShard(RawPart(str(tmp_path / "f.jsonl")), "paired", "train"))
     assert output.table["chosen"].to_pylist() == ["Good 0", "Good 1"]
     assert output.counters == {"read": 5, "malformed_json": 1, "invalid_utf8": 1, "not_an_object": 1}
     assert output.quarantine is not None
@@ -286,173 +283,3 @@ def test_lines_that_cannot_be_parsed_go_to_quarantine_with_their_line_numbers(tm
 
 def question(text: str) -> tuple[Any, ...]:
     return ({"role": "user", "content": text},)
-
-
-def test_the_rows_to_leave_out_are_found_over_all_shards_of_an_artifact(tmp_path: Path):
-    pairs = [PreferencePair(question("Why?"), *sides) for sides in [("a", "b"), ("a", "b"), ("c", "d"), ("d", "c")]]
-    write_pairs(tmp_path, [[(pair, "train") for pair in part] for part in (pairs[:1], pairs[1:])])
-    files = [FileEntry(name=f"{n}.parquet", rows=rows, bytes=1, sha256="") for n, rows in ((0, 1), (1, 3))]
-    publish(Location.of(tmp_path), "pairs", identity={}, inputs={}, files=files)
-    output = DuplicatesShard()({"artifact": str(tmp_path), "bucket": 0, "buckets": 1})
-    assert output.table.to_pylist() == [
-        {"shard": "1.parquet", "row": row, "reason": reason}
-        for row, reason in enumerate(["duplicate", "contradiction", "contradiction"])
-    ]
-    assert output.counters == {"read": 4, "kept": 1, "duplicate": 1, "contradiction": 2}
-
-
-def candidates_shard(folder: Path, samples: dict[str, list[tuple[str, bool]]]) -> dict[str, str]:
-    rows = [
-        {
-            "prompt_id": f"id of {text}",
-            "split": "eval",
-            "prompt": list(question(text)),
-            "completions": [{"text": t, "finished": finished, "num_tokens": 3} for t, finished in of_prompt],
-        }
-        for text, of_prompt in samples.items()
-    ]
-    location = Location.of(folder) / "candidates.parquet"
-    write_shard(location, pa.Table.from_pylist(rows, schema=CANDIDATES), {})
-    return {"file": location.uri}
-
-
-BY_LENGTH = """
-def by_length(prompt, completion, finished):
-    assert prompt.startswith("Say")
-    return len(completion) if finished else -1.0
-"""
-"""A reward that shows what it was given."""
-
-
-@pytest.fixture
-def reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What a PairShard is told of a reward."""
-    (tmp_path / "reward_by_length.py").write_text(BY_LENGTH)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    name = "reward_by_length:by_length"
-    return {"reward": name, "reward_source": str(reward_identity(name)["reward_source"])}
-
-
-def test_scored_candidates_become_pairs(tmp_path: Path, reward: dict[str, str]):
-    shard = candidates_shard(
-        tmp_path,
-        {
-            "Say a": [("aa", True), ("aaaa", True), ("aaaaaa", False), ("aa ", True)],
-            "Say b": [("b", True), ("c", True)],
-            "Say c": [("c", True), ("", True)],
-        },
-    )
-    output = PairShard(**reward, min_score_gap=1.0, pairs_per_prompt=1)(shard)
-    # The longest answer was cut off, and so is the worst.
-    [pair] = output.table.to_pylist()
-    assert (pair["chosen"], pair["rejected"]) == ("aaaa", "aaaaaa")
-    assert (pair["prompt_id"], pair["split"]) == ("id of Say a", "eval")
-    expected = PreferencePair(question("Say a"), "aaaa", "aaaaaa")
-    assert (pair["pair_id"], pair["couple_id"]) == (expected.pair_id, expected.couple_id)
-    assert output.counters == {
-        "read": 3,
-        "duplicate": 1,
-        "tie": 1,
-        "empty_response": 1,
-        "too_few_distinct": 1,
-        "without_pair": 2,
-    }
-
-
-def test_a_reward_that_does_not_exist_fails_before_any_shard():
-    with pytest.raises(ConfigError, match="no_such_reward"):
-        PairShard("dpo_ray.rewards:no_such_reward", "", 0.1, 1)
-
-
-def test_a_reward_that_is_another_one_on_the_worker_fails_before_any_shard(reward: dict[str, str]):
-    with pytest.raises(ConfigError, match=r"reward_by_length:by_length has another source"):
-        PairShard(reward["reward"], "0123456789abcdef", 0.1, 1)
-
-
-def test_a_reward_that_fails_is_told_with_prompt_and_completion(tmp_path: Path, reward: dict[str, str]):
-    shard = candidates_shard(tmp_path, {"Say a": [("aa", True)], "Name b": [("b", True)]})
-    with pytest.raises(
-        RewardError, match=r"completion 1 of the prompt id of Name b \('Name b' → 'b'\): AssertionError, at .*:3 in"
-    ):
-        PairShard(**reward, min_score_gap=1.0, pairs_per_prompt=1)(shard)
-
-
-def prompts_file(folder: Path, content: bytes, name: str = "prompts.jsonl") -> str:
-    (folder / name).write_bytes(content)
-    return str(folder / name)
-
-
-def test_prompts_are_read_as_text_or_messages_and_once(tmp_path: Path):
-    lines = [
-        {"prompt": "Why?"},
-        {"prompt": [{"role": "user", "content": "Why?"}]},
-        {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}], "more": 1},
-    ]
-    content = b"\n" + b"\r\n".join(json.dumps(line).encode() for line in lines) + b"\n\n"
-    sides = read_prompts(prompts_file(tmp_path, content), 0.0, 0)
-    assert sides["eval"] == []
-    assert [row["prompt"] for row in sides["train"]] == [list(question("Why?")), lines[2]["prompt"]]
-    assert sides["train"][0]["prompt_id"] == prompt_id(list(question("Why?")))
-    assert prompt_table(sides["train"]).schema.equals(PROMPTS)
-
-
-def test_prompts_are_split_by_their_hash(tmp_path: Path):
-    content = b"\n".join(json.dumps({"prompt": f"Question {i}?"}).encode() for i in range(40))
-    sides = read_prompts(prompts_file(tmp_path, content), 0.5, 3)
-    assert len(sides["train"]) + len(sides["eval"]) == 40
-    for side, rows in sides.items():
-        assert rows and all(row["split"] == side == split_of(row["prompt_id"], 0.5, 3) for row in rows)
-
-
-def test_prompts_are_read_from_parquet_and_from_packages(tmp_path: Path):
-    pq.write_table(pa.table({"prompt": ["Why?", "How?"]}), tmp_path / "p.parquet")
-    assert len(read_prompts(str(tmp_path / "p.parquet"), 0.0, 0)["train"]) == 2
-    demo = read_prompts("package://pipelines/configs/demo_prompts.jsonl", 0.25, 0)
-    assert len(demo["train"]) > len(demo["eval"]) > 0
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b'{"prompt": "a"}\n{"prompt": ', "line 2 is not JSON"),
-        (b'{"prompt": "a"}\n\n\xff\xfe', "line 3 is not JSON"),
-        (b'{"prompt": "a"}\n{"text": "b"}', r"row 2: not a prompt \(null_field\)"),
-        (b'["a"]', r"row 1: not a prompt \(null_field\)"),
-        (b'{"prompt": 3}', r"row 1: not a prompt \(non_string_content\)"),
-        (b'{"prompt": ""}', r"row 1: not a prompt \(empty_prompt\)"),
-        (b'{"prompt": [{"role": "assistant", "content": "x"}]}', r"row 1: not a prompt \(role_order\)"),
-        (b'{"prompt": "\\ud800"}', r"row 1: not a prompt \(invalid_unicode\)"),
-        (b"", "there is no prompt in it"),
-        (b"\n \n", "there is no prompt in it"),
-    ],
-)
-def test_a_bad_prompt_is_an_error_that_names_file_and_line(tmp_path: Path, content: bytes, said: str):
-    with pytest.raises(DataError, match=rf"prompts\.jsonl.*{said}"):
-        read_prompts(prompts_file(tmp_path, content), 0.0, 0)
-
-
-def test_a_missing_prompts_file_is_an_error_that_names_it(tmp_path: Path):
-    with pytest.raises(DataError, match=r"generate\.prompts is .*none\.jsonl"):
-        read_prompts(str(tmp_path / "none.jsonl"), 0.0, 0)
-    with pytest.raises(DataError, match=r"generate\.prompts is "):
-        read_prompts(str(tmp_path), 0.0, 0)
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda path: path.write_bytes(b"no parquet"),
-        lambda path: pq.write_table(pa.table({"text": ["a"]}), path),
-        lambda path: pq.write_table(pa.table({"prompt": not_utf8(b"\xff\xfe")}), path),
-    ],
-    ids=["not parquet", "no column prompt", "not utf-8"],
-)
-def test_a_bad_parquet_file_of_prompts_is_an_error_that_names_it(tmp_path: Path, write: Callable[[Path], None]):
-    write(tmp_path / "p.parquet")
-    with pytest.raises(DataError, match=r"p\.parquet"):
-        read_prompts(str(tmp_path / "p.parquet"), 0.0, 0)
-
-
-def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path):
-    content = b"\xef\xbb\xbf" + b'{"prompt": "Why?"}\r\n{"prompt": "How?"}\r\n'
-    assert len(read_prompts(prompts_file(tmp_path, content), 0.0, 0)["train"]) == 2

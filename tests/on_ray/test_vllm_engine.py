@@ -1,0 +1,171 @@
+"""What vLLM is asked, and what is made of its answers; it is replaced by fakes, and no Ray is started."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_ray.config import VLLM, Model, Sampling
+from dpo_ray.errors import EngineDied
+from dpo_ray.model import resolve
+from dpo_ray.on_ray import vllm_engine
+from dpo_ray.on_ray.vllm_engine import VLLMSampler, VLLMScorer
+from dpo_ray.pairs import TokenizedPair
+from dpo_ray.shards.generate import Completion
+
+
+def test_pairs_go_to_vllm_in_groups_bounded_by_what_both_sides_have_with_their_prompt(monkeypatch):
+    monkeypatch.setattr(vllm_engine, "_VLLM_GROUP_TOKENS", 10)
+    pairs = [TokenizedPair(str(n), [0] * n, [0], [0]) for n in (1, 2, 9, 1)]  # 4, 6, 20, 4 tokens
+    sizes: list[int] = []
+
+    class Groups(vllm_engine.VLLMScorer):
+        def __init__(self) -> None:
+            self.llm = SimpleNamespace(reset_prefix_cache=lambda: None)
+
+        def _score(self, sequences):
+            sizes.append(len(sequences))
+            return [[float(len(prompt))] for prompt, _ in sequences]
+
+    chosen, rejected = Groups().score(pairs)
+    assert chosen == rejected == [[1.0], [2.0], [9.0], [1.0]]
+    assert sizes == [2, 2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("vocab_size", "tokens"), [(151_936, 785), (49_152, 2427), (512, 4096), (2_000_000, 128)])
+def test_logits_of_scored_prompts_stay_below_a_gibibyte(vocab_size: int, tokens: int):
+    assert vllm_engine.tokens_at_once(vocab_size) == tokens
+    assert tokens == 128 or tokens * vocab_size * 9 <= 2**30
+
+
+def engine_arguments(monkeypatch: pytest.MonkeyPatch, scores: bool, **options: Any) -> dict[str, Any]:
+    """What vLLM would be built with, for a vocabulary of 151 936."""
+    text = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=151_936))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **arguments: arguments))
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: text)
+    monkeypatch.setattr(resolve, "resolve", lambda *_: Path("m"))
+    return vllm_engine._engine(Model(path="m"), "float32", VLLM(**options), 8192, scores)
+
+
+def test_a_scoring_engine_on_cpu_computes_only_tokens_whose_logits_have_room(monkeypatch: pytest.MonkeyPatch):
+    built = engine_arguments(monkeypatch, True, max_num_seqs=1000)
+    assert (built["max_num_batched_tokens"], built["max_num_seqs"], built["max_model_len"]) == (785, 785, 8193)
+    assert built["enable_chunked_prefill"]
+    assert engine_arguments(monkeypatch, True, max_num_batched_tokens=64)["max_num_batched_tokens"] == 64
+    for scores, gpus in ((False, 0), (True, 1)):  # no logits of prompts, or those of few tokens at a time
+        assert "max_num_batched_tokens" not in engine_arguments(monkeypatch, scores, gpus_per_actor=gpus)
+
+
+class FakeVLLM:
+    """Gives each token the log-prob −id; for prompts in `cached` none to be trusted, unless it may not read them."""
+
+    def __init__(self, by_token_ids: bool, cached: tuple[int, ...] = ()):
+        self.cached = cached
+        self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(use_v2_model_runner=by_token_ids))
+        self.asked: list[tuple[list[int], bool]] = []
+
+    def reset_prefix_cache(self) -> bool:
+        return True
+
+    def generate(self, inputs: list[dict[str, list[int]]], sampling: list[dict[str, Any]], **_: Any) -> list[Any]:
+        return [self._output(i["prompt_token_ids"], params) for i, params in zip(inputs, sampling, strict=True)]
+
+    def _output(self, ids: list[int], params: dict[str, Any]) -> Any:
+        skips = params["skip_reading_prefix_cache"]
+        self.asked.append((ids, skips))
+        found = len(ids) - 1 if ids[0] in self.cached and not skips else 0
+        logprobs = [math.nan if n < found else -float(t) for n, t in enumerate(ids)]
+        wanted = params.get("prompt_logprob_token_ids")
+        by_token_ids = None if wanted is None or found else -wanted.astype(float)
+        return SimpleNamespace(
+            num_cached_tokens=found,
+            prompt_logprobs=SimpleNamespace(start_indices=list(range(len(ids))), token_ids=ids, logprobs=logprobs),
+            prompt_token_id_logprobs=by_token_ids,
+        )
+
+
+def vllm_scorer(monkeypatch: pytest.MonkeyPatch, llm: FakeVLLM) -> VLLMScorer:
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: options))
+    monkeypatch.setattr(vllm_engine, "_engine", lambda *_: llm)
+    return VLLMScorer(Model(path="m"), VLLM(), 16)
+
+
+@pytest.mark.parametrize("by_token_ids", [False, True])
+def test_vllm_is_not_asked_about_absent_sides(monkeypatch: pytest.MonkeyPatch, by_token_ids: bool):
+    llm = FakeVLLM(by_token_ids)
+    scorer = vllm_scorer(monkeypatch, llm)
+    pairs = [TokenizedPair("d", [1], [2, 3], []), TokenizedPair("u", [4], [], [5]), TokenizedPair("p", [6], [7], [8])]
+    assert scorer.score(pairs) == ([[-2.0, -3.0], [], [-7.0]], [[], [-5.0], [-8.0]])
+    assert llm.asked == [([1, 2, 3], False), ([6, 7], False), ([4, 5], False), ([6, 8], False)]
+    assert scorer.score(pairs[:1])[1] == [[]]
+
+
+@pytest.mark.parametrize("by_token_ids", [False, True])
+def test_what_the_cache_has_of_a_completion_is_scored_again_without_it(
+    monkeypatch: pytest.MonkeyPatch, by_token_ids: bool
+):
+    llm = FakeVLLM(by_token_ids, cached=(4,))
+    pairs = [TokenizedPair("a", [1], [2, 3], [9]), TokenizedPair("b", [4], [5, 6], [7, 8])]
+    assert vllm_scorer(monkeypatch, llm).score(pairs) == ([[-2.0, -3.0], [-5.0, -6.0]], [[-9.0], [-7.0, -8.0]])
+    assert [ids for ids, skips in llm.asked if skips] == [[4, 5, 6], [4, 7, 8]]
+
+
+@pytest.mark.parametrize(("unfinished", "expected"), [(False, ValueError), (True, EngineDied)])
+def test_vllm_that_breaks_off_in_a_step_is_not_used_again(monkeypatch: pytest.MonkeyPatch, unfinished: bool, expected):
+    def refuse(*_: Any, **__: Any) -> list[Any]:
+        raise ValueError("too long")
+
+    llm = FakeVLLM(False)
+    llm.llm_engine.has_unfinished_requests = lambda: unfinished
+    monkeypatch.setattr(llm, "generate", refuse)
+    with pytest.raises(expected):
+        vllm_scorer(monkeypatch, llm).score([TokenizedPair("p", [6], [7], [8])])
+
+
+class Samples:
+    """Answers each request with two completions, of which the second was cut."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[int], dict[str, Any]]] = []
+        self.generator: list[int] = []
+
+    def generate(self, inputs: list[dict[str, list[int]]], params: list[dict[str, Any]], **_: Any) -> list[Any]:
+        self.generator.append(torch.initial_seed())
+        self.asked += [(i["prompt_token_ids"], p) for i, p in zip(inputs, params, strict=True)]
+        ended = SimpleNamespace(text="Yes.", finish_reason="stop", token_ids=[1, 2])
+        cut = SimpleNamespace(text="No, for", finish_reason="length", token_ids=[3, 4, 5])
+        return [SimpleNamespace(outputs=[ended, cut]) for _ in inputs]
+
+
+def vllm_sampler(monkeypatch: pytest.MonkeyPatch, llm: Samples, **options: Any) -> VLLMSampler:
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **given: given))
+    monkeypatch.setattr(vllm_engine, "_engine", lambda *_: llm)
+    return VLLMSampler(Model(path="m"), Sampling(samples=2, max_tokens=3), VLLM(**options), 16)
+
+
+def test_completions_are_as_vllm_gives_them(monkeypatch: pytest.MonkeyPatch):
+    llm = Samples()
+    found = vllm_sampler(monkeypatch, llm).sample([[7, 8], [9]], [5, 6])
+    assert found == [[Completion("Yes.", True, 2), Completion("No, for", False, 3)]] * 2
+    assert [ids for ids, _ in llm.asked] == [[7, 8], [9]]
+    assert {(params["n"], params["max_tokens"]) for _, params in llm.asked} == {(2, 3)}
+    assert vllm_sampler(monkeypatch, llm).sample([], []) == []
+
+
+def test_seeds_go_with_requests_on_gpu_and_into_the_generator_on_cpu(monkeypatch: pytest.MonkeyPatch):
+    seeds = [2**62, 2**62 + 5]
+    with torch.random.fork_rng():
+        on_cpu, on_gpu = Samples(), Samples()
+        vllm_sampler(monkeypatch, on_cpu).sample([[7], [9]], seeds)
+        torch.manual_seed(11)
+        vllm_sampler(monkeypatch, on_gpu, gpus_per_actor=1).sample([[7], [9]], seeds)
+    assert [params["seed"] for _, params in on_cpu.asked] == [None, None]
+    assert on_cpu.generator == [5]  # their sum, modulo 2**63
+    assert [params["seed"] for _, params in on_gpu.asked] == seeds
+    assert on_gpu.generator == [11]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,14 +10,20 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 DPO_RAY = str(Path(sys.executable).parent / "dpo-ray")
 CONFIGS = Path(__file__).parent.parent / "pipelines" / "configs"
 WORKER = "ray::MapWorker(MapBatches(ShardWorker))"
 """How the command line of a shard worker begins."""
+_CPUS = 6
+"""Logical, of a Ray that tests share: as many as the largest of them needs."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,33 @@ def dpo_ray(*arguments: str, timeout: float = 600, env: dict[str, str] | None = 
         env={**os.environ, **(env or {})},
     )
     return Finished(done.returncode, done.stdout)
+
+
+@contextmanager
+def on_one_ray() -> Iterator[Callable[..., Finished]]:
+    """A function like dpo_ray that runs in this process, on a Ray that stays from one call to the next."""
+    from dpo_ray.on_ray import session
+
+    session.connect(_CPUS, why="tests")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "disconnect", lambda: None)
+        try:
+            yield in_process
+        finally:
+            patch.undo()
+            session.disconnect()
+
+
+def in_process(*arguments: str) -> Finished:
+    """Run in this process, which has loaded the libraries already."""
+    from pipelines.cli import main
+
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.setattr(sys, "argv", ["dpo-ray", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return Finished(int(ended.value.code or 0), said.getvalue())
 
 
 def overrides(**values: Any) -> list[str]:
@@ -88,6 +122,22 @@ def summary_of(output: Path) -> dict[str, Any]:
     """summary.json of the newest run of an output folder."""
     newest = max((output / "runs").iterdir(), key=lambda folder: folder.stat().st_mtime)
     return json.loads((newest / "summary.json").read_text())
+
+
+def processes_with(variable: str) -> dict[int, str]:
+    """Process id → command line, of all others that were started with name=value in their environment."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit() or int(folder.name) == os.getpid():
+            continue
+        try:
+            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found[int(folder.name)] = (
+                    (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                )
+        except OSError:  # it has ended
+            continue
+    return found
 
 
 def processes_below(root: int) -> dict[int, str]:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -66,8 +67,12 @@ def on_one_ray() -> Iterator[Callable[..., Finished]]:
             session.disconnect()
 
 
-def in_process(*arguments: str) -> Finished:
-    """Run in this process, which has loaded the libraries already."""
+def in_process(*arguments: str, until: str = "") -> Finished:
+    """Run in this process, which has loaded the libraries already.
+
+    Args:
+        until: a text to wait for. What workers log comes by way of Ray, and may come after the end.
+    """
     from pipelines.cli import main
 
     said = io.StringIO()
@@ -75,6 +80,9 @@ def in_process(*arguments: str) -> Finished:
         patch.setattr(sys, "argv", ["dpo-ray", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
+        deadline = time.monotonic() + 60
+        while until not in said.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.2)
     return Finished(int(ended.value.code or 0), said.getvalue())
 
 

@@ -23,6 +23,8 @@ DPO_RAY = str(Path(sys.executable).parent / "dpo-ray")
 CONFIGS = Path(__file__).parent.parent / "pipelines" / "configs"
 WORKER = "ray::MapWorker(MapBatches(ShardWorker))"
 """How the command line of a shard worker begins."""
+LONGEST = 1500.0
+"""Seconds after which something hangs; a busy machine is no failure."""
 _CPUS = 6
 """Logical, of a Ray that tests share: as many as the largest of them needs."""
 
@@ -39,14 +41,14 @@ class Finished:
         return [line for line in self.log.splitlines() if text in line]
 
 
-def dpo_ray(*arguments: str, timeout: float = 600, env: dict[str, str] | None = None) -> Finished:
+def dpo_ray(*arguments: str, env: dict[str, str] | None = None) -> Finished:
     """Run to the end."""
     done = subprocess.run(
         [DPO_RAY, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
+        timeout=LONGEST,
         env={**os.environ, **(env or {})},
     )
     return Finished(done.returncode, done.stdout)
@@ -80,7 +82,7 @@ def in_process(*arguments: str, until: str = "") -> Finished:
         patch.setattr(sys, "argv", ["dpo-ray", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + LONGEST
         while until not in said.getvalue() and time.monotonic() < deadline:
             time.sleep(0.2)
     return Finished(int(ended.value.code or 0), said.getvalue())
@@ -91,12 +93,12 @@ def overrides(**values: Any) -> list[str]:
     return [part for key, value in values.items() for part in ("-o", f"{key.replace('__', '.')}={json.dumps(value)}")]
 
 
-def killed_at(pattern: str, *arguments: str, timeout: float = 600) -> Finished:
+def killed_at(pattern: str, *arguments: str) -> Finished:
     """Run until a line of the log matches a pattern, then SIGKILL the driver, and it alone."""
     process = subprocess.Popen([DPO_RAY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     watch = _Watch(process, re.compile(pattern))
     watch.thread.start()
-    found = watch.seen.wait(timeout)
+    found = watch.seen.wait(LONGEST)
     os.kill(process.pid, signal.SIGKILL)
     process.wait(60)
     watch.thread.join(60)

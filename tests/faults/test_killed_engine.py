@@ -14,9 +14,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.command_line import CONFIGS, DPO_RAY, WORKER, overrides, processes_below, summary_of
+from tests.command_line import CONFIGS, DPO_RAY, LONGEST, WORKER, overrides, processes_below, summary_of
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
 SHARDS, ROWS = 12, 24
 
@@ -126,7 +126,7 @@ def test_a_row_that_kills_its_engine_is_quarantined_and_engines_are_added_while_
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=LONGEST,
     )
     made = re.search(r"^MADE (.+)$", done.stdout, re.MULTILINE)
     assert done.returncode == 0 and made, done.stdout[-6000:]

@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 
-from tests.command_line import CONFIGS, DPO_RAY, WORKER, dpo_ray, overrides, processes_below
+from tests.command_line import CONFIGS, DPO_RAY, LONGEST, WORKER, dpo_ray, overrides, processes_below
 
 KILLS = int(os.environ.get("DPO_RAY_KILLS", "2"))
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600 + 180 * KILLS)]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(1800 + 300 * KILLS)]
 
 NUM_PAIRS, ROWS_PER_SHARD = 48, 6
 LONGEST_WAIT = 40.0  # seconds from a start of the driver to the kill: Ray and vLLM start in about half of it
@@ -89,7 +89,7 @@ def run_and_kill(arguments: list[str], victim: str, is_due: Callable[[], bool]) 
         elif pids := [pid for pid, name in processes_below(process.pid).items() if name.startswith(WORKER)]:
             os.kill(pids[0], signal.SIGKILL)
             killed = True
-    code = process.wait(300)
+    code = process.wait(LONGEST)
     reader.join(60)
     return killed, None if killed and victim == "driver" else code, "".join(lines)
 

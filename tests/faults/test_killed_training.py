@@ -25,7 +25,7 @@ KILLS = tuple(("worker", "driver")[n % 2] for n in range(int(os.environ.get("DPO
 EPOCHS = 2 + len(KILLS)
 NUM_STEPS = 10 * EPOCHS
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(600 + 180 * len(KILLS))]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1800 + 300 * len(KILLS))]
 
 
 @pytest.fixture(scope="module")

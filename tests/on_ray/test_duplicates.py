@@ -11,7 +11,7 @@ import pytest
 
 from tests.command_line import CONFIGS, Finished, overrides, summary_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.ray
 
 
 def pair(number: int, good: str = "It is next.", bad: str = "I will not say.") -> dict:

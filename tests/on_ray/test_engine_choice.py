@@ -10,7 +10,7 @@ import pytest
 
 from tests.command_line import CONFIGS, Finished, overrides, summary_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
 
 @pytest.fixture(scope="module")

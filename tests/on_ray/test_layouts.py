@@ -11,7 +11,7 @@ import pytest
 
 from tests.command_line import CONFIGS, Finished, in_process, overrides, summary_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.ray
 
 TOOLS = json.dumps([{"name": "look_up", "parameters": {"type": "object"}}])
 

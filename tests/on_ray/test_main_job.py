@@ -12,7 +12,7 @@ import pytest
 
 from tests.command_line import CONFIGS, Finished, dpo_ray, in_process, overrides, summary_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.ray
 
 SMALL_TRAINING = {"train__num_workers": 1, "train__tokens_per_microbatch": 1024}
 """For tests that are not about the workers: one of them, and nobody who looks for its memory."""

@@ -14,7 +14,7 @@ from dpo_ray.storage.location import Location
 from tests.command_line import CONFIGS, Finished, dpo_ray, in_process, killed_at, overrides
 from tests.object_store import BUCKET, ObjectStore, object_store, upload
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
 OUT = Location.of(f"s3://{BUCKET}/team/out")
 
@@ -52,7 +52,7 @@ def job(store: ObjectStore, tmp_path_factory, tiny_model: Path, write_preference
         "publish__gate__accuracy_above": None,
     }
 
-    def run(run_id: str, by: Callable[..., Finished] = partial(dpo_ray, timeout=1500), **more: Any) -> Finished:
+    def run(run_id: str, by: Callable[..., Finished] = dpo_ray, **more: Any) -> Finished:
         return by("run", str(CONFIGS / "align_cpu.yaml"), "--run-id", run_id, *overrides(**{**values, **more}))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -67,7 +67,7 @@ def summary_of(run_id: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def killed_run(job, store: ObjectStore) -> tuple[Finished, list[str]]:
     """The log of a run that was killed in its training, and the objects that it left."""
-    killed = job("killed", partial(killed_at, "checkpoint at step 12/", timeout=1500))
+    killed = job("killed", partial(killed_at, "checkpoint at step 12/"))
     return killed, store.names()
 
 

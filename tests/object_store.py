@@ -18,6 +18,7 @@ import boto3
 import pytest
 
 from dpo_ray.storage import location as storage
+from tests.command_line import LONGEST
 
 BUCKET = "bucket"
 
@@ -68,13 +69,13 @@ def object_store() -> Iterator[ObjectStore]:
 
 
 def _address(process: subprocess.Popen, log: Any) -> str:
-    for _ in range(600):
+    for _ in range(int(10 * LONGEST)):
         log.seek(0)
         if found := re.search(r"http://127\.0\.0\.1:\d+", text := log.read()):
             return found[0]
         assert process.poll() is None, f"moto's server ended:\n{text}"
         time.sleep(0.1)
-    raise AssertionError(f"moto's server did not start within a minute:\n{text}")
+    raise AssertionError(f"moto's server did not start within {LONGEST:g} seconds:\n{text}")
 
 
 def upload(folder: Path, prefix: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.command_line import CONFIGS, DPO_RAY, dpo_ray, overrides, summary_of
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
 NUM_STEPS = 40
 
@@ -45,11 +45,16 @@ def test_training_goes_on_with_fewer_workers(cluster, tiny_model, write_preferen
         "train__checkpoint_every_steps": 4,
         "train__min_workers": 1,
         "train__cpus_per_worker": 2,
+        "train__tokens_per_microbatch": 1024,
     }
     arguments = ["train", str(CONFIGS / "align_cpu.yaml"), *overrides(**settings)]
-    on_cluster = {**os.environ, "RAY_ADDRESS": made.address}
+    on_cluster = {"RAY_ADDRESS": made.address}
     process = subprocess.Popen(
-        [DPO_RAY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=on_cluster
+        [DPO_RAY, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **on_cluster},
     )
     assert process.stdout is not None
     lines = []
@@ -64,7 +69,8 @@ def test_training_goes_on_with_fewer_workers(cluster, tiny_model, write_preferen
     metrics = metrics_of(tmp_path / "out")
     assert [m["step"] for m in metrics] == list(range(1, NUM_STEPS + 1))
 
-    alone = dpo_ray(*arguments, *overrides(run__output=str(tmp_path / "alone"), train__num_workers=1))
+    one = overrides(run__output=str(tmp_path / "alone"), train__min_workers=None, train__num_workers=1)
+    alone = dpo_ray(*arguments, *one, env=on_cluster)
     assert alone.code == 0, alone.log
     expected = metrics_of(tmp_path / "alone")
     assert [m["loss"] for m in metrics] == pytest.approx([m["loss"] for m in expected], abs=1e-5)

@@ -10,15 +10,17 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.command_line import CONFIGS, Finished, dpo_ray, killed_at, overrides, summary_of
+from tests.command_line import CONFIGS, LONGEST, Finished, dpo_ray, killed_at, overrides, processes_with, summary_of
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm]
 
 PROMPTS = 18
+MARK = ("DPO_RAY_TEST", f"killed driver {os.getpid()}")
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +48,14 @@ def command(output, demo_model) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def logs(command) -> dict[str, Finished]:
-    """The logs of the killed run and of the one that came through."""
-    return {
-        "killed": killed_at(r"\[candidates\] \d+/\d+ \w+ .* shard \w+ done", *command),
-        "finished": dpo_ray(*command, timeout=900),
-    }
+def logs(command) -> Iterator[dict[str, Finished]]:
+    """The logs of the killed run and of the one that came through; what they start is told by its environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(*MARK)
+        yield {
+            "killed": killed_at(r"\[candidates\] \d+/\d+ \w+ .* shard \w+ done", *command),
+            "finished": dpo_ray(*command),
+        }
 
 
 def counts(done: Finished, stage: str) -> tuple[int, int, int]:
@@ -82,15 +86,10 @@ def test_vllms_reference_agrees_with_the_trainers_forward(logs, output):
 
 
 def test_no_process_of_a_killed_run_is_left(logs):
-    deadline = time.monotonic() + 60  # the workers of a run that has just ended need some seconds
-    while leftover := workers():
+    deadline = time.monotonic() + LONGEST  # the workers of a run that has just ended need some seconds
+    while leftover := processes_with("=".join(MARK)):
         assert time.monotonic() < deadline, leftover
         time.sleep(1)
-
-
-def workers() -> list[str]:
-    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listing.splitlines() if line.startswith(("ray::", "VLLM::")) or "/raylet/raylet" in line]
 
 
 def test_the_published_folder_generates_in_plain_transformers(logs, output):
@@ -118,7 +117,7 @@ def test_the_published_folder_generates_in_plain_vllm(logs, output):
         [sys.executable, "-c", program, summary_of(output)["published"]],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LONGEST,
         env=environment,
     )
     said = [line for line in done.stdout.splitlines() if line.startswith("SAID")]

@@ -14,9 +14,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.command_line import CONFIGS, DPO_RAY, WORKER, dpo_ray, overrides, processes_below, summary_of
+from tests.command_line import CONFIGS, DPO_RAY, LONGEST, WORKER, overrides, processes_below, summary_of
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
 SHARDS, ROWS = 12, 24
 
@@ -47,9 +47,9 @@ def reference_manifest(output: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text())
 
 
-def test_an_engine_killed_from_outside_is_replaced_and_its_rows_are_scored_again(arguments, tmp_path):
+def test_an_engine_killed_from_outside_is_replaced_and_its_rows_are_scored_again(arguments, one_ray, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = dpo_ray(*arguments, *overrides(run__output=str(whole)))
+    done = one_ray(*arguments, *overrides(run__output=str(whole)))
     assert done.code == 0, done.log
     shutil.copytree(whole, killed)
     shutil.rmtree(killed / "artifacts" / "reference")
@@ -126,7 +126,7 @@ def test_a_row_that_kills_its_engine_is_quarantined_and_engines_are_added_while_
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=LONGEST,
     )
     made = re.search(r"^MADE (.+)$", done.stdout, re.MULTILINE)
     assert done.returncode == 0 and made, done.stdout[-6000:]

@@ -1,6 +1,7 @@
-"""SIGKILL of the driver and of the vLLM actor at random moments of the reference stage: the same artifact, bit for bit.
+"""SIGKILL of the driver and of the vLLM actor in the reference stage: the same artifact, bit for bit.
 
-DPO_RAY_KILLS is how often (2 unless told), DPO_RAY_KILL_SEED draws the moments.
+DPO_RAY_KILLS is how often (2 unless told). The first kill of each comes when a shard is finished, the others at random
+moments from the start of the driver on, which DPO_RAY_KILL_SEED draws.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.command_line import CONFIGS, DPO_RAY, WORKER, dpo_ray, overrides, processes_below
+from tests.command_line import CONFIGS, DPO_RAY, LONGEST, WORKER, dpo_ray, overrides, processes_below
 
 KILLS = int(os.environ.get("DPO_RAY_KILLS", "2"))
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600 + 180 * KILLS)]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(1800 + 300 * KILLS)]
 
 NUM_PAIRS, ROWS_PER_SHARD = 48, 6
 LONGEST_WAIT = 40.0  # seconds from a start of the driver to the kill: Ray and vLLM start in about half of it
@@ -66,10 +68,10 @@ def content(output: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def run_and_kill(arguments: list[str], victim: str, moment: float) -> tuple[bool, int | None, str]:
+def run_and_kill(arguments: list[str], victim: str, is_due: Callable[[], bool]) -> tuple[bool, int | None, str]:
     """Start the command and kill once. Returns whether it was killed, the exit code (None of a killed driver), the log.
 
-    moment: seconds after the start; for the actor, the wait goes on until there is one.
+    is_due: whether the moment has come; for the actor, the wait goes on until there is one.
     """
     process = subprocess.Popen([DPO_RAY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines: list[str] = []
@@ -77,10 +79,9 @@ def run_and_kill(arguments: list[str], victim: str, moment: float) -> tuple[bool
     reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)
     reader.start()
     killed = False
-    due = time.monotonic() + moment
     while process.poll() is None and not killed:
-        time.sleep(0.2)
-        if time.monotonic() < due:
+        time.sleep(0.1)
+        if not is_due():
             continue
         if victim == "driver":
             process.send_signal(signal.SIGKILL)
@@ -88,21 +89,37 @@ def run_and_kill(arguments: list[str], victim: str, moment: float) -> tuple[bool
         elif pids := [pid for pid, name in processes_below(process.pid).items() if name.startswith(WORKER)]:
             os.kill(pids[0], signal.SIGKILL)
             killed = True
-    code = process.wait(300)
+    code = process.wait(LONGEST)
     reader.join(60)
     return killed, None if killed and victim == "driver" else code, "".join(lines)
 
 
-def test_killed_at_random_moments_the_artifacts_are_the_same(command, tmp_path):
-    undisturbed = dpo_ray(*command(tmp_path / "undisturbed"))
+def after(seconds: float) -> Callable[[], bool]:
+    due = time.monotonic() + seconds
+    return lambda: time.monotonic() >= due
+
+
+def one_more_shard(output: Path) -> Callable[[], bool]:
+    """Whether there are more finished shards of the reference than now."""
+
+    def finished() -> int:
+        return len(list((output / "artifacts" / "reference").glob("*/*.parquet")))
+
+    before = finished()
+    return lambda: finished() > before
+
+
+def test_killed_at_some_moments_the_artifacts_are_the_same(command, one_ray, tmp_path):
+    undisturbed = one_ray(*command(tmp_path / "undisturbed"))
     assert undisturbed.code == 0, undisturbed.log
     chance = random.Random(os.environ.get("DPO_RAY_KILL_SEED", "kills"))
     arguments = command(tmp_path / "killed")
     done, log = 0, ""
     finished = False
     while done < KILLS:
-        victim = ("actor", "driver")[done % 2]
-        killed, code, text = run_and_kill(arguments, victim, chance.uniform(0, LONGEST_WAIT))
+        victim = ("driver", "actor")[done % 2]
+        is_due = one_more_shard(tmp_path / "killed") if done < 2 else after(chance.uniform(0, LONGEST_WAIT))
+        killed, code, text = run_and_kill(arguments, victim, is_due)
         log += text
         assert code in (0, None), text[-6000:]
         if not killed or code == 0:

@@ -1,6 +1,6 @@
 """SIGKILL of a worker and of the driver in the middle of training, again and again: the result is bit-identical.
 
-DPO_RAY_KILLS is how often (3 unless told), DPO_RAY_KILL_SEED draws the moments.
+DPO_RAY_KILLS is how often (2 unless told), DPO_RAY_KILL_SEED draws the moments.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.command_line import CONFIGS, DPO_RAY, dpo_ray, overrides, summary_of
+from tests.command_line import CONFIGS, DPO_RAY, overrides, summary_of
 
-NUM_STEPS = 60
-KILLS = tuple(("worker", "driver")[n % 2] for n in range(int(os.environ.get("DPO_RAY_KILLS", "3"))))
+KILLS = tuple(("worker", "driver")[n % 2] for n in range(int(os.environ.get("DPO_RAY_KILLS", "2"))))
+EPOCHS = 2 + len(KILLS)
+NUM_STEPS = 10 * EPOCHS
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(600 + 180 * len(KILLS))]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1800 + 300 * len(KILLS))]
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory, tiny_model, write_preferences):
+def command(one_ray, tmp_path_factory, tiny_model, write_preferences):
     """command(output) → arguments of a training of NUM_STEPS steps on pairs that are scored already."""
     folder = tmp_path_factory.mktemp("killed_training")
     rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": f"No {n} today."} for n in range(40)]
@@ -40,14 +41,15 @@ def command(tmp_path_factory, tiny_model, write_preferences):
         "reference__engine": "torch",
         "reference__calibration_pairs": 4,
         "train__global_batch_size": 4,
-        "train__epochs": 6,
+        "train__epochs": EPOCHS,
         "train__learning_rate": 1e-3,
         "train__checkpoint_every_steps": 3,
         "train__max_failures": len(KILLS),
+        "train__tokens_per_microbatch": 1024,
     }
     config = str(CONFIGS / "align_cpu.yaml")
     scored = folder / "scored"
-    done = dpo_ray("reference", config, *overrides(**settings, run__output=str(scored)))
+    done = one_ray("reference", config, *overrides(**settings, run__output=str(scored)))
     assert done.code == 0, done.log
 
     def arguments(output: Path) -> list[str]:
@@ -58,9 +60,9 @@ def command(tmp_path_factory, tiny_model, write_preferences):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(command, tmp_path_factory) -> dict[str, torch.Tensor]:
+def uninterrupted(command, one_ray, tmp_path_factory) -> dict[str, torch.Tensor]:
     output = tmp_path_factory.mktemp("uninterrupted") / "out"
-    done = dpo_ray(*command(output))
+    done = one_ray(*command(output))
     assert done.code == 0, done.log
     return weights(output)
 
@@ -71,7 +73,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 
 def test_killed_at_random_steps_the_weights_are_the_same_bit_for_bit(command, uninterrupted, tmp_path):
-    chance = random.Random(os.environ.get("DPO_RAY_KILL_SEED", "5 kills"))
+    chance = random.Random(os.environ.get("DPO_RAY_KILL_SEED", "kills"))
     arguments = command(tmp_path / "out")
     points = sorted(chance.sample(range(7, NUM_STEPS - 6), len(KILLS)))
     kills = list(zip(points, KILLS, strict=True))

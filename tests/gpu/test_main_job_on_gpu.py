@@ -11,7 +11,6 @@ from tests.on_ray.test_main_job import preference_rows
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.ray,
-    pytest.mark.timeout(900),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
@@ -32,7 +31,7 @@ def test_the_main_job_runs_on_a_gpu(tmp_path, demo_model, write_preferences, dty
         "train__global_batch_size": 8,
         "publish__gate__accuracy_above": None,
     }
-    done = dpo_ray("run", str(CONFIGS / "align_cpu.yaml"), *overrides(**settings), timeout=800)
+    done = dpo_ray("run", str(CONFIGS / "align_cpu.yaml"), *overrides(**settings))
     assert done.code == 0, done.log
     summary = summary_of(tmp_path / "out")
     assert summary["train"]["first_step_loss"] == pytest.approx(0.6931, abs=1e-3 if dtype == "float32" else 0.05)

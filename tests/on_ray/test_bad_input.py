@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.cli import main
-from tests.command_line import CONFIGS, Finished, dpo_ray, overrides
+from tests.command_line import CONFIGS, Finished, dpo_ray, in_process, overrides
 
 GOOD = {
     "prompt": [{"role": "user", "content": "Why?"}],
@@ -42,16 +39,11 @@ def arguments(tmp_path, tiny_model, write_preferences):
 
 
 @pytest.fixture
-def attempt(arguments, capfd, monkeypatch):
+def attempt(arguments):
     """Runs them in this process."""
 
     def run(*command: str, **values) -> Finished:
-        monkeypatch.setattr(sys, "argv", ["dpo-ray", *arguments(*command, **values)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capfd.readouterr()
-        return Finished(int(ended.value.code or 0), said.out + said.err)
+        return in_process(*arguments(*command, **values))
 
     return run
 
@@ -186,11 +178,11 @@ def test_output_without_write_access(attempt, tmp_path):
 
 
 def test_missing_configuration_file(tmp_path):
-    readable(dpo_ray("run", str(Path(tmp_path) / "none.yaml")), 2, "none.yaml", "no configuration file")
+    readable(in_process("run", str(tmp_path / "none.yaml")), 2, "none.yaml", "no configuration file")
 
 
 def test_dry_run_prints_the_resolved_tree_and_the_plan_and_writes_nothing(tmp_path):
-    done = dpo_ray("run", str(CONFIGS / "demo_cpu.yaml"), "--dry-run", *overrides(run__output=str(tmp_path / "out")))
+    done = in_process("run", str(CONFIGS / "demo_cpu.yaml"), "--dry-run", *overrides(run__output=str(tmp_path / "out")))
     assert done.code == 0
     assert "max_grad_norm: 1.0" in done.log
     assert done.lines("# train: sigmoid, beta 0.1")

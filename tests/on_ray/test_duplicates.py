@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests.command_line import CONFIGS, Finished, dpo_ray, overrides, summary_of
+from tests.command_line import CONFIGS, Finished, overrides, summary_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.ray
 
 
 def pair(number: int, good: str = "It is next.", bad: str = "I will not say.") -> dict:
@@ -21,8 +22,8 @@ def swapped(row: dict) -> dict:
     return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
 
 
-def run(folder: Path, tiny_model: Path, command: str) -> Finished:
-    return dpo_ray(
+def run(one_ray: Callable[..., Finished], folder: Path, tiny_model: Path, command: str) -> Finished:
+    return one_ray(
         command,
         str(CONFIGS / "align_cpu.yaml"),
         *overrides(
@@ -44,7 +45,7 @@ def rows_of(folder: Path, summary: dict, stage: str, kind: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def two_runs(tmp_path_factory, tiny_model, write_preferences):
+def two_runs(one_ray, tmp_path_factory, tiny_model, write_preferences):
     """A run over two training files and a held-out one; then over a third that contradicts a row of the first, and two
     copies of it."""
     folder = tmp_path_factory.mktemp("duplicates")
@@ -54,13 +55,13 @@ def two_runs(tmp_path_factory, tiny_model, write_preferences):
     write_preferences(folder / "train", first, name="train-0.parquet")
     write_preferences(folder / "train", [*second, *(pair(n) for n in range(200, 230))], name="train-1.parquet")
     write_preferences(folder / "eval", [pair(100), pair(101), pair(101)], name="eval-0.parquet")
-    before = run(folder, tiny_model, "reference")
+    before = run(one_ray, folder, tiny_model, "reference")
     assert before.code == 0, before.log
     summaries = [summary_of(folder / "out")]
     write_preferences(folder / "train", [pair(300), swapped(pair(5))], name="train-2.parquet")
     for copy in ("train-3.parquet", "train-4.parquet"):
         shutil.copy(folder / "train" / "train-2.parquet", folder / "train" / copy)
-    after = run(folder, tiny_model, "tokenize")
+    after = run(one_ray, folder, tiny_model, "tokenize")
     assert after.code == 0, after.log
     return folder, [before, after], [*summaries, summary_of(folder / "out")]
 

@@ -14,9 +14,10 @@ import torch
 
 from dpo_ray.config import VLLM, Model
 from dpo_ray.pairs import TokenizedPair
+from tests.command_line import LONGEST
 from tests.training import small_model
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.vllm
 
 CHUNK = 112  # tokens that vLLM computes at once: no multiple or part of a block
 BLOCK = 128  # tokens of a block of vLLM's cache on CPU: so many at least are found in it, or none
@@ -79,7 +80,7 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, ...]
     # In a process of its own: vLLM starts a process group where it runs.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=set_up) as pool:
-        yield pool.submit(both_engines, str(folder), PAIRS).result(timeout=500)
+        yield pool.submit(both_engines, str(folder), PAIRS).result(timeout=LONGEST)
 
 
 @pytest.mark.parametrize("time", [0, 1], ids=["first time", "with everything in the cache"])

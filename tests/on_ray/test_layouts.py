@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests.command_line import CONFIGS, Finished, dpo_ray, overrides, summary_of
+from tests.command_line import CONFIGS, Finished, in_process, overrides, summary_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.ray
 
 TOOLS = json.dumps([{"name": "look_up", "parameters": {"type": "object"}}])
 
 
-def ingest(folder: Path, **more) -> Finished:
+def ingest(folder: Path, run: Callable[..., Finished] = in_process, **more) -> Finished:
     values = {
         "run__output": str(folder / "out"),
         "model__path": "not/needed",
@@ -23,31 +24,7 @@ def ingest(folder: Path, **more) -> Finished:
         "data__max_quarantined_fraction": 0.5,
         **more,
     }
-    return dpo_ray("ingest", str(CONFIGS / "align_cpu.yaml"), *overrides(**values))
-
-
-def test_ranked_and_paired_files_become_pairs_together(tmp_path, write_preferences):
-    ranked = [
-        {"prompt": f"Number {n}?", "answers": ["a", "b", "c", "d"], "scores": scores, "tools": TOOLS}
-        for n, scores in enumerate([[1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 2.0]])
-    ]
-    write_preferences(tmp_path / "data", ranked, name="ranked.parquet")
-    write_preferences(tmp_path / "data", [{"prompt": "Who?", "chosen": "x", "rejected": "y"}], name="paired.parquet")
-    options = {"data__columns": {"completions": "answers"}}
-    done = ingest(tmp_path, **options, data__pairing={"pairs_per_prompt": 2})
-    assert done.code == 0, done.log
-    stage = summary_of(tmp_path / "out")["stages"]["ingest"]
-    # Of four rows read, the tie is quarantined, two make one pair each, and one makes two.
-    assert stage["rows"] == {"in": 4, "kept": 4, "dropped": {"tie": 1}}
-    shards = (tmp_path / "out" / "artifacts" / "pairs" / stage["fingerprint"]).glob("*.parquet")
-    pairs = [(r["chosen"], r["rejected"], r["tools"]) for shard in shards for r in pq.read_table(shard).to_pylist()]
-    assert sorted(pairs, key=str) == [("c", "b", TOOLS), ("d", "a", TOOLS), ("d", "c", TOOLS), ("x", "y", None)]
-
-    # Other pairs of the ranked rows are computed anew, and of the paired ones none.
-    done = ingest(tmp_path, **options)
-    assert done.code == 0, done.log
-    assert done.lines("1 of 2 shards are finished already")
-    assert summary_of(tmp_path / "out")["stages"]["ingest"]["rows"]["kept"] == 3
+    return run("ingest", str(CONFIGS / "align_cpu.yaml"), *overrides(**values))
 
 
 def test_options_that_no_file_has_a_use_for_are_errors(tmp_path, write_preferences):
@@ -59,3 +36,27 @@ def test_options_that_no_file_has_a_use_for_are_errors(tmp_path, write_preferenc
         done = ingest(tmp_path, **options)
         assert done.code == 2 and "Traceback" not in done.log and "starting Ray" not in done.log, done.log
         assert said in done.log.strip().splitlines()[-1]
+
+
+def test_ranked_and_paired_files_become_pairs_together(one_ray, tmp_path, write_preferences):
+    ranked = [
+        {"prompt": f"Number {n}?", "answers": ["a", "b", "c", "d"], "scores": scores, "tools": TOOLS}
+        for n, scores in enumerate([[1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 2.0]])
+    ]
+    write_preferences(tmp_path / "data", ranked, name="ranked.parquet")
+    write_preferences(tmp_path / "data", [{"prompt": "Who?", "chosen": "x", "rejected": "y"}], name="paired.parquet")
+    options = {"data__columns": {"completions": "answers"}}
+    done = ingest(tmp_path, one_ray, **options, data__pairing={"pairs_per_prompt": 2})
+    assert done.code == 0, done.log
+    stage = summary_of(tmp_path / "out")["stages"]["ingest"]
+    # Of four rows read, the tie is quarantined, two make one pair each, and one makes two.
+    assert stage["rows"] == {"in": 4, "kept": 4, "dropped": {"tie": 1}}
+    shards = (tmp_path / "out" / "artifacts" / "pairs" / stage["fingerprint"]).glob("*.parquet")
+    pairs = [(r["chosen"], r["rejected"], r["tools"]) for shard in shards for r in pq.read_table(shard).to_pylist()]
+    assert sorted(pairs, key=str) == [("c", "b", TOOLS), ("d", "a", TOOLS), ("d", "c", TOOLS), ("x", "y", None)]
+
+    # Other pairs of the ranked rows are computed anew, and of the paired ones none.
+    done = ingest(tmp_path, one_ray, **options)
+    assert done.code == 0, done.log
+    assert done.lines("1 of 2 shards are finished already")
+    assert summary_of(tmp_path / "out")["stages"]["ingest"]["rows"]["kept"] == 3

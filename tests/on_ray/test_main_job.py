@@ -1,16 +1,21 @@
-"""The main job on own data, as processes on a local Ray: runs, reuse, new shards, sweep."""
+"""The main job on own data: runs, reuse, new shards, sweep."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.command_line import CONFIGS, Finished, dpo_ray, overrides, summary_of
+from tests.command_line import CONFIGS, Finished, dpo_ray, in_process, overrides, summary_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.ray
+
+SMALL_TRAINING = {"train__num_workers": 1, "train__tokens_per_microbatch": 1024}
+"""For tests that are not about the workers: one of them, and nobody who looks for its memory."""
 
 
 def preference_rows(first: int, count: int) -> list[dict]:
@@ -27,11 +32,11 @@ def preference_rows(first: int, count: int) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory, tiny_model, write_preferences):
-    """A folder of data and a function that runs a command on it with the torch scorer."""
+    """A folder of data and a function that runs a command on it with the torch scorer, as a process unless told."""
     folder = tmp_path_factory.mktemp("job")
     write_preferences(folder / "data", preference_rows(0, 40), name="train-00000.parquet")
 
-    def run(command: str = "run", **more) -> Finished:
+    def run(command: str = "run", by: Callable[..., Finished] = dpo_ray, **more) -> Finished:
         values = {
             "run__name": "numbers",
             "run__output": str(folder / "out"),
@@ -46,7 +51,7 @@ def job(tmp_path_factory, tiny_model, write_preferences):
             "publish__gate__accuracy_above": None,
             **more,
         }
-        return dpo_ray(command, str(CONFIGS / "align_cpu.yaml"), *overrides(**values))
+        return by(command, str(CONFIGS / "align_cpu.yaml"), *overrides(**values))
 
     return folder, run
 
@@ -100,18 +105,19 @@ def test_a_second_run_reuses_every_stage_and_starts_no_ray(first_run, job):
     assert "starting Ray" not in again.log
 
 
-def test_show_lists_the_run_and_the_published_model(first_run):
+def test_show_lists_the_run_and_the_published_model(first_run, monkeypatch):
     folder, _, summary = first_run
-    done = dpo_ray("show", str(folder / "out"), env={"COLUMNS": "200"})
+    monkeypatch.setenv("COLUMNS", "200")
+    done = in_process("show", str(folder / "out"))
     assert done.code == 0
     assert summary["run_id"] in done.log
     assert done.lines("numbers: latest is " + Path(summary["published"]).name)
 
 
-def test_a_sweep_trains_each_point_on_the_same_reference_artifact(first_run, job):
+def test_a_sweep_trains_each_point_on_the_same_reference_artifact(first_run, job, one_ray):
     folder, run = job
     reference = first_run[2]["stages"]["reference"]["fingerprint"]
-    done = run("sweep", tune__beta=[0.1, 0.5], tune__learning_rate=[1e-3])
+    done = run("sweep", one_ray, **SMALL_TRAINING, tune__beta=[0.1, 0.5], tune__learning_rate=[1e-3])
     assert done.code == 0, done.log
     summary = summary_of(folder / "out")
     assert summary["stages"]["reference"]["reused"]
@@ -121,10 +127,12 @@ def test_a_sweep_trains_each_point_on_the_same_reference_artifact(first_run, job
     assert accuracies == sorted(accuracies, reverse=True)
 
 
-def test_training_stops_early_and_takes_the_best_weights_from_its_checkpoint(first_run, job):
+def test_training_stops_early_and_takes_the_best_weights_from_its_checkpoint(first_run, job, one_ray):
     folder, run = job
     done = run(
         "train",
+        partial(one_ray, until="were best by"),
+        train__tokens_per_microbatch=1024,
         train__loss={"type": "ipo", "log_ratio": "sum"},  # it wants one margin, and steps of this size go far beyond
         train__learning_rate=0.3,
         train__schedule="constant",
@@ -141,16 +149,16 @@ def test_training_stops_early_and_takes_the_best_weights_from_its_checkpoint(fir
     assert done.lines(f"the weights of step {train['published_step']} were best by eval_loss")
 
 
-def test_new_shards_cost_only_themselves(first_run, job, write_preferences):
+def test_new_shards_cost_only_themselves(first_run, job, one_ray, write_preferences):
     folder, run = job
     write_preferences(folder / "data", preference_rows(40, 10), name="train-00001.parquet")
-    done = run("reference")
+    done = run("reference", one_ray)
     assert done.code == 0, done.log
     for stage in ("pairs", "tokenized", "reference"):
         assert done.lines(f"[{stage}] 8 of 10 shards are finished already, 2 to compute"), done.log
 
 
-def test_a_lost_file_is_made_again_and_no_other(first_run, job):
+def test_a_lost_file_is_made_again_and_no_other(first_run, job, one_ray):
     folder, run = job
     manifests = (folder / "out" / "artifacts" / "reference").glob("*/manifest.json")
     [manifest] = [path for path in manifests if len(json.loads(path.read_text())["files"]) == 10]
@@ -158,7 +166,7 @@ def test_a_lost_file_is_made_again_and_no_other(first_run, job):
     shard = manifest.parent / json.loads(before)["files"][-1]["name"]  # no other artifact has it
     content = shard.read_bytes()
     shard.unlink()
-    done = run("reference")
+    done = run("reference", one_ray)
     assert done.code == 0, done.log
     assert done.lines("[reference] 9 of 10 shards are finished already, 1 to compute"), done.log
     for stage in ("pairs", "tokenized"):
@@ -167,9 +175,9 @@ def test_a_lost_file_is_made_again_and_no_other(first_run, job):
     assert json.loads(manifest.read_text())["files"] == json.loads(before)["files"]
 
 
-def test_beta_and_learning_rate_leave_the_reference_as_it_is(first_run, job):
+def test_beta_and_learning_rate_leave_the_reference_as_it_is(first_run, job, one_ray):
     _, run = job
-    done = run("reference", train__loss={"type": "ipo", "beta": 0.3}, train__learning_rate=1e-5)
+    done = run("reference", one_ray, train__loss={"type": "ipo", "beta": 0.3}, train__learning_rate=1e-5)
     assert done.code == 0, done.log
     assert done.lines("[reference] reused")
 
@@ -181,7 +189,7 @@ def test_a_reference_artifact_of_another_tokenizer_is_refused(first_run, job, ti
     shutil.copytree(tiny_model, other)
     template = other / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
-    done = dpo_ray(
+    done = in_process(
         "train",
         str(CONFIGS / "align_cpu.yaml"),
         "--reference",
@@ -192,9 +200,9 @@ def test_a_reference_artifact_of_another_tokenizer_is_refused(first_run, job, ti
     assert "tokenizer" in done.log and "Traceback" not in done.log
 
 
-def test_a_gate_that_does_not_hold_publishes_nothing_and_exits_4(first_run, job):
+def test_a_gate_that_does_not_hold_publishes_nothing_and_exits_4(first_run, job, one_ray):
     folder, run = job
-    done = run(publish__gate__accuracy_above=0.999, run__name="never")
+    done = run(by=one_ray, **SMALL_TRAINING, publish__gate__accuracy_above=0.999, run__name="never")
     assert done.code == 4
     paragraph = done.log.strip().splitlines()[-1]
     assert paragraph.startswith("GateFailed") and "publish.gate.accuracy_above=0.999" in paragraph

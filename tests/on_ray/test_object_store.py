@@ -1,19 +1,20 @@
-"""The main job with its model, its data and its output in an object store."""
+"""The main job with its model, its data and its output in an object store, killed in its training."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpo_ray.storage.location import Location
-from tests.command_line import CONFIGS, Finished, dpo_ray, killed_at, overrides
+from tests.command_line import CONFIGS, Finished, dpo_ray, in_process, killed_at, overrides
 from tests.object_store import BUCKET, ObjectStore, object_store, upload
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
 OUT = Location.of(f"s3://{BUCKET}/team/out")
 
@@ -45,14 +46,14 @@ def job(store: ObjectStore, tmp_path_factory, tiny_model: Path, write_preference
         "train__global_batch_size": 8,
         "train__learning_rate": 1e-3,
         "train__checkpoint_every_steps": 2,
+        "train__epochs": 6,
+        "train__tokens_per_microbatch": 1024,
+        "model__lora": {"rank": 4},
         "publish__gate__accuracy_above": None,
     }
 
-    def run(run_id: str, kill_at: str | None = None, **more: Any) -> Finished:
-        arguments = (str(CONFIGS / "align_cpu.yaml"), "--run-id", run_id, *overrides(**{**values, **more}))
-        if kill_at is not None:
-            return killed_at(kill_at, "run", *arguments, timeout=1500)
-        return dpo_ray("run", *arguments, timeout=1500)
+    def run(run_id: str, by: Callable[..., Finished] = dpo_ray, **more: Any) -> Finished:
+        return by("run", str(CONFIGS / "align_cpu.yaml"), "--run-id", run_id, *overrides(**{**values, **more}))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DPO_RAY_CACHE", str(folder / "cache"))
@@ -64,7 +65,15 @@ def summary_of(run_id: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def first_run(job) -> tuple[Finished, dict[str, Any]]:
+def killed_run(job, store: ObjectStore) -> tuple[Finished, list[str]]:
+    """The log of a run that was killed in its training, and the objects that it left."""
+    killed = job("killed", partial(killed_at, "checkpoint at step 12/"))
+    return killed, store.names()
+
+
+@pytest.fixture(scope="module")
+def first_run(killed_run, job) -> tuple[Finished, dict[str, Any]]:
+    """The run that went on from there to the end."""
     done = job("first")
     assert done.code == 0, done.log
     return done, summary_of("first")
@@ -75,7 +84,9 @@ def test_a_run_publishes_a_model_and_its_record(first_run, store: ObjectStore):
     published = Location.of(summary["published"])
     assert published.uri.startswith(f"{OUT}/models/numbers/") and published.uri in done.log
     names = {f.name for f in published.children()}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= names
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= names
+    adapter = json.loads((published / "adapter_config.json").read_bytes())
+    assert adapter["base_model_name_or_path"] == f"s3://{BUCKET}/models/tiny"
     assert json.loads((OUT / "models" / "numbers" / "latest.json").read_bytes())["path"] == published.uri
     records = {f.name for f in (OUT / "runs" / "first").children()}
     assert records == {"config.yaml", "metrics.jsonl", "summary.json", "report.html"}
@@ -83,14 +94,22 @@ def test_a_run_publishes_a_model_and_its_record(first_run, store: ObjectStore):
     assert summary["train"]["first_step_loss"] == pytest.approx(summary["train"]["zero_margin_loss"], abs=1e-5)
 
 
+def test_a_killed_training_goes_on_from_its_checkpoint_there(killed_run, first_run):
+    assert any(name.startswith("team/out/artifacts/train/") and "checkpoint_" in name for name in killed_run[1])
+    done, summary = first_run
+    assert done.lines("[train] going on from checkpoint_")
+    history = (OUT / "runs" / "first" / "metrics.jsonl").read_bytes().splitlines()
+    assert [json.loads(line)["step"] for line in history] == list(range(1, summary["train"]["num_steps"] + 1))
+
+
 def test_nothing_unfinished_and_no_checkpoint_is_left(first_run, store: ObjectStore):
     assert not [key for key in store.names() if "checkpoint" in key or "probe" in key or ".partial" in key]
     assert "Uploads" not in store.client().list_multipart_uploads(Bucket=BUCKET)
 
 
-def test_the_secret_is_neither_logged_nor_written(first_run, store: ObjectStore):
+def test_the_secret_is_neither_logged_nor_written(killed_run, first_run, store: ObjectStore):
     secret = store.env["AWS_SECRET_ACCESS_KEY"]
-    assert secret not in first_run[0].log
+    assert secret not in killed_run[0].log + first_run[0].log
     records = [key for key in store.names("team/") if key.endswith((".json", ".yaml", ".html", ".md", ".jsonl"))]
     assert any(key.endswith("manifest.json") for key in records)
     for key in records:
@@ -106,43 +125,26 @@ def test_a_second_run_reuses_every_stage(first_run, job):
     assert "starting Ray" not in again.log
 
 
-def test_show_lists_the_run_and_the_published_model(first_run):
-    done = dpo_ray("show", OUT.uri, env={"COLUMNS": "200"})
+def test_show_lists_the_run_and_the_published_model(first_run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    done = in_process("show", OUT.uri)
     assert done.code == 0, done.log
     assert "first" in done.log
     assert done.lines("numbers: latest is " + Location.of(first_run[1]["published"]).name)
 
 
-def test_a_lost_shard_alone_is_computed_again(first_run, job):
+def test_a_lost_shard_alone_is_computed_again(first_run, job, one_ray):
     reference = OUT / "artifacts" / "reference" / first_run[1]["stages"]["reference"]["fingerprint"]
     shard = next(f for f in reference.children() if f.name.endswith(".parquet"))
     shard.remove()
-    done = job("third")
+    done = job("third", one_ray)
     assert done.code == 0, done.log
     assert done.lines("[reference] 1 of 2 shards are finished already, 1 to compute")
     assert summary_of("third")["stages"]["train"]["reused"]
 
 
-@pytest.mark.faults
-def test_a_killed_training_goes_on_from_its_checkpoint_there(first_run, job, store: ObjectStore):
-    lora = {"model__lora": {"rank": 4}, "train__epochs": 6}
-    job("killed", kill_at="checkpoint at step 12/", **lora)
-    assert any("checkpoint_" in key for key in store.names("team/out/artifacts/train/"))
-    done = job("resumed", **lora)
-    assert done.code == 0, done.log
-    assert done.lines("[train] going on from checkpoint_")
-    summary = summary_of("resumed")
-    steps = [
-        json.loads(line)["step"] for line in (OUT / "runs" / "resumed" / "metrics.jsonl").read_bytes().splitlines()
-    ]
-    assert steps == list(range(1, summary["train"]["num_steps"] + 1))
-    adapter = json.loads((Location.of(summary["published"]) / "adapter_config.json").read_bytes())
-    assert adapter["base_model_name_or_path"] == f"s3://{BUCKET}/models/tiny"
-    assert not [key for key in store.names() if "checkpoint" in key]
-
-
 def test_a_bucket_that_is_not_there_ends_as_one_paragraph(store: ObjectStore, job):
-    done = job("none", run__output="s3://no-such-bucket/out")
+    done = job("none", in_process, run__output="s3://no-such-bucket/out")
     assert done.code == 2
     paragraph = done.log.strip().splitlines()[-1]
     assert paragraph.startswith("ConfigError: run.output is s3://no-such-bucket/out") and "Traceback" not in done.log

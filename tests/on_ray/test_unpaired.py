@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests.command_line import CONFIGS, Finished, dpo_ray, overrides, summary_of
+from tests.command_line import CONFIGS, Finished, overrides, summary_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.ray
 
 
 def single_answers(count: int) -> list[dict]:
@@ -34,7 +35,7 @@ def paired_answers(count: int) -> list[dict]:
     ]
 
 
-def run(folder: Path, tiny_model: Path, **more) -> Finished:
+def run(one_ray: Callable[..., Finished], folder: Path, tiny_model: Path, **more) -> Finished:
     values = {
         "run__name": "numbers",
         "run__output": str(folder / "out"),
@@ -45,10 +46,11 @@ def run(folder: Path, tiny_model: Path, **more) -> Finished:
         "train__global_batch_size": 8,
         "train__learning_rate": 1e-3,
         "train__num_workers": 1,
+        "train__tokens_per_microbatch": 1024,
         "publish__gate__accuracy_above": None,
         **more,
     }
-    return dpo_ray("run", str(CONFIGS / "align_cpu.yaml"), *overrides(**values))
+    return one_ray("run", str(CONFIGS / "align_cpu.yaml"), *overrides(**values))
 
 
 def shards_of(folder: Path, summary: dict, stage: str, kind: str) -> list[dict]:
@@ -56,9 +58,10 @@ def shards_of(folder: Path, summary: dict, stage: str, kind: str) -> list[dict]:
     return [row for file in sorted(place.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
 
 
-def test_kto_learns_from_single_answers(tmp_path, tiny_model, write_preferences):
+def test_kto_learns_from_single_answers(one_ray, tmp_path, tiny_model, write_preferences):
     write_preferences(tmp_path / "data", single_answers(20))
     done = run(
+        one_ray,
         tmp_path,
         tiny_model,
         train__loss={"type": "kto"},
@@ -87,9 +90,9 @@ def test_kto_learns_from_single_answers(tmp_path, tiny_model, write_preferences)
     assert summary["stages"]["score"]["rows"]["kept"] == len(held_out)
 
 
-def test_simpo_computes_no_reference(tmp_path, tiny_model, write_preferences):
+def test_simpo_computes_no_reference(one_ray, tmp_path, tiny_model, write_preferences):
     write_preferences(tmp_path / "data", paired_answers(40))
-    done = run(tmp_path, tiny_model, train__loss={"type": "simpo"})  # reference.engine is left at vllm
+    done = run(one_ray, tmp_path, tiny_model, train__loss={"type": "simpo"})  # reference.engine is left at vllm
     assert done.code == 0, done.log
     summary = summary_of(tmp_path / "out")
     assert {"reference", "calibrate", "mismatched"} & set(summary["stages"]) == set()

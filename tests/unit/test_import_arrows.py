@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import LONGEST
+
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("dpo_ray", "tuning", "pipelines", "cluster")
 OURS = {*PACKAGES, "tests"}
@@ -164,7 +166,7 @@ def test_only_the_command_line_uses_the_cluster():
 
 def loaded_after(statement: str) -> set[str]:
     code = f"import sys\n{statement}\nprint(*sorted({{m.split('.')[0] for m in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=LONGEST)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 

@@ -94,6 +94,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
         wanted_cpus=options.num_workers * options.cpus_per_worker + 1,  # the stages after this one read and write too
         why="train.num_workers or min_workers, cpus_per_worker, use_gpu",
         one_process=(options.cpus_per_worker, 1 if options.use_gpu else 0),
+        trains=True,
     )
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer

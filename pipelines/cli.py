@@ -63,7 +63,7 @@ def train(
     if reference is None:
         _run_until("train", config, override, dry_run, run_id)
         return
-    from pipelines.reference import require_reference_use
+    from pipelines.preflight import require_reference_use
 
     loaded = load_config(config, override)
     require_reference_use(loaded)
@@ -85,7 +85,6 @@ def train(
 def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = False, run_id: RunId = None) -> None:
     """Search train.loss.beta × train.learning_rate with Ray Tune; all trials share one reference pass, if any."""
     from tuning.space import grid
-    from tuning.sweep import run_sweep
 
     loaded = load_config(config, override)
     grid(loaded)
@@ -96,6 +95,7 @@ def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = Fals
 
     def work(context: Any) -> None:
         from pipelines.align import prepare_reference
+        from tuning.sweep import run_sweep
 
         rows, calibration = prepare_reference(context)
         context.results["sweep"] = run_sweep(context.output, loaded, rows, calibration, context.folder)
@@ -114,11 +114,11 @@ def submit(
     wait: Annotated[bool, typer.Option(help="Follow the log and return the job's exit status.")] = True,
 ) -> None:
     """Run a command as a job on a Ray cluster, follow its log and return its exit status."""
-    from cluster.submit import submit_job
-
     if command not in {"run", "sweep", *STAGES}:
         raise ConfigError(f"--command {command}: name one of run, sweep, {', '.join(STAGES)}.")
     loaded = load_config(config, override)
+    from cluster.submit import submit_job
+
     code = submit_job(loaded, address, command=command, submission_id=submission_id, executable=executable, wait=wait)
     raise typer.Exit(code)
 
@@ -147,7 +147,7 @@ def _run_until(stage: Stage, path: Path, overrides: list[str] | None, dry_run: b
 
 
 def _preflight(config: Config, stage: Stage) -> None:
-    from pipelines.align import preflight
+    from pipelines.preflight import preflight
 
     say("start", "checking configuration, inputs and model")
     preflight(config, stage)

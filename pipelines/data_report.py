@@ -52,7 +52,12 @@ def _report(
         *(_task(task, "reference") for task in (shard_tasks(scored) if scored is not None else [])),
     ]
     measured, _ = shard_stage(
-        context.output, "measures", identity=identity, inputs=inputs, tasks=tasks, pool=Pool(MeasureShard, {}, stateless=True)
+        context.output,
+        "measures",
+        identity=identity,
+        inputs=inputs,
+        tasks=tasks,
+        pool=Pool(MeasureShard, {}, stateless=True),
     )
     metrics = report(
         merge(read_shard(shard) for shard in measured.shards()),

@@ -4,10 +4,10 @@ trainer's forward."""
 from __future__ import annotations
 
 from dpo_ray.config import Config
-from dpo_ray.data.chat import tokenizer_identity
-from dpo_ray.errors import ConfigError, DataError, ReferenceMismatch
-from dpo_ray.model.folders import load_tokenizer, weights_hash
+from dpo_ray.errors import DataError, ReferenceMismatch
+from dpo_ray.model.folders import weights_hash
 from dpo_ray.model.resolve import resolve
+from dpo_ray.model.tokenizer_files import tokenizer_hash
 from dpo_ray.on_ray.calibrate import calibrate
 from dpo_ray.on_ray.score import score_mismatched, score_reference
 from dpo_ray.shards.isolation import FAILURES
@@ -57,16 +57,6 @@ def require_enough_scored(scored: Artifact, max_quarantined_fraction: float) -> 
         )
 
 
-def require_reference_use(config: Config) -> None:
-    """Raises ConfigError where the loss compares with no reference, though one is asked for."""
-    loss = config.train.loss
-    if not loss.needs_reference:
-        raise ConfigError(
-            f"train.loss.type={loss.type} learns without a reference: there are no reference log-probs to compute or "
-            "to take over. Run `dpo-ray train` without --reference, or choose a loss with a reference, such as sigmoid."
-        )
-
-
 def given_reference(context: RunContext, path: str) -> Artifact:
     """The rows to train on, of a finished reference artifact made elsewhere for this configuration's model.
 
@@ -86,7 +76,7 @@ def require_same_model(artifact: Artifact, config: Config) -> None:
     model = config.model
     folder = resolve(model.path, model.revision)
     mine = {
-        "tokenizer": tokenizer_identity(load_tokenizer(folder, trust_remote_code=model.trust_remote_code)),
+        "tokenizer": tokenizer_hash(folder),
         "weights": weights_hash(folder),
         "dtype": model.dtype,
     }

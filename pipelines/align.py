@@ -5,14 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from dpo_ray.config import Config
-from dpo_ray.data.chat import require_chat_template, require_prompt_room
-from dpo_ray.errors import ConfigError
 from dpo_ray.evaluation.report import html_report
-from dpo_ray.model.folders import load_tokenizer
-from dpo_ray.model.resolve import resolve
-from dpo_ray.on_ray.vllm_engine import require_vllm
-from dpo_ray.reward_source import reward_identity
+from dpo_ray.on_ray.session import expect_training
 from dpo_ray.storage.artifact import Artifact
 from pipelines import STAGES, Stage
 from pipelines.context import RunContext
@@ -20,9 +14,9 @@ from pipelines.data_report import report_data
 from pipelines.deduplicate import deduplicate
 from pipelines.evaluate import evaluate
 from pipelines.generate import generate
-from pipelines.ingest import check_inputs, ingest
+from pipelines.ingest import ingest
 from pipelines.publish import publish
-from pipelines.reference import reference, require_reference_use
+from pipelines.reference import reference
 from pipelines.tokenize import tokenize
 from pipelines.train import train
 
@@ -40,6 +34,8 @@ class Prepared:
 
 def align(context: RunContext, until: Stage = "publish") -> None:
     """All stages up to the named one; what is finished is taken over."""
+    if STAGES.index(until) >= STAGES.index("train"):
+        expect_training()
     if until in {"ingest", "generate"}:
         preferences(context)
         return
@@ -80,36 +76,6 @@ def prepare_reference(context: RunContext) -> Prepared:
     if calibration is not None:
         report_data(context, pairs, left_out, tokenized, rows)
     return Prepared(pairs, rows, calibration)
-
-
-def preflight(config: Config, until: Stage = "publish") -> None:
-    """Everything that can be known to be wrong before long work begins. Raises ConfigError or DataError."""
-    if until == "ingest" and config.generate is not None:
-        raise ConfigError(
-            "This configuration makes its pairs with `generate`: run `dpo-ray generate` instead of ingest."
-        )
-    if until == "generate" and config.generate is None:
-        raise ConfigError(
-            "This configuration reads its pairs from data.train: run `dpo-ray ingest` instead of generate."
-        )
-    if config.data.train is not None:
-        check_inputs(config)
-    if config.generate is not None:
-        require_vllm("generate")
-        reward_identity(config.generate.reward)
-    if until == "reference":
-        require_reference_use(config)
-    scores_reference = config.train.loss.needs_reference and STAGES.index(until) >= STAGES.index("reference")
-    if config.reference.engine == "vllm" and scores_reference:
-        require_vllm("reference.engine=vllm")
-    if config.evaluate.win_rate is not None and STAGES.index(until) >= STAGES.index("evaluate"):
-        require_vllm("evaluate.win_rate")
-        reward_identity(config.evaluate.win_rate.reward)
-    if until != "ingest":
-        folder = resolve(config.model.path, config.model.revision)
-        tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
-        require_chat_template(tokenizer, config.model.path)
-        require_prompt_room(tokenizer, config.data)
 
 
 def write_report(context: RunContext, summary: dict) -> None:

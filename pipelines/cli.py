@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dpo_ray.config import Config, dump_config, load_config
 from dpo_ray.errors import ConfigError, DpoRayError
 from dpo_ray.progress import say
-from pipelines import STAGES, Stage
+from pipelines import STAGES, Stage, planned
+
+if TYPE_CHECKING:
+    from pipelines.context import RunContext
+    from pipelines.terminal import Terminal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,7 +68,7 @@ def train(
     if reference is None:
         _run_until("train", config, override, dry_run, run_id)
         return
-    from pipelines.reference import require_reference_use
+    from pipelines.preflight import require_reference_use
 
     loaded = load_config(config, override)
     require_reference_use(loaded)
@@ -72,35 +77,35 @@ def train(
         return
     path = reference
 
-    def work(context: Any) -> None:
+    def work(context: RunContext) -> None:
         from pipelines.reference import given_reference
         from pipelines.train import train as train_stage
 
         train_stage(context, given_reference(context, path))
 
-    _record(loaded, run_id, work)
+    _carry_out(loaded, run_id, work, plan=["train"])
 
 
 @app.command()
 def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = False, run_id: RunId = None) -> None:
     """Search train.loss.beta × train.learning_rate with Ray Tune; all trials share one reference pass, if any."""
     from tuning.space import grid
-    from tuning.sweep import run_sweep
 
     loaded = load_config(config, override)
     grid(loaded)
     if dry_run:
         _print_plan(loaded, "train")
         return
-    _preflight(loaded, "train")
 
-    def work(context: Any) -> None:
+    def work(context: RunContext) -> None:
         from pipelines.align import prepare_reference
+        from tuning.sweep import run_sweep
 
         made = prepare_reference(context)
+        context.begins("sweep")
         context.results["sweep"] = run_sweep(context.output, loaded, made.rows, made.calibration, context.folder)
 
-    _record(loaded, run_id, work)
+    _carry_out(loaded, run_id, work, plan=[*planned(loaded, "reference"), "sweep"], check_for="train")
 
 
 @app.command()
@@ -114,11 +119,11 @@ def submit(
     wait: Annotated[bool, typer.Option(help="Follow the log and return the job's exit status.")] = True,
 ) -> None:
     """Run a command as a job on a Ray cluster, follow its log and return its exit status."""
-    from cluster.submit import submit_job
-
     if command not in {"run", "sweep", *STAGES}:
         raise ConfigError(f"--command {command}: name one of run, sweep, {', '.join(STAGES)}.")
     loaded = load_config(config, override)
+    from cluster.submit import submit_job
+
     code = submit_job(loaded, address, command=command, submission_id=submission_id, executable=executable, wait=wait)
     raise typer.Exit(code)
 
@@ -136,21 +141,13 @@ def _run_until(stage: Stage, path: Path, overrides: list[str] | None, dry_run: b
     if dry_run:
         _print_plan(config, stage)
         return
-    _preflight(config, stage)
 
-    def work(context: Any) -> None:
+    def work(context: RunContext) -> None:
         from pipelines.align import align
 
         align(context, until=stage)
 
-    _record(config, run_id, work)
-
-
-def _preflight(config: Config, stage: Stage) -> None:
-    from pipelines.align import preflight
-
-    say("start", "checking configuration, inputs and model")
-    preflight(config, stage)
+    _carry_out(config, run_id, work, plan=planned(config, stage), check_for=stage)
 
 
 def _print_plan(config: Config, stage: Stage) -> None:
@@ -161,14 +158,48 @@ def _print_plan(config: Config, stage: Stage) -> None:
         typer.echo(f"# {line}")
 
 
-def _record(config: Config, run_id: str | None, work: Any) -> None:
-    """Run the work in a run's folder; whatever comes of it, the folder gets its summary and report."""
+def _carry_out(
+    config: Config,
+    run_id: str | None,
+    work: Callable[[RunContext], None],
+    *,
+    plan: list[str],
+    check_for: Stage | None = None,
+) -> None:
+    """Run the work in a run's folder, seen by a person and with a log file, and close with what came of it.
+
+    Args:
+        plan: the stages of the work.
+        check_for: the last stage whose needs are checked before.
+    """
+    from pipelines.terminal import captured
+
+    with captured() as terminal:
+        terminal.display.plan(plan)
+        if check_for is not None:
+            from pipelines.preflight import preflight
+
+            say("start", "checking configuration, inputs and model")
+            preflight(config, check_for)
+        lines = _record(terminal, config, run_id, work)
+    for line in lines:
+        typer.echo(line)
+
+
+def _record(terminal: Terminal, config: Config, run_id: str | None, work: Callable[[RunContext], None]) -> list[str]:
+    """Do the work; whatever comes of it, the run's folder gets its log, its summary and its report.
+
+    Returns the last words of a run that ended well.
+    """
     from dpo_ray.on_ray.session import disconnect
     from pipelines.align import write_report
     from pipelines.context import RunContext
     from pipelines.show import closing_lines
 
     context = RunContext.start(config, run_id)
+    if context.folder.is_local:
+        terminal.keep_log(Path(context.folder.uri))
+    context.begins = terminal.display.stage
     try:
         work(context)
     except BaseException as error:
@@ -181,8 +212,7 @@ def _record(config: Config, run_id: str | None, work: Any) -> None:
         disconnect()
     summary = context.write_summary(0, [])
     write_report(context, summary)
-    for line in closing_lines(context, summary):
-        typer.echo(line)
+    return closing_lines(context, summary, terminal.log)
 
 
 def main() -> None:
@@ -192,17 +222,19 @@ def main() -> None:
         app()
     except DpoRayError as error:
         _show_traceback()
-        typer.echo(f"\n{type(error).__name__}: {error}", err=True)
+        typer.echo(f"\n{type(error).__name__}: {error}{_notes(error)}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("\nInterrupted. What is finished is kept: the same command goes on from there.", err=True)
+    except KeyboardInterrupt as error:
+        said = "Interrupted. What is finished is kept: the same command goes on from there."
+        typer.echo(f"\n{said}{_notes(error)}", err=True)
         sys.exit(1)
     except Exception as error:
         _show_traceback()
         last = traceback.extract_tb(error.__traceback__)[-1]
         typer.echo(
             f"\nUnexpected {type(error).__name__}: {error} ({last.filename}:{last.lineno}). What is finished is kept. "
-            "Set DPO_RAY_TRACEBACK=1 for the whole traceback; this is a defect worth reporting.",
+            "Set DPO_RAY_TRACEBACK=1 for the whole traceback; this is a defect worth reporting."
+            f"{_notes(error)}",
             err=True,
         )
         sys.exit(1)
@@ -212,6 +244,11 @@ def _show_traceback() -> None:
     """Where it is asked for, the whole traceback, the worker's included; the paragraph still ends the output."""
     if os.environ.get("DPO_RAY_TRACEBACK"):
         traceback.print_exc()
+
+
+def _notes(error: BaseException) -> str:
+    """Where more was said, if it was."""
+    return "".join(f" {note}" for note in getattr(error, "__notes__", []))
 
 
 if __name__ == "__main__":

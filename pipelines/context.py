@@ -27,6 +27,8 @@ class RunContext:
     """Name of a stage → its entry in summary.json."""
     results: dict[str, Any] = field(default_factory=dict)
     """The other entries of summary.json."""
+    begins: Callable[[str], None] = field(default=lambda name: None)
+    """Told the name of each stage as it begins."""
 
     @classmethod
     def start(cls, config: Config, run_id: str | None = None) -> RunContext:
@@ -45,6 +47,7 @@ class RunContext:
 
     def stage(self, name: str, make: Callable[[], tuple[Artifact, bool]]) -> Artifact:
         """Run a stage and record what it did."""
+        self.begins(name)
         began = time.monotonic()
         artifact, reused = make()
         counters = artifact.manifest.counters

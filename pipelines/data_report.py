@@ -50,7 +50,12 @@ def _report(
             *(_task(task, "reference") for task in (kept_tasks(scored, None) if scored is not None else [])),
         ]
         measured, _reused = shard_stage(
-            context.output, "measures", identity=identity, inputs=inputs, tasks=tasks, pool=Pool(MeasureShard, {})
+            context.output,
+            "measures",
+            identity=identity,
+            inputs=inputs,
+            tasks=tasks,
+            pool=Pool(MeasureShard, {}, stateless=True),
         )
         metrics = report(
             merge(read_shard(shard) for shard in measured.shards()),

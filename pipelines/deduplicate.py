@@ -70,5 +70,5 @@ def _find(context: RunContext, pairs: Artifact) -> tuple[Artifact, bool]:
             )
             for bucket in range(buckets)
         ],
-        pool=Pool(DuplicatesShard, {}),
+        pool=Pool(DuplicatesShard, {}, stateless=True),
     )

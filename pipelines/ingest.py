@@ -132,7 +132,7 @@ def _ingest(context: RunContext) -> tuple[Artifact, bool]:
         identity=identity(data, seed),
         inputs={"files": digest([t.content for t in tasks])},
         tasks=tasks,
-        pool=Pool(IngestShard, options),
+        pool=Pool(IngestShard, options, stateless=True),
     )
     require_enough_kept(artifact, data.max_quarantined_fraction)
     return artifact, reused

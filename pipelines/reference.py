@@ -4,9 +4,8 @@ trainer's forward."""
 from __future__ import annotations
 
 from dpo_ray.config import Config
-from dpo_ray.data.chat import tokenizer_identity
 from dpo_ray.data.tally import Tally
-from dpo_ray.errors import ConfigError, DataError, ReferenceMismatch
+from dpo_ray.errors import DataError, ReferenceMismatch
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.calibrate import calibrate
 from dpo_ray.on_ray.score import score_mismatched, score_reference
@@ -57,16 +56,6 @@ def require_enough_scored(scored: Artifact, max_quarantined_fraction: float) -> 
         )
 
 
-def require_reference_use(config: Config) -> None:
-    """Raises ConfigError where the loss compares with no reference, though one is asked for."""
-    loss = config.train.loss
-    if not loss.needs_reference:
-        raise ConfigError(
-            f"train.loss.type={loss.type} learns without a reference: there are no reference log-probs to compute or "
-            "to take over. Run `dpo-ray train` without --reference, or choose a loss with a reference, such as sigmoid."
-        )
-
-
 def given_reference(context: RunContext, path: str) -> Artifact:
     """The rows to train on, of a finished reference artifact made elsewhere for this configuration's model.
 
@@ -86,7 +75,7 @@ def require_same_model(artifact: Artifact, config: Config) -> None:
     model = config.model
     folder = ModelFolder.of(model)
     mine = {
-        "tokenizer": tokenizer_identity(folder.tokenizer()),
+        "tokenizer": folder.tokenizer_hash(),
         "weights": folder.weights_hash(),
         "dtype": model.dtype,
     }

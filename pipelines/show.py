@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.table import Table
 
 from dpo_ray.config import Config, Paths
 from dpo_ray.errors import ConfigError
-from dpo_ray.storage.location import Location
 
 if TYPE_CHECKING:
     from pipelines import Stage
@@ -75,7 +72,7 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
     return shown
 
 
-def closing_lines(context: RunContext, summary: dict[str, Any]) -> list[str]:
+def closing_lines(context: RunContext, summary: dict[str, Any], log: Path) -> list[str]:
     """The last words of a run that ended well."""
     lines = [""]
     evaluation = summary.get("eval") or {}
@@ -95,11 +92,16 @@ def closing_lines(context: RunContext, summary: dict[str, Any]) -> list[str]:
     if summary["published"]:
         lines.append(f"Model:   {summary['published']}")
     lines += [f"Report:  {context.folder / 'report.html'}", f"Summary: {context.folder / 'summary.json'}"]
-    return lines
+    return [*lines, f"Log:     {log}"]
 
 
 def show_output(output: str) -> None:
     """Print the runs of an output folder, newest first, and the published models. Raises ConfigError."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dpo_ray.storage.location import Location
+
     place = Location.of(output)
     console = Console()
     if (place / "summary.json").exists():

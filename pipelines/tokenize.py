@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dpo_ray.data.chat import require_chat_template, require_prompt_room
 from dpo_ray.data.tally import NOTED, Tally
 from dpo_ray.errors import DataError
-from dpo_ray.model.folders import load_tokenizer
-from dpo_ray.model.resolve import resolve
+from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.pool import Pool, shard_stage
 from dpo_ray.progress import say
 from dpo_ray.shards.tokenize import TokenizeShard, identity
@@ -26,13 +24,10 @@ def tokenize(context: RunContext, pairs: Artifact, left_out: Artifact | None) ->
 
 def _tokenize(context: RunContext, pairs: Artifact, left_out: Artifact | None) -> tuple[Artifact, bool]:
     model, data = context.config.model, context.config.data
-    tokenizer = load_tokenizer(resolve(model.path, model.revision), trust_remote_code=model.trust_remote_code)
-    require_chat_template(tokenizer, model.path)
-    require_prompt_room(tokenizer, data)
     artifact, reused = shard_stage(
         context.output,
         "tokenized",
-        identity=identity(tokenizer, data),
+        identity=identity(ModelFolder.of(model).tokenizer_hash(), data),
         inputs={"pairs": pairs.fingerprint, **({"duplicates": left_out.fingerprint} if left_out else {})},
         tasks=kept_tasks(pairs, left_out),
         pool=Pool(TokenizeShard, {"model": model, "data": data}),

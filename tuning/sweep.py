@@ -65,6 +65,7 @@ def _run(output: Location, config: Config, options: Tune, rows: Artifact, noise:
         workers * options.max_concurrent_trials,
         (train.num_workers if train.use_gpu else 0) * options.max_concurrent_trials,
         why="tune.max_concurrent_trials trials at once, each with train.num_workers workers and a CPU to feed them",
+        trains=True,
     )
     from ray import tune
 

@@ -18,16 +18,20 @@ from jinja2 import TemplateError
 from dpo_ray.config import Data, LongPrompts
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.pairs import Message
-from dpo_ray.storage.artifact import digest
 
 
 def require_chat_template(tokenizer: Any, model_path: str) -> None:
     """Raises ConfigError where the tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            f"The model {model_path} has no chat template, so it is not known how its dialogues are written. Use the "
-            "instruction-tuned variant of the model, or add a chat_template.jinja to its folder."
-        )
+        raise missing_template(model_path)
+
+
+def missing_template(model_path: str) -> ConfigError:
+    """The error about a model without chat template."""
+    return ConfigError(
+        f"The model {model_path} has no chat template, so it is not known how its dialogues are written. Use the "
+        "instruction-tuned variant of the model, or add a chat_template.jinja to its folder."
+    )
 
 
 def require_prompt_room(tokenizer: Any, data: Data) -> None:
@@ -36,18 +40,6 @@ def require_prompt_room(tokenizer: Any, data: Data) -> None:
         chat = ChatTokenizer(tokenizer)
         [shortest] = chat.prompts([([Message(role="user", content="?")], None)])
         chat.closing_within(shortest, data.max_prompt_tokens)
-
-
-def tokenizer_identity(tokenizer: Any) -> str:
-    """Digest of what turns a dialogue into ids: vocabulary and merges, special tokens, chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return digest(
-        [
-            backend.to_str() if backend is not None else tokenizer.get_vocab(),
-            {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
-            tokenizer.chat_template,
-        ]
-    )
 
 
 def prompt_ids(tokenizer: Any, prompt: Sequence[Message]) -> list[int]:

@@ -42,16 +42,19 @@ def is_copy(folder: Path, path: str) -> bool:
 
 def weights_hash(folder: Path) -> str:
     """Digest over the configuration and the weights of a whole model's folder, by content."""
-    return _hash_of(folder, [folder / "config.json", *folder.glob("*.safetensors")])
+    return hash_of(folder, [folder / "config.json", *folder.glob("*.safetensors")])
 
 
 def _content(folder: Path) -> str:
     """Digest over everything in a folder that a model or a tokenizer is loaded from, by content."""
-    return _hash_of(folder, [file for pattern in _FILES for file in folder.glob(pattern)])
+    return hash_of(folder, [file for pattern in _FILES for file in folder.glob(pattern)])
 
 
-def _hash_of(folder: Path, files: list[Path]) -> str:
-    """Kept beside the user's cache under the files' names, sizes and times, for large weights are slow to read."""
+def hash_of(folder: Path, files: list[Path]) -> str:
+    """Digest over some files of a folder, by content.
+
+    Kept beside the user's cache under the files' names, sizes and times, for large weights are slow to read.
+    """
     files = sorted(files)
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     remembered = cache_folder() / "hashes" / digest([str(folder), stats])

@@ -28,6 +28,7 @@ from dpo_ray.model.folders import (
     load_tokenizer,
     weights_hash,
 )
+from dpo_ray.model.tokenizer_files import tokenizer_hash
 from dpo_ray.storage.artifact import digest, file_hash
 from dpo_ray.storage.location import Location
 from dpo_ray.storage.packaged import PACKAGE, package_file
@@ -55,6 +56,10 @@ class ModelFolder:
     def weights_hash(self) -> str:
         """Digest over the configuration and the weights, by content."""
         return weights_hash(self.path)
+
+    def tokenizer_hash(self) -> str:
+        """Digest of what turns a dialogue into ids: tokenizer and chat template, by content."""
+        return tokenizer_hash(self.path)
 
     def config(self) -> dict[str, Any]:
         """What stands in config.json; defaults of the model's class are not in it."""

@@ -14,7 +14,8 @@ from dpo_ray.model.version import own_forward
 from dpo_ray.on_ray.failures import raise_ours
 from dpo_ray.on_ray.pool import Pool, torch_pool
 from dpo_ray.on_ray.session import connect
-from dpo_ray.on_ray.vllm_engine import VLLMScorer, has_vllm, require_vllm, vllm_pool
+from dpo_ray.on_ray.vllm_engine import VLLMScorer, vllm_pool
+from dpo_ray.on_ray.vllm_version import has_vllm, require_vllm
 from dpo_ray.pairs import TokenizedPair, tokenized_pair
 from dpo_ray.progress import say
 from dpo_ray.shards.score import Engine

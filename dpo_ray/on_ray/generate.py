@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dpo_ray.config import VLLM, Config, Model, Sampling
-from dpo_ray.data.chat import ChatTokenizer
+from dpo_ray.data.chat import ChatTokenizer, require_chat_template
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.pool import shard_stage, shard_tasks
-from dpo_ray.on_ray.vllm_engine import VLLMSampler, require_vllm, vllm_pool
+from dpo_ray.on_ray.vllm_engine import VLLMSampler, vllm_pool
+from dpo_ray.on_ray.vllm_version import require_vllm
 from dpo_ray.shards.generate import GenerateShard, identity
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
@@ -30,7 +31,7 @@ def sample_completions(
         "candidates",
         identity=identity(
             folder.weights_hash(),
-            folder.tokenizer(),
+            folder.tokenizer_hash(),
             sampling,
             max_prompt_tokens=config.data.max_prompt_tokens,
             engine_version=version,
@@ -47,5 +48,7 @@ def vllm_generate_shard(
     model: Model, sampling: Sampling, options: VLLM, max_prompt_tokens: int, seed: int
 ) -> GenerateShard:
     """The worker of this stage, with vLLM."""
-    chat = ChatTokenizer(ModelFolder.of(model).tokenizer())
+    tokenizer = ModelFolder.of(model).tokenizer()
+    require_chat_template(tokenizer, model.path)
+    chat = ChatTokenizer(tokenizer)
     return GenerateShard(chat, VLLMSampler(model, sampling, options, max_prompt_tokens), max_prompt_tokens, seed)

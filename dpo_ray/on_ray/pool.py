@@ -1,4 +1,4 @@
-"""Row-wise stages: every shard is a task of its own, carried by Ray Data to a pool of actors.
+"""Row-wise stages: every shard is a task of its own, carried by Ray Data to a pool of workers.
 
 A worker writes its shard itself, atomically and under a name that says what it was made from. So a run that is
 killed loses the shards in flight and no others, and a stage over more input computes only what is new.
@@ -41,6 +41,8 @@ from dpo_ray.storage.artifact import (
 )
 from dpo_ray.storage.location import Location
 
+_TASK_RETRIES = 3  # where the process died; what a task raises is not tried again
+
 ShardFunction = Callable[..., ShardOutput]
 """Called with a task's source; where the pool isolates, with the shard's Attempts too."""
 
@@ -60,11 +62,14 @@ class ShardTask(Generic[Source]):
 
 @dataclass(frozen=True)
 class Pool:
-    """The actors that do the work, and what Ray sets aside for each."""
+    """The workers of a stage, and what Ray sets aside for each."""
 
     build: Callable[..., ShardFunction]
     """Class of the worker; built once in each actor with `arguments`."""
     arguments: dict[str, Any]
+    stateless: bool = False
+    """The worker costs nothing to build: it is built for each shard, in tasks, whose processes serve the next stage as
+    well. Otherwise an actor keeps it, in a process of its own that takes seconds to start."""
     num_actors: int | None = None
     """At most: Ray Data starts with one, and adds more while tasks wait and the cluster has room. None: as many as
     there is room for, on an embedded Ray one a core."""
@@ -191,25 +196,37 @@ def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask[A
     connect(pool.num_cpus + 1, pool.num_gpus, why=pool.why, wanted_cpus=wanted + 1, one_process=one)
     # On a cluster Ray knows what there is room for, and its autoscaler what can be added.
     most = pool.num_actors or (num_cores() if is_embedded() else len(tasks))
-    # A worker that dies is started again and its tasks with it. Ray Data would do so for ever, also with a process
-    # that dies of loading its model.
-    resources: dict[str, Any] = {"num_cpus": pool.num_cpus, "max_restarts": MAX_ATTEMPTS}
+    resources: dict[str, Any] = {"num_cpus": pool.num_cpus}
     if pool.num_gpus:
         resources["num_gpus"] = pool.num_gpus
     if pool.env:
         resources["runtime_env"] = {"env_vars": pool.env}
+    worker = {
+        "location": location,
+        "build": pool.build,
+        "arguments": pool.arguments,
+        "isolates": pool.isolates,
+    }
+    # A worker that dies is started again and its shards with it. Ray Data would do so for ever, also with a process
+    # that dies of loading its model.
+    if pool.stateless:
+        carried = {
+            "fn": write_shards,
+            "fn_kwargs": worker,
+            "compute": ray.data.TaskPoolStrategy(size=min(most, len(tasks))),
+            "max_retries": _TASK_RETRIES,
+        }
+    else:
+        carried = {
+            "fn": ShardWorker,
+            "fn_constructor_kwargs": worker,
+            "compute": ray.data.ActorPoolStrategy(
+                min_size=1, max_size=min(most, len(tasks)), max_tasks_in_flight_per_actor=2
+            ),
+            "max_restarts": MAX_ATTEMPTS,
+        }
     results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-        ShardWorker,
-        batch_size=1,
-        batch_format="pyarrow",
-        fn_constructor_kwargs={
-            "location": location,
-            "build": pool.build,
-            "arguments": pool.arguments,
-            "isolates": pool.isolates,
-        },
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(most, len(tasks)), max_tasks_in_flight_per_actor=2),
-        **resources,
+        **carried, batch_size=1, batch_format="pyarrow", **resources
     )
     progress = Progress(kind, sum(task.rows for _, task in missing), unit)
     rows = {name: task.rows for name, task in missing}
@@ -223,8 +240,13 @@ def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask[A
         raise_ours(error, kind)
 
 
+def write_shards(batch: pa.Table, **worker: Any) -> pa.Table:
+    """A task of a stateless pool: the arguments are ShardWorker's."""
+    return ShardWorker(**worker)(batch)
+
+
 class ShardWorker:
-    """An actor of the pool: builds its function once, then writes one shard a task.
+    """A worker of the pool: builds its function once, then writes one shard a task.
 
     Of each task it gives back the `name`, and the `failure` where there was one (dpo_ray.on_ray.failures).
     """

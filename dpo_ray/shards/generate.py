@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow as pa
 
 from dpo_ray.config import Sampling
-from dpo_ray.data.chat import ChatTokenizer, parse_tools, tokenizer_identity
+from dpo_ray.data.chat import ChatTokenizer, parse_tools
 from dpo_ray.pairs import CANDIDATES
 from dpo_ray.shards.output import Shard, ShardOutput
 from dpo_ray.storage.artifact import read_shard
@@ -34,17 +34,17 @@ class Sampler(Protocol):
 
 
 def identity(
-    weights: str, tokenizer: Any, sampling: Sampling, *, max_prompt_tokens: int, engine_version: str, seed: int
+    weights: str, tokenizer: str, sampling: Sampling, *, max_prompt_tokens: int, engine_version: str, seed: int
 ) -> dict[str, Any]:
     """What changes the completions, beside the prompts.
 
     Args:
-        weights: hash of the model's.
+        weights, tokenizer: hashes of the model's.
         seed: run.seed.
     """
     return {
         "weights": weights,
-        "tokenizer": tokenizer_identity(tokenizer),
+        "tokenizer": tokenizer,
         "sampling": sampling.model_dump(mode="json"),
         "max_prompt_tokens": max_prompt_tokens,
         "engine_version": engine_version,

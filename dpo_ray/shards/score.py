@@ -33,7 +33,7 @@ def identity(weights: str, tokenizer: str, dtype: str, engine: Engine, engine_ve
     """What changes the reference scores, beside the rows. Neither beta nor any other training option is in it.
 
     Args:
-        weights, tokenizer: hash of the model's weights, and what made the rows' ids, as tokenizer_identity tells.
+        weights, tokenizer: hashes of the model's weights, and of the tokenizer that made the rows' ids.
     """
     return {
         "weights": weights,

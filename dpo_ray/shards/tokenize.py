@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from dpo_ray.bins import batches
 from dpo_ray.config import Data, Model
-from dpo_ray.data.chat import ChatTokenizer, Completion, Prompt, parse_tools, tokenizer_identity
+from dpo_ray.data.chat import ChatTokenizer, Completion, Prompt, parse_tools, require_chat_template, require_prompt_room
 from dpo_ray.data.duplicates import PairsShard, read_kept
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import TOKENIZED
@@ -25,11 +25,11 @@ _CHARACTERS_AT_ONCE = 1 << 18
 _SIDES = ("chosen", "rejected")
 
 
-def identity(tokenizer: Any, data: Data) -> dict[str, Any]:
-    """What changes the ids: the tokenizer with its template, and the limits."""
+def identity(tokenizer: str, data: Data) -> dict[str, Any]:
+    """What changes the ids: the tokenizer with its template, here their hash, and the limits."""
     return {
         "rules": VERSION,
-        "tokenizer": tokenizer_identity(tokenizer),
+        "tokenizer": tokenizer,
         "max_prompt_tokens": data.max_prompt_tokens,
         "long_prompts": data.long_prompts,
         "max_completion_tokens": data.max_completion_tokens,
@@ -43,10 +43,16 @@ class TokenizeShard:
     An absent side has no ids. Rows that the source leaves out are counted too. A very long text is tokenized like any
     other before it is dropped or cut: its number of characters does not tell for sure whether it is too long. That
     takes time and memory in proportion to its length: 0.1 to 0.5 s and some 100 MB for 200,000 characters.
+
+    Raises ConfigError, as it is built, where the tokenizer has no chat template, or where the limit leaves nothing of
+    a prompt that is cut.
     """
 
     def __init__(self, model: Model, data: Data):
-        self.chat = ChatTokenizer(ModelFolder.of(model).tokenizer())
+        tokenizer = ModelFolder.of(model).tokenizer()
+        require_chat_template(tokenizer, model.path)
+        require_prompt_room(tokenizer, data)
+        self.chat = ChatTokenizer(tokenizer)
         self.data = data
 
     def __call__(self, source: PairsShard) -> ShardOutput:

@@ -93,6 +93,13 @@ def tokens_that_fit(shape: Shape, model: Model, train: Train, *, memory: int, nu
     return min(tokens, MOST_TOKENS_GPU if train.use_gpu else MOST_TOKENS_CPU)
 
 
+def tokens_on_a_worker(model: Model, train: Train, num_workers: int) -> int:
+    """Tokens of a micro-batch on a worker like the process that asks. Raises ConfigError."""
+    shape = shape_of(ModelFolder.of(model))
+    memory = worker_memory(num_workers, train.cpus_per_worker, train.use_gpu)
+    return tokens_that_fit(shape, model, train, memory=memory, num_workers=num_workers)
+
+
 def worker_memory(num_workers: int, cpus_per_worker: float, use_gpu: bool) -> int:
     """Bytes of one worker where this runs: its GPU's, or its part of the machine's memory.
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.command_line import CONFIGS, DPO_RAY, overrides, summary_of
+from tests.command_line import CONFIGS, DPO_RAY, overrides, processes_below, summary_of
 
 KILLS = tuple(("worker", "driver")[n % 2] for n in range(int(os.environ.get("DPO_RAY_KILLS", "2"))))
 EPOCHS = 2 + len(KILLS)
@@ -113,8 +113,8 @@ def run_until_killed(arguments: list[str], kills: list[tuple[int, str]], chance:
             process.send_signal(signal.SIGKILL)
             process.wait(60)
             return True, "".join(lines)
-        pids = [int(pid) for pid in re.findall(r"\(RayTrainWorker pid=(\d+)\)", "".join(lines))]
-        os.kill(pids[-1], signal.SIGKILL)
+        workers = [pid for pid, name in processes_below(process.pid).items() if name.startswith("ray::RayTrainWorker")]
+        os.kill(max(workers), signal.SIGKILL)
     code = process.wait(60)
     assert code == 0, "".join(lines)[-6000:]
     return False, "".join(lines)

@@ -74,7 +74,7 @@ def test_an_unexpected_error_ends_in_its_paragraph_with_and_without_the_tracebac
     def breaks(*arguments: object) -> None:
         raise KeyError("lost")
 
-    monkeypatch.setattr("pipelines.align.check_inputs", breaks)
+    monkeypatch.setattr("pipelines.ingest.check_inputs", breaks)
     for asked in (False, True):
         if asked:
             monkeypatch.setenv("DPO_RAY_TRACEBACK", "1")

@@ -131,7 +131,7 @@ def pairing(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, c
     (tmp_path / "own_reward.py").write_text(REWARD)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")  # of Ray's workers
-    monkeypatch.setattr("pipelines.align.require_vllm", lambda why: "none")
+    monkeypatch.setattr("dpo_ray.on_ray.vllm_version.require_vllm", lambda why: "none")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Name a number."}\n')
 
     def run(*completions: str) -> Finished:

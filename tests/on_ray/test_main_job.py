@@ -36,7 +36,9 @@ def job(tmp_path_factory, tiny_model, write_preferences):
     folder = tmp_path_factory.mktemp("job")
     write_preferences(folder / "data", preference_rows(0, 40), name="train-00000.parquet")
 
-    def run(command: str = "run", by: Callable[..., Finished] = dpo_ray, **more) -> Finished:
+    def run(
+        command: str = "run", by: Callable[..., Finished] = dpo_ray, env: dict[str, str] | None = None, **more
+    ) -> Finished:
         values = {
             "run__name": "numbers",
             "run__output": str(folder / "out"),
@@ -51,7 +53,7 @@ def job(tmp_path_factory, tiny_model, write_preferences):
             "publish__gate__accuracy_above": None,
             **more,
         }
-        return by(command, str(CONFIGS / "align_cpu.yaml"), *overrides(**values))
+        return by(command, str(CONFIGS / "align_cpu.yaml"), *overrides(**values), **({"env": env} if env else {}))
 
     return folder, run
 
@@ -73,7 +75,8 @@ def test_a_run_publishes_a_model_and_its_record(first_run):
     assert summary["exit_code"] == 0
     assert summary["eval"]["accuracy"]["n"] == summary["stages"]["score"]["rows"]["kept"] > 0
     run_folder = folder / "out" / "runs" / summary["run_id"]
-    assert {"config.yaml", "metrics.jsonl", "summary.json", "report.html"} == {f.name for f in run_folder.iterdir()}
+    names = {f.name for f in run_folder.iterdir()}
+    assert names == {"config.yaml", "log.txt", "metrics.jsonl", "summary.json", "report.html"}
     assert str(published) in done.log
 
 
@@ -99,8 +102,11 @@ def test_metrics_bear_the_fields_names_and_one_line_a_step(first_run):
 
 def test_a_second_run_reuses_every_stage_and_starts_no_ray(first_run, job):
     folder, run = job
-    again = run()
+    again = run(env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert again.code == 0, again.log
+    log = (folder / "out" / "runs" / summary_of(folder / "out")["run_id"] / "log.txt").read_text()
+    imported = {line.split("|")[-1].strip() for line in f"{again.log}\n{log}".splitlines() if "import time:" in line}
+    assert "pipelines.align" in imported and not imported & {"ray", "torch", "transformers", "vllm"}
     assert all(stage["reused"] for stage in summary_of(folder / "out")["stages"].values())
     assert "starting Ray" not in again.log
 

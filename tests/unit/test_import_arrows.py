@@ -183,6 +183,72 @@ def test_the_command_line_starts_without_ray_and_vllm():
     assert not loaded & {"ray", "vllm"}
 
 
+COMMAND = """
+import sys
+from pipelines.cli import main
+
+sys.argv[0] = "dpo-ray"
+try:
+    main()
+except SystemExit as ended:
+    code = ended.code or 0
+print("LOADED", code, *sorted({m.split(".")[0] for m in sys.modules}))
+"""
+
+
+def loaded_by(*arguments: str) -> tuple[int, set[str]]:
+    """Exit code of a command, and what its process has loaded."""
+    command = [sys.executable, "-c", COMMAND, *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    _, code, *loaded = done.stdout.splitlines()[-1].split()
+    return int(code), set(loaded)
+
+
+HEAVY = {"ray", "vllm", "torch", "transformers"}
+DATA = {"pyarrow", "numpy", "jinja2"}
+CONFIG = "pipelines/configs/align_cpu.yaml"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["run", CONFIG, "-o", "train.no_such_key=1"], 2),
+        (["generate", CONFIG], 2),
+        (["sweep", CONFIG, "-o", "tune=null"], 2),
+        (["train", CONFIG, "--reference", "x", "-o", "train.loss={type: orpo}"], 2),
+        (["ingest", CONFIG, "--dry-run"], 0),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_what_file_and_command_line_tell_needs_no_more_than_them(arguments: list[str], code: int):
+    found, loaded = loaded_by(*arguments)
+    assert found == code
+    assert not loaded & (HEAVY | DATA)
+
+
+def test_a_wrong_path_and_what_an_output_folder_holds_are_told_without_ray(tmp_path: Path):
+    found, loaded = loaded_by("run", CONFIG, "-o", f"data.train={tmp_path}/*.parquet")
+    assert found == 3 and not loaded & HEAVY
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    found, loaded = loaded_by("show", str(tmp_path))
+    assert found == 0 and not loaded & HEAVY
+
+
+def test_a_model_is_looked_at_without_the_libraries_that_compute_with_it(tiny_model: Path):
+    loaded = loaded_after(
+        "import dpo_ray.config, pipelines.preflight as p\n"
+        f"tree = {{'run': {{'name': 'x', 'output': 'x'}}, 'model': {{'path': {str(tiny_model)!r}}}, "
+        "'data': {'train': 'x'}}\n"
+        "p.require_model(dpo_ray.config.parse_config(tree))\n"
+        "from dpo_ray.model import folders, tokenizer_files\n"
+        "from pathlib import Path\n"
+        f"tokenizer_files.tokenizer_hash(Path({str(tiny_model)!r})), folders.weights_hash(Path({str(tiny_model)!r}))"
+    )
+    assert not loaded & HEAVY
+
+
 @pytest.mark.parametrize(
     "module", ["dpo_ray.model.resolve", "dpo_ray.on_ray.scan", "dpo_ray.on_ray.pool", "dpo_ray.on_ray.stream"]
 )

@@ -11,14 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_ray.config import Data
-from dpo_ray.data.chat import (
-    ChatTokenizer,
-    completion_ids,
-    prompt_ids,
-    require_chat_template,
-    require_prompt_room,
-    tokenizer_identity,
-)
+from dpo_ray.data.chat import ChatTokenizer, completion_ids, prompt_ids, require_chat_template, require_prompt_room
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.folders import load_tokenizer
 from dpo_ray.pairs import Message
@@ -260,20 +253,3 @@ def test_a_tokenizer_without_chat_template_is_a_configuration_error(own_tokenize
     own_tokenizer.chat_template = template
     with pytest.raises(ConfigError, match="some/model has no chat template"):
         require_chat_template(own_tokenizer, "some/model")
-
-
-def test_the_identity_of_a_tokenizer_is_its_content(demo_model: Path, tiny_model: Path):
-    # The tiny model's tokenizer is a copy in another folder.
-    assert tokenizer_identity(load_tokenizer(demo_model)) == tokenizer_identity(load_tokenizer(tiny_model))
-
-
-def test_another_template_or_vocabulary_is_another_identity(demo_model: Path):
-    tokenizer = load_tokenizer(demo_model)
-    before = tokenizer_identity(tokenizer)
-    template = tokenizer.chat_template
-    tokenizer.chat_template = template + " "
-    assert tokenizer_identity(tokenizer) != before
-    tokenizer.chat_template = template
-    assert tokenizer_identity(tokenizer) == before
-    tokenizer.add_tokens(["<new>"])
-    assert tokenizer_identity(tokenizer) != before

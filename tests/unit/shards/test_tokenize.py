@@ -341,3 +341,12 @@ def test_limits_that_leave_nothing_of_a_prompt_are_an_error_in_a_worker_too(tmp_
     shard = pairs_shard(tmp_path, [PreferencePair(question("Why? " * 50), "Yes.", "No.")])
     with pytest.raises(ConfigError, match=r"max_prompt_tokens is 3, .*long_prompts=drop"):
         worker(max_prompt_tokens=3, long_prompts="keep_end")(shard)
+
+
+def test_a_worker_that_cannot_do_its_work_says_so_before_the_first_shard(
+    tiny_model: Path, model_with_template: Callable[[str], str]
+):
+    with pytest.raises(ConfigError, match=r"data\.max_prompt_tokens is 3"):
+        TokenizeShard(Model(path=str(tiny_model)), Data(max_prompt_tokens=3, long_prompts="keep_end"))
+    with pytest.raises(ConfigError, match="has no chat template"):
+        TokenizeShard(Model(path=model_with_template("")), Data())

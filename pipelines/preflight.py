@@ -1,0 +1,65 @@
+"""What can be known to be wrong before work begins, the cheapest first: each check imports only what it needs."""
+
+from __future__ import annotations
+
+from dpo_ray.config import Config
+from dpo_ray.errors import ConfigError
+from pipelines import STAGES, Stage
+
+
+def preflight(config: Config, until: Stage = "publish") -> None:
+    """Everything that can be known to be wrong before long work begins. Raises ConfigError or DataError."""
+    require_consistent(config, until)
+    if config.data.train is not None:
+        from pipelines.ingest import check_inputs
+
+        check_inputs(config)
+    if until != "ingest":
+        require_model(config)
+
+
+def require_consistent(config: Config, until: Stage) -> None:
+    """What the configuration and the installed packages tell. Raises ConfigError."""
+    from dpo_ray.on_ray.vllm_version import require_vllm
+    from dpo_ray.reward_source import reward_identity
+
+    if until == "ingest" and config.generate is not None:
+        raise ConfigError(
+            "This configuration makes its pairs with `generate`: run `dpo-ray generate` instead of ingest."
+        )
+    if until == "generate" and config.generate is None:
+        raise ConfigError(
+            "This configuration reads its pairs from data.train: run `dpo-ray ingest` instead of generate."
+        )
+    if until == "reference":
+        require_reference_use(config)
+    last = STAGES.index(until)
+    if config.generate is not None:
+        require_vllm("generate")
+        reward_identity(config.generate.reward)
+    scores_reference = config.train.loss.needs_reference and last >= STAGES.index("reference")
+    if config.reference.engine == "vllm" and scores_reference:
+        require_vllm("reference.engine=vllm")
+    if config.evaluate.win_rate is not None and last >= STAGES.index("evaluate"):
+        require_vllm("evaluate.win_rate")
+        reward_identity(config.evaluate.win_rate.reward)
+
+
+def require_reference_use(config: Config) -> None:
+    """Raises ConfigError where the loss compares with no reference, though one is asked for."""
+    loss = config.train.loss
+    if not loss.needs_reference:
+        raise ConfigError(
+            f"train.loss.type={loss.type} learns without a reference: there are no reference log-probs to compute or "
+            "to take over. Run `dpo-ray train` without --reference, or choose a loss with a reference, such as sigmoid."
+        )
+
+
+def require_model(config: Config) -> None:
+    """A model that can be found, with a tokenizer and a chat template. Raises ConfigError."""
+    from dpo_ray.data.chat import missing_template
+    from dpo_ray.model.resolve import resolve
+    from dpo_ray.model.tokenizer_files import has_template
+
+    if not has_template(resolve(config.model.path, config.model.revision)):
+        raise missing_template(config.model.path)

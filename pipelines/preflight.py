@@ -21,7 +21,6 @@ def preflight(config: Config, until: Stage = "publish") -> None:
 def require_consistent(config: Config, until: Stage) -> None:
     """What the configuration and the installed packages tell. Raises ConfigError."""
     from dpo_ray.on_ray.vllm_version import require_vllm
-    from dpo_ray.reward_source import reward_identity
 
     if until == "ingest" and config.generate is not None:
         raise ConfigError(
@@ -36,13 +35,20 @@ def require_consistent(config: Config, until: Stage) -> None:
     last = STAGES.index(until)
     if config.generate is not None:
         require_vllm("generate")
-        reward_identity(config.generate.reward)
+        require_reward(config.generate.reward)
     scores_reference = config.train.loss.needs_reference and last >= STAGES.index("reference")
     if config.reference.engine == "vllm" and scores_reference:
         require_vllm("reference.engine=vllm")
     if config.evaluate.win_rate is not None and last >= STAGES.index("evaluate"):
         require_vllm("evaluate.win_rate")
-        reward_identity(config.evaluate.win_rate.reward)
+        require_reward(config.evaluate.win_rate.reward)
+
+
+def require_reward(name: str) -> None:
+    """A reward that can be imported and whose source can be read. Raises ConfigError."""
+    from dpo_ray.reward_source import reward_identity
+
+    reward_identity(name)
 
 
 def require_reference_use(config: Config) -> None:

@@ -98,9 +98,11 @@ def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = Fals
         return
 
     def work(context: RunContext) -> None:
+        from dpo_ray.on_ray.session import expect_training
         from pipelines.align import prepare_reference
         from tuning.sweep import run_sweep
 
+        expect_training()
         made = prepare_reference(context)
         context.begins("sweep")
         context.results["sweep"] = run_sweep(context.output, loaded, made.rows, made.calibration, context.folder)

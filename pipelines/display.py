@@ -54,7 +54,7 @@ class LiveDisplay(Display):
 
         super().__init__(stream)
         self._console = Console(file=stream, highlight=False)
-        self._spinner = Spinner("dots")
+        self._frames = Spinner("dots").frames
         self._plan: list[str] = []
         self._reached = -1
         """Place in the plan of the last stage that began."""
@@ -100,12 +100,15 @@ class LiveDisplay(Display):
         stages = Text(" ").join(
             [
                 *(Text(f"✓ {name}", "green") for name in done),
-                Text(f"{self._spinner.render(time.monotonic())} {self._at_work or 'start'} {self._elapsed()}"),
+                Text(f"{self._turning()} {self._at_work or 'start'} {self._elapsed()}"),
                 *(Text(f"○ {name}", "dim") for name in self._plan[self._reached + 1 :]),
             ]
         )
         stages.no_wrap, stages.overflow = True, "ellipsis"
         return stages
+
+    def _turning(self) -> str:
+        return self._frames[int(time.monotonic() * 10) % len(self._frames)]
 
     def _elapsed(self) -> timedelta:
         return timedelta(seconds=int(time.monotonic() - self._began))

@@ -9,6 +9,7 @@ from dpo_ray.errors import DataError, ReferenceMismatch
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.calibrate import calibrate
 from dpo_ray.on_ray.score import score_mismatched, score_reference
+from dpo_ray.on_ray.session import expect_training
 from dpo_ray.shards.isolation import FAILURES
 from dpo_ray.storage.artifact import Artifact, load
 from dpo_ray.storage.location import Location
@@ -61,6 +62,7 @@ def given_reference(context: RunContext, path: str) -> Artifact:
 
     Raises DataError where it is not finished, ReferenceMismatch where it is of another model, tokenizer or dtype.
     """
+    expect_training()
     location = Location.of(path)
     artifact = load(location, "reference", location.name)
     if artifact is None:

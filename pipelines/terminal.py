@@ -37,11 +37,10 @@ _OF_A_NODE = re.compile(r"(\x1b\[\d+m)?\((raylet|autoscaler)\b")
 
 def told_apart(line: str) -> tuple[Literal["line", "progress"], str] | None:
     """What of a line a person is shown, and as what; None: nothing, it is for the log file."""
-    kinds: dict[str, Literal["line", "progress"]] = {LINE: "line", PROGRESS: "progress"}
-    for mark, kind in kinds.items():
-        _, found, ours = line.partition(mark)
-        if found:  # what stands before it is the name that Ray gives a worker
-            return kind, ours
+    if PROGRESS in line:
+        return "progress", line.partition(PROGRESS)[2]
+    if LINE in line:  # what stands before the mark is the name that Ray gives a worker
+        return "line", line.partition(LINE)[2]
     return ("line", line) if _OF_A_NODE.match(line) else None
 
 

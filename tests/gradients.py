@@ -7,7 +7,6 @@ far above the rounding of a gradient its steps are continuous: what is nearly th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,16 +19,12 @@ from torch.distributed.tensor import DTensor
 
 from dpo_ray.model.policy import CompletionScorer
 from dpo_ray.training import loop
+from tests.rounding import GRADIENT, distance
 
 SMOOTH_EPS = 1e-3  # of the size of a gradient: 100,000 weights whose gradient's norm is below 1
 FILE = "gradients.pt"
 Gradients = dict[str, Tensor]
 """By the parameter's name, unsharded and clipped."""
-
-# The unit roundoff of float32, 2⁻²⁴, goes with the square root of how often it is met: two runs, 32 products one after
-# the other (two layers of seven, the output layer, forward and backward), each a sum of at most 512 numbers.
-ROUNDING = math.sqrt(2 * 32 * 512) * 2**-24
-"""How far, of its own norm, a parameter's gradient may be from the same one in another order of summation: 1.1e-5."""
 
 
 @contextmanager
@@ -89,16 +84,11 @@ def furthest(got: Sequence[Gradients], expected: Sequence[Gradients]) -> tuple[f
     for number, (mine, other) in enumerate(zip(got, expected, strict=True)):
         assert mine.keys() == other.keys()
         assert all(value.any() for value in other.values())
-        found += [(_apart(mine[name], value), number, name) for name, value in other.items()]
+        found += [(distance(mine[name], value), number, name) for name, value in other.items()]
     return max(found)
-
-
-def _apart(got: Tensor, expected: Tensor) -> float:
-    """‖Δ‖ / ‖expected‖; infinite where something is not a number."""
-    return float(((got - expected).norm() / expected.norm()).nan_to_num(nan=math.inf))
 
 
 def require_same(got: Sequence[Gradients], expected: Sequence[Gradients]) -> None:
     """Of as many steps, the same but for rounding."""
     apart, number, name = furthest(got, expected)
-    assert apart <= ROUNDING, f"gradient of {name} in step {number}: ‖Δg‖ / ‖g‖ is {apart:.2g}, over {ROUNDING:.2g}"
+    assert apart <= GRADIENT, f"gradient of {name} in step {number}: ‖Δg‖ / ‖g‖ is {apart:.2g}, over {GRADIENT:.2g}"

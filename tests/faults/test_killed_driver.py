@@ -5,6 +5,7 @@ One real job on the real model: what is asserted is read off its logs and its ar
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -16,11 +17,14 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import CONFIGS, LONGEST, Finished, dpo_ray, killed_at, overrides, processes_with, summary_of
+from tests.rounding import ulps
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm]
 
 PROMPTS = 18
 MARK = ("DPO_RAY_TEST", f"killed driver {os.getpid()}")
+NEAR = ulps(30 * 8, 32)
+"""Of a token's log-prob by two engines: 30 layers of seven products and an attention, where logits reach 32."""
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +85,9 @@ def test_no_finished_shard_is_computed_again(logs):
 
 def test_vllms_reference_agrees_with_the_trainers_forward(logs, output):
     summary = summary_of(output)
-    assert summary["reference"]["calibration"]["token"]["max"] < 1e-3
-    assert summary["train"]["first_step_loss"] == pytest.approx(0.693147, abs=1e-3)
+    assert summary["reference"]["calibration"]["token"]["max"] < NEAR
+    # β of the log-probs of two answers of at most 32 tokens, off either way.
+    assert summary["train"]["first_step_loss"] == pytest.approx(math.log(2), abs=0.1 * math.sqrt(64) * NEAR)
 
 
 def test_no_process_of_a_killed_run_is_left(logs):

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 
 from dpo_ray.config import Model
 from dpo_ray.training.files import EXPORT, read_history
+from tests.rounding import ulps
 from tests.training import Gang, Trained, random_pairs, scored, small_model
 
 STEPS, HALF = 12, 6
 TOKENS = 16  # of a pair's two completions, at most
-SPACING = 2**-9  # of bfloat16 from ¼ to ½, as logits are here: of a hidden state of norm 8 and rows of norm 8 · 0.02
+SPACING = ulps(1, 0.25, torch.bfloat16)  # of logits below ½: hidden states of norm 8 by rows of norm 8 · 0.02
 NEAR = 0.1 / 2 * TOKENS * SPACING
 """A loss moves by β/2 of each log-prob, were all of a pair's off by a spacing and to one side: 1.6e-3."""
 OTHER_ORDER = 4 * NEAR / math.sqrt(8 * TOKENS)

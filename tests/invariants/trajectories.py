@@ -7,6 +7,7 @@ python -m tests.invariants.trajectories --record    writes reference.json anew: 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from dpo_ray.pairs import TokenizedPair
-from tests import gradients
+from tests import gradients, rounding
 from tests.training import Gang, Trained, random_pairs, run, scored, small_model
 
 REFERENCE = Path(__file__).with_name("reference.json")
@@ -24,11 +25,10 @@ HALF, STEPS = 10, 20
 BETA = 0.1
 
 TOKENS = 8  # of a completion, at most
-ULP = 2**-21  # of a float32 between 4 and 8, as the log-prob of one of 512 tokens is: ln 512 = 6.2
-LOGPROB = TOKENS * ULP
+LOGPROB = TOKENS * rounding.ulps(1, math.log(512))
 """How far a completion's log-prob may be from itself in another order of summation: each token by an ulp, all to one
 side. In a mean over the pairs of a batch that leaves room for several ulps a token: they go either way."""
-LOSS = BETA / 2 * 2 * LOGPROB + 2**-23
+LOSS = BETA / 2 * 2 * LOGPROB + rounding.ulps(1, 1)
 """The same of a loss: it moves by β/2 of either completion's log-prob, and is itself below 2. It is 5e-7."""
 
 
@@ -117,7 +117,7 @@ def require_same(got: Trained, expected: Trained) -> None:
     mine, other = ([m for m in trained.metrics if "loss" in m] for trained in (got, expected))
     require_equal([m["loss"] for m in mine], [m["loss"] for m in other], LOSS)
     norms = [m["grad_norm"] for m in other]
-    require_equal([m["grad_norm"] for m in mine], norms, gradients.ROUNDING * max(norms))
+    require_equal([m["grad_norm"] for m in mine], norms, rounding.GRADIENT * max(norms))
 
 
 def require_same_weights(got: Trained, expected: Trained, start: dict[str, torch.Tensor]) -> None:
@@ -126,7 +126,7 @@ def require_same_weights(got: Trained, expected: Trained, start: dict[str, torch
     for name, value in expected.weights.items():
         apart, moved = (got.weights[name] - value).norm(), (value - start[name]).norm()
         # A step is a quotient of two averages of gradients, either of which is rounded.
-        assert apart <= 2 * gradients.ROUNDING * moved + 2 * steps * 2**-24 * value.norm(), (name, apart, moved)
+        assert apart <= 2 * rounding.GRADIENT * moved + 2 * steps * 2**-24 * value.norm(), (name, apart, moved)
 
 
 def read_reference() -> dict[str, list[float]]:

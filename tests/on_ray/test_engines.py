@@ -15,11 +15,13 @@ import torch
 from dpo_ray.config import VLLM, Model
 from dpo_ray.pairs import TokenizedPair
 from tests.command_line import LONGEST
+from tests.rounding import of_logprob
 from tests.training import small_model
 
 pytestmark = pytest.mark.vllm
 
 CHUNK = 112  # tokens that vLLM computes at once: no multiple or part of a block
+NEAR = 20 * of_logprob(512)  # for vLLM has kernels of its own; a wrong token is a thousand times that
 BLOCK = 128  # tokens of a block of vLLM's cache on CPU: so many at least are found in it, or none
 
 
@@ -88,7 +90,7 @@ def test_vllm_gives_the_trainers_log_probs_whatever_is_in_its_cache(scores, time
     found, expected = scores[time], scores[2]
     for side in (0, 1):
         for pair, got, right in zip(PAIRS, found[side], expected[side], strict=True):
-            assert got == pytest.approx(right, abs=1e-4), pair.pair_id
+            assert got == pytest.approx(right, abs=NEAR), pair.pair_id
 
 
 def test_prompts_were_read_from_the_cache(scores):

@@ -10,8 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.command_line import CONFIGS, Finished, overrides, summary_of
+from tests.rounding import of_sum
 
 pytestmark = pytest.mark.ray
+
+NEAR = 0.1 * of_sum(100, 49152)  # the loss moves by at most β of a pair's log-probs, of which there are fewer than 100
 
 
 def single_answers(count: int) -> list[dict]:
@@ -73,7 +76,7 @@ def test_kto_learns_from_single_answers(one_ray, tmp_path, tiny_model, write_pre
     assert summary["stages"]["ingest"]["rows"] == {"in": 41, "kept": 40, "dropped": {"bad_label": 1}}
     assert Path(summary["published"]).is_dir()
     # At the first step policy and reference are equal, so the loss is λ·(1 − σ(0)).
-    assert summary["train"]["first_step_loss"] == pytest.approx(0.5, abs=1e-5)
+    assert summary["train"]["first_step_loss"] == pytest.approx(0.5, abs=NEAR)
     assert summary["train"]["final"]["kl"] >= 0
 
     rows = shards_of(tmp_path, summary, "mismatched", "mismatched")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpo_ray.model import logprobs
 from dpo_ray.model.logprobs import Head, token_scores
+from tests.rounding import ulps
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def test_values_and_gradients_equal_log_softmax_across_tile_borders(num_tokens: 
     assert (found[0][3] is None) == ("bias" not in options)
     for mine, reference in zip(*found, strict=True):
         if reference is not None:
-            torch.testing.assert_close(mine, reference, rtol=0, atol=5e-6)
+            torch.testing.assert_close(mine, reference, rtol=0, atol=ulps(5, 8))  # logits are below 16
 
 
 def test_frozen_weights_get_no_gradient_and_do_not_stop_that_of_the_hidden_states():
@@ -80,6 +81,7 @@ def test_the_value_without_gradients_is_the_same_number():
     assert torch.equal(without, logprobs_of(hidden.requires_grad_(), weight, targets))
 
 
+FOUR_ROUNDINGS = ulps(4, 0.5)  # an exponential, a sum, its logarithm and a difference, of numbers below 1
 LOG_3 = float(torch.tensor(3.0).log())
 # Logits (0, 0): probabilities 1/2 and 1/2.  Logits (0, log 3): 1/4 and 3/4.
 BY_HAND = torch.tensor([[0.0], [1.0]]), Head(torch.tensor([[0.0], [LOG_3]])), torch.tensor([0, 1])
@@ -87,21 +89,21 @@ BY_HAND = torch.tensor([[0.0], [1.0]]), Head(torch.tensor([[0.0], [LOG_3]])), to
 
 def test_two_equal_logits_are_one_half_each():
     got = token_scores(*BY_HAND).logprobs
-    torch.testing.assert_close(got, torch.tensor([0.5, 0.75]).log(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(got, torch.tensor([0.5, 0.75]).log(), rtol=0, atol=FOUR_ROUNDINGS)
 
 
 def test_collisions_worked_by_hand():
     # 1/4 + 1/4 = 1/2, and 1/16 + 9/16 = 5/8.
     got = token_scores(*BY_HAND, with_collisions=True).log_collisions
-    torch.testing.assert_close(got, torch.tensor([0.5, 0.625]).log(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(got, torch.tensor([0.5, 0.625]).log(), rtol=0, atol=FOUR_ROUNDINGS)
 
 
 def test_entropies_and_mean_logits_worked_by_hand():
     # log 2, and 1/4 log 4 + 3/4 log 4/3 = log 4 − 3/4 log 3.
     got = token_scores(*BY_HAND, with_entropies=True)
     expected = torch.tensor([2.0, 4.0]).log() - torch.tensor([0.0, 0.75 * LOG_3])
-    torch.testing.assert_close(got.entropies, expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(got.mean_logits, torch.tensor([0.0, LOG_3 / 2]), rtol=0, atol=1e-7)
+    torch.testing.assert_close(got.entropies, expected, rtol=0, atol=2 * FOUR_ROUNDINGS)
+    torch.testing.assert_close(got.mean_logits, torch.tensor([0.0, LOG_3 / 2]), rtol=0, atol=FOUR_ROUNDINGS)
 
 
 def test_only_what_is_asked_for_is_given():
@@ -123,7 +125,7 @@ def test_the_result_is_float32_whatever_the_head_computes_in():
     assert got.dtype == torch.float32
     # The softmax itself is in float32: probabilities over the vocabulary add up to far more than bfloat16's 3 digits.
     every = torch.stack([logprobs_of(hidden, weight, torch.full((5,), v)) for v in range(11)])
-    torch.testing.assert_close(every.exp().sum(0), torch.ones(5), rtol=0, atol=1e-6)
+    torch.testing.assert_close(every.exp().sum(0), torch.ones(5), rtol=0, atol=ulps(4, 2))  # log-probs are below 4
 
 
 def test_gradients_of_bfloat16_weights_are_summed_over_tiles_in_float32():
@@ -164,12 +166,12 @@ def test_statistics_come_beside_the_same_values_and_gradients(num_tokens: int):
     without = token_scores(alone, Head(weight), targets)
     scores = token_scores(beside, Head(weight), targets, with_collisions=True, with_entropies=True)
     assert torch.equal(scores.logprobs, without.logprobs)
-    logits = plain_logits(hidden, Head(weight))
+    logits = plain_logits(hidden, Head(weight))  # below 8, and rounded four times in either computation
     probabilities = logits.softmax(-1)
-    torch.testing.assert_close(scores.log_collisions, probabilities.square().sum(-1).log(), rtol=0, atol=2e-6)
+    torch.testing.assert_close(scores.log_collisions, probabilities.square().sum(-1).log(), rtol=0, atol=ulps(8, 4))
     entropies = -(probabilities * probabilities.log()).sum(-1)
-    torch.testing.assert_close(scores.entropies, entropies, rtol=0, atol=2e-6)
-    torch.testing.assert_close(scores.mean_logits, logits.mean(-1), rtol=0, atol=2e-6)
+    torch.testing.assert_close(scores.entropies, entropies, rtol=0, atol=ulps(8, 4))
+    torch.testing.assert_close(scores.mean_logits, logits.mean(-1), rtol=0, atol=ulps(8, 4))
     assert not (scores.log_collisions.requires_grad or scores.entropies.requires_grad)
     without.logprobs.sum().backward()
     scores.logprobs.sum().backward()

@@ -19,6 +19,7 @@ from dpo_ray.model.attention import IMPLEMENTATION, Segment
 from dpo_ray.model.packing import pack, pad
 from dpo_ray.model.policy import CompletionScorer, load_policy
 from dpo_ray.pairs import TokenizedPair
+from tests.rounding import of_logprob, require_gradients
 
 A = TokenizedPair("a", [5, 6, 7, 8, 9], [10, 11, 2], [12, 2])
 B = TokenizedPair("b", [20], [21], [22, 23, 24, 2])  # a prompt and an answer of one token
@@ -46,6 +47,8 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+NEAR = of_logprob(64)
 
 Build = Callable[..., Path]
 
@@ -219,7 +222,7 @@ def test_packed_equals_padded_equals_unshared_in_values_and_gradients(
     packed = scorer(folder)
     assert packed.packs
     values = packed(packed.collate(pairs)).logprobs
-    torch.testing.assert_close(values, unshared(folder, pairs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(values, unshared(folder, pairs), rtol=0, atol=NEAR)
     # Weights that differ by token, so that a gradient in the wrong place shows.
     weights = torch.linspace(-1, 1, len(values))
     (values * weights).sum().backward()
@@ -228,15 +231,15 @@ def test_packed_equals_padded_equals_unshared_in_values_and_gradients(
     padded.model.set_attn_implementation("sdpa")
     assert not padded.packs
     plain = padded(padded.collate(pairs)).logprobs
-    torch.testing.assert_close(values, plain, rtol=0, atol=1e-5)
+    torch.testing.assert_close(values, plain, rtol=0, atol=NEAR)
     (plain * weights).sum().backward()
     compared = 0
     for (name, mine), other in zip(packed.named_parameters(), padded.parameters(), strict=True):
         assert (mine.grad is None) == (other.grad is None), name
-        if mine.grad is not None and other.grad is not None:
-            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
-            compared += bool(mine.grad.abs().max() > 1e-3)
+        compared += bool(other.grad is not None and other.grad.abs().max() > 1e-3)
     assert compared > 10
+    # Of all: that of a key's bias is nothing, for it moves all attention alike.
+    require_gradients([p.grad for p in packed.parameters()], [p.grad for p in padded.parameters()], of_all=True)
 
 
 def test_a_model_with_a_sliding_window_runs_padded_and_within_its_window(saved_model: Build):
@@ -246,7 +249,7 @@ def test_a_model_with_a_sliding_window_runs_padded_and_within_its_window(saved_m
     assert windowed.model.config._attn_implementation == "sdpa"
     with torch.no_grad():
         got = windowed(windowed.collate(PAIRS)).logprobs
-    torch.testing.assert_close(got, unshared(folder, PAIRS), rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, unshared(folder, PAIRS), rtol=0, atol=NEAR)
     # The window matters here: these sequences are longer than it.
     wide = saved_model("Mistral", sliding_window=None)
     assert (got - unshared(wide, PAIRS)).abs().max() > 1e-2
@@ -274,12 +277,15 @@ def test_a_model_that_does_not_take_the_packed_attention_scores_right_or_is_refu
         return
     with torch.no_grad():
         got = model(model.collate(PAIRS)).logprobs
-    torch.testing.assert_close(got, unshared(folder, PAIRS), rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, unshared(folder, PAIRS), rtol=0, atol=NEAR)
 
 
 @pytest.fixture(scope="module")
 def llama(saved_model: Build) -> CompletionScorer:
     return scorer(saved_model("Llama"))
+
+
+OF_SUM = 6 * NEAR  # an answer has at most six tokens
 
 
 def sums(model: CompletionScorer, pairs: list[TokenizedPair]) -> Tensor:
@@ -300,16 +306,16 @@ def test_the_chosen_tokens_do_not_reach_the_rejected_ones_nor_the_other_way(llam
 
 def test_pairs_of_a_row_do_not_see_each_other(llama: CompletionScorer):
     alone = torch.cat([sums(llama, [pair]) for pair in PAIRS])
-    torch.testing.assert_close(sums(llama, PAIRS), alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sums(llama, PAIRS), alone, rtol=0, atol=OF_SUM)
 
 
 def test_the_order_of_the_pairs_does_not_matter(llama: CompletionScorer):
-    torch.testing.assert_close(sums(llama, PAIRS[::-1]), sums(llama, PAIRS).flip(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sums(llama, PAIRS[::-1]), sums(llama, PAIRS).flip(0), rtol=0, atol=OF_SUM)
 
 
 def test_swapping_the_answers_swaps_their_scores(llama: CompletionScorer):
     swapped = [replace(p, chosen_ids=p.rejected_ids, rejected_ids=p.chosen_ids) for p in PAIRS]
-    torch.testing.assert_close(sums(llama, swapped), sums(llama, PAIRS).flip(1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sums(llama, swapped), sums(llama, PAIRS).flip(1), rtol=0, atol=OF_SUM)
 
 
 @pytest.mark.parametrize("layout", [pack, pad])

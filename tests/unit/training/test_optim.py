@@ -10,6 +10,7 @@ from torch import nn
 
 from dpo_ray.config import Train
 from dpo_ray.training.optim import WeightAverage, learning_rate, make_optimizer
+from tests.rounding import ulps
 
 
 def rates(num_steps: int, **options: object) -> list[float]:
@@ -77,7 +78,17 @@ def test_a_first_step_moves_each_weight_by_the_learning_rate():
     weight.grad = torch.tensor([[3.0, -4.0]])
     optimizer.step()
     expected = torch.tensor([[1.0 * 0.95 - 0.1, -2.0 * 0.95 + 0.1]])
-    torch.testing.assert_close(weight.data, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(weight.data, expected, rtol=0, atol=ulps(8, 1))
+
+
+def test_a_gradient_of_a_hundred_millionth_makes_half_a_step():
+    # Where AdamW's first step, lr · g / (|g| + eps), has g = eps.
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.ones_(model.weight)
+    optimizer = make_optimizer(model, Train(learning_rate=0.5, weight_decay=0.0))
+    model.weight.grad = torch.tensor([[1e-8, -1e-8]])
+    optimizer.step()
+    torch.testing.assert_close(model.weight.data, torch.tensor([[0.75, 1.25]]), rtol=0, atol=ulps(8, 1))
 
 
 class Two(nn.Module):

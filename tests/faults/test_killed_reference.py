@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.command_line import CONFIGS, DPO_RAY, LONGEST, WORKER, dpo_ray, overrides, processes_below
+from tests.command_line import CONFIGS, DPO_RAY, LONGEST, WORKER, dpo_ray, on_one_ray, overrides, processes_below
 
 KILLS = int(os.environ.get("DPO_RAY_KILLS", "2"))
 
@@ -109,8 +109,9 @@ def one_more_shard(output: Path) -> Callable[[], bool]:
     return lambda: finished() > before
 
 
-def test_killed_at_some_moments_the_artifacts_are_the_same(command, one_ray, tmp_path):
-    undisturbed = one_ray(*command(tmp_path / "undisturbed"))
+def test_killed_at_some_moments_the_artifacts_are_the_same(command, tmp_path):
+    with on_one_ray() as run:
+        undisturbed = run(*command(tmp_path / "undisturbed"))
     assert undisturbed.code == 0, undisturbed.log
     chance = random.Random(os.environ.get("DPO_RAY_KILL_SEED", "kills"))
     arguments = command(tmp_path / "killed")

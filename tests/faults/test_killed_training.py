@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.command_line import CONFIGS, DPO_RAY, overrides, processes_below, summary_of
+from tests.command_line import CONFIGS, DPO_RAY, on_one_ray, overrides, processes_below, summary_of
 
 KILLS = tuple(("worker", "driver")[n % 2] for n in range(int(os.environ.get("DPO_RAY_KILLS", "2"))))
 EPOCHS = 2 + len(KILLS)
@@ -29,8 +29,9 @@ pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1800 + 30
 
 
 @pytest.fixture(scope="module")
-def command(one_ray, tmp_path_factory, tiny_model, write_preferences):
-    """command(output) → arguments of a training of NUM_STEPS steps on pairs that are scored already."""
+def job(tmp_path_factory, tiny_model, write_preferences):
+    """A function output → arguments of a training of NUM_STEPS steps on pairs that are scored already, and the weights
+    that come of it uninterrupted."""
     folder = tmp_path_factory.mktemp("killed_training")
     rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": f"No {n} today."} for n in range(40)]
     write_preferences(folder / "data", rows)
@@ -48,23 +49,18 @@ def command(one_ray, tmp_path_factory, tiny_model, write_preferences):
         "train__tokens_per_microbatch": 1024,
     }
     config = str(CONFIGS / "align_cpu.yaml")
-    scored = folder / "scored"
-    done = one_ray("reference", config, *overrides(**settings, run__output=str(scored)))
-    assert done.code == 0, done.log
+    scored, whole = folder / "scored", folder / "whole"
 
     def arguments(output: Path) -> list[str]:
         shutil.copytree(scored, output)
         return ["train", config, *overrides(**settings, run__output=str(output))]
 
-    return arguments
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(command, one_ray, tmp_path_factory) -> dict[str, torch.Tensor]:
-    output = tmp_path_factory.mktemp("uninterrupted") / "out"
-    done = one_ray(*command(output))
-    assert done.code == 0, done.log
-    return weights(output)
+    with on_one_ray() as run:
+        done = run("reference", config, *overrides(**settings, run__output=str(scored)))
+        assert done.code == 0, done.log
+        done = run(*arguments(whole))
+        assert done.code == 0, done.log
+    return arguments, weights(whole)
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -72,7 +68,8 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(policy / "model" / "model.safetensors")
 
 
-def test_killed_at_random_steps_the_weights_are_the_same_bit_for_bit(command, uninterrupted, tmp_path):
+def test_killed_at_random_steps_the_weights_are_the_same_bit_for_bit(job, tmp_path):
+    command, uninterrupted = job
     chance = random.Random(os.environ.get("DPO_RAY_KILL_SEED", "kills"))
     arguments = command(tmp_path / "out")
     points = sorted(chance.sample(range(7, NUM_STEPS - 6), len(KILLS)))

@@ -23,6 +23,7 @@ from dpo_ray.errors import DataError, NonFiniteLoss, ReferenceMismatch
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.training.files import EXPORT
 from dpo_ray.training.optim import learning_rate
+from tests.gradients import require_same
 from tests.rounding import GRADIENT, of_logprob, of_sum, ulps
 from tests.training import Trained, random_pairs, run, scored
 

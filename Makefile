@@ -21,9 +21,9 @@ KILLS ?= 10
 KILL_SEED ?= $(shell date +%s)
 
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-# Of the packages' lines those that run are marked in this folder, by whatever process runs them.
-MARKS := $(CURDIR)/.coverage-lines
-COVERED := DPO_RAY_COVERAGE=$(MARKS) PYTHONPATH=$(CURDIR)/tests/line_coverage$(if $(PYTHONPATH),:$(PYTHONPATH))
+# Which lines run is measured in every process, and each leaves its data in this folder.
+MEASURED := $(CURDIR)/.coverage-data
+COVERED := DPO_RAY_COVERAGE=$(MEASURED)/.coverage PYTHONPATH=$(CURDIR)/tests/line_coverage$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .PHONY: demo test chaos lint env bench clean
 
@@ -74,4 +74,4 @@ $(TRL_READY): benchmarks/requirements-trl.txt | $(READY)
 	touch $(TRL_READY)
 
 clean:
-	rm -rf $(VENV) $(TRL_VENV) $(MARKS) .coverage .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(TRL_VENV) $(MEASURED) .coverage .pytest_cache .ruff_cache .mypy_cache

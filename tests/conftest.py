@@ -44,7 +44,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         from tests.coverage_table import table
 
         terminalreporter.section("coverage")
-        for line in table():
+        for line in table(Path(COVERAGE)):
             terminalreporter.write_line(line)
 
 

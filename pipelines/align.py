@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from dpo_ray.config import Config
 from dpo_ray.data.chat import require_chat_template, require_prompt_room
@@ -112,7 +113,7 @@ def preflight(config: Config, until: Stage = "publish") -> None:
         require_prompt_room(tokenizer, config.data)
 
 
-def write_report(context: RunContext, summary: dict) -> None:
+def write_report(context: RunContext, summary: dict[str, Any]) -> None:
     """report.html of the run."""
     metrics = context.folder / "metrics.jsonl"
     history = [json.loads(line) for line in metrics.read_bytes().splitlines()] if metrics.exists() else []

@@ -69,7 +69,7 @@ def submit_job(
         return 0
     if info.driver_exit_code is None:
         raise DpoRayError(f"The job {job} ended as {info.status} without an exit status: {info.message}")
-    return info.driver_exit_code
+    return int(info.driver_exit_code)
 
 
 async def _follow(client: Any, job: str) -> None:

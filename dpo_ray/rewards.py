@@ -47,7 +47,8 @@ def load_reward(name: str) -> Reward:
         ) from error
     if not callable(found):
         raise ConfigError(f"The reward {name} is not a function but {type(found).__name__}.")
-    return found
+    reward: Reward = found
+    return reward
 
 
 def score_completions(name: str, reward: Reward, row: Mapping[str, Any]) -> list[float]:

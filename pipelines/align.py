@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from dpo_ray.evaluation.report import html_report
 from dpo_ray.on_ray.session import expect_training
@@ -78,7 +79,7 @@ def prepare_reference(context: RunContext) -> Prepared:
     return Prepared(pairs, rows, calibration)
 
 
-def write_report(context: RunContext, summary: dict) -> None:
+def write_report(context: RunContext, summary: dict[str, Any]) -> None:
     """report.html of the run."""
     metrics = context.folder / "metrics.jsonl"
     history = [json.loads(line) for line in metrics.read_bytes().splitlines()] if metrics.exists() else []

@@ -88,7 +88,7 @@ class _Captured(io.TextIOWrapper):
     def __init__(self, terminal: Terminal):
         # It closes the descriptor when nobody has it any more: handlers of loggers keep their streams.
         raw = io.FileIO(terminal.descriptor, "w")
-        super().__init__(raw, encoding="utf-8", errors="backslashreplace", write_through=True)  # type: ignore[arg-type]
+        super().__init__(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
         self._terminal = terminal
         self._begun = threading.local()  # of each thread its own, for print writes the end of a line apart
 

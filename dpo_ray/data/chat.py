@@ -188,12 +188,13 @@ class ChatTokenizer:
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, *, add_generation_prompt: bool) -> str:
         guarded = [{"role": m["role"], "content": self._guarded(m["content"])} for m in messages]
         try:
-            return self.tokenizer.apply_chat_template(
+            rendered: str = self.tokenizer.apply_chat_template(
                 guarded,
                 tools=None if tools is None else self._guarded_json(tools),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
+            return rendered
         except TemplateError as error:
             raise DataError(
                 f"The model's chat template refuses a dialogue of the roles {', '.join(m['role'] for m in messages)} "

@@ -164,4 +164,5 @@ def _numbers(ids: pa.ChunkedArray) -> np.ndarray:
         return np.zeros(0, dtype=np.uint64)
     text = np.frombuffer(digits.buffers()[1], dtype=np.uint8)[digits.offset * 16 :][: len(digits) * 16]
     nibbles = np.where(text >= ord("a"), text - (ord("a") - 10), text - ord("0")).reshape(-1, 2)
-    return (nibbles[:, 0] << 4 | nibbles[:, 1]).astype(np.uint8).view(">u8").astype(np.uint64)
+    halves: np.ndarray = (nibbles[:, 0] << 4 | nibbles[:, 1]).astype(np.uint8).view(">u8").astype(np.uint64)
+    return halves

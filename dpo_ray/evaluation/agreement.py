@@ -17,7 +17,7 @@ def margin_noise(metrics: dict[str, Any], *, per_token: bool = False) -> float:
         per_token: for margins between means over tokens instead of sums.
     """
     # Chosen and rejected may be off by that much each.
-    return 2 * metrics["token" if per_token else "sequence"]["max"]
+    return 2 * float(metrics["token" if per_token else "sequence"]["max"])
 
 
 def calibration(scored: Sequence[Sequence[float]], rescored: Sequence[Sequence[float]]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def token_scores(
         with_collisions: also the log collision probabilities.
         with_entropies: also the entropies and the mean logits.
     """
-    logprobs, collisions, entropies, means = _TokenScores.apply(
+    logprobs, collisions, entropies, means = _TokenScores.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, targets, head.scale, head.cap, with_collisions, with_entropies
     )
     return TokenScores(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def add_adapters(model: PreTrainedModel, options: LoRA, *, seed: int = 0) -> Non
     config = LoraConfig(
         r=options.rank,
         # A whole number stays one in adapter_config.json: other readers of that file want it so.
-        lora_alpha=int(options.alpha) if options.alpha.is_integer() else options.alpha,
+        lora_alpha=int(options.alpha) if options.alpha.is_integer() else options.alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
         target_modules=_targets(model, options.target_modules),
         task_type="CAUSAL_LM",
@@ -55,7 +55,7 @@ def save_adapter(
         base: hub id or folder of the model that the adapters belong to.
         revision: of the hub id.
     """
-    from peft import get_peft_model_state_dict
+    from peft import LoraConfig, get_peft_model_state_dict
     from safetensors.torch import save_file
 
     tensors = get_peft_model_state_dict(policy, dict(state), adapter_name=_NAME, save_embedding_layers=False)
@@ -65,10 +65,11 @@ def save_adapter(
         metadata={"format": "pt"},
     )
     config = copy.copy(policy.peft_config[_NAME])
+    assert isinstance(config, LoraConfig)
     config.base_model_name_or_path = base
     config.revision = revision
     config.inference_mode = True
-    config.target_modules = sorted(config.target_modules)  # a set; its order would change from process to process
+    config.target_modules = sorted(config.target_modules or ())  # a set; its order would change from process to process
     config.save_pretrained(str(folder))
 
 
@@ -110,7 +111,7 @@ def _merge(model: PreTrainedModel, adapter: Path) -> tuple[float, PreTrainedMode
         raise ValueError(f"{config.peft_type.value} adds to the prompt and changes no weight")
     config.inference_mode = True
     adapted = PeftModel(model, config, adapter_name=_NAME).eval()
-    loaded = set_peft_model_state_dict(adapted, load_file(adapter / ADAPTER_WEIGHTS), adapter_name=_NAME)
+    loaded: Any = set_peft_model_state_dict(adapted, load_file(adapter / ADAPTER_WEIGHTS), adapter_name=_NAME)
     # PEFT passes over both in silence, and what is left is the bare base.
     missing = [name for name in loaded.missing_keys if _NAME in name.split(".")]
     if loaded.unexpected_keys or missing:

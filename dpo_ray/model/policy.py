@@ -90,7 +90,7 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     attention.hide_from_compiler()
     for layer in decoder_layers(model, wanted_by="train.compile=true"):
         # Not layer.compile(), which would take FSDP's hooks into what is compiled.
-        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)  # type: ignore[method-assign]
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:
@@ -144,7 +144,7 @@ class CompletionScorer(nn.Module):
     @property
     def packs(self) -> bool:
         """Whether the model runs on the packed, prefix-shared layout."""
-        return self.model.config._attn_implementation == attention.IMPLEMENTATION
+        return bool(self.model.config._attn_implementation == attention.IMPLEMENTATION)
 
     def collate(self, pairs: list[TokenizedPair]) -> MicroBatch:
         """The layout that this model can take."""

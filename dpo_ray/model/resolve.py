@@ -186,7 +186,7 @@ def converted_gguf(gguf: Path) -> Path:
             import torch
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             # The tensors are dequantized already; transformers would otherwise refuse to save them.
             model.hf_quantizer = None
             del model.config.quantization_config

@@ -181,7 +181,8 @@ def _scored(pool: Pool) -> _Scores:
     function: Callable[..., Any] = pool.build
     task = ray.remote(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, max_calls=1)(function)
     environment = {"runtime_env": {"env_vars": pool.env}} if pool.env else {}
-    return ray.get(task.options(**environment).remote(**pool.arguments))
+    scores: _Scores = ray.get(task.options(**environment).remote(**pool.arguments))
+    return scores
 
 
 def _score_by_vllm(model: Model, options: VLLM, max_model_len: int, pairs: list[TokenizedPair]) -> _Scores:

@@ -61,8 +61,9 @@ def _checkpoints(run: Location) -> list[Location]:
 
 
 def _step_of(checkpoint: Location) -> int:
-    return state_of(checkpoint)["next_step"]
+    return int(state_of(checkpoint)["next_step"])
 
 
 def state_of(checkpoint: Location) -> dict[str, Any]:
-    return json.loads((checkpoint / STATE).read_bytes())
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_bytes())
+    return state

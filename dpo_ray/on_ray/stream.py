@@ -109,7 +109,7 @@ def _pack(index: PlanIndex, shares: list[tuple[int, list[list[int]]]]) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue().to_pybytes())
 
 
 def _row(index: PlanIndex, row: int) -> pa.Table:

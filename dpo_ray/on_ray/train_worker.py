@@ -5,24 +5,42 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dpo_ray.config import Metric
+from dpo_ray.config import Metric, Model, Train
 from dpo_ray.errors import DpoRayError, NonFiniteLoss, ReferenceMismatch
 from dpo_ray.progress import say
+from dpo_ray.storage.location import Location
 from dpo_ray.training.files import KIND
 from dpo_ray.training.loop import train
 from dpo_ray.training.parallel import Rank
+from dpo_ray.training.plan import PlanIndex, StepPlan
 from dpo_ray.training.selection import higher_is_better
 
 _WORST = 1e30
 
 
-def train_worker(job: dict[str, Any]) -> DpoRayError | None:
+@dataclass(frozen=True)
+class TrainJob:
+    """What each worker is given."""
+
+    model: Model
+    options: Train
+    seed: int
+    plan: StepPlan
+    held_out: PlanIndex
+    tokens_per_microbatch: int
+    reference_tolerance: float
+    fallback: Location | None
+    """The checkpoint of an earlier run to go on from, where this one has none yet."""
+
+
+def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
     """What Ray Train runs on each worker: the loop, with Ray's feed and checkpoints put in.
 
     An error that all workers meet alike is returned, not raised: Ray would only try the same again.
@@ -35,26 +53,27 @@ def train_worker(job: dict[str, Any]) -> DpoRayError | None:
     # Ray prints all metrics of a report on every rank, by a logger outside its own tree; they are in metrics.jsonl.
     logging.getLogger().setLevel(logging.WARNING)
     context = ray.train.get_context()
-    options, plan, index = job["train"], job["plan"], job["held_out"]
+    job = config["job"]
+    options, plan, index = job.options, job.plan, job.held_out
     if not options.use_gpu:
         torch.set_num_threads(max(1, int(options.cpus_per_worker)))
     me = Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     held_out = None
     if options.eval_every_steps is not None:
         rows = np.arange(min(options.eval_pairs, len(index)))
-        held_out = read_share(index, rows, me.rank, me.world_size, job["tokens_per_microbatch"], plan.hidden_size)
+        held_out = read_share(index, rows, me.rank, me.world_size, job.tokens_per_microbatch, plan.hidden_size)
     latest = ray.train.get_checkpoint()
-    if latest is None and job["fallback"] is not None:
-        filesystem, path = job["fallback"].filesystem()
+    if latest is None and job.fallback is not None:
+        filesystem, path = job.fallback.filesystem()
         latest = ray.train.Checkpoint(path, filesystem)
     with latest.as_directory() if latest is not None else nullcontext() as folder:
         if me.rank == 0 and latest is not None:
             say(KIND, f"going on from {Path(latest.path).name} with {me.world_size} workers")
         try:
             train(
-                job["model"],
+                job.model,
                 options,
-                seed=job["seed"],
+                seed=job.seed,
                 num_steps=plan.num_steps,
                 pairs_per_epoch=len(plan.index),
                 me=me,
@@ -64,7 +83,7 @@ def train_worker(job: dict[str, Any]) -> DpoRayError | None:
                 held_out=held_out,
                 checkpoints=RayCheckpoints(me, options.keep_best, plan.num_steps),
                 resume=Path(folder) if folder is not None else None,
-                reference_tolerance=job["reference_tolerance"],
+                reference_tolerance=job.reference_tolerance,
             )
         except (NonFiniteLoss, ReferenceMismatch) as error:
             return error

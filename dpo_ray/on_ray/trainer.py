@@ -98,7 +98,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from dpo_ray.on_ray.stream import TRAIN, StepFeed, placeholder
-    from dpo_ray.on_ray.train_worker import train_worker
+    from dpo_ray.on_ray.train_worker import TrainJob, train_worker
 
     tokens_per_microbatch = _tokens_per_microbatch(config)
     runs = location / "checkpoints"
@@ -113,14 +113,16 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
-            "model": config.model,
-            "train": options,
-            "seed": config.run.seed,
-            "plan": plan,
-            "held_out": held_out,
-            "tokens_per_microbatch": tokens_per_microbatch,
-            "reference_tolerance": config.reference.tolerance,
-            "fallback": fallback,
+            "job": TrainJob(
+                model=config.model,
+                options=options,
+                seed=config.run.seed,
+                plan=plan,
+                held_out=held_out,
+                tokens_per_microbatch=tokens_per_microbatch,
+                reference_tolerance=config.reference.tolerance,
+                fallback=fallback,
+            )
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=(options.min_workers, options.num_workers) if options.min_workers else options.num_workers,
@@ -165,7 +167,7 @@ def _tokens_per_microbatch(config: Config) -> int:
     fewest = options.min_workers or options.num_workers
     task = ray.remote(num_cpus=0, num_gpus=1 if options.use_gpu else 0, max_calls=1)(_tokens_on_a_worker)
     try:
-        tokens = ray.get(task.remote(config.model, options, fewest))
+        tokens: int = ray.get(task.remote(config.model, options, fewest))
     except Exception as error:
         raise_ours(error, KIND)
     say(KIND, f"micro-batches of at most {tokens} tokens (train.tokens_per_microbatch=auto)")

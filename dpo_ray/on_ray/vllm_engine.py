@@ -72,7 +72,8 @@ class VLLMScorer:
         inputs = [{"prompt_token_ids": prompt + completion} for prompt, completion in sequences]
         sampling = [self._sampling(prompt, completion, read_cache) for prompt, completion in sequences]
         try:
-            return self.llm.generate(inputs, sampling, use_tqdm=False)
+            outputs: list[Any] = self.llm.generate(inputs, sampling, use_tqdm=False)
+            return outputs
         except Exception as error:
             # Of requests that it refuses, vLLM takes back all. Where some are left it broke off in the middle of a
             # step, and would return them with the next call.
@@ -95,7 +96,8 @@ class VLLMScorer:
 
     def _logprobs(self, output: Any, prompt: list[int], completion: list[int]) -> list[float]:
         if self.by_token_ids:
-            return output.prompt_token_id_logprobs[:, 0].tolist()
+            values: list[float] = output.prompt_token_id_logprobs[:, 0].tolist()
+            return values
         flat = output.prompt_logprobs
         starts = flat.start_indices[len(prompt) : len(prompt) + len(completion)]
         if [flat.token_ids[i] for i in starts] != completion:

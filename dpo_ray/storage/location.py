@@ -108,7 +108,7 @@ class Location:
         with self.asked():
             for _ in range(_READS):
                 with fs.open_input_file(path) as file:
-                    data = file.read()
+                    data: bytes = file.read()
                 # An object that is replaced between the request for its size and that for its bytes comes cut off.
                 if self.is_local or len(data) == self.size():
                     return data
@@ -138,7 +138,7 @@ class Location:
         """Whether there is a file or a folder. Without anything in it, a folder of an object store may be none."""
         fs, path = self.filesystem()
         with self.asked():
-            return fs.get_file_info(path).type != pafs.FileType.NotFound
+            return bool(fs.get_file_info(path).type != pafs.FileType.NotFound)
 
     def size(self) -> int:
         """Bytes of the file. Raises FileNotFoundError."""
@@ -160,7 +160,9 @@ class Location:
     def _infos(self, *, recursive: bool) -> list[pafs.FileInfo]:
         fs, path = self.filesystem()
         with self.asked():
-            return fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
+            selected = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
+            infos: list[pafs.FileInfo] = fs.get_file_info(selected)
+            return infos
 
     def children(self) -> list[Location]:
         """Children by name; empty where there is no such folder. Unfinished files are not listed."""

@@ -76,10 +76,10 @@ def train(
         lora=model.lora,
         seed=seed,
         activation_checkpointing=options.activation_checkpointing,
-    ).to(me.device)
+    )
+    scorer = CompletionScorer(policy).to(me.device).train()
     if options.compile:
         compile_layers(policy)
-    scorer = CompletionScorer(policy).train()
     forward = parallelize(scorer, options.strategy, me, torch_dtype(model.dtype))
     optimizer = make_optimizer(policy, options)
     average = WeightAverage(policy, options.ema_decay) if options.ema_decay is not None else None

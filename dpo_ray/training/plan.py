@@ -165,7 +165,8 @@ def pair_cost(lengths: np.ndarray, hidden_size: int) -> np.ndarray:
     prompt, chosen, rejected = lengths.T.astype(np.float64)
     whole, other = prompt + chosen, prompt + rejected
     attention = whole * whole + rejected * (other + prompt)
-    return lengths.sum(axis=1) + attention / (12 * hidden_size)
+    cost: np.ndarray = lengths.sum(axis=1) + attention / (12 * hidden_size)
+    return cost
 
 
 def make_plan(config: Config, rows: Artifact) -> tuple[StepPlan, PlanIndex]:

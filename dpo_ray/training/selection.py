@@ -38,4 +38,5 @@ def higher_is_better(metric: Metric) -> bool:
 
 
 def _cost(metrics: dict[str, Any], metric: Metric) -> float:
-    return -metrics[metric] if higher_is_better(metric) else metrics[metric]
+    value = float(metrics[metric])
+    return -value if higher_is_better(metric) else value

@@ -70,7 +70,7 @@ def parquet_rows(
 
 def _parquet_row(row: pa.RecordBatch) -> dict[str, Any] | Unreadable:
     try:
-        [values] = row.to_pylist()
+        values: dict[str, Any] = row.to_pylist()[0]
     except UnicodeDecodeError:
         legible = {name: _legible(row.column(i)[0]) for i, name in enumerate(row.schema.names)}
         return Unreadable("invalid_utf8", json.dumps(legible, ensure_ascii=False, default=str)[:RAW_BOUND])

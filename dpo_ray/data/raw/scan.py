@@ -267,7 +267,7 @@ class _Hashed:
         self.stream, self.sha256 = stream, hashlib.sha256()
 
     def read(self, size: int) -> bytes:
-        data = self.stream.read(size)
+        data: bytes = self.stream.read(size)
         self.sha256.update(data)
         return data
 
@@ -285,7 +285,7 @@ def _holds_text(type_: pa.DataType) -> bool:
         return _holds_text(type_.storage_type)
     if pt.is_dictionary(type_):
         return _holds_text(type_.value_type)
-    return pt.is_string(type_) or pt.is_large_string(type_) or pt.is_string_view(type_) or pt.is_null(type_)
+    return bool(pt.is_string(type_) or pt.is_large_string(type_) or pt.is_string_view(type_) or pt.is_null(type_))
 
 
 def _holds_messages(type_: pa.DataType) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dpo_ray.errors import ConfigError
+from dpo_ray.on_ray import session
 from dpo_ray.on_ray.session import connect, disconnect, num_cores, require_room
 
 
@@ -30,12 +31,32 @@ def test_an_embedded_ray_is_started_again_for_work_that_needs_more_cpus(monkeypa
         connect(1, why="a small stage")
         first = ray.cluster_resources()["CPU"]
         assert num_cores() < first < more
-        session = ray.get_runtime_context().get_node_id()
+        node = ray.get_runtime_context().get_node_id()
         connect(first, why="a stage that fits")
-        assert ray.get_runtime_context().get_node_id() == session
+        assert ray.get_runtime_context().get_node_id() == node
         connect(more, why="train.num_workers")
         assert ray.cluster_resources()["CPU"] == more
         with pytest.raises(ConfigError, match=r"GPUs.*train\.use_gpu"):
             connect(1, 64, why="train.use_gpu")
+    finally:
+        disconnect()
+
+
+@pytest.mark.ray
+def test_work_that_trains_finds_the_state_api_also_where_an_earlier_stage_did_without(monkeypatch):
+    import ray
+    from ray.util.state import list_nodes
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(session, "_session", session._Session())
+    try:
+        connect(1, why="a stage that carries rows")
+        first = ray.get_runtime_context().get_node_id()
+        assert not session._session.has_dashboard
+        connect(1, why="train.num_workers", trains=True)
+        second, address = ray.get_runtime_context().get_node_id(), ray.get_runtime_context().gcs_address
+        assert second != first and [node.node_id for node in list_nodes(address=address)] == [second]
+        connect(1, why="the stage after it")
+        assert ray.get_runtime_context().get_node_id() == second
     finally:
         disconnect()

@@ -1,0 +1,45 @@
+"""Workers of stages: which processes they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage
+from dpo_ray.on_ray.session import disconnect
+from dpo_ray.shards.output import ShardOutput
+from dpo_ray.storage.artifact import read_shard
+from dpo_ray.storage.location import Location
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+class ProcessShard:
+    """A shard is the id of the process that made it, and the number of its task."""
+
+    def __call__(self, source: dict[str, Any]) -> ShardOutput:
+        return ShardOutput(pa.table({"process": [os.getpid()], "task": [source["task"]]}), {})
+
+
+@pytest.mark.parametrize("stateless", [True, False])
+def test_stages_share_processes_where_their_workers_keep_nothing(tmp_path: Path, monkeypatch, stateless: bool):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def stage(kind: str) -> set[int]:
+        tasks = [ShardTask(source={"task": n}, content=f"{kind} {n}", rows=1) for n in range(6)]
+        pool = Pool(ProcessShard, {}, stateless=stateless)
+        made, reused = shard_stage(Location.of(tmp_path), kind, identity={}, inputs={}, tasks=tasks, pool=pool)
+        rows = [row for shard in made.shards() for row in read_shard(shard).to_pylist()]
+        assert not reused and [row["task"] for row in rows] == list(range(6))
+        return {row["process"] for row in rows}
+
+    try:
+        first, second = stage("first"), stage("second")
+    finally:
+        disconnect()
+    assert os.getpid() not in first | second
+    assert bool(first & second) == stateless

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -71,6 +72,8 @@ def test_training_goes_on_with_fewer_workers(cluster, tiny_model, write_preferen
     metrics = metrics_of(tmp_path / "out")
     assert [m["step"] for m in metrics] == list(range(1, NUM_STEPS + 1))
 
+    # The same tokenized pairs.
+    shutil.copytree(tmp_path / "out", tmp_path / "alone", ignore=shutil.ignore_patterns("train", "runs"))
     one = overrides(run__output=str(tmp_path / "alone"), train__min_workers=None, train__num_workers=1)
     alone = dpo_ray(*arguments, *one, env=on_cluster)
     assert alone.code == 0, alone.log

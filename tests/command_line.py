@@ -58,9 +58,11 @@ def dpo_ray(*arguments: str, env: dict[str, str] | None = None) -> Finished:
 def on_one_ray() -> Iterator[Callable[..., Finished]]:
     """A function like dpo_ray that runs in this process, on a Ray that stays from one call to the next."""
     from dpo_ray.on_ray import session
+    from dpo_ray.progress import WATCHED
 
-    session.connect(_CPUS, why="tests")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(WATCHED, "5")  # as a run has it when it starts Ray: workers mark their lines
+        session.connect(_CPUS, why="tests", trains=True)
         patch.setattr(session, "disconnect", lambda: None)
         try:
             yield in_process

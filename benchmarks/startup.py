@@ -1,6 +1,6 @@
 """What a command costs before and after its work: wall time until it ends, and CPU time of it and all that it starts.
 
-    python benchmarks/startup.py --data <folder with few rows> [--before <another checkout>] [--demo] [--write]
+    python -m benchmarks.startup --data <folder with few rows> [--before <another checkout>] [--demo] [--write]
 
 runs each command several times, with --before from both checkouts by turns, and prints the medians as a table; --write
 puts it at the end of benchmarks/startup.md. --demo makes the demo's main job once in each (minutes), to time its second
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from side_by_side import OUR_PACKAGES, ROOT, environment, table, versions
+from benchmarks.record import OUR_PACKAGES, ROOT, environment, table, versions
 
 _PR_SET_CHILD_SUBREAPER = 36
 _CONFIG = "pipelines/configs/align_cpu.yaml"

@@ -1,1 +1,20 @@
-"""Preference alignment of language models on a Ray cluster."""
+"""Preference alignment of language models on a Ray cluster. The rooms, bottom up; each uses those above it, if any:
+
+errors         what can go wrong, and the exit code of each
+progress       lines for the person who watches
+bins           items into groups: batches, first fit, spread over ranks
+estimates      proportions and their intervals
+pairs          the rows that stages hand to each other, and their schemas
+storage        paths and object stores, files of packages, artifacts with their manifests
+origin         where in whose code an error came about
+rewards        functions that score candidates
+reward_source  what a reward is known by
+config         the configuration: the sections, reading them, what is wrong with them
+data           preference data as functions of rows, from bytes to token ids
+losses         formulas, and what they are given
+model          the model's folder, and its forward pass down to token log-probs
+shards         what a stage does with one shard
+training       the trainer: the plan of the steps, a step, the loop, checkpoints
+evaluation     margins, agreement of engines, the pages that tell people
+on_ray         the only importer of ray and vllm: it carries, and decides nothing
+"""

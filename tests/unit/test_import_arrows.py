@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,8 +96,10 @@ def room_of(module: str) -> str:
     return module.split(".")[1]
 
 
-def test_every_room_has_its_line_in_the_table():
+def test_every_room_has_its_line_in_the_table_and_in_the_docstring_of_the_library():
     assert {room_of(m) for m in our_modules() if m.startswith("dpo_ray.")} == set(ROOMS)
+    described = ast.get_docstring(ast.parse((REPOSITORY / "dpo_ray" / "__init__.py").read_text())) or ""
+    assert re.findall(r"^(\w+)  +\w", described, re.M) == list(ROOMS)
 
 
 def test_no_arrow_of_the_table_runs_up():

@@ -224,11 +224,11 @@ def main() -> None:
         app()
     except DpoRayError as error:
         _show_traceback()
-        typer.echo(f"\n{type(error).__name__}: {error}{_notes(error)}", err=True)
+        typer.echo(f"\n{type(error).__name__}: {error}{_log_of(error)}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt as error:
         said = "Interrupted. What is finished is kept: the same command goes on from there."
-        typer.echo(f"\n{said}{_notes(error)}", err=True)
+        typer.echo(f"\n{said}{_log_of(error)}", err=True)
         sys.exit(1)
     except Exception as error:
         _show_traceback()
@@ -236,7 +236,7 @@ def main() -> None:
         typer.echo(
             f"\nUnexpected {type(error).__name__}: {error} ({last.filename}:{last.lineno}). What is finished is kept. "
             "Set DPO_RAY_TRACEBACK=1 for the whole traceback; this is a defect worth reporting."
-            f"{_notes(error)}",
+            f"{_log_of(error)}",
             err=True,
         )
         sys.exit(1)
@@ -248,9 +248,11 @@ def _show_traceback() -> None:
         traceback.print_exc()
 
 
-def _notes(error: BaseException) -> str:
-    """Where more was said, if it was."""
-    return "".join(f" {note}" for note in getattr(error, "__notes__", []))
+def _log_of(error: BaseException) -> str:
+    """Where more was said, if it was. Other notes, as of a worker's traceback, belong to the traceback."""
+    from pipelines.terminal import SAID
+
+    return "".join(f" {note}" for note in getattr(error, "__notes__", []) if note.startswith(SAID))
 
 
 if __name__ == "__main__":

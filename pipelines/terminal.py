@@ -30,6 +30,8 @@ from pipelines.display import Display, display_on
 
 LOG = "log.txt"
 """Below the run's folder."""
+SAID = "The log with all that was said is"
+"""How the note begins that an error gets."""
 
 _MARKS = str.maketrans("", "", LINE + PROGRESS)
 _OF_A_NODE = re.compile(r"(\x1b\[\d+m)?\((raylet|autoscaler)\b")
@@ -119,7 +121,7 @@ def captured() -> Iterator[Terminal]:
             yield terminal
         except BaseException as error:
             if terminal.tells_more():
-                error.add_note(f"The log with all that was said is {terminal.log}.")
+                error.add_note(f"{SAID} {terminal.log}.")
             else:
                 terminal.log.unlink()
             raise

@@ -46,7 +46,7 @@ BREAKS = line_of('return json.loads(source["file"])')
 
 
 def failure_of(worker: ShardWorker) -> Exception:
-    batch = pa.table({"task": [json.dumps({"name": "x.parquet", "source": {"file": "{"}})]})
+    batch = pa.table({"task": [pickle.dumps(("x.parquet", {"file": "{"}))]})
     [row] = worker(batch).to_pylist()
     assert row["name"] == "x.parquet"
     return pickle.loads(row["failure"])
@@ -172,7 +172,8 @@ def test_a_reward_that_fails_on_a_worker_is_told_with_its_file_and_line(pairing,
         monkeypatch.setenv("DPO_RAY_TRACEBACK", "1")
     done = pairing("One is.", "It is zero.")
     assert done.code == RewardError.exit_code == 2, done.log
-    paragraph = done.log.strip().splitlines()[-1]
+    paragraph, where = done.log.strip().splitlines()[-1].split(" The log with all that was said is ")
+    assert where.endswith("log.txt.")
     file = tmp_path / "own_reward.py"
     for text in (
         "RewardError: The reward own_reward:score failed on completion 2 of the prompt 00ff ('Name a number.' → ",

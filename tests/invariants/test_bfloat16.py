@@ -104,7 +104,7 @@ def test_weights_move_by_less_than_bfloat16_can_tell(runs: Runs, workers: int, s
 def test_adapters_train_beside_a_frozen_base(runs: Runs, tmp_path: Path, workers: int, strategy: str):
     policy = Model.model_validate({"path": str(runs.model), "dtype": "bfloat16", "lora": {"rank": 4}})
     runs.gangs[workers].run(
-        policy, runs.pairs["bfloat16"], tmp_path, strategy=strategy, schedule="constant", learning_rate=1e-2
+        policy, runs.pairs["bfloat16"], tmp_path, strategy=strategy, schedule="constant", learning_rate=3e-3
     )
     steps = sorted(tmp_path.glob("step-*"))
     losses = [m["loss"] for m in read_history(steps[-1])]

@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")  # steps of milliseconds, each with a checkpoint
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

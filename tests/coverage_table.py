@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def table(data: Path) -> list[str]:
     coverage.save()
     lines: Counter[str] = Counter()
     missed: Counter[str] = Counter()
-    for package in coverage.get_option("run:source_pkgs") or ():
+    for package in _packages():
         for source in sorted((ROOT / package).rglob("*.py")):
             _, statements, _, missing, _ = coverage.analysis2(str(source))
             for folder in (str(source.parent.relative_to(ROOT)), "all"):
@@ -36,3 +37,7 @@ def table(data: Path) -> list[str]:
         for folder, total in sorted(lines.items(), key=lambda item: (item[0] == "all", item[0]))
         if total
     ]
+
+
+def _packages() -> list[str]:
+    return tomllib.loads(Path(CONFIG).read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]

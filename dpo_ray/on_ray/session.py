@@ -57,6 +57,9 @@ def connect(
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # Seconds between two looks of Ray Train at its workers. At each it takes one report of them: with Ray's 2 s those
+    # of short steps queue up, and a training waits for them at its end.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     import ray
 
     _session.trains |= trains

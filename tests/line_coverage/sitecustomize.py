@@ -1,33 +1,66 @@
 """Python runs this at the start of every process that has this folder in PYTHONPATH: coverage.py measures it.
 
-What was seen is saved every second too: Ray ends its workers by SIGKILL, and coverage.py by itself saves at the end.
+It begins with the first import of a package of ours, for it slows every line that a process runs, and most of Ray's
+processes and vLLM's engines run none of ours. What was seen is saved every second too: Ray ends its workers by SIGKILL,
+and coverage.py by itself saves at the end.
 """
+
+from __future__ import annotations
 
 import atexit
 import os
 import sys
 import threading
-import time
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 DATA = os.environ.get("DPO_RAY_COVERAGE")
-CONFIG = os.path.join(os.path.dirname(__file__), "..", "..", "pyproject.toml")
-_NEVER_OURS = ("/ray/dashboard/", "/ray/autoscaler/", "log_monitor.py", "/runtime_env/agent/")
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
+PACKAGES = ("dpo_ray", "pipelines", "tuning", "cluster")
+# Folders, not names of packages: for names coverage.py looks again whenever sys.path changes, and then takes out of
+# sys.modules what another thread imports meanwhile.
+FOLDERS = [os.path.join(ROOT, package) for package in PACKAGES]
 
 measured = None
-if DATA and not any(part in argument for argument in sys.orig_argv for part in _NEVER_OURS):
+"""The process's Coverage, once it has begun."""
+
+
+class _First:
+    """Stands before the finders of modules until the first of ours is looked for; finds nothing itself."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name in PACKAGES:
+            sys.meta_path.remove(_First)
+            _begin()
+        return None
+
+
+def _begin() -> None:
+    global measured
     import coverage
 
-    measured = coverage.Coverage(data_file=DATA, data_suffix=True, config_file=os.path.abspath(CONFIG))
+    measured = coverage.Coverage(
+        data_file=DATA, data_suffix=True, config_file=os.path.join(ROOT, "pyproject.toml"), source_dirs=FOLDERS
+    )
     measured.start()
+    ends = threading.Event()
 
-    def _end() -> None:
+    def keep() -> None:
+        while not ends.wait(1):
+            measured.save()
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+
+    @atexit.register
+    def end() -> None:
+        ends.set()
+        keeper.join()  # what still runs when Python takes itself apart can crash the process
         measured.stop()
         measured.save()
 
-    def _keep() -> None:
-        while True:
-            time.sleep(1)
-            measured.save()
 
-    atexit.register(_end)
-    threading.Thread(target=_keep, daemon=True).start()
+if DATA:
+    sys.meta_path.insert(0, _First)

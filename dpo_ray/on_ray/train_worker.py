@@ -1,4 +1,7 @@
-"""What Ray Train runs on each worker: the loop, with Ray's feed and checkpoints put in."""
+"""What Ray Train runs on each worker: the loop, with Ray's feed and checkpoints put in.
+
+Train's controller loads this module too, so what computes is imported on the workers alone.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from dpo_ray.config import Metric, Model, Train
 from dpo_ray.errors import DpoRayError, NonFiniteLoss, ReferenceMismatch
 from dpo_ray.progress import say
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import KIND
-from dpo_ray.training.loop import train
-from dpo_ray.training.parallel import Rank
 from dpo_ray.training.plan import PlanIndex, StepPlan
 from dpo_ray.training.selection import higher_is_better
+
+if TYPE_CHECKING:
+    from dpo_ray.training.parallel import Rank
 
 _WORST = 1e30
 
@@ -47,8 +50,11 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
     """
     import ray.train
     import ray.train.torch
+    import torch
 
     from dpo_ray.on_ray.stream import TRAIN, read_share, received_steps
+    from dpo_ray.training.loop import train
+    from dpo_ray.training.parallel import Rank
 
     # Ray prints all metrics of a report on every rank, by a logger outside its own tree; they are in metrics.jsonl.
     logging.getLogger().setLevel(logging.WARNING)

@@ -253,7 +253,14 @@ def test_a_model_is_looked_at_without_the_libraries_that_compute_with_it(tiny_mo
 
 
 @pytest.mark.parametrize(
-    "module", ["dpo_ray.model.resolve", "dpo_ray.on_ray.scan", "dpo_ray.on_ray.pool", "dpo_ray.on_ray.stream"]
+    "module",
+    [
+        "dpo_ray.model.resolve",
+        "dpo_ray.on_ray.scan",
+        "dpo_ray.on_ray.pool",
+        "dpo_ray.on_ray.stream",
+        "dpo_ray.on_ray.train_worker",
+    ],
 )
 def test_workers_that_only_carry_rows_do_without_torch(module: str):
     # It would cost each of them seconds at its start and 200 MB.

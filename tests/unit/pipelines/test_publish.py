@@ -1,0 +1,96 @@
+"""A whole model on its way to where it is published: a folder and an object store, and cut off on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from dpo_ray.config import Config
+from dpo_ray.errors import GateFailed
+from dpo_ray.model.resolve import resolve
+from dpo_ray.storage import artifact
+from dpo_ray.storage.artifact import Artifact
+from dpo_ray.storage.location import Location
+from dpo_ray.training.files import KIND, MODEL_FOLDER
+from pipelines.context import RunContext
+from pipelines.publish import LATEST, publish
+from tests.object_store import BUCKET, object_store
+
+
+@pytest.fixture(scope="module", params=["folder", "object store"])
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    if request.param == "folder":
+        yield str(tmp_path_factory.mktemp("published"))
+        return
+    with object_store():
+        yield f"s3://{BUCKET}/published"
+
+
+@pytest.fixture
+def context(place: str, request: pytest.FixtureRequest) -> RunContext:
+    """A run of the test's own, with a gate at an accuracy of 0.5."""
+    output = f"{place}/{request.node.name.split('[')[0]}"
+    config = Config.model_validate(
+        {
+            "run": {"name": "n", "output": output},
+            "model": {"path": "m"},
+            "data": {"train": "x"},
+            "publish": {"gate": {"accuracy_above": 0.5}},
+        }
+    )
+    return RunContext(config, "first", Location.of(output))
+
+
+def policy(context: RunContext, model: Path) -> Artifact:
+    """A finished training whose model is this folder."""
+    location = context.output / "artifacts" / KIND / "trained"
+    Location.of(model).copy_folder_to(location / MODEL_FOLDER)
+    metrics = {"first_step_loss": 0.693, "num_steps": 3, "published_step": 3, "final": {"loss": 0.6}}
+    return artifact.publish(location, KIND, identity={}, inputs={}, files=[], metrics=metrics)
+
+
+def evaluation(context: RunContext, low: float) -> Artifact:
+    accuracy = {"value": 0.8, "low": low, "high": 0.9, "n": 40}
+    location = context.output / "artifacts" / "eval" / "measured"
+    return artifact.publish(location, "eval", identity={}, inputs={}, files=[], metrics={"accuracy": accuracy})
+
+
+def test_every_file_of_the_model_arrives_with_its_card_and_the_pointer(context: RunContext, small_model: Path):
+    trained = policy(context, small_model)
+    version = publish(context, trained, evaluation(context, low=0.7))
+    names = {f.name for f in small_model.iterdir()}
+    assert "model.safetensors" in names
+    assert {f.name for f in version.children()} == names | {"README.md"}
+    for name in names:
+        assert (version / name).read_bytes() == (small_model / name).read_bytes(), name
+    assert load_file(resolve(version.uri) / "model.safetensors").keys()
+    assert "first" in (version / "README.md").read_bytes().decode()
+    latest = json.loads((context.output / "models" / "n" / LATEST).read_bytes())
+    assert (latest["path"], latest["version"]) == (version.uri, trained.fingerprint)
+    assert {f.name for f in (context.output / "models" / "n").children()} == {LATEST, trained.fingerprint}
+
+
+def test_cut_off_before_its_end_it_is_copied_again(
+    context: RunContext, small_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trained, measured = policy(context, small_model), evaluation(context, low=0.7)
+
+    def breaks(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Location, "write_bytes" if not context.output.is_local else "copy_folder_to", breaks)
+        publish(context, trained, measured)
+    assert not (context.output / "models" / "n" / LATEST).exists()
+    version = publish(context, trained, measured)
+    assert {f.name for f in version.children()} == {f.name for f in small_model.iterdir()} | {"README.md"}
+
+
+def test_below_the_gate_nothing_is_there(context: RunContext, small_model: Path):
+    with pytest.raises(GateFailed, match=r"accuracy is 0\.800 with a 95% interval from 0\.400"):
+        publish(context, policy(context, small_model), evaluation(context, low=0.4))
+    assert not (context.output / "models").exists()

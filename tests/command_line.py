@@ -11,8 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,21 +53,40 @@ def dpo_ray(*arguments: str, env: dict[str, str] | None = None) -> Finished:
     return Finished(done.returncode, done.stdout)
 
 
-@contextmanager
-def on_one_ray() -> Iterator[Callable[..., Finished]]:
-    """A function like dpo_ray that runs in this process, on a Ray that stays from one call to the next."""
-    from dpo_ray.on_ray import session
-    from dpo_ray.progress import WATCHED
+class SharedRay:
+    """A Ray that tests use one after the other, each in this process.
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(WATCHED, "5")  # as a run has it when it starts Ray: workers mark their lines
-        session.connect(_CPUS, why="tests", trains=True)
-        patch.setattr(session, "disconnect", lambda: None)
-        try:
-            yield in_process
-        finally:
-            patch.undo()
-            session.disconnect()
+    Neither it nor the libraries start anew each time, and a stage has one worker, for each takes seconds to start. What
+    the driver itself does at its start and its end needs a process of its own.
+    """
+
+    def run(self, *arguments: str, until: str = "") -> Finished:
+        """Like dpo_ray; `until` is in_process's."""
+        from dpo_ray.on_ray import pool, session
+
+        self._start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(session, "disconnect", lambda: None)
+            patch.setattr(pool, "num_cores", lambda: 1)
+            return in_process(*arguments, until=until)
+
+    def stop(self) -> None:
+        from dpo_ray.on_ray import session
+
+        session.disconnect()
+
+    @staticmethod
+    def _start() -> None:
+        import ray
+
+        from dpo_ray.on_ray import session
+        from dpo_ray.progress import WATCHED
+
+        if ray.is_initialized():
+            return
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(WATCHED, "5")  # as a run has it when it starts Ray: workers mark their lines
+            session.connect(_CPUS, why="tests", trains=True)
 
 
 def in_process(*arguments: str, until: str = "") -> Finished:

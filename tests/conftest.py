@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 if TYPE_CHECKING:
-    from tests.command_line import Finished
+    from tests.command_line import Finished, SharedRay
 
 # The same examples every time, and no time limit on one: a busy machine is no failure.
 hypothesis.settings.register_profile("dpo_ray", deadline=None, derandomize=True)
@@ -70,17 +70,26 @@ def home() -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session")
+def shared_ray(home: Path) -> Iterator[SharedRay]:
+    """Started when the first test asks for it."""
+    from tests.command_line import SharedRay
+
+    ray = SharedRay()
+    yield ray
+    ray.stop()
+
+
+@pytest.fixture(scope="session")
+def one_ray(shared_ray: SharedRay) -> Callable[..., Finished]:
+    """dpo_ray(*arguments), in this process and on a Ray that tests share."""
+    return shared_ray.run
+
+
 @pytest.fixture(scope="module")
-def one_ray() -> Iterator[Callable[..., Finished]]:
-    """dpo_ray(*arguments) for the tests of a module, each in this process and all on one Ray.
-
-    Neither it nor the libraries start anew each time. What the driver itself does at its start and its end needs a
-    process of its own.
-    """
-    from tests.command_line import on_one_ray
-
-    with on_one_ray() as run:
-        yield run
+def no_ray(shared_ray: SharedRay) -> None:
+    """For modules that start one of their own in this process."""
+    shared_ray.stop()
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +126,21 @@ def tiny_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def servable_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with heads as wide as vLLM's attention wants them on CPU."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    config = AutoConfig.from_pretrained(tiny_model, hidden_size=128, head_dim=32)
+    folder = tmp_path_factory.mktemp("servable_model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
     return folder
 
 

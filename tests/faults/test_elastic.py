@@ -6,14 +6,23 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.command_line import CONFIGS, DPO_RAY, dpo_ray, overrides, summary_of
+from dpo_ray.config import load_config
+from dpo_ray.on_ray.stream import read_share
+from dpo_ray.storage.artifact import load
+from dpo_ray.storage.location import Location
+from dpo_ray.training.batch import Step
+from dpo_ray.training.loop import train
+from dpo_ray.training.parallel import Rank
+from dpo_ray.training.plan import make_plan
+from tests.command_line import CONFIGS, DPO_RAY, overrides, summary_of
 from tests.rounding import of_logprob
+from tests.training import Kept, Trained
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
@@ -53,13 +62,13 @@ def test_training_goes_on_with_fewer_workers(cluster, tiny_model, write_preferen
     }
     arguments = ["train", str(CONFIGS / "align_cpu.yaml"), *overrides(**settings)]
     # Seconds that Ray Train waits for workers on the lost node.
-    on_cluster = {"RAY_ADDRESS": made.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
+    waiting = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
     process = subprocess.Popen(
         [DPO_RAY, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, **on_cluster},
+        env={**os.environ, **waiting, "RAY_ADDRESS": made.address},
     )
     assert process.stdout is not None
     lines = []
@@ -74,14 +83,34 @@ def test_training_goes_on_with_fewer_workers(cluster, tiny_model, write_preferen
     metrics = metrics_of(tmp_path / "out")
     assert [m["step"] for m in metrics] == list(range(1, NUM_STEPS + 1))
 
-    # The same tokenized pairs.
-    shutil.copytree(tmp_path / "out", tmp_path / "alone", ignore=shutil.ignore_patterns("train", "runs"))
-    one = overrides(run__output=str(tmp_path / "alone"), train__min_workers=None, train__num_workers=1)
-    alone = dpo_ray(*arguments, *one, env=on_cluster)
-    assert alone.code == 0, alone.log
-    expected = metrics_of(tmp_path / "alone")
+    expected = alone(arguments[1:], tmp_path)
     near = 2.0 * of_logprob(49152) / math.sqrt(4)  # β of a pair's mean log-probs, of which the loss is a mean of four
     assert [m["loss"] for m in metrics] == pytest.approx([m["loss"] for m in expected], abs=near)
+
+
+def alone(arguments: list[str], folder: Path) -> list[dict]:
+    """The metrics of the same training by one worker, in this process and without Ray."""
+    path, *settings = arguments
+    config = load_config(path, settings[1::2])
+    [tokenized] = (folder / "out" / "artifacts" / "tokenized").iterdir()
+    rows = load(Location.of(tokenized), "tokenized", tokenized.name)
+    assert rows is not None
+    plan, _ = make_plan(config, rows)
+    shares = {n: read_share(plan.index, step, 0, 1, 1024, plan.hidden_size) for n, step in plan.steps()}
+    train(
+        config.model,
+        config.train,
+        seed=config.run.seed,
+        num_steps=plan.num_steps,
+        pairs_per_epoch=len(plan.index),
+        me=Rank(0, 1, torch.device("cpu")),
+        steps_from=lambda start: [Step(n, share) for n, share in shares.items() if n >= start],
+        held_out=None,
+        checkpoints=Kept(folder / "alone"),
+        resume=None,
+        reference_tolerance=None,
+    )
+    return Trained(folder / "alone").metrics
 
 
 def metrics_of(output: Path) -> list[dict]:

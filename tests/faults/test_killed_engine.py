@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.command_line import CONFIGS, DPO_RAY, LONGEST, WORKER, on_one_ray, overrides, processes_below, summary_of
+from tests.command_line import CONFIGS, DPO_RAY, LONGEST, WORKER, overrides, processes_below, summary_of
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
@@ -38,6 +38,7 @@ def arguments(tmp_path_factory, tiny_model, write_preferences) -> list[str]:
             data__rows_per_shard=ROWS,
             reference__engine="torch",
             reference__calibration_pairs=4,
+            train__num_workers=1,
         ),
     ]
 
@@ -47,10 +48,9 @@ def reference_manifest(output: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text())
 
 
-def test_an_engine_killed_from_outside_is_replaced_and_its_rows_are_scored_again(arguments, tmp_path):
+def test_an_engine_killed_from_outside_is_replaced_and_its_rows_are_scored_again(arguments, one_ray, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    with on_one_ray() as run:
-        done = run(*arguments, *overrides(run__output=str(whole)))
+    done = one_ray(*arguments, *overrides(run__output=str(whole)))
     assert done.code == 0, done.log
     shutil.copytree(whole, killed)
     shutil.rmtree(killed / "artifacts" / "reference")

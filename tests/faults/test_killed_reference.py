@@ -19,18 +19,18 @@ from typing import Any
 
 import pytest
 
-from tests.command_line import CONFIGS, DPO_RAY, LONGEST, WORKER, dpo_ray, on_one_ray, overrides, processes_below
+from tests.command_line import CONFIGS, DPO_RAY, LONGEST, WORKER, dpo_ray, overrides, processes_below
 
 KILLS = int(os.environ.get("DPO_RAY_KILLS", "2"))
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(1800 + 300 * KILLS)]
 
-NUM_PAIRS, ROWS_PER_SHARD = 48, 6
+NUM_PAIRS, ROWS_PER_SHARD = 240, 6  # so many shards that some are left when a first one is seen
 LONGEST_WAIT = 40.0  # seconds from a start of the driver to the kill: Ray and vLLM start in about half of it
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory, demo_model, write_preferences):
+def command(tmp_path_factory, servable_model, write_preferences):
     """command(output) → arguments of the stages up to reference, with many small shards."""
     folder = tmp_path_factory.mktemp("killed_reference")
     rows = [
@@ -43,7 +43,7 @@ def command(tmp_path_factory, demo_model, write_preferences):
     ]
     write_preferences(folder / "data", rows)
     settings = {
-        "model__path": str(demo_model),
+        "model__path": str(servable_model),
         "data__train": str(folder / "data"),
         "data__rows_per_shard": ROWS_PER_SHARD,
         "data__max_prompt_tokens": 128,
@@ -109,9 +109,8 @@ def one_more_shard(output: Path) -> Callable[[], bool]:
     return lambda: finished() > before
 
 
-def test_killed_at_some_moments_the_artifacts_are_the_same(command, tmp_path):
-    with on_one_ray() as run:
-        undisturbed = run(*command(tmp_path / "undisturbed"))
+def test_killed_at_some_moments_the_artifacts_are_the_same(command, one_ray, tmp_path):
+    undisturbed = one_ray(*command(tmp_path / "undisturbed"))
     assert undisturbed.code == 0, undisturbed.log
     chance = random.Random(os.environ.get("DPO_RAY_KILL_SEED", "kills"))
     arguments = command(tmp_path / "killed")

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.command_line import CONFIGS, DPO_RAY, on_one_ray, overrides, processes_below, summary_of
+from tests.command_line import CONFIGS, DPO_RAY, overrides, processes_below, summary_of
 
 KILLS = tuple(("worker", "driver")[n % 2] for n in range(int(os.environ.get("DPO_RAY_KILLS", "2"))))
 EPOCHS = 2 + len(KILLS)
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1800 + 30
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory, tiny_model, write_preferences):
+def job(one_ray, tmp_path_factory, tiny_model, write_preferences):
     """A function output → arguments of a training of NUM_STEPS steps on pairs that are scored already, and the weights
     that come of it uninterrupted."""
     folder = tmp_path_factory.mktemp("killed_training")
@@ -55,11 +55,10 @@ def job(tmp_path_factory, tiny_model, write_preferences):
         shutil.copytree(scored, output)
         return ["train", config, *overrides(**settings, run__output=str(output))]
 
-    with on_one_ray() as run:
-        done = run("reference", config, *overrides(**settings, run__output=str(scored)))
-        assert done.code == 0, done.log
-        done = run(*arguments(whole))
-        assert done.code == 0, done.log
+    done = one_ray("reference", config, *overrides(**settings, run__output=str(scored)))
+    assert done.code == 0, done.log
+    done = one_ray(*arguments(whole))
+    assert done.code == 0, done.log
     return arguments, weights(whole)
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from tests.command_line import CONFIGS, Finished, dpo_ray, in_process, overrides
 
+pytestmark = pytest.mark.usefixtures("no_ray")  # that somebody wants Ray is told by its start
+
 GOOD = {
     "prompt": [{"role": "user", "content": "Why?"}],
     "chosen": [{"role": "assistant", "content": "Because."}],

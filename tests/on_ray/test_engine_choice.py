@@ -13,21 +13,6 @@ from tests.command_line import CONFIGS, Finished, overrides, summary_of
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
 
-@pytest.fixture(scope="module")
-def servable(tiny_model: Path, tmp_path_factory) -> Path:
-    """The tiny model with heads as wide as vLLM's attention wants them on CPU."""
-    import torch
-    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
-
-    config = AutoConfig.from_pretrained(tiny_model, hidden_size=128, head_dim=32)
-    folder = tmp_path_factory.mktemp("servable")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-    return folder
-
-
 def reference(run: Callable[..., Finished], folder: Path, model: Path) -> Finished:
     settings = {
         "run__output": str(folder / "out"),
@@ -48,16 +33,16 @@ def engines_of(output: Path) -> list[str]:
     return [json.loads(path.read_text())["identity"]["engine"] for path in manifests]
 
 
-def test_vllm_that_agrees_is_chosen_and_more_data_change_nothing(one_ray, tmp_path, servable, write_preferences):
+def test_vllm_that_agrees_is_chosen_and_more_data_change_nothing(one_ray, tmp_path, servable_model, write_preferences):
     write_preferences(tmp_path / "data", rows(0), name="a.parquet")
-    done = reference(one_ray, tmp_path, servable)
+    done = reference(one_ray, tmp_path, servable_model)
     assert done.code == 0, done.log
     assert done.lines("reference.engine=auto: scoring 4 pairs with vLLM")
     assert done.lines("reference.engine=auto: vllm, for on 4 pairs vLLM and the trainer's forward differ by up to")
     assert summary_of(tmp_path / "out")["reference"]["engine"] == "vllm"
 
     write_preferences(tmp_path / "data", rows(20), name="b.parquet")
-    again = reference(one_ray, tmp_path, servable)
+    again = reference(one_ray, tmp_path, servable_model)
     assert again.code == 0, again.log
     assert not again.lines("reference.engine=auto: scoring")
     assert again.lines("1 of 2 shards are finished already")

@@ -89,7 +89,7 @@ def test_an_error_that_is_no_workers_is_told_with_its_line():
 
 
 @pytest.mark.ray
-def test_errors_of_a_task_and_of_rays_own_are_told(monkeypatch):
+def test_errors_of_a_task_and_of_rays_own_are_told(no_ray, monkeypatch):
     import ray
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

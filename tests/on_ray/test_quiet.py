@@ -12,7 +12,7 @@ import pytest
 
 from pipelines.terminal import LOG
 from tests.command_line import CONFIGS, dpo_ray, overrides
-from tests.on_ray.test_engine_choice import rows, servable  # noqa: F401
+from tests.on_ray.test_engine_choice import rows
 from tests.unit.test_import_arrows import COMMAND, REPOSITORY
 
 NOISE = [
@@ -43,9 +43,9 @@ def settings(folder: Path, model: Path) -> list[str]:
 @pytest.mark.ray
 @pytest.mark.vllm
 @pytest.mark.timeout(900)
-def test_a_run_says_its_own_lines_and_the_rest_to_its_log(tmp_path, servable, write_preferences):  # noqa: F811
+def test_a_run_says_its_own_lines_and_the_rest_to_its_log(tmp_path, servable_model, write_preferences):
     write_preferences(tmp_path / "data", rows(0))
-    done = dpo_ray("train", str(CONFIGS / "align_cpu.yaml"), *settings(tmp_path, servable))
+    done = dpo_ray("train", str(CONFIGS / "align_cpu.yaml"), *settings(tmp_path, servable_model))
     assert done.code == 0, done.log
     during, _, closing = done.log.partition("\n\n")
     assert all(re.match(r"\[[a-z_]+\] ", line) for line in during.splitlines()), during

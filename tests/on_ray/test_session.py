@@ -22,7 +22,7 @@ def test_a_process_must_have_room_on_one_node():
 
 
 @pytest.mark.ray
-def test_an_embedded_ray_is_started_again_for_work_that_needs_more_cpus(monkeypatch):
+def test_an_embedded_ray_is_started_again_for_work_that_needs_more_cpus(no_ray, monkeypatch):
     import ray
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -43,7 +43,7 @@ def test_an_embedded_ray_is_started_again_for_work_that_needs_more_cpus(monkeypa
 
 
 @pytest.mark.ray
-def test_work_that_trains_finds_the_state_api_also_where_an_earlier_stage_did_without(monkeypatch):
+def test_work_that_trains_finds_the_state_api_also_where_an_earlier_stage_did_without(no_ray, monkeypatch):
     import ray
     from ray.util.state import list_nodes
 

@@ -185,7 +185,7 @@ def test_groups_of_long_pairs_and_large_batches_are_few_steps(index: PlanIndex):
 
 
 @pytest.fixture(scope="module")
-def busy_ray() -> Iterator[None]:
+def busy_ray(no_ray: None) -> Iterator[None]:
     """A Ray whose two CPUs are taken, as they are by workers in training."""
     import ray
 

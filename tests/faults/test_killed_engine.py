@@ -25,7 +25,7 @@ SHARDS, ROWS = 12, 24
 def arguments(tmp_path_factory, tiny_model, write_preferences) -> list[str]:
     folder = tmp_path_factory.mktemp("killed_engine")
     rows = [
-        {"prompt": f"Say {n} again and again.", "chosen": f"It is {n}. " * 20, "rejected": f"No {n} today. " * 20}
+        {"prompt": f"Say {n} again and again.", "chosen": f"It is {n}. " * 8, "rejected": f"No {n} today. " * 8}
         for n in range(SHARDS * ROWS)
     ]
     write_preferences(folder / "data", rows)

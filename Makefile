@@ -25,7 +25,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-r
 MEASURED := $(CURDIR)/.coverage-data
 COVERED := DPO_RAY_COVERAGE=$(MEASURED)/.coverage PYTHONPATH=$(CURDIR)/tests/line_coverage$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test chaos lint env bench clean
+.PHONY: demo test chaos lint style types tests env bench clean
 
 # PyTorch's CPU build into the environment whose pip is $(1): from where pip looks, or else from PyTorch's own index.
 define install_torch
@@ -38,7 +38,11 @@ endef
 demo: $(READY)
 	$(BIN)/dpo-ray run pipelines/configs/demo_cpu.yaml
 
-test: $(READY) lint
+# The types beside the tests, for they take a minute of one core.
+test: $(READY) style
+	@$(MAKE) --no-print-directory --jobs=2 types tests
+
+tests: $(READY)
 	$(COVERED) $(PYTEST)
 
 # The same faults again and again, and many more examples: for a machine that has the time.
@@ -46,9 +50,13 @@ chaos: $(READY)
 	@echo "Kills are drawn by KILL_SEED=$(KILL_SEED)."
 	DPO_RAY_KILLS=$(KILLS) DPO_RAY_KILL_SEED=$(KILL_SEED) $(PYTEST) -m "faults or hypothesis" --hypothesis-profile=chaos
 
-lint: $(READY)
+lint: style types
+
+style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(READY)
 	$(BIN)/mypy
 
 env: $(READY)

@@ -51,6 +51,7 @@ def test_every_declared_distribution_is_pinned_for_the_cpu_environment():
 def test_hooks_run_what_make_lint_runs():
     [local] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     hooks = [hook["entry"].replace(".venv/bin/", "") for hook in local["hooks"]]
-    recipe = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
-    assert hooks == re.findall(r"^\t\$\(BIN\)/(.+)$", recipe, re.M)
+    targets = dict(re.findall(r"^(\w+):(.*(?:\n\t.+)*)", (ROOT / "Makefile").read_text(), re.M))
+    assert targets["lint"].split() == ["style", "types"]
+    assert hooks == re.findall(r"^\t\$\(BIN\)/(.+)$", targets["style"] + targets["types"], re.M)
     assert {hook["language"] for hook in local["hooks"]} == {"system"}

@@ -53,5 +53,5 @@ def test_hooks_run_what_make_lint_runs():
     hooks = [hook["entry"].replace(".venv/bin/", "") for hook in local["hooks"]]
     targets = dict(re.findall(r"^(\w+):(.*(?:\n\t.+)*)", (ROOT / "Makefile").read_text(), re.M))
     assert targets["lint"].split() == ["style", "types"]
-    assert hooks == re.findall(r"^\t\$\(BIN\)/(.+)$", targets["style"] + targets["types"], re.M)
+    assert hooks == re.findall(r"^\t\$\(BIN\)/(.+)$", f"{targets['style']}\n{targets['types']}", re.M)
     assert {hook["language"] for hook in local["hooks"]} == {"system"}

@@ -23,7 +23,7 @@ KILL_SEED ?= $(shell date +%s)
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Which lines run is measured in every process, and each leaves its data in this folder.
 MEASURED := $(CURDIR)/.coverage-data
-COVERED := DPO_RAY_COVERAGE=$(MEASURED)/.coverage PYTHONPATH=$(CURDIR)/tests/line_coverage$(if $(PYTHONPATH),:$(PYTHONPATH))
+COVERED := DPO_RAY_COVERAGE=$(MEASURED)/.coverage PYTHONPATH=$(CURDIR)/tests/every_process$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .PHONY: demo test chaos lint style types tests env bench clean
 

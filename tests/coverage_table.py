@@ -1,4 +1,4 @@
-"""What all processes of the tests have run, as tests/line_coverage has it measured: a line for each room."""
+"""What all processes of the tests have run, as tests/every_process has it measured: a line for each room."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +56,25 @@ def dpo_ray(*arguments: str, env: dict[str, str] | None = None) -> Finished:
 class SharedRay:
     """A Ray that tests use one after the other, each in this process.
 
-    Neither it nor the libraries start anew each time, and a stage has one worker, for each takes seconds to start. What
-    the driver itself does at its start and its end needs a process of its own.
+    Neither it nor the libraries start anew each time: a stage has one worker, and that is a task, whose process has
+    loaded them for an earlier one; only vLLM has its actors. What the driver itself does at its start and its end, and
+    whole pools, need a run in a process of its own.
     """
 
     def run(self, *arguments: str, until: str = "") -> Finished:
         """Like dpo_ray; `until` is in_process's."""
         from dpo_ray.on_ray import pool, session
 
+        compute = pool._compute
+
+        def by_tasks(kind: str, location: Any, missing: Any, wanted: pool.Pool, unit: str) -> None:
+            compute(kind, location, missing, wanted if wanted.env else replace(wanted, stateless=True), unit)
+
         self._start()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(session, "disconnect", lambda: None)
             patch.setattr(pool, "num_cores", lambda: 1)
+            patch.setattr(pool, "_compute", by_tasks)
             return in_process(*arguments, until=until)
 
     def stop(self) -> None:

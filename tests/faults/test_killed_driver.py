@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.terminal import LOG
 from tests.command_line import CONFIGS, LONGEST, Finished, dpo_ray, killed_at, overrides, processes_with, summary_of
 from tests.rounding import ulps
 
@@ -23,6 +24,18 @@ pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm]
 
 PROMPTS = 18
 MARK = ("DPO_RAY_TEST", f"killed driver {os.getpid()}")
+NOISE = [
+    "Triton",
+    "NUMA",
+    "constructor arguments in the object store",
+    "Loading safetensors",
+    "Progress bars disabled",
+    "Execution plan of Dataset",
+    "Token authentication",
+    "Warning",
+    "pid=",
+]
+"""What others print, and no reader of a terminal can use."""
 NEAR = ulps(30 * 8, 32)
 """Of a token's log-prob by two engines: 30 layers of seven products and an attention, where logits reach 32."""
 
@@ -46,6 +59,7 @@ def command(output, demo_model) -> list[str]:
         "evaluate__win_rate__sampling": sampling,
         "reference__calibration_pairs": 4,
         "train__global_batch_size": 4,
+        "train__num_workers": 1,
         "publish__gate": {"accuracy_above": None, "win_rate_above": None},
     }
     return ["run", str(CONFIGS / "demo_cpu.yaml"), *overrides(**settings)]
@@ -88,6 +102,18 @@ def test_vllms_reference_agrees_with_the_trainers_forward(logs, output):
     assert summary["reference"]["calibration"]["token"]["max"] < NEAR
     # β of the log-probs of two answers of at most 32 tokens, off either way.
     assert summary["train"]["first_step_loss"] == pytest.approx(math.log(2), abs=0.1 * math.sqrt(64) * NEAR)
+
+
+def test_a_run_says_its_own_lines_and_the_rest_to_its_log(logs, output):
+    during, _, closing = logs["finished"].log.partition("\n\n")
+    assert all(re.match(r"\[[a-z_]+\] ", line) for line in during.splitlines()), during
+    assert not [noise for noise in NOISE if noise in logs["finished"].log]
+    log = output / "runs" / summary_of(output)["run_id"] / LOG
+    assert f"Log:     {log}" in closing
+    text = log.read_text()
+    assert all(line in text for line in during.splitlines())
+    assert "(RayTrainWorker pid=" in text and "Progress bars disabled" in text
+    assert not set(text) & {"\x1e", "\x1f"}
 
 
 def test_no_process_of_a_killed_run_is_left(logs):

@@ -1,12 +1,9 @@
-"""Engines that die: killed from outside the same artifact comes of it; a row that kills its engine is quarantined."""
+"""A row that kills its engine is quarantined, and no other. (An engine killed from outside: test_killed_reference.)"""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,68 +11,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.command_line import CONFIGS, DPO_RAY, LONGEST, WORKER, overrides, processes_below, summary_of
+from tests.command_line import LONGEST
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
-
-SHARDS, ROWS = 12, 24
-
-
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory, tiny_model, write_preferences) -> list[str]:
-    folder = tmp_path_factory.mktemp("killed_engine")
-    rows = [
-        {"prompt": f"Say {n} again and again.", "chosen": f"It is {n}. " * 8, "rejected": f"No {n} today. " * 8}
-        for n in range(SHARDS * ROWS)
-    ]
-    write_preferences(folder / "data", rows)
-    return [
-        "reference",
-        str(CONFIGS / "align_cpu.yaml"),
-        *overrides(
-            model__path=str(tiny_model),
-            data__train=str(folder / "data"),
-            data__rows_per_shard=ROWS,
-            reference__engine="torch",
-            reference__calibration_pairs=4,
-            train__num_workers=1,
-        ),
-    ]
-
-
-def reference_manifest(output: Path) -> dict:
-    [folder] = (output / "artifacts" / "reference").iterdir()
-    return json.loads((folder / "manifest.json").read_text())
-
-
-def test_an_engine_killed_from_outside_is_replaced_and_its_rows_are_scored_again(arguments, one_ray, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = one_ray(*arguments, *overrides(run__output=str(whole)))
-    assert done.code == 0, done.log
-    shutil.copytree(whole, killed)
-    shutil.rmtree(killed / "artifacts" / "reference")
-    shutil.rmtree(killed / "artifacts" / "calibration")
-
-    command = [DPO_RAY, *arguments, *overrides(run__output=str(killed))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    lines, victims, finished = [], [], SHARDS
-    for line in process.stdout:
-        lines.append(line)
-        if not victims and re.search(r"\[reference\] \d+/\d+ pairs .* done", line):
-            victims = [pid for pid, name in processes_below(process.pid).items() if name.startswith(WORKER)]
-            os.kill(victims[0], signal.SIGKILL)
-            finished = len(list((killed / "artifacts" / "reference").glob("*/*.parquet")))
-    assert process.wait(60) == 0, "".join(lines)[-6000:]
-    assert victims and finished < SHARDS, f"of {victims} the first was killed after {finished} shards"
-
-    expected, found = reference_manifest(whole), reference_manifest(killed)
-    assert {f["name"]: f["sha256"] for f in found["files"]} == {f["name"]: f["sha256"] for f in expected["files"]}
-    assert found["counters"] == expected["counters"] == {"kept": SHARDS * ROWS, "read": SHARDS * ROWS}
-    [folder] = (killed / "artifacts" / "reference").iterdir()
-    assert list((folder / "attempts").iterdir()) == []
-    assert summary_of(killed)["stages"]["reference"]["rows"]["dropped"] == {}
-
 
 PROGRAM = """
 import json, os, signal, sys, time

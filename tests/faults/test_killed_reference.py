@@ -1,7 +1,8 @@
-"""SIGKILL of the driver and of the vLLM actor in the reference stage: the same artifact, bit for bit.
+"""SIGKILL of the driver and of the engine's actor in the reference stage: the same artifact, bit for bit.
 
 DPO_RAY_KILLS is how often (2 unless told). The first kill of each comes when a shard is finished, the others at random
-moments from the start of the driver on, which DPO_RAY_KILL_SEED draws.
+moments from the start of the driver on, which DPO_RAY_KILL_SEED draws. Where it is told, vLLM is killed too, not the
+trainer's forward alone: what becomes of the shards does not depend on the engine.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from typing import Any
 
 import pytest
 
-from tests.command_line import CONFIGS, DPO_RAY, LONGEST, WORKER, dpo_ray, overrides, processes_below
+from tests.command_line import CONFIGS, DPO_RAY, LONGEST, WORKER, dpo_ray, overrides, processes_below, summary_of
 
 KILLS = int(os.environ.get("DPO_RAY_KILLS", "2"))
+ENGINES = ["torch", pytest.param("vllm", marks=pytest.mark.vllm)] if "DPO_RAY_KILLS" in os.environ else ["torch"]
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(1800 + 300 * KILLS)]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1800 + 300 * KILLS)]
 
 NUM_PAIRS, ROWS_PER_SHARD = 240, 6  # so many shards that some are left when a first one is seen
 LONGEST_WAIT = 40.0  # seconds from a start of the driver to the kill: Ray and vLLM start in about half of it
@@ -31,7 +33,7 @@ LONGEST_WAIT = 40.0  # seconds from a start of the driver to the kill: Ray and v
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory, servable_model, write_preferences):
-    """command(output) → arguments of the stages up to reference, with many small shards."""
+    """command(output, engine) → arguments of the stages up to reference, with many small shards."""
     folder = tmp_path_factory.mktemp("killed_reference")
     rows = [
         {
@@ -48,23 +50,24 @@ def command(tmp_path_factory, servable_model, write_preferences):
         "data__rows_per_shard": ROWS_PER_SHARD,
         "data__max_prompt_tokens": 128,
         "data__max_completion_tokens": 64,
-        "reference__engine": "vllm",
         "reference__calibration_pairs": 4,
+        "train__num_workers": 1,
     }
 
-    def arguments(output: Path) -> list[str]:
-        return ["reference", str(CONFIGS / "align_cpu.yaml"), *overrides(**settings, run__output=str(output))]
+    def arguments(output: Path, engine: str) -> list[str]:
+        own = overrides(**settings, run__output=str(output), reference__engine=engine)
+        return ["reference", str(CONFIGS / "align_cpu.yaml"), *own]
 
     return arguments
 
 
 def content(output: Path) -> dict[str, dict[str, Any]]:
-    """Of each finished stage: fingerprint, and the files with their hashes."""
+    """Of each finished stage: fingerprint, the files with their hashes, and the counters."""
     found = {}
     for path in sorted((output / "artifacts").glob("*/*/manifest.json")):
         manifest = json.loads(path.read_text())
         files = [(f["name"], f["rows"], f["sha256"]) for f in manifest["files"]]
-        found[manifest["kind"]] = {"fingerprint": manifest["fingerprint"], "files": files}
+        found[manifest["kind"]] = {name: manifest[name] for name in ("fingerprint", "counters")} | {"files": files}
     return found
 
 
@@ -109,11 +112,12 @@ def one_more_shard(output: Path) -> Callable[[], bool]:
     return lambda: finished() > before
 
 
-def test_killed_at_some_moments_the_artifacts_are_the_same(command, one_ray, tmp_path):
-    undisturbed = one_ray(*command(tmp_path / "undisturbed"))
+@pytest.mark.parametrize("engine", ENGINES)
+def test_killed_at_some_moments_the_artifacts_are_the_same(command, one_ray, tmp_path, engine: str):
+    undisturbed = one_ray(*command(tmp_path / "undisturbed", engine))
     assert undisturbed.code == 0, undisturbed.log
     chance = random.Random(os.environ.get("DPO_RAY_KILL_SEED", "kills"))
-    arguments = command(tmp_path / "killed")
+    arguments = command(tmp_path / "killed", engine)
     done, log = 0, ""
     finished = False
     while done < KILLS:
@@ -133,6 +137,10 @@ def test_killed_at_some_moments_the_artifacts_are_the_same(command, one_ray, tmp
     last = dpo_ray(*arguments)
     assert last.code == 0, last.log
     assert content(tmp_path / "killed") == content(tmp_path / "undisturbed")
+    assert content(tmp_path / "killed")["reference"]["counters"] == {"kept": NUM_PAIRS, "read": NUM_PAIRS}
+    assert summary_of(tmp_path / "killed")["stages"]["reference"]["rows"]["dropped"] == {}
+    [folder] = (tmp_path / "killed" / "artifacts" / "reference").iterdir()
+    assert list((folder / "attempts").iterdir()) == []
     assert "engine_crash" not in log + last.log and "engine_error" not in log + last.log
 
 

@@ -123,6 +123,16 @@ def test_show_lists_the_run_and_the_published_model(first_run, monkeypatch):
     assert done.lines("numbers: latest is " + Path(summary["published"]).name)
 
 
+def test_a_gate_that_does_not_hold_publishes_nothing_and_exits_4(first_run, job, one_ray):
+    folder, run = job
+    done = run(by=one_ray, publish__gate__accuracy_above=0.999, run__name="never")
+    assert done.code == 4
+    paragraph = done.log.strip().splitlines()[-1]
+    assert paragraph.startswith("GateFailed") and "publish.gate.accuracy_above=0.999" in paragraph
+    assert summary_of(folder / "out")["published"] is None
+    assert not (folder / "out" / "models" / "never").exists()
+
+
 def test_a_sweep_trains_each_point_on_the_same_reference_artifact(first_run, job, one_ray):
     folder, run = job
     reference = first_run[2]["stages"]["reference"]["fingerprint"]
@@ -207,13 +217,3 @@ def test_a_reference_artifact_of_another_tokenizer_is_refused(first_run, job, ti
     )
     assert done.code == 3
     assert "tokenizer" in done.log and "Traceback" not in done.log
-
-
-def test_a_gate_that_does_not_hold_publishes_nothing_and_exits_4(first_run, job, one_ray):
-    folder, run = job
-    done = run(by=one_ray, **SMALL_TRAINING, publish__gate__accuracy_above=0.999, run__name="never")
-    assert done.code == 4
-    paragraph = done.log.strip().splitlines()[-1]
-    assert paragraph.startswith("GateFailed") and "publish.gate.accuracy_above=0.999" in paragraph
-    assert summary_of(folder / "out")["published"] is None
-    assert not (folder / "out" / "models" / "never").exists()

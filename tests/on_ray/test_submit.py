@@ -104,10 +104,10 @@ def submit(head: str, command: str, settings: dict, *more: str):
 
 
 def test_a_submitted_job_streams_its_log_and_returns_0(head, job_settings, tmp_path):
-    done = submit(head, "tokenize", job_settings)
+    done = submit(head, "ingest", job_settings)
     assert done.code == 0, done.log
-    assert done.lines("[tokenize] done: 12 rows")
-    assert list((tmp_path / "out" / "artifacts" / "tokenized").glob("*/manifest.json"))
+    assert done.lines("[ingest] done: 12 rows")
+    assert list((tmp_path / "out" / "artifacts" / "pairs").glob("*/manifest.json"))
 
 
 def test_a_failed_job_returns_its_own_exit_status(head, job_settings):

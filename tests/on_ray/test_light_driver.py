@@ -1,31 +1,17 @@
-"""A real run: what a person sees of it, and what its driver loads."""
+"""What the driver of a real run loads."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pipelines.terminal import LOG
-from tests.command_line import CONFIGS, dpo_ray, overrides
+from tests.command_line import CONFIGS, overrides
 from tests.on_ray.test_engine_choice import rows
 from tests.unit.test_import_arrows import COMMAND, REPOSITORY
-
-NOISE = [
-    "Triton",
-    "NUMA",
-    "constructor arguments in the object store",
-    "Loading safetensors",
-    "Progress bars disabled",
-    "Execution plan of Dataset",
-    "Token authentication",
-    "Warning",
-    "pid=",
-]
 
 
 def settings(folder: Path, model: Path) -> list[str]:
@@ -38,24 +24,6 @@ def settings(folder: Path, model: Path) -> list[str]:
         train__global_batch_size=8,
         train__num_workers=1,
     )
-
-
-@pytest.mark.ray
-@pytest.mark.vllm
-@pytest.mark.timeout(900)
-def test_a_run_says_its_own_lines_and_the_rest_to_its_log(tmp_path, servable_model, write_preferences):
-    write_preferences(tmp_path / "data", rows(0))
-    done = dpo_ray("train", str(CONFIGS / "align_cpu.yaml"), *settings(tmp_path, servable_model))
-    assert done.code == 0, done.log
-    during, _, closing = done.log.partition("\n\n")
-    assert all(re.match(r"\[[a-z_]+\] ", line) for line in during.splitlines()), during
-    assert not [noise for noise in NOISE if noise in done.log]
-    [log] = (tmp_path / "out" / "runs").glob(f"*/{LOG}")
-    assert f"Log:     {log}" in closing
-    text = log.read_text()
-    assert all(line in text for line in during.splitlines())
-    assert "(RayTrainWorker pid=" in text and "Progress bars disabled" in text
-    assert not set(text) & {"\x1e", "\x1f"}
 
 
 @pytest.mark.ray

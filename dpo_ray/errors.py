@@ -10,7 +10,8 @@ the command line:
     │   └── RewardError         2   the reward function that is named there fails, or gives no number
     ├── DataError               3   data unreadable, or too much of it quarantined
     ├── ReferenceMismatch       3   reference log-probs and the trainer's forward disagree
-    └── GateFailed              4   the model did not pass its gate; nothing was published
+    ├── GateFailed              4   the model did not pass its gate; nothing was published
+    └── Interrupted           130   by Ctrl-C
 
 Errors cross process borders (Ray pickles them), so each is built from one message alone.
 """
@@ -54,6 +55,12 @@ class GateFailed(DpoRayError):
     """The evaluated model is not good enough to be published."""
 
     exit_code = 4
+
+
+class Interrupted(DpoRayError):
+    """The person at the terminal ended it."""
+
+    exit_code = 130  # as a shell has it for SIGINT
 
 
 class EngineDied(Exception):

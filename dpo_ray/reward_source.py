@@ -1,8 +1,9 @@
 """What a reward enters a stage's identity by: its source, so that an edit makes anew what was made with it.
 
 Covered is the definition of the reward and, through any number of steps, every definition of the same module that
-it mentions by name: functions, classes, constants, imports as statements, and the module's statements that change
-these. Comments, docstrings, layout and the rest of the module count for nothing.
+it mentions by name: functions, classes, constants, imports as statements, and the module's statements that may change
+these, by themselves, by a decorator or by a function that they call. Comments, docstrings, layout and the rest of the
+module count for nothing.
 
 Not covered: the modules that it imports, the libraries' versions, files and models that it reads, and names that are
 reached by text (getattr, globals). For these a module may hold REWARD_VERSION, text or a whole number, whose value is
@@ -142,18 +143,38 @@ def _reached(source: _Source, name: str) -> list[Any]:
     """The statements that a definition depends on, itself included, in their order and without what means nothing."""
     bound = [_bound(statement) for statement in source.statements]
     mentioned = [_mentioned(statement) & set().union(*bound) for statement in source.statements]
+    changed = [_may_change(statement, source) for statement in source.statements]
     wanted, covered = {name}, set[int]()
     grows = True
     while grows:
         grows = False
-        for i, statement in enumerate(source.statements):
-            # A statement that defines nothing may change what it mentions, as in WORDS.update(…).
-            acts = isinstance(statement, (ast.Expr, *_BRANCHES))
-            if i not in covered and ("*" in bound[i] or (bound[i] | (mentioned[i] if acts else set())) & wanted):
+        for i in range(len(source.statements)):
+            if i not in covered and ("*" in bound[i] or (bound[i] | changed[i]) & wanted):
                 covered.add(i)
                 wanted |= mentioned[i]
                 grows = True
     return [_plain(source.statements[i]) for i in sorted(covered)]
+
+
+def _may_change(statement: ast.stmt, source: _Source) -> set[str]:
+    """Names whose values a statement may change without binding them, as WORDS.update(…), fill() or @register do."""
+    imported = set[str]().union(*(_bound(s) for s in source.statements if isinstance(s, ast.Import | ast.ImportFrom)))
+    if isinstance(statement, (ast.Expr, *_BRANCHES)):
+        names = _mentioned(statement)
+    elif isinstance(statement, (*_FUNCTIONS, ast.ClassDef)):
+        names = set[str]().union(*map(_mentioned, statement.decorator_list)) - imported
+    elif any(isinstance(node, ast.Call) for node in _at_module_level(statement)):
+        names = _mentioned(statement) - imported
+    else:
+        return set()
+    # What it calls may change what is mentioned there, and so on.
+    found, todo = set(names), list(names - imported)
+    while todo:
+        called = todo.pop()
+        new = set[str]().union(*(_mentioned(s) for s in source.binding(called))) - imported - found
+        found |= new
+        todo += new
+    return found
 
 
 def _at_module_level(statement: ast.stmt) -> Iterator[ast.AST]:
@@ -186,7 +207,7 @@ def _bound(statement: ast.AST) -> set[str]:
     return {name for name in names if name}
 
 
-def _mentioned(statement: ast.stmt) -> set[str]:
+def _mentioned(statement: ast.AST) -> set[str]:
     names = set()
     for node in ast.walk(statement):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):

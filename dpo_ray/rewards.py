@@ -45,6 +45,14 @@ def load_reward(name: str) -> Reward:
             f"The reward {name} cannot be imported ({error}). Name it as module:function, and run where "
             "the module can be imported (in a job, ship it with the working directory)."
         ) from error
+    except Exception as error:  # whatever the module itself does
+        what = short("".join(traceback.format_exception_only(error))).rstrip(".")
+        frames = own(traceback.extract_tb(error.__traceback__)[1:])
+        place = f", at {places(frames)}" if frames else ""
+        raise ConfigError(
+            f"The reward {name} cannot be imported, for its module fails: {what}{place}. Mend it, and run the same "
+            "command again; DPO_RAY_TRACEBACK=1 shows the whole traceback."
+        ) from error
     if not callable(found):
         raise ConfigError(f"The reward {name} is not a function but {type(found).__name__}.")
     reward: Reward = found

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dpo_ray.config import Config, dump_config, load_config
-from dpo_ray.errors import ConfigError, DpoRayError
+from dpo_ray.errors import ConfigError, DpoRayError, Interrupted
 from dpo_ray.progress import say
 from pipelines import STAGES, Stage, planned
 
@@ -176,7 +177,7 @@ def _carry_out(
     """
     from pipelines.terminal import captured
 
-    with captured() as terminal:
+    with captured() as terminal, _told_when_interrupted():
         terminal.display.plan(plan)
         if check_for is not None:
             from pipelines.preflight import preflight
@@ -203,7 +204,8 @@ def _record(terminal: Terminal, config: Config, run_id: str | None, work: Callab
         terminal.keep_log(Path(context.folder.uri))
     context.begins = terminal.display.stage
     try:
-        work(context)
+        with _told_when_interrupted():
+            work(context)
     except BaseException as error:
         code = error.exit_code if isinstance(error, DpoRayError) else 1
         reason = str(error) if isinstance(error, DpoRayError) else f"{type(error).__name__}: {error}"
@@ -226,10 +228,6 @@ def main() -> None:
         _show_traceback()
         typer.echo(f"\n{type(error).__name__}: {error}{_log_of(error)}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt as error:
-        said = "Interrupted. What is finished is kept: the same command goes on from there."
-        typer.echo(f"\n{said}{_log_of(error)}", err=True)
-        sys.exit(1)
     except Exception as error:
         _show_traceback()
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -240,6 +238,15 @@ def main() -> None:
             err=True,
         )
         sys.exit(1)
+
+
+@contextmanager
+def _told_when_interrupted() -> Iterator[None]:
+    """typer would end the process without a word."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted("What is finished is kept: the same command goes on from there.") from error
 
 
 def _show_traceback() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -14,9 +13,10 @@ CONFIG = str(ROOT / "pyproject.toml")
 
 
 def begin(data: Path) -> None:
-    """Forget an earlier run."""
-    shutil.rmtree(data.parent, ignore_errors=True)
-    data.parent.mkdir(parents=True)
+    """Forget an earlier run; nothing else that lies there."""
+    data.parent.mkdir(parents=True, exist_ok=True)
+    for earlier in data.parent.glob(f"{data.name}.*"):
+        earlier.unlink()
 
 
 def table(data: Path) -> list[str]:

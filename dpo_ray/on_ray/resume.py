@@ -40,20 +40,19 @@ def newest_whole_checkpoint(runs: Location) -> Location | None:
     return max(found, key=_step_of, default=None)
 
 
-def earliest_resume(run: Location, fallback: Location | None) -> int:
-    """A step that no checkpoint which a worker may resume from comes before; workers pass over what they have done.
+def resumed_step(run: Location, fallback: Location | None) -> int:
+    """The step that workers go on from: that of the newest checkpoint in Ray Train's record, which it gives them.
 
-    Which checkpoint Ray takes is known only on the workers. Feeding from too early costs little, from too late would
-    leave steps out.
+    Other checkpoints that lie there do not count: the best of an early step, or one that was half uploaded.
 
     Args:
         fallback: what workers resume from where Ray knows of no checkpoint.
     """
-    start = _step_of(fallback) if fallback is not None and fallback.exists() else 0
-    if not (run / _SNAPSHOT).exists():
-        return start
-    # A checkpoint that is half uploaded or half removed may lack its state; Ray does not resume from that one.
-    return min([_step_of(c) for c in _checkpoints(run) if (c / STATE).exists()], default=start)
+    record = run / _SNAPSHOT
+    newest = json.loads(record.read_bytes())["latest_checkpoint_result"] if record.exists() else None
+    if newest is not None:
+        return _step_of(run / newest["checkpoint_dir_name"])
+    return _step_of(fallback) if fallback is not None and fallback.exists() else 0
 
 
 def _checkpoints(run: Location) -> list[Location]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dpo_ray.errors import ConfigError, DpoRayError
+from dpo_ray.origin import short
 from dpo_ray.progress import WATCHED, say
 
 _HOURS = 3600
@@ -68,12 +69,7 @@ def connect(
         disconnect()
     if not ray.is_initialized():
         if not is_embedded():
-            watched = {WATCHED: os.environ[WATCHED]} if WATCHED in os.environ else {}
-            ray.init(
-                log_to_driver=True,
-                logging_level=logging.WARNING,
-                runtime_env={"env_vars": {**_WORKER_ENV, **watched}},
-            )
+            _join()
         else:
             _start_embedded(max(num_cpus, wanted_cpus))
         _session.is_open = True
@@ -131,6 +127,25 @@ def disconnect() -> None:
 
     _session.is_open = False
     ray.shutdown()
+
+
+def _join() -> None:
+    """Join the cluster of RAY_ADDRESS. Raises ConfigError where none answers."""
+    import ray
+
+    watched = {WATCHED: os.environ[WATCHED]} if WATCHED in os.environ else {}
+    try:
+        ray.init(
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": {**_WORKER_ENV, **watched}},
+        )
+    except (ConnectionError, SystemExit) as error:  # where nobody answers Ray ends the process with a status of its own
+        why = f" ({short(str(error))})" if isinstance(error, ConnectionError) else ""
+        raise ConfigError(
+            f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}, and no Ray cluster answers there{why}. Name one that runs, "
+            "or unset RAY_ADDRESS: the work then starts a Ray of its own on this machine."
+        ) from error
 
 
 def _start_embedded(num_cpus: float) -> None:

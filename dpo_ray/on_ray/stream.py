@@ -13,7 +13,7 @@ step of its stretch; the plan itself lies in the object store, once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from itertools import groupby, islice
@@ -92,18 +92,19 @@ def share_blocks(
     steps = islice(plan.steps(start), stop - start)
     while group := list(islice(steps, steps_per_group)):
         shares = [(step, plan.microbatches(rows, world_size, tokens_per_microbatch)) for step, rows in group]
+        pairs = _Rows(plan.index, np.unique(np.concatenate([rows for _, rows in group])))
         for rank in range(world_size):
-            packed = _pack(plan.index, [(step, share[rank]) for step, share in shares])
+            packed = _pack(pairs, [(step, share[rank]) for step, share in shares])
             yield pa.Table.from_pydict({"rank": [rank], "step": [group[0][0]], "share": [packed]}, schema=_BLOCK)
 
 
-def _pack(index: PlanIndex, shares: list[tuple[int, list[list[int]]]]) -> bytes:
+def _pack(pairs: _Rows, shares: list[tuple[int, list[list[int]]]]) -> bytes:
     """A rank's micro-batches of some steps, with what is in their rows."""
     places = [
         (step, len(share), number, row) for step, share in shares for number, rows in enumerate(share) for row in rows
     ]
     steps, counts, numbers, rows = (list(column) for column in zip(*places, strict=True))
-    table = pa.concat_tables([_row(index, row) for row in rows]).combine_chunks()
+    table = pairs.take(rows)
     for name, values in (("step", steps), ("num_microbatches", counts), ("microbatch", numbers)):
         table = table.append_column(name, pa.array(values, pa.int64()))
     sink = pa.BufferOutputStream()
@@ -112,8 +113,34 @@ def _pack(index: PlanIndex, shares: list[tuple[int, list[list[int]]]]) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
-def _row(index: PlanIndex, row: int) -> pa.Table:
-    return _shard(index.shards[index.shard[row]]).slice(int(index.row[row]), 1)
+class _Rows:
+    """What is in some rows of the index: each shard is read once, and nothing else of it is kept.
+
+    Ranks one after the other would read the shards of a group again and again, where it touches many small ones.
+    """
+
+    def __init__(self, index: PlanIndex, rows: np.ndarray) -> None:
+        """`rows`: ascending, none of them twice."""
+        shards = index.shard[rows]
+        order = np.argsort(shards, kind="stable")
+        parts = [
+            _shard(index.shards[shard]).take(pa.array(index.row[rows[members]]))
+            for shard, members in _by_value(shards, order)
+        ]
+        self.table = pa.concat_tables(parts).combine_chunks()
+        self.rows = rows
+        self.place = np.empty(len(rows), dtype=np.int64)
+        self.place[order] = np.arange(len(rows))
+
+    def take(self, rows: Sequence[int]) -> pa.Table:
+        return self.table.take(pa.array(self.place[np.searchsorted(self.rows, rows)]))
+
+
+def _by_value(values: np.ndarray, order: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each value, with the part of `order`, which sorts the values, that has it."""
+    sizes = np.unique(values, return_counts=True)
+    for value, members in zip(sizes[0], np.split(order, np.cumsum(sizes[1])[:-1]), strict=True):
+        yield int(value), members
 
 
 @lru_cache(maxsize=32)
@@ -213,8 +240,11 @@ def read_share(
     """A rank's share of some rows of the index, read at once: for few pairs that are used again and again."""
     mine = spread_rows(index, rows, world_size, tokens_per_microbatch, hidden_size)[rank]
 
+    wanted = np.unique(rows)
+    pairs = dict(zip(wanted.tolist(), _Rows(index, wanted).take(wanted.tolist()).to_pylist(), strict=True))
+
     def pair(row: int) -> TokenizedPair:
-        return tokenized_pair(_row(index, row).to_pylist()[0])
+        return tokenized_pair(pairs[row])
 
     shortest = int(rows[np.argmin(index.lengths[rows].sum(axis=1))])
     return Share([[pair(row) for row in group] for group in mine], filler=pair(shortest))

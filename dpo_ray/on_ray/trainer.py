@@ -11,7 +11,7 @@ from dpo_ray.config import Config, Model, Train
 from dpo_ray.errors import DpoRayError
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.failures import raise_ours
-from dpo_ray.on_ray.resume import earliest_resume, newest_whole_checkpoint, run_name, state_of
+from dpo_ray.on_ray.resume import newest_whole_checkpoint, resumed_step, run_name, state_of
 from dpo_ray.on_ray.session import connect
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact, Contents, describe_file, make
@@ -106,7 +106,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
     filesystem, storage_path = runs.filesystem()
 
     def reached() -> int:
-        return earliest_resume(runs / name, fallback)
+        return resumed_step(runs / name, fallback)
 
     fallback = newest_whole_checkpoint(runs)
     resources = {"CPU": options.cpus_per_worker, **({"GPU": 1.0} if options.use_gpu else {})}

@@ -136,6 +136,28 @@ def test_a_reference_of_a_loss_that_has_none(attempt, tmp_path):
     readable(done, 2, "train.loss.type=orpo", "without --reference")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"data__pairing": {"pairs_per_prompt": 2}}, "data.pairing is for ranked rows"),
+        ({"data__columns": {"label": "good"}}, "data.columns.label=good"),
+    ],
+    ids=["pairing", "columns"],
+)
+def test_options_that_no_file_has_a_use_for(attempt, options, said):
+    readable(attempt("ingest", model__path="not/needed", **options), 2, said)
+
+
+def test_an_interruption_says_what_becomes_of_the_work(attempt, monkeypatch):
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("pipelines.ingest.check_inputs", "pipelines.align.align"):
+        monkeypatch.setattr(place, interrupted)
+        readable(attempt("ingest", model__path="not/needed"), 130, "Interrupted: What is finished is kept")
+        monkeypatch.undo()
+
+
 def test_unknown_key(attempt):
     readable(attempt(train__learning_rat=1e-6), 2, "train.learning_rat", "learning_rate")
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.command_line import CONFIGS, Finished, in_process, overrides, summary_of
+from tests.command_line import CONFIGS, Finished, overrides, summary_of
 
 pytestmark = pytest.mark.ray
 
 TOOLS = json.dumps([{"name": "look_up", "parameters": {"type": "object"}}])
 
 
-def ingest(folder: Path, run: Callable[..., Finished] = in_process, **more) -> Finished:
+def ingest(folder: Path, run: Callable[..., Finished], **more) -> Finished:
     values = {
         "run__output": str(folder / "out"),
         "model__path": "not/needed",
@@ -25,17 +25,6 @@ def ingest(folder: Path, run: Callable[..., Finished] = in_process, **more) -> F
         **more,
     }
     return run("ingest", str(CONFIGS / "align_cpu.yaml"), *overrides(**values))
-
-
-def test_options_that_no_file_has_a_use_for_are_errors(tmp_path, write_preferences):
-    write_preferences(tmp_path / "data", [{"prompt": "Who?", "chosen": "x", "rejected": "y"}])
-    for options, said in (
-        ({"data__pairing": {"pairs_per_prompt": 2}}, "data.pairing is for ranked rows"),
-        ({"data__columns": {"label": "good"}}, "data.columns.label=good"),
-    ):
-        done = ingest(tmp_path, **options)
-        assert done.code == 2 and "Traceback" not in done.log and "starting Ray" not in done.log, done.log
-        assert said in done.log.strip().splitlines()[-1]
 
 
 def test_ranked_and_paired_files_become_pairs_together(one_ray, tmp_path, write_preferences):

@@ -21,6 +21,20 @@ def test_a_process_must_have_room_on_one_node():
         require_room(nodes, {"CPU": 25, "GPU": 0}, {"CPU": 1, "GPU": 0}, "train.num_workers")
 
 
+@pytest.mark.parametrize("error", [ConnectionError("nobody there"), SystemExit(15)], ids=lambda e: type(e).__name__)
+def test_an_address_at_which_no_cluster_answers_is_named(monkeypatch, error: BaseException):
+    import ray
+
+    def refuse(**options: object) -> None:
+        raise error
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS is 10\.0\.0\.1:6379, and no .* unset RAY_ADDRESS"):
+        connect(1, why="this test")
+
+
 @pytest.mark.ray
 def test_an_embedded_ray_is_started_again_for_work_that_needs_more_cpus(no_ray, monkeypatch):
     import ray

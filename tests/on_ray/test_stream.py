@@ -145,6 +145,25 @@ def test_a_share_holds_what_is_in_its_rows(index: PlanIndex):
             assert pair.mismatched_ids is None and pair.mismatched_ref_logprobs is None
 
 
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_a_group_reads_each_of_its_shards_once(index: PlanIndex, monkeypatch: pytest.MonkeyPatch, world_size: int):
+    plan = plan_over(index, 24)
+    expected = [block["share"].to_pylist() for block in blocks(plan, world_size)]
+    read: list[str] = []
+    from_storage = stream._shard.__wrapped__
+
+    def uncached(uri: str) -> pa.Table:
+        read.append(uri)
+        return from_storage(uri)
+
+    monkeypatch.setattr(stream, "_shard", uncached)
+    for number, block in enumerate(blocks(plan, world_size)):
+        assert block["share"].to_pylist() == expected[number]
+        if number % world_size == world_size - 1:  # the group is whole
+            assert len(read) == len(set(read)) > 1
+            read.clear()
+
+
 def test_steps_before_the_start_are_passed_over(index: PlanIndex):
     plan = plan_over(index, 20)
     mine = Shard(list(blocks(plan, 2, start=3))[1::2])

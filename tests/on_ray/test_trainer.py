@@ -7,17 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from dpo_ray.on_ray.resume import earliest_resume, newest_whole_checkpoint, run_name
+from dpo_ray.on_ray.resume import newest_whole_checkpoint, resumed_step, run_name
 from dpo_ray.storage.location import Location
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+
+def record(step: int | None) -> str:
+    """Ray Train's record, with the checkpoint of this step as the newest."""
+    newest = None if step is None else {"version": 0, "checkpoint_dir_name": f"checkpoint_{step:03}", "metrics": {}}
+    return json.dumps({"ray_version": "2.60.0", "latest_checkpoint_result": newest})
 
 
 @pytest.fixture
 def left_behind(tmp_path: Path):
     """A run's folder with whole checkpoints at the given steps."""
 
-    def make(*steps: int, snapshot: str | None = "{}", name: str = "run-1") -> Location:
+    def make(*steps: int, snapshot: str | None = record(None), name: str = "run-1") -> Location:
         run = tmp_path / name
         for step in steps:
             folder = run / f"checkpoint_{step:03}"
@@ -35,25 +41,28 @@ def left_behind(tmp_path: Path):
     return make
 
 
-def test_the_feed_begins_at_the_oldest_checkpoint_that_may_be_resumed_from(left_behind):
-    assert earliest_resume(left_behind(4, 6), fallback=None) == 4
+def test_the_feed_begins_at_the_newest_checkpoint_that_ray_knows_of(left_behind):
+    # The best one, of step 2, is kept as well, and one of step 8 was uploaded and not recorded.
+    assert resumed_step(left_behind(2, 4, 6, 8, snapshot=record(6)), fallback=None) == 6
 
 
 def test_without_a_record_of_checkpoints_ray_begins_anew_and_so_does_the_feed(left_behind):
     # Killed after the first upload, and before Ray took note of it.
-    assert earliest_resume(left_behind(2, snapshot=None), fallback=None) == 0
+    assert resumed_step(left_behind(2, snapshot=None), fallback=None) == 0
 
 
 def test_a_checkpoint_that_was_half_uploaded_does_not_count(left_behind, tmp_path):
-    run = left_behind(4)
+    run = left_behind(4, snapshot=record(4))
+    (tmp_path / "run-1" / "checkpoint_003").mkdir()
+    (tmp_path / "run-1" / "checkpoint_003" / "state.json").write_text("")
     (tmp_path / "run-1" / "checkpoint_006").mkdir()
-    assert earliest_resume(run, fallback=None) == 4
+    assert resumed_step(run, fallback=None) == 4
 
 
 def test_a_first_run_begins_at_the_first_step(tmp_path):
     assert run_name(Location.of(tmp_path)) == "run-1"
     assert newest_whole_checkpoint(Location.of(tmp_path)) is None
-    assert earliest_resume(Location.of(tmp_path / "run-1"), fallback=None) == 0
+    assert resumed_step(Location.of(tmp_path / "run-1"), fallback=None) == 0
 
 
 def test_a_whole_record_is_gone_on_with(left_behind, tmp_path):
@@ -72,8 +81,8 @@ def test_with_a_damaged_record_training_goes_on_from_the_newest_whole_checkpoint
     assert "is damaged" in capsys.readouterr().err
     newest = newest_whole_checkpoint(runs)
     assert newest is not None and newest.name == "checkpoint_004"
-    assert earliest_resume(runs / "run-2", fallback=newest) == 4
+    assert resumed_step(runs / "run-2", fallback=newest) == 4
     # From here on Ray keeps a record of its own, which counts.
-    left_behind(8, name="run-2")
-    assert earliest_resume(runs / "run-2", fallback=newest) == 8
+    left_behind(8, name="run-2", snapshot=record(8))
+    assert resumed_step(runs / "run-2", fallback=newest) == 8
     assert run.exists()

@@ -178,6 +178,58 @@ def test_any_other_edit_leaves_it(identity: Identity, old: str, new: str):
     assert identity(edited(old, new)) == identity(SOURCE)
 
 
+REGISTRY = """SCORERS = {}
+
+
+def register(function):
+    SCORERS[function.__name__] = function
+    return function
+
+
+@register
+def brevity(completion):
+    return 1.0
+
+
+def score(prompt, completion, finished):
+    return sum(scorer(completion) for scorer in SCORERS.values())
+"""
+LOADED = """WORDS = None
+
+
+def load():
+    global WORDS
+    WORDS = {"cats": 1.0}
+
+
+def prepare():
+    load()
+
+
+%s
+
+
+def score(prompt, completion, finished):
+    return WORDS.get(completion, 0.0)
+"""
+
+
+@pytest.mark.parametrize(
+    "source", [REGISTRY, LOADED % "prepare()", LOADED % "READY = prepare()", LOADED % "if True:\n    prepare()"]
+)
+def test_what_a_decorator_or_a_call_sets_is_covered(identity: Identity, source: str):
+    assert identity(source.replace("1.0", "2.0")) != identity(source)
+
+
+def test_a_library_that_both_call_ties_nothing_together(identity: Identity):
+    source = (
+        "import re\nWORD = re.compile('a')\nOTHER = re.compile('b')\n\n\n"
+        "def score(p, c, f):\n    return len(WORD.findall(c))\n"
+    )
+    assert identity(source.replace("'b'", "'c'")) == identity(source)
+    assert identity(source.replace("'a'", "'c'")) != identity(source)
+
+
 def test_rewards_of_one_module_differ(identity: Identity):
     assert len({identity(SOURCE, name)["reward_source"] for name in ("score", "even", "odd", "other", "halved")}) == 5
 

@@ -118,13 +118,12 @@ def test_killed_at_some_moments_the_artifacts_are_the_same(command, one_ray, tmp
     assert undisturbed.code == 0, undisturbed.log
     chance = random.Random(os.environ.get("DPO_RAY_KILL_SEED", "kills"))
     arguments = command(tmp_path / "killed", engine)
-    done, log = 0, ""
+    done = 0
     finished = False
     while done < KILLS:
         victim = ("driver", "actor")[done % 2]
         is_due = one_more_shard(tmp_path / "killed") if done < 2 else after(chance.uniform(0, LONGEST_WAIT))
         killed, code, text = run_and_kill(arguments, victim, is_due)
-        log += text
         assert code in (0, None), text[-6000:]
         if not killed or code == 0:
             finished = True
@@ -141,7 +140,6 @@ def test_killed_at_some_moments_the_artifacts_are_the_same(command, one_ray, tmp
     assert summary_of(tmp_path / "killed")["stages"]["reference"]["rows"]["dropped"] == {}
     [folder] = (tmp_path / "killed" / "artifacts" / "reference").iterdir()
     assert list((folder / "attempts").iterdir()) == []
-    assert "engine_crash" not in log + last.log and "engine_error" not in log + last.log
 
 
 def forget_some(output: Path, chance: random.Random) -> None:

@@ -45,7 +45,7 @@ def load_reward(name: str) -> Reward:
             f"The reward {name} cannot be imported ({error}). Name it as module:function, and run where "
             "the module can be imported (in a job, ship it with the working directory)."
         ) from error
-    except Exception as error:  # whatever the module itself does
+    except (Exception, SystemExit) as error:  # whatever the module itself does, as a program's argparse does
         what = short("".join(traceback.format_exception_only(error))).rstrip(".")
         frames = own(traceback.extract_tb(error.__traceback__)[1:])
         place = f", at {places(frames)}" if frames else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dpo_ray.origin import short
 from dpo_ray.progress import WATCHED, say
 
 _HOURS = 3600
+_SECONDS_TO_REACH = 20
 _WORKER_ENV = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -133,19 +135,28 @@ def _join() -> None:
     """Join the cluster of RAY_ADDRESS. Raises ConfigError where none answers."""
     import ray
 
+    address = os.environ["RAY_ADDRESS"]
     watched = {WATCHED: os.environ[WATCHED]} if WATCHED in os.environ else {}
     try:
+        _reach(address)
         ray.init(
             log_to_driver=True,
             logging_level=logging.WARNING,
             runtime_env={"env_vars": {**_WORKER_ENV, **watched}},
         )
-    except (ConnectionError, SystemExit) as error:  # where nobody answers Ray ends the process with a status of its own
-        why = f" ({short(str(error))})" if isinstance(error, ConnectionError) else ""
+    except (OSError, SystemExit) as error:  # where no Ray answers it ends the process with a status of its own
+        why = f" ({short(str(error))})" if isinstance(error, OSError) else ""
         raise ConfigError(
-            f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}, and no Ray cluster answers there{why}. Name one that runs, "
-            "or unset RAY_ADDRESS: the work then starts a Ray of its own on this machine."
+            f"RAY_ADDRESS is {address}, and no Ray cluster answers there{why}. Name one that runs, or unset "
+            "RAY_ADDRESS: the work then starts a Ray of its own on this machine."
         ) from error
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nobody listens: Ray would try for a quarter of an hour, without a word."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():  # and not a word of Ray's, as `auto` is
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_REACH).close()
 
 
 def _start_embedded(num_cpus: float) -> None:

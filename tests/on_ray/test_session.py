@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
+
 import pytest
 
 from dpo_ray.errors import ConfigError
@@ -21,17 +24,33 @@ def test_a_process_must_have_room_on_one_node():
         require_room(nodes, {"CPU": 25, "GPU": 0}, {"CPU": 1, "GPU": 0}, "train.num_workers")
 
 
+@pytest.fixture
+def listening() -> Iterator[str]:
+    """An address where somebody listens who is no Ray."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
 @pytest.mark.parametrize("error", [ConnectionError("nobody there"), SystemExit(15)], ids=lambda e: type(e).__name__)
-def test_an_address_at_which_no_cluster_answers_is_named(monkeypatch, error: BaseException):
+def test_an_address_at_which_no_ray_answers_is_named(monkeypatch, listening: str, error: BaseException):
     import ray
 
     def refuse(**options: object) -> None:
         raise error
 
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_ADDRESS", listening)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(ConfigError, match=r"RAY_ADDRESS is 10\.0\.0\.1:6379, and no .* unset RAY_ADDRESS"):
+    with pytest.raises(ConfigError, match=rf"RAY_ADDRESS is {listening}, and no .* unset RAY_ADDRESS"):
+        connect(1, why="this test")
+
+
+@pytest.mark.parametrize("form", ["{}", "ray://{}"])
+def test_an_address_at_which_nobody_listens_is_named_at_once(no_ray, monkeypatch, form: str):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = form.format(f"127.0.0.1:{server.getsockname()[1]}")
+    monkeypatch.setenv("RAY_ADDRESS", free)
+    with pytest.raises(ConfigError, match=f"RAY_ADDRESS is {free}, and no Ray cluster answers there .*refused"):
         connect(1, why="this test")
 
 

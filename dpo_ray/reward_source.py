@@ -157,23 +157,42 @@ def _reached(source: _Source, name: str) -> list[Any]:
 
 
 def _may_change(statement: ast.stmt, source: _Source) -> set[str]:
-    """Names whose values a statement may change without binding them, as WORDS.update(…), fill() or @register do."""
-    imported = set[str]().union(*(_bound(s) for s in source.statements if isinstance(s, ast.Import | ast.ImportFrom)))
+    """Names whose values a statement may change without binding them, as WORDS.update(…), fill() or @register do.
+
+    Of the standard library nothing is changed by calling it; another module may keep what it is given for all that is
+    imported from there.
+    """
     if isinstance(statement, (ast.Expr, *_BRANCHES)):
         names = _mentioned(statement)
     elif isinstance(statement, (*_FUNCTIONS, ast.ClassDef)):
-        names = set[str]().union(*map(_mentioned, statement.decorator_list)) - imported
+        names = set[str]().union(*map(_mentioned, statement.decorator_list))
     elif any(isinstance(node, ast.Call) for node in _at_module_level(statement)):
-        names = _mentioned(statement) - imported
+        names = _mentioned(statement)
     else:
         return set()
+    origins = _origins(source)
     # What it calls may change what is mentioned there, and so on.
-    found, todo = set(names), list(names - imported)
+    found, todo = set(names), list(names)
     while todo:
         called = todo.pop()
-        new = set[str]().union(*(_mentioned(s) for s in source.binding(called))) - imported - found
-        found |= new
-        todo += new
+        if called not in origins:
+            new = set[str]().union(*(_mentioned(s) for s in source.binding(called))) - found
+            found |= new
+            todo += new
+    keepers = {origins[name] for name in found if name in origins} - sys.stdlib_module_names
+    own = {name for name in found if name not in origins}
+    return own | {name for name, origin in origins.items() if origin in keepers}
+
+
+def _origins(source: _Source) -> dict[str, str]:
+    """Names that the module imports, each with the first part of the name of the module that it comes from."""
+    found = {}
+    for node in source.statements:
+        if isinstance(node, ast.Import):
+            found |= {a.asname or a.name.split(".")[0]: a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            origin = (node.module or "").split(".")[0] if not node.level else "." * node.level + (node.module or "")
+            found |= {a.asname or a.name: origin for a in node.names}
     return found
 
 

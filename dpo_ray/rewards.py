@@ -39,24 +39,33 @@ def load_reward(name: str) -> Reward:
     """The function behind module:function. Raises ConfigError."""
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"The reward {name} cannot be imported ({error}). Name it as module:function, and run where "
-            "the module can be imported (in a job, ship it with the working directory)."
-        ) from error
+        found = getattr(importlib.import_module(module), function, None)
     except (Exception, SystemExit) as error:  # whatever the module itself does, as a program's argparse does
-        what = short("".join(traceback.format_exception_only(error))).rstrip(".")
-        frames = own(traceback.extract_tb(error.__traceback__)[1:])
-        place = f", at {places(frames)}" if frames else ""
-        raise ConfigError(
-            f"The reward {name} cannot be imported, for its module fails: {what}{place}. Mend it, and run the same "
-            "command again; DPO_RAY_TRACEBACK=1 shows the whole traceback."
-        ) from error
+        is_missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        raise _not_there(name, str(error)) if is_missing else _failing(name, error) from error
+    if found is None:
+        raise _not_there(name, f"module {module!r} has no attribute {function!r}")
     if not callable(found):
         raise ConfigError(f"The reward {name} is not a function but {type(found).__name__}.")
     reward: Reward = found
     return reward
+
+
+def _not_there(name: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"The reward {name} cannot be imported ({why}). Name it as module:function, and run where the module can be "
+        "imported (in a job, ship it with the working directory)."
+    )
+
+
+def _failing(name: str, error: BaseException) -> ConfigError:
+    what = short("".join(traceback.format_exception_only(error))).rstrip(".")
+    frames = own(traceback.extract_tb(error.__traceback__)[1:])
+    place = f", at {places(frames)}" if frames else ""
+    return ConfigError(
+        f"The reward {name} cannot be imported, for its module fails: {what}{place}. Mend it, and run the same command "
+        "again; DPO_RAY_TRACEBACK=1 shows the whole traceback."
+    )
 
 
 def score_completions(name: str, reward: Reward, row: Mapping[str, Any]) -> list[float]:

@@ -221,6 +221,24 @@ def test_what_a_decorator_or_a_call_sets_is_covered(identity: Identity, source: 
     assert identity(source.replace("1.0", "2.0")) != identity(source)
 
 
+@pytest.mark.parametrize(
+    ("imports", "decorator", "table"),
+    [
+        ("import my_hub", "@my_hub.register", "my_hub.TABLE"),
+        ("from my_hub import TABLE, register", "@register", "TABLE"),
+        ("import my_hub as hub\n\n\ndef mine(f):\n    return hub.register(f)", "@mine", "hub.TABLE"),
+    ],
+    ids=["module", "names", "by way of a function"],
+)
+def test_what_is_registered_in_another_module_is_covered(identity: Identity, imports: str, decorator: str, table: str):
+    hub = "TABLE = {}\n\n\ndef register(f):\n    TABLE[f.__name__] = f\n    return f\n"
+    source = (
+        f"{imports}\n\n\n{decorator}\ndef helper(text):\n    return 1.0\n\n\n"
+        f"def score(p, c, f):\n    return {table}['helper'](c)\n"
+    )
+    assert identity(source.replace("1.0", "2.0"), my_hub=hub) != identity(source, my_hub=hub)
+
+
 def test_a_library_that_both_call_ties_nothing_together(identity: Identity):
     source = (
         "import re\nWORD = re.compile('a')\nOTHER = re.compile('b')\n\n\n"

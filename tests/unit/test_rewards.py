@@ -248,26 +248,26 @@ def test_what_is_no_finite_number_is_refused(value: Any, said: str):
     assert "to completion 1 of the prompt 00ff" in str(error) and "It must give a finite number" in str(error)
 
 
+MODULES = ["syntax", "name", "file", "end", "library"]
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
         ("def score(p, c, f)\n    return 1.0\n", r"SyntaxError: expected ':'"),
         ("LIMIT = undefined\n", r"NameError: name 'undefined' is not defined, at .*failing_reward_1\.py:1"),
         ("WORDS = open('no_such_words.txt')\n", r"FileNotFoundError: .*no_such_words\.txt', at .*_reward_2\.py:1"),
-        (
-            "import argparse\nargparse.ArgumentParser().parse_args(['--no-such'])\n",
-            r"SystemExit: 2, at .*_reward_3\.py:2",
-        ),
+        ("import sys\nsys.exit(2)\n", r"SystemExit: 2, at .*_reward_3\.py:2"),
+        ("import no_such_library\n", r"ModuleNotFoundError: No module .*, at .*_reward_4\.py:1"),
     ],
-    ids=["syntax", "name", "file", "program"],
+    ids=MODULES,
 )
 def test_a_module_that_fails_is_told_with_its_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, source: str, said: str
 ):
-    module = f"failing_reward_{['syntax', 'name', 'file', 'program'].index(request.node.callspec.id)}"
+    module = f"failing_reward_{MODULES.index(request.node.callspec.id)}"
     (tmp_path / f"{module}.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(
-        ConfigError, match=f"The reward {module}:score cannot be imported, for its module fails: .*{said}"
-    ):
+    expected = f"The reward {module}:score cannot be imported, for its module fails: .*{said}"
+    with pytest.raises(ConfigError, match=expected):
         load_reward(f"{module}:score")

@@ -186,7 +186,7 @@ def _may_change(statement: ast.stmt, source: _Source) -> set[str]:
 
 def _origins(source: _Source) -> dict[str, str]:
     """Names that the module imports, each with the first part of the name of the module that it comes from."""
-    found = {}
+    found: dict[str, str] = {}
     for node in source.statements:
         if isinstance(node, ast.Import):
             found |= {a.asname or a.name.split(".")[0]: a.name.split(".")[0] for a in node.names}

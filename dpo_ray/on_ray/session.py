@@ -6,7 +6,8 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dpo_ray.errors import ConfigError, DpoRayError
@@ -15,6 +16,7 @@ from dpo_ray.progress import WATCHED, say
 
 _HOURS = 3600
 _SECONDS_TO_REACH = 20
+_TRIES = "RAY_gcs_server_port_wait_time_s"
 _WORKER_ENV = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -139,17 +141,31 @@ def _join() -> None:
     watched = {WATCHED: os.environ[WATCHED]} if WATCHED in os.environ else {}
     try:
         _reach(address)
-        ray.init(
-            log_to_driver=True,
-            logging_level=logging.WARNING,
-            runtime_env={"env_vars": {**_WORKER_ENV, **watched}},
-        )
-    except (OSError, SystemExit) as error:  # where no Ray answers it ends the process with a status of its own
-        why = f" ({short(str(error))})" if isinstance(error, OSError) else ""
+        with _few_tries():
+            ray.init(
+                log_to_driver=True,
+                logging_level=logging.WARNING,
+                runtime_env={"env_vars": {**_WORKER_ENV, **watched}},
+            )
+    except OSError as error:
         raise ConfigError(
-            f"RAY_ADDRESS is {address}, and no Ray cluster answers there{why}. Name one that runs, or unset "
-            "RAY_ADDRESS: the work then starts a Ray of its own on this machine."
+            f"RAY_ADDRESS is {address}, and no Ray cluster answers there ({short(str(error))}). Name the address of "
+            "one that runs, as in 10.0.0.1:6379 (the dashboard's is another), or unset RAY_ADDRESS: the work then "
+            "starts a Ray of its own on this machine."
         ) from error
+
+
+@contextmanager
+def _few_tries() -> Iterator[None]:
+    """Where somebody listens who is no Ray, two tries of 40 s each, of 20 that Ray makes by itself."""
+    if _TRIES in os.environ:
+        yield
+        return
+    os.environ[_TRIES] = "2"
+    try:
+        yield
+    finally:
+        del os.environ[_TRIES]  # for a Ray that is started it would be the seconds that its start may take
 
 
 def _reach(address: str) -> None:

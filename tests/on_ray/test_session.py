@@ -31,12 +31,11 @@ def listening() -> Iterator[str]:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("error", [ConnectionError("nobody there"), SystemExit(15)], ids=lambda e: type(e).__name__)
-def test_an_address_at_which_no_ray_answers_is_named(monkeypatch, listening: str, error: BaseException):
+def test_an_address_at_which_no_ray_answers_is_named(monkeypatch, listening: str):
     import ray
 
     def refuse(**options: object) -> None:
-        raise error
+        raise ConnectionError("Failed to connect")
 
     monkeypatch.setenv("RAY_ADDRESS", listening)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)

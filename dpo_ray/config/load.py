@@ -36,7 +36,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         )
     for override in overrides or []:
         _apply(tree, override)
-    return parse_config(tree, source=str(path))
+    return parse_config(tree, source=f"{path} with what -o sets" if overrides else str(path))
 
 
 def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:

@@ -16,6 +16,7 @@ import numpy as np
 
 from dpo_ray.config import Metric, Model, Train
 from dpo_ray.errors import DpoRayError, NonFiniteLoss, ReferenceMismatch
+from dpo_ray.on_ray.resume import state_of
 from dpo_ray.progress import say
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import KIND
@@ -73,8 +74,9 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
         filesystem, path = job.fallback.filesystem()
         latest = ray.train.Checkpoint(path, filesystem)
     with latest.as_directory() if latest is not None else nullcontext() as folder:
-        if me.rank == 0 and latest is not None:
-            say(KIND, f"going on from {Path(latest.path).name} with {me.world_size} workers")
+        if me.rank == 0 and latest is not None and folder is not None:
+            step = state_of(Location.of(folder))["next_step"]
+            say(KIND, f"going on from {Path(latest.path).name}, after step {step}, with {me.world_size} workers")
         try:
             train(
                 job.model,

@@ -159,11 +159,13 @@ def _reached(source: _Source, name: str) -> list[Any]:
 def _may_change(statement: ast.stmt, source: _Source) -> set[str]:
     """Names whose values a statement may change without binding them, as WORDS.update(…), fill() or @register do.
 
-    Of the standard library nothing is changed by calling it; another module may keep what it is given for all that is
-    imported from there.
+    A statement that defines nothing is there for what it changes, as random.seed(1). Of others that call the standard
+    library, as re.compile(…), none changes it; any other module may keep what it is given for all that is imported from
+    there.
     """
+    meant: set[str] = set()
     if isinstance(statement, (ast.Expr, *_BRANCHES)):
-        names = _mentioned(statement)
+        names = meant = _mentioned(statement)
     elif isinstance(statement, (*_FUNCTIONS, ast.ClassDef)):
         names = set[str]().union(*map(_mentioned, statement.decorator_list))
     elif any(isinstance(node, ast.Call) for node in _at_module_level(statement)):
@@ -181,7 +183,7 @@ def _may_change(statement: ast.stmt, source: _Source) -> set[str]:
             todo += new
     keepers = {origins[name] for name in found if name in origins} - sys.stdlib_module_names
     own = {name for name in found if name not in origins}
-    return own | {name for name, origin in origins.items() if origin in keepers}
+    return meant | own | {name for name, origin in origins.items() if origin in keepers}
 
 
 def _origins(source: _Source) -> dict[str, str]:

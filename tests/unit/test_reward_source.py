@@ -239,6 +239,11 @@ def test_what_is_registered_in_another_module_is_covered(identity: Identity, imp
     assert identity(source.replace("1.0", "2.0"), my_hub=hub) != identity(source, my_hub=hub)
 
 
+def test_what_a_statement_sets_in_the_standard_library_is_covered(identity: Identity):
+    source = "import random\n\nrandom.seed(1)\n\n\ndef score(p, c, f):\n    return random.random()\n"
+    assert identity(source.replace("seed(1)", "seed(2)")) != identity(source)
+
+
 def test_a_library_that_both_call_ties_nothing_together(identity: Identity):
     source = (
         "import re\nWORD = re.compile('a')\nOTHER = re.compile('b')\n\n\n"

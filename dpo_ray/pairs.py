@@ -166,6 +166,14 @@ def tokenized_pair(row: dict[str, Any]) -> TokenizedPair:
     )
 
 
+def steers(prompt_id: str, eval_fraction: float) -> bool:
+    """Whether a held-out prompt is one that training is steered by, and trials ranked; the others judge the result.
+
+    By a hash of its own, so that the two parts are alike whatever decided on the split.
+    """
+    return int(hashlib.sha256(f"steers:{prompt_id}".encode()).hexdigest()[:8], 16) < eval_fraction * 2**32
+
+
 def _digest(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -54,7 +54,21 @@ def say(stage: str, text: str) -> None:
     _write(LINE, stage, text)
 
 
+def aside(whose: str) -> None:
+    """From now on the lines of this process are for the log alone, each with whose they are.
+
+    Nobody could follow the lines of many trainings side by side; who runs them tells how they come on.
+    """
+    global _whose
+    _whose = whose
+
+
+_whose: str | None = None
+
+
 def _write(mark: str, stage: str, text: str) -> None:
+    if _whose is not None:
+        mark, stage = "", f"{stage}, {_whose}"
     # Not print: Ray Train replaces it on its workers, and the line would come twice.
     sys.stderr.write(f"{mark if WATCHED in os.environ else ''}[{stage}] {text}\n")
     sys.stderr.flush()

@@ -89,26 +89,22 @@ def train(
 
 @app.command()
 def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = False, run_id: RunId = None) -> None:
-    """Search train.loss.beta × train.learning_rate with Ray Tune; all trials share one reference pass, if any."""
-    from tuning.space import grid
+    """Search the space of the section tune with Ray Tune, and publish the best model past the gate."""
+    from tuning.space import require_space
 
     loaded = load_config(config, override)
-    grid(loaded)
+    require_space(loaded)
     if dry_run:
         _print_plan(loaded, "train")
         return
 
     def work(context: RunContext) -> None:
-        from dpo_ray.on_ray.session import expect_training
-        from pipelines.align import prepare_reference
-        from tuning.sweep import run_sweep
+        from pipelines.sweep import sweep
 
-        expect_training()
-        made = prepare_reference(context)
-        context.begins("sweep")
-        context.results["sweep"] = run_sweep(context.output, loaded, made.rows, made.calibration, context.folder)
+        sweep(context)
 
-    _carry_out(loaded, run_id, work, plan=[*planned(loaded, "reference"), "sweep"], check_for="train")
+    plan = [*planned(loaded, "reference"), "sweep", "evaluate", "publish"]
+    _carry_out(loaded, run_id, work, plan=plan, check_for="publish")
 
 
 @app.command()
@@ -203,6 +199,7 @@ def _record(terminal: Terminal, config: Config, run_id: str | None, work: Callab
     if context.folder.is_local:
         terminal.keep_log(Path(context.folder.uri))
     context.begins = terminal.display.stage
+    context.table = terminal.display.table
     try:
         with _told_when_interrupted():
             work(context)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,6 +29,10 @@ class RunContext:
     """The other entries of summary.json."""
     begins: Callable[[str], None] = field(default=lambda name: None)
     """Told the name of each stage as it begins."""
+    table: Callable[[Sequence[Sequence[str]]], None] = field(default=lambda rows: None)
+    """Shown a table that stands below the stages, its head first, while a stage is at work."""
+    variant: str = ""
+    """Which of several ways of doing the stages this is, where there are several."""
 
     @classmethod
     def start(cls, config: Config, run_id: str | None = None) -> RunContext:
@@ -39,6 +43,10 @@ class RunContext:
         context = cls(config, run_id, output)
         (context.folder / "config.yaml").write_bytes(dump_config(config).encode())
         return context
+
+    def other(self, config: Config, variant: str) -> RunContext:
+        """The same run with another configuration: its stages are recorded beside, its results are not."""
+        return replace(self, config=config, variant=variant, results={})
 
     @property
     def folder(self) -> Location:
@@ -53,7 +61,8 @@ class RunContext:
         counters = artifact.manifest.counters
         tally = Tally.of(counters) if counters else None  # of what is no table of rows nothing is counted
         dropped = tally.dropped if tally else {}
-        self.stages[name] = {
+        recorded = f"{name} ({self.variant})" if self.variant else name
+        self.stages[recorded] = {
             "fingerprint": artifact.fingerprint,
             "reused": reused,
             "seconds": round(time.monotonic() - began, 1),
@@ -63,7 +72,7 @@ class RunContext:
         if not reused:
             rows = f"{tally.kept} rows, " if tally and artifact.manifest.rows is not None else ""
             said = f" (dropped {', '.join(f'{k}: {v}' for k, v in dropped.items())})" if dropped else ""
-            say(name, f"done: {rows}{self.stages[name]['seconds']} s{said}")
+            say(name, f"done: {rows}{self.stages[recorded]['seconds']} s{said}")
         return artifact
 
     def write_summary(self, exit_code: int, reasons: list[str]) -> dict[str, Any]:

@@ -41,6 +41,9 @@ class Display:
     def stage(self, name: str) -> None:
         """A stage begins, one of the plan or a part of one."""
 
+    def table(self, rows: Sequence[Sequence[str]]) -> None:
+        """A table of how the stage's parts stand, its head first; none: it goes away."""
+
 
 class LiveDisplay(Display):
     """Lines run by above; at the bottom stand the stages, done and to come, and how far the one at work has come."""
@@ -61,6 +64,7 @@ class LiveDisplay(Display):
         self._at_work = ""
         self._began = time.monotonic()
         self._progress = ""
+        self._table: Sequence[Sequence[str]] = ()
         self.live = Live(
             console=self._console,
             get_renderable=self.render,
@@ -86,10 +90,27 @@ class LiveDisplay(Display):
             self._reached = self._plan.index(name)
         self._at_work, self._began, self._progress = name, time.monotonic(), ""
 
+    def table(self, rows: Sequence[Sequence[str]]) -> None:
+        self._table = rows
+
     def render(self) -> RenderableType:
         from rich.console import Group
 
-        return Group(self._stages(), self._bar()) if self._progress else self._stages()
+        parts = [self._stages()]
+        if self._table:
+            parts.append(self._rows())
+        if self._progress:
+            parts.append(self._bar())
+        return Group(*parts)
+
+    def _rows(self) -> RenderableType:
+        from rich.table import Table
+
+        head, *rows = self._table
+        table = Table(*head, box=None, pad_edge=False, header_style="dim")
+        for row in rows:
+            table.add_row(*row)
+        return table
 
     def _stages(self) -> RenderableType:
         from rich.text import Text

@@ -74,6 +74,7 @@ def _evaluate(
         base, tuned, options = drawn
         inputs |= {"base": base.fingerprint, "tuned": tuned.fingerprint}
         identity = reward_identity(options.reward)
+    identity["eval_fraction"] = context.config.train.eval_fraction
 
     def measure(_: Location) -> Contents:
         metrics = _held_out(context.config, scores, rows, calibration)
@@ -84,7 +85,7 @@ def _evaluate(
 
 def _held_out(config: Config, scores: Artifact, rows: Artifact, calibration: Artifact | None) -> dict[str, Any]:
     loss = config.train.loss
-    margins = held_out_margins(loss, scores, rows)
+    margins = held_out_margins(loss, scores, rows, config.train.eval_fraction)
     per_token = loss.averages_tokens
     noise = margin_noise(calibration.manifest.metrics, per_token=per_token) if calibration is not None else 0.0
     accuracy = preference_accuracy(margins, noise)

@@ -11,7 +11,7 @@ from dpo_ray.data.prompts import prompt_table, read_prompts
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.generate import sample_completions
 from dpo_ray.on_ray.pool import Pool, shard_stage, shard_tasks
-from dpo_ray.pairs import PROMPTS
+from dpo_ray.pairs import PROMPTS, steers
 from dpo_ray.shards.pair import PairShard, identity
 from dpo_ray.storage.artifact import Artifact, Contents, digest, make, read_shard, write_shard
 from dpo_ray.storage.location import Location
@@ -37,15 +37,24 @@ def sample(context: RunContext, model: Model, sampling: Sampling, prompts: Artif
 
 
 def held_out_prompts(context: RunContext, pairs: Artifact, max_prompts: int) -> Artifact:
-    """The prompts of the win rate: the held-out ones, of generate.prompts or else of the pairs."""
+    """The prompts of the win rate: the held-out ones, of generate.prompts or else of the pairs.
+
+    Not those that training was steered by, where train.eval_fraction tells them apart.
+    """
     config = context.config
+    fraction = config.train.eval_fraction
+
+    def judges(row: dict[str, Any]) -> bool:
+        return row["split"] == "eval" and (fraction == 1 or not steers(row["prompt_id"], fraction))
+
     if config.generate is not None:
         sides = read_prompts(config.generate.prompts, config.data.held_out_fraction, config.run.seed)
-        return publish_prompts(context.output, _tables(sides["eval"][:max_prompts], config.generate.prompts_per_shard))
+        held_out = list(filter(judges, sides["eval"]))[:max_prompts]
+        return publish_prompts(context.output, _tables(held_out, config.generate.prompts_per_shard))
     rows: dict[str, dict[str, Any]] = {}
     for shard in pairs.shards():
         table = read_shard(shard, columns=PROMPTS.names)
-        rows |= {row["prompt_id"]: row for row in table.to_pylist() if row["split"] == "eval"}
+        rows |= {row["prompt_id"]: row for row in table.to_pylist() if judges(row)}
         rows = {key: rows[key] for key in sorted(rows)[:max_prompts]}
     return publish_prompts(context.output, _tables(list(rows.values()), config.data.rows_per_shard))
 

@@ -86,11 +86,13 @@ def closing_lines(context: RunContext, summary: dict[str, Any], log: Path) -> li
         first = samples[0]
         lines += [f"Prompt: {first['prompt']}", f"  before: {first['before']}", f"  after:  {first['after']}"]
     if sweep := summary.get("sweep"):
-        lines += [f"{i}. {t['line']}" for i, t in enumerate(sweep["trials"], start=1)]
+        lines += ["Trials, best first:", *(f"  {line}" for line in sweep["ranking"])]
     reused = sum(s["reused"] for s in summary["stages"].values())
     lines.append(f"Stages: {len(summary['stages'])}, of which {reused} were finished already")
     if summary["published"]:
         lines.append(f"Model:   {summary['published']}")
+    if sweep:
+        lines += [f"Best:    {sweep['best_yaml']}", f"Sweep:   {context.folder / 'sweep.html'}, {sweep['results']}"]
     lines += [f"Report:  {context.folder / 'report.html'}", f"Summary: {context.folder / 'summary.json'}"]
     return [*lines, f"Log:     {log}"]
 

@@ -1,35 +1,351 @@
-"""The grid of a sweep."""
+"""The search space: what may be searched, how a point is drawn from it, and the configuration of a point.
+
+A point is a flat mapping of names to plain values. A name is a dotted path; a value inside of an option that was chosen
+has the option's label in its name, as in train.loss[ipo].beta, for the same path may be drawn from another distribution
+in another option.
+"""
 
 from __future__ import annotations
 
-from itertools import product
-from typing import Any
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import islice, product
+from typing import Any, Protocol
 
 from dpo_ray.config import Config, parse_config
+from dpo_ray.config.tune import Choice, Distribution, Range
 from dpo_ray.errors import ConfigError
+from dpo_ray.storage.artifact import digest
+
+Point = dict[str, Any]
+
+_MOST_COMBINATIONS = 512  # that are tried before the search, after each path alone
 
 
-def grid(config: Config) -> list[Config]:
-    """One configuration for each beta and learning rate of `tune`. Raises ConfigError where a value is no good."""
-    if config.tune is None:
-        raise ConfigError("There is no section tune: add tune.beta and tune.learning_rate, the lists to search.")
-    if config.tune.beta is not None and not hasattr(config.train.loss, "beta"):
+class Draw(Protocol):
+    """Where values come from."""
+
+    def number(self, name: str, found: Range) -> float | int: ...
+
+    def label(self, name: str, labels: list[str]) -> str: ...
+
+
+class Given:
+    """The values of a point."""
+
+    def __init__(self, point: Point) -> None:
+        self.point = point
+
+    def number(self, name: str, found: Range) -> float | int:
+        value: float | int = self.point[name]
+        return value
+
+    def label(self, name: str, labels: list[str]) -> str:
+        return str(self.point[name])
+
+
+def drawn(space: Mapping[str, Distribution], draw: Draw) -> dict[str, Any]:
+    """Path → value, each drawn."""
+    return {path: _value(path, found, draw) for path, found in space.items()}
+
+
+def labels(choice: Choice) -> list[str]:
+    """What options are called in points: a number or a word as itself, a section by its type if that tells it apart."""
+    types = Counter(option["type"] for option in choice.options if isinstance(option, Mapping) and "type" in option)
+    return [
+        str(option["type"])
+        if isinstance(option, Mapping) and types.get(option.get("type")) == 1
+        else option
+        if isinstance(option, str)
+        else json.dumps(_plain(option))
+        for option in choice.options
+    ]
+
+
+def points(space: Mapping[str, Distribution]) -> Iterator[Point]:
+    """The grid: every combination, in the order of the space. Raises ConfigError where a range has no end of values."""
+    for path, found in _ranges(space):
+        if found.kind != "integer":
+            raise ConfigError(
+                f"tune.space: {path}: a grid needs values, and {found.kind} [{found.low:g}, {found.high:g}] has no end "
+                "of them: list some, or set tune.search to random or tpe, with tune.num_trials."
+            )
+    yield from _combinations(space, lambda found: range(int(found.low), int(found.high) + 1))
+
+
+def trial_config(config: Config, point: Point) -> Config:
+    """The configuration of one trial: all of it validated again with the point's values. Raises ConfigError."""
+    assert config.tune is not None
+    values = drawn(config.tune.searched(), Given(point))
+    return configured(config, values).model_copy(update={"tune": None})
+
+
+def configured(config: Config, values: Mapping[str, Any]) -> Config:
+    """The configuration with these values at their dotted paths. Raises ConfigError."""
+    # Only what was said: a default of one loss is no option of another.
+    tree = config.model_dump(mode="json", exclude_unset=True)
+    tree.setdefault("train", {}).setdefault("loss", config.train.loss.model_dump(mode="json", exclude_unset=True))
+    for path, value in values.items():
+        _put(tree, path, value)
+    shown = ", ".join(f"{path}={json.dumps(value)}" for path, value in values.items())
+    try:
+        one = parse_config(tree, source=f"tune.space, with {shown}")
+    except ConfigError as error:
+        if "train.loss.type" not in values:
+            raise
         raise ConfigError(
-            f"tune.beta searches train.loss.beta, but train.loss.type={config.train.loss.type} has no beta: set "
-            "tune.beta=null, and the sweep searches the learning rate alone."
+            f"{error} Losses differ in their options: search train.loss as a whole, as in {{choice: [{{type: sigmoid, "
+            "beta: {loguniform: [0.01, 0.5]}}, {type: orpo}]}."
+        ) from None
+    assert config.tune is not None
+    train = one.train.model_copy(update={"eval_fraction": config.tune.ranked_fraction})
+    return one.model_copy(update={"train": train})
+
+
+def require_space(config: Config) -> None:
+    """Everything about the search that can be known to be wrong before anything runs. Raises ConfigError."""
+    if config.tune is None:
+        raise ConfigError(
+            "There is no section tune: add tune.space, as in {train.learning_rate: {loguniform: [1.0e-7, 1.0e-5]}}, or "
+            "the lists tune.beta and tune.learning_rate."
         )
-    betas = config.tune.beta or (None,)
-    return [trial_config(config, beta, rate) for beta, rate in product(betas, config.tune.learning_rate)]
+    space = config.tune.searched()
+    for path in space:
+        _require_searchable(config, path)
+    if config.train.eval_fraction not in (1.0, config.tune.ranked_fraction):
+        raise ConfigError(
+            f"train.eval_fraction={config.train.eval_fraction:g} and tune.ranked_fraction="
+            f"{config.tune.ranked_fraction:g} both say which part of the held-out prompts steers: in a sweep the "
+            "latter does. Leave train.eval_fraction out."
+        )
+    if config.tune.search == "grid":
+        next(points(space))
+    if config.tune.scheduler.type != "fifo" and config.train.eval_every_steps is None:
+        raise ConfigError(
+            f"tune.scheduler.type={config.tune.scheduler.type} ends trials by what they measure on their way, and "
+            "train.eval_every_steps is not set: set it to the steps between two evaluations."
+        )
+    for path, found in _ranges({path: found for path, found in space.items() if _prepares(path)}):
+        raise ConfigError(
+            f"tune.space: {path}: each value of it needs rows of its own, with their own reference pass, and a range "
+            f"({found.kind}) has too many: list the values."
+        )
+    _require_comparable(config, extreme_configs(config))
 
 
-def trial_config(config: Config, beta: float | None, learning_rate: float) -> Config:
-    """The configuration of one trial: all of it validated again with the trial's values.
+def extreme_configs(config: Config) -> list[Config]:
+    """The configurations at the ends of all ranges, for each option. Raises ConfigError where one cannot be."""
+    assert config.tune is not None
+    return [configured(config, values) for values in _extremes(config.tune.searched())]
 
-    Args:
-        beta: None for a loss without one.
-    """
-    tree: dict[str, Any] = config.model_dump(mode="json")
-    if beta is not None:
-        tree["train"]["loss"]["beta"] = beta
-    tree["train"]["learning_rate"] = learning_rate
-    return parse_config(tree, source=f"trial with beta={beta}, learning_rate={learning_rate:g}")
+
+def preparations(config: Config) -> dict[str, Config]:
+    """What trials are trained on: the key of some rows → a configuration that makes them, for all that differ."""
+    assert config.tune is not None
+    space = config.tune.searched()
+    decisive = {
+        path: found for path, found in space.items() if _prepares(path) or path.split(".")[:2] == ["train", "loss"]
+    }
+    found: dict[str, Config] = {}
+    for point in _combinations(decisive, lambda found: (found.low,)):
+        one = configured(config, drawn(decisive, Given(point)))
+        found.setdefault(preparation_key(one), one)
+    return found
+
+
+def preparation_key(config: Config) -> str:
+    """Trials for which this is equal train on the same rows."""
+    loss = config.train.loss
+    rows = "tokenized" if not loss.needs_reference else "mismatched" if loss.needs_mismatched else "reference"
+    decisive = config.model_dump(
+        mode="json", include={"model", "data", "generate", "reference"}, exclude={"model": {"lora"}}
+    )
+    return f"{rows}-{digest(decisive)}"
+
+
+def differences(config: Config, one: Config) -> str:
+    """What of the searched paths makes a preparation another one, for people."""
+    assert config.tune is not None
+    paths = [path for path in config.tune.searched() if _prepares(path)]
+    named = [f"{path}={_at(one, path)}" for path in paths]
+    if "train.loss" in config.tune.searched() or "train.loss.type" in config.tune.searched():
+        named.append("no reference" if not one.train.loss.needs_reference else "")
+        named.append("mismatched completions" if one.train.loss.needs_mismatched else "")
+    return ", ".join(filter(None, named)) or "all trials"
+
+
+def _at(config: Config, path: str) -> Any:
+    found: Any = config
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+_PREPARES = {
+    "data.max_prompt_tokens",
+    "data.max_completion_tokens",
+    "data.long_prompts",
+    "data.long_completions",
+    "model.path",
+    "model.revision",
+    "model.dtype",
+}
+"""Paths that change what trials are trained on: each of their values is prepared before the trials."""
+
+
+def _require_searchable(config: Config, path: str) -> None:
+    """Raises ConfigError for what exists in the configuration, but not for a sweep."""
+    top = path.partition(".")[0]
+    if path == "data.train" and config.data.eval is not None:
+        return
+    if path == "run.seed":
+        reason = (
+            "the seed decides which prompts are held out, so its trials would be measured on different pairs. "
+            "tune.repeat_best repeats the best trials with other seeds, on the same pairs"
+        )
+    elif top in {"run", "tune"}:
+        reason = "it is about the whole sweep"
+    elif top in {"evaluate", "publish"}:
+        reason = "it is about the model that the sweep has chosen, and trials are not measured by it"
+    elif top in {"vllm", "reference"}:
+        reason = "it decides how the reference is computed, not what trials learn"
+    elif top in {"data", "generate"} and path not in _PREPARES:
+        reason = (
+            "it changes which pairs are held out, so trials would not be measured on the same ones"
+            + "; name the held-out pairs as data.eval" * (path == "data.train")
+        )
+    elif top == "train" and not _changes_training(config, path):
+        reason = "it decides where and how fast trials train, and not what they learn: all its values give one model"
+    elif path in {"train.eval_every_steps", "train.eval_pairs", "train.eval_fraction"}:
+        reason = "it decides what trials are measured on, which must be the same for all"
+    elif top == "train" or path == "model.lora" or path.startswith("model.lora.") or path in _PREPARES:
+        return
+    elif top == "model":
+        reason = "it is about the model's files"
+    else:
+        return  # no such path: the configuration says so itself
+    raise ConfigError(f"tune.space: {path} cannot be searched: {reason}.")
+
+
+def _changes_training(config: Config, path: str) -> bool:
+    name = path.split(".")[1] if "." in path else ""
+    return name not in type(config.train).model_fields or name in config.train.identity()
+
+
+def _prepares(path: str) -> bool:
+    return path in _PREPARES or path == "data.train"
+
+
+def _require_comparable(config: Config, trials: list[Config]) -> None:
+    """Raises ConfigError where trials of the space would be ranked by what is not the same for all of them."""
+    assert config.tune is not None
+    measures = {name for objective in config.tune.objectives() for name in objective}
+    without = next((one.train.loss.type for one in trials if not one.train.loss.needs_reference), None)
+    if "likelihood_drop" in measures and without is not None:
+        raise ConfigError(
+            f"tune.rank_by=likelihood_drop compares with the reference, and train.loss.type={without} learns without "
+            "one: rank by chosen_logps, which needs none."
+        )
+    kinds = {_margin_kind(one) for one in trials}
+    if "margin" in measures and len(kinds) > 1:
+        raise ConfigError(
+            "tune.rank_by=margin, and the losses of tune.space measure their margins differently "
+            f"({'; '.join(sorted(kinds))}): rank by accuracy."
+        )
+
+
+def _margin_kind(config: Config) -> str:
+    loss = config.train.loss
+    against = "against the reference" if loss.needs_reference else "without a reference"
+    divergence = getattr(getattr(loss, "divergence", None), "type", "reverse_kl")
+    shaped = "" if divergence == "reverse_kl" else f" under {divergence}"
+    return f"{'a mean over tokens' if loss.averages_tokens else 'a sum over tokens'} {against}{shaped}"
+
+
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, leaf = path.split(".")
+    node = tree
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"tune.space: {path}: {parent} is a value, not a section.")
+        node = child
+    node[leaf] = value
+
+
+def _value(name: str, found: Any, draw: Draw) -> Any:
+    if isinstance(found, Range):
+        return draw.number(name, found)
+    if isinstance(found, Choice):
+        named = labels(found)
+        label = draw.label(name, named)
+        return _filled(f"{name}[{label}]", found.options[named.index(label)], draw)
+    return _filled(name, found, draw)
+
+
+def _filled(name: str, option: Any, draw: Draw) -> Any:
+    if isinstance(option, Range | Choice):
+        return _value(name, option, draw)
+    if isinstance(option, Mapping):
+        return {key: _value(f"{name}.{key}", inner, draw) for key, inner in option.items()}
+    return option
+
+
+def _plain(option: Any) -> Any:
+    if isinstance(option, Range | Choice):
+        return option.written()
+    if isinstance(option, Mapping):
+        return {key: _plain(inner) for key, inner in option.items()}
+    return option
+
+
+def _ranges(space: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Range]]:
+    for name, found in space.items():
+        yield from _ranges_in(f"{prefix}{name}", found)
+
+
+def _ranges_in(name: str, found: Any) -> Iterator[tuple[str, Range]]:
+    if isinstance(found, Range):
+        yield name, found
+    elif isinstance(found, Choice):
+        for label, option in zip(labels(found), found.options, strict=True):
+            yield from _ranges_in(f"{name}[{label}]", option)
+    elif isinstance(found, Mapping):
+        yield from _ranges(found, f"{name}.")
+
+
+def _combinations(space: Mapping[str, Any], values: Any) -> Iterator[Point]:
+    parts = [list(_points_of(path, found, values)) for path, found in space.items()]
+    for chosen in product(*parts):
+        yield {name: value for part in chosen for name, value in part.items()}
+
+
+def _points_of(name: str, found: Any, values: Any) -> Iterator[Point]:
+    if isinstance(found, Range):
+        yield from ({name: value} for value in values(found))
+    elif isinstance(found, Choice):
+        for label, option in zip(labels(found), found.options, strict=True):
+            for inner in _points_of(f"{name}[{label}]", option, values):
+                yield {name: label, **inner}
+    elif isinstance(found, Mapping):
+        yield from _combinations({f"{name}.{key}": inner for key, inner in found.items()}, values)
+    else:
+        yield {}
+
+
+def _extremes(space: Mapping[str, Distribution]) -> Iterator[dict[str, Any]]:
+    """Values at the ends of all ranges, for each option: each path alone beside the others' first, then combined."""
+
+    def ends(found: Range) -> tuple[float | int, float | int]:
+        return found.low, found.high
+
+    firsts = {path: next(_points_of(path, found, ends)) for path, found in space.items()}
+    for path, found in space.items():
+        for point in _points_of(path, found, ends):
+            whole = {name: value for part in {**firsts, path: point}.values() for name, value in part.items()}
+            yield drawn(space, Given(whole))
+    for point in islice(_combinations(space, ends), _MOST_COMBINATIONS):
+        yield drawn(space, Given(point))

@@ -1,112 +1,315 @@
-"""Ray Tune over beta and learning rate: trials only train, all on the same rows, which are scored once."""
+"""The sweep: trials over the space, the best of them again with other seeds, and their order."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-
-from dpo_ray.config import Config, Tune
-from dpo_ray.errors import DataError, DpoRayError
-from dpo_ray.evaluation.agreement import margin_noise
-from dpo_ray.evaluation.held_out import held_out_margins
-from dpo_ray.evaluation.margins import preference_accuracy
-from dpo_ray.on_ray.score import score_policy
-from dpo_ray.on_ray.session import connect
-from dpo_ray.on_ray.trainer import train_policy
-from dpo_ray.progress import say
-from dpo_ray.storage.artifact import Artifact
+from dpo_ray.config import Config
+from dpo_ray.errors import ConfigError, DpoRayError
+from dpo_ray.on_ray.session import connect, is_embedded, num_cores
+from dpo_ray.on_ray.trainer import tokens_per_microbatch, train_location
+from dpo_ray.progress import Progress, say
+from dpo_ray.storage.artifact import MANIFEST, Artifact
 from dpo_ray.storage.location import Location
-from dpo_ray.training.plan import build_index
-from tuning.results import describe, ranked
-from tuning.space import grid
+from dpo_ray.training.plan import PlanIndex
+from tuning.live import status_note
+from tuning.measures import score
+from tuning.on_tune import (
+    DRIVER_CPUS,
+    Listener,
+    Past,
+    forgotten_groups,
+    give_back,
+    make_scheduler,
+    places,
+    run_trials,
+)
+from tuning.records import Evaluation, Records, Trial, identity
+from tuning.results import Ranked, described, measured_line, ranked
+from tuning.space import extreme_configs, preparation_key, trial_config
+from tuning.suggestions import next_point, num_trials
+from tuning.trial import Ended, Work
 
-_DRIVER_CPUS = 0.1  # a trial's own process only waits for its workers
+STAGE = "sweep"
+
+_EVALUATIONS = 4  # of a trial, where the configuration does not say how often
 
 
-def run_sweep(
-    output: Location, config: Config, rows: Artifact, calibration: Artifact | None, folder: Location
-) -> dict[str, Any]:
-    """Train and measure every point of the grid. Returns the trials, best first, and writes them to `folder`.
+@dataclass(frozen=True)
+class Outcome:
+    """What a sweep came to."""
+
+    trials: list[Trial]
+    """Of the search, by number."""
+    repeats: list[Trial]
+    """The best ones with other seeds."""
+    ranking: list[Ranked]
+    at_once: int
+    seconds: float
+    """Of this run."""
+
+
+class Sweep:
+    """One sweep: its configuration, what its trials train on, and its records.
 
     Args:
-        rows, calibration: the reference artifact and its calibration; for a loss without a reference the tokenized
-            pairs and None.
-
-    A trial's policy and scores are artifacts like any other: a sweep that was killed, or is widened, computes
-    only the trials that are missing. Raises DataError where there is nothing to measure them on, DpoRayError where a
-    trial failed.
+        rows: key of a preparation (tuning.space) → what its trials train on.
+        indices: the same keys → the index of their training pairs.
+        show: called with all trials whenever one has come further.
     """
-    options = config.tune
-    assert options is not None
-    if not len(build_index(rows.shards(), "eval")):
-        raise DataError(
-            "A sweep ranks its trials by held-out accuracy, and there is no held-out pair: raise "
-            "data.held_out_fraction, or name data.eval."
+
+    def __init__(
+        self,
+        output: Location,
+        config: Config,
+        rows: Mapping[str, Artifact],
+        indices: Mapping[str, PlanIndex],
+        show: Callable[[Sequence[Trial]], None],
+    ) -> None:
+        assert config.tune is not None
+        self.output, self.config, self.tune = output, config, config.tune
+        self.rows, self.indices, self.show = rows, indices, show
+        self.records = Records.of(output, identity(config, {key: made.fingerprint for key, made in rows.items()}))
+        self.num_trials = num_trials(self.tune)
+        self._microbatch: dict[str, int] = {}
+        self._at_once = 1
+
+    def trials(self) -> list[Trial]:
+        """Of the search, those that are known; a sweep that is narrowed again leaves out the last ones."""
+        return [t for t in self.records.search(self.config.run.seed) if t.number < self.num_trials]
+
+    def config_of(self, trial: Trial) -> Config:
+        """The configuration that a trial trains by, and that makes its model again. Raises ConfigError."""
+        config = trial_config(self.config, trial.point)
+        if config.train.eval_every_steps is None:
+            every = max(1, math.ceil(self.num_steps(config) / _EVALUATIONS))
+            config = _with_train(config, eval_every_steps=every)
+        return config.model_copy(update={"run": config.run.model_copy(update={"seed": trial.seed})})
+
+    def num_steps(self, config: Config) -> int:
+        """Of a trial. Raises ConfigError where its pairs do not fill a step."""
+        pairs = len(self.indices[preparation_key(config)])
+        steps = pairs * config.train.epochs // config.train.global_batch_size
+        if steps == 0:
+            raise ConfigError(
+                f"There are {pairs} training pairs, which do not fill one step of train.global_batch_size="
+                f"{config.train.global_batch_size}."
+            )
+        return steps
+
+    def run(self) -> Outcome:
+        """Run what is missing. Raises DpoRayError where no trial came to its end."""
+        began = time.monotonic()
+        known = self.trials()
+        ended = sum(t.has_ended for t in known)
+        say(
+            STAGE,
+            f"{self.num_trials} trials, records in {self.records.folder}"
+            + (f"; {ended} have ended, {len(known) - ended} go on" if known else ""),
         )
-    points = grid(config)
-    per_token = config.train.loss.averages_tokens
-    noise = margin_noise(calibration.manifest.metrics, per_token=per_token) if calibration is not None else 0.0
-    say("sweep", f"{len(points)} trials on the {rows.manifest.kind} artifact {rows.fingerprint}")
-    trials = ranked([_measured(trial) for trial in _run(output, config, options, rows, noise)])
-    found = {
-        rows.manifest.kind: rows.fingerprint,
-        "trials": [{**trial, "line": describe(trial)} for trial in trials],
-    }
-    (folder / "sweep.json").write_bytes(json.dumps(found, indent=1).encode())
-    return found
+        if ended < self.num_trials:
+            self._connect()
+            self._run(self._search(), schedules=True, total=self.num_trials - ended)
+        ranking = self._ranking([])
+        repeats: list[Trial] = []
+        if self.tune.repeat_best is not None and ranking:
+            best = [one.trial for one in ranking[: self.tune.repeat_best.k]]
+            repeats = self._repeats(best)
+            missing = [t for t in repeats if not t.has_ended]
+            if missing:
+                self._connect()
+                say(STAGE, f"the best {len(best)} again, each with {self.tune.repeat_best.seeds} other seeds")
+                self._run(iter(missing), schedules=False, total=len(missing))
+            ranking = self._ranking(repeats)
+        trials = self.trials()
+        if not ranking:
+            reasons = [t.reason for t in trials if t.reason]
+            raise DpoRayError(
+                f"None of the {len(trials)} trials came to its end"
+                + (f"; the first one: {reasons[0]}" if reasons else "")
+                + f" Their records are in {self.records.folder}; the same command tries those that failed again."
+            )
+        self._prune(ranking)
+        return Outcome(trials, repeats, ranking, self._at_once, time.monotonic() - began)
 
+    def _ranking(self, repeats: Sequence[Trial]) -> list[Ranked]:
+        return ranked(self.tune, self.trials(), repeats)
 
-def _run(output: Location, config: Config, options: Tune, rows: Artifact, noise: float) -> list[dict[str, Any]]:
-    train = config.train
-    workers = train.num_workers * train.cpus_per_worker + 1 + _DRIVER_CPUS
-    connect(
-        workers * options.max_concurrent_trials,
-        (train.num_workers if train.use_gpu else 0) * options.max_concurrent_trials,
-        why="tune.max_concurrent_trials trials at once, each with train.num_workers workers and a CPU to feed them",
-        trains=True,
-    )
-    from ray import tune
+    def _search(self) -> Iterator[Trial]:
+        """Those that a kill or a failure has left, then new ones."""
+        seed = self.config.run.seed
+        known = {t.number: t for t in self.trials()}
+        yield from (t for t in known.values() if not t.has_ended)
+        for number in range(self.num_trials):
+            if number not in known:
+                point = next_point(self.config, number, self.records.search(seed))
+                yield self.records.get(number, seed, point)
 
-    def trial(point: dict[str, Any]) -> None:
-        # A closure, so that the workers need no module but dpo_ray.
-        mine = point["config"]
-        policy, _ = train_policy(output, mine, rows)
-        scores, _ = score_policy(output, mine, policy, rows)
-        margins = held_out_margins(mine.train.loss, scores, rows)
-        accuracy = preference_accuracy(margins, noise)
-        tune.report(
-            {
-                "accuracy": accuracy.as_dict() if accuracy else None,
-                "mean_margin": float(np.mean(margins)),
-                "policy": policy.fingerprint,
-                "first_step_loss": policy.manifest.metrics["first_step_loss"],
-            }
+    def _repeats(self, best: Sequence[Trial]) -> list[Trial]:
+        assert self.tune.repeat_best is not None
+        seeds = range(self.config.run.seed + 1, self.config.run.seed + 1 + self.tune.repeat_best.seeds)
+        return [self.records.get(trial.number, seed, trial.point) for trial in best for seed in seeds]
+
+    def _connect(self) -> None:
+        train = self.config.train
+        cpus, gpus = train.num_workers * train.cpus_per_worker, train.num_workers * train.gpus
+        wanted = self.tune.max_concurrent_trials or (max(1, int(num_cores() // cpus)) if is_embedded() else 1)
+        connect(
+            wanted * (cpus + DRIVER_CPUS),
+            wanted * gpus,
+            why="tune.max_concurrent_trials trials at once, each with train.num_workers workers",
+            one_process=(train.cpus_per_worker, train.gpus),
+            trains=True,
+        )
+        self._at_once = self.tune.max_concurrent_trials or (wanted if is_embedded() else places(cpus, gpus))
+
+    def _run(self, trials: Iterator[Trial], *, schedules: bool, total: int) -> None:
+        watch = _Watch(self, total)
+        scheduler = make_scheduler(
+            self.tune.scheduler if schedules else None,
+            eval_every_steps=self.config.train.eval_every_steps or 1,
+            num_steps=max(map(self.num_steps, extreme_configs(self.config))),
+            past=[self._past(trial) for trial in self.trials() if trial.has_ended],
+        )
+        run_trials(
+            watch.works(trials),
+            scheduler=scheduler,
+            output=self.output,
+            rows=self.rows,
+            at_once=self._at_once,
+            max_failures=self.tune.max_failures,
+            storage=self.records.folder,
+            listener=watch,
+        )
+        left = forgotten_groups()
+        for group in left:
+            give_back(group)
+        if left:
+            say(STAGE, f"{len(left)} placement groups of trials that had died were given back")
+
+    def _past(self, trial: Trial) -> Past:
+        objective = self.tune.objectives()[0]
+        scored = [(e["step"], score(objective, e["measured"])) for e in trial.evaluations]
+        last = trial.num_steps or math.inf
+        return Past(trial.name, tuple((step, found[0]) for step, found in scored if found is not None and step < last))
+
+    def work_of(self, trial: Trial) -> Work:
+        """What its process is given. Raises ConfigError."""
+        config = self.config_of(trial)
+        trial.num_steps = self.num_steps(config)
+        return Work(
+            name=f"trial {trial.number}" + f", seed {trial.seed}" * (trial.seed != self.config.run.seed),
+            config=_with_train(config, tokens_per_microbatch=self._tokens(config)),
+            rows=preparation_key(config),
+            objective=self.tune.objectives()[0],
+            num_steps=trial.num_steps,
+            evaluated=tuple(trial.evaluations),
         )
 
-    filesystem, storage_path = (output / "sweeps").filesystem()
-    tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": _DRIVER_CPUS}),
-        param_space={"config": tune.grid_search(grid(config))},
-        tune_config=tune.TuneConfig(max_concurrent_trials=options.max_concurrent_trials),
-        run_config=tune.RunConfig(name="sweep", storage_path=storage_path, storage_filesystem=filesystem, verbose=1),
-    )
-    results = tuner.fit()
-    failed = [str(error).strip().splitlines()[-1] for error in results.errors]
-    if failed:
-        raise DpoRayError(
-            f"{len(failed)} of {len(results)} trials failed, the first with: {failed[0]} Finished trials are "
-            "kept: the same command computes the others only."
-        )
-    return [{**result.metrics, "config": result.config["config"]} for result in results]
+    def _tokens(self, config: Config) -> int:
+        """Found out once for each model, not in each trial: it takes seconds."""
+        key = config.model.model_dump_json()
+        if key not in self._microbatch:
+            self._microbatch[key] = tokens_per_microbatch(config)
+        return self._microbatch[key]
+
+    def _prune(self, ranking: Sequence[Ranked]) -> None:
+        """Remove what nothing needs any more: checkpoints of trials that did not finish, models of those that are not
+        among the best. What was there before the sweep stays."""
+        kept = {t.policy for one in ranking[: self.tune.keep_models] for t in (one.trial, *one.repeats)}
+        for trial in self.records.trials.values():
+            location = self._train_location(trial)
+            if location is None:
+                continue
+            if trial.state in {"stopped", "diverged"}:
+                (location / "checkpoints").remove_folder()
+            elif trial.state == "finished" and trial.was_trained and trial.policy not in kept:
+                (location / MANIFEST).remove()  # from here on it is unfinished, and would be computed again
+                location.remove_folder()
+
+    def _train_location(self, trial: Trial) -> Location | None:
+        try:
+            config = self.config_of(trial)
+        except ConfigError:
+            return None
+        rows = self.rows.get(preparation_key(config))
+        return train_location(self.output, config, rows) if rows is not None else None
 
 
-def _measured(result: dict[str, Any]) -> dict[str, Any]:
-    train = result["config"].train
-    kept = ("accuracy", "mean_margin", "policy", "first_step_loss")
-    return {
-        "beta": getattr(train.loss, "beta", None),
-        "learning_rate": train.learning_rate,
-        **{name: result[name] for name in kept},
-    }
+class _Watch(Listener):
+    """Writes down what becomes of trials, and tells it."""
+
+    def __init__(self, sweep: Sweep, total: int) -> None:
+        self._sweep = sweep
+        self._named: dict[str, Trial] = {}
+        self._before: dict[str, float] = {}
+        self._progress = Progress(STAGE, total, "trials")
+
+    def works(self, trials: Iterator[Trial]) -> Iterator[Work]:
+        for trial in trials:
+            try:
+                work = self._sweep.work_of(trial)
+            except ConfigError as error:  # ends of ranges were tried before, not what lies between
+                trial.state, trial.reason = "failed", str(error)
+                self._changed(trial, f"cannot be trained: {error}", ended=True)
+                continue
+            self._named[work.name] = trial
+            self._before[work.name] = trial.seconds
+            yield work
+
+    def begins(self, name: str) -> None:
+        trial = self._named[name]
+        goes_on = f", goes on after step {trial.step}" if trial.step else ""
+        trial.state, trial.reason = "training", None
+        self._changed(trial, f"{described(self._sweep.tune, trial)}{goes_on}")
+
+    def evaluated(self, name: str, evaluation: Evaluation, seconds: float) -> None:
+        trial = self._named[name]
+        trial.seconds = self._before[name] + seconds
+        self._sweep.records.evaluated(trial, evaluation)
+        self._changed(trial)
+
+    def ended(self, name: str, result: Ended, seconds: float) -> None:
+        trial = self._named[name]
+        trial.seconds = self._before[name] + seconds
+        trial.state, trial.reason = result["state"], result["reason"]
+        if result["state"] == "diverged":
+            trial.measured = {}
+            self._changed(trial, f"diverged after step {trial.step}: {result['reason']}", ended=True)
+            return
+        trial.policy, trial.was_trained = result["policy"], trial.was_trained or result["was_trained"]
+        trial.first_step_loss = result["first_step_loss"]
+        trial.evaluations = result["evaluations"]
+        trial.step = trial.num_steps = result["num_steps"] or 0
+        published = [e for e in trial.evaluations if e["step"] == result["published_step"]]
+        trial.measured = (published or trial.evaluations)[-1]["measured"]
+        self._changed(trial, f"finished: {measured_line(trial.measured)}", ended=True)
+
+    def stopped(self, name: str, seconds: float) -> None:
+        trial = self._named[name]
+        trial.seconds, trial.state = self._before[name] + seconds, "stopped"
+        trial.reason = f"{self._sweep.tune.scheduler.type}: others were better after step {trial.step}"
+        text = f"ended by {self._sweep.tune.scheduler.type} after step {trial.step} of {trial.num_steps}"
+        self._changed(trial, text, ended=True)
+
+    def failed(self, name: str, reason: str, *, again: bool) -> None:
+        trial = self._named[name]
+        trial.state, trial.reason = "failed", reason
+        self._changed(trial, f"failed{', and is tried again' if again else ''}: {reason}", ended=not again)
+
+    def _changed(self, trial: Trial, text: str | None = None, *, ended: bool = False) -> None:
+        sweep = self._sweep
+        sweep.records.write(trial)
+        if text is not None:
+            seed = f", seed {trial.seed}" if trial.seed != sweep.config.run.seed else ""
+            say(STAGE, f"trial {trial.number}{seed}: {text}")
+        trials = list(sweep.records.trials.values())
+        sweep.show(trials)
+        self._progress.advance(int(ended), status_note(sweep.tune, trials))
+
+
+def _with_train(config: Config, **values: object) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update=values)})

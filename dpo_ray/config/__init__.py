@@ -1,7 +1,7 @@
 """The configuration: one frozen tree that mirrors the YAML file, and how it is read, overridden and refused.
 
-`tree` has the sections, `losses` the options of each loss, `layouts` what input files can be. It needs neither torch
-nor Ray, for a mistake in the file is to be told at once.
+`tree` has the sections, `losses` the options of each loss, `tune` the search, `layouts` what input files can be. It
+needs neither torch nor Ray, for a mistake in the file is to be told at once.
 """
 
 from dpo_ray.config.load import dump_config, load_config, parse_config
@@ -27,9 +27,9 @@ from dpo_ray.config.tree import (
     Run,
     Sampling,
     Train,
-    Tune,
     WinRate,
 )
+from dpo_ray.config.tune import Tune
 
 __all__ = [
     "VLLM",

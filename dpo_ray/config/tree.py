@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from dpo_ray.config.layouts import Layout, fields_of
 from dpo_ray.config.losses import Loss, SigmoidLoss
 from dpo_ray.config.section import Section
+from dpo_ray.config.tune import Tune
 from dpo_ray.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
@@ -292,7 +293,9 @@ class Train(Section):
     cpus_per_worker: float = Field(1.0, gt=0.0)
     """Cores of one worker."""
     use_gpu: bool = False
-    """One GPU a worker (NCCL); otherwise CPU (gloo)."""
+    """Workers on GPUs (NCCL); otherwise on CPU (gloo)."""
+    gpus_per_worker: float = Field(1.0, gt=0.0, le=1.0)
+    """GPUs of one worker. Below 1, trials of a sweep share a GPU: one worker each, with that part of its memory."""
     checkpoint_every_steps: int = Field(50, ge=1)
     """Steps between checkpoints: what a killed run loses at most."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -301,6 +304,9 @@ class Train(Section):
     """Steps between evaluations on held-out pairs while training, and one at the end; left out: none."""
     eval_pairs: int = Field(512, ge=1)
     """Held-out pairs of such an evaluation, at most: the first ones of the artifact."""
+    eval_fraction: float = Field(1.0, gt=0.0, le=1.0)
+    """Share of the held-out prompts, by their hash, that such an evaluation takes its pairs from. Below 1, the accuracy
+    that a model is published by counts the others only, for nothing was chosen by these."""
     keep_best: Metric | None = None
     """Publish the weights of the evaluation that was best by this, instead of the last ones."""
     early_stopping: EarlyStopping | None = None
@@ -325,6 +331,7 @@ class Train(Section):
             "compile",
             "cpus_per_worker",
             "use_gpu",
+            "gpus_per_worker",
             "checkpoint_every_steps",
             "keep_checkpoints",
             "log_every_steps",
@@ -333,8 +340,18 @@ class Train(Section):
         }
         return self.model_dump(mode="json", exclude=execution)
 
+    @property
+    def gpus(self) -> float:
+        """GPUs of one worker, 0 on CPU."""
+        return self.gpus_per_worker if self.use_gpu else 0.0
+
     @model_validator(mode="after")
     def _combinations(self) -> Train:
+        if self.gpus_per_worker < 1 and not (self.use_gpu and self.num_workers == 1):
+            raise ValueError(
+                f"train.gpus_per_worker is {self.gpus_per_worker:g}, a part of a GPU, which is for train.use_gpu=true "
+                "with train.num_workers=1: two workers of one training cannot share a GPU"
+            )
         if self.global_batch_size < self.num_workers:
             raise ValueError(
                 f"train.global_batch_size is {self.global_batch_size}, but each of the "
@@ -387,15 +404,6 @@ class Gate(Section):
 class Publish(Section):
     gate: Gate = Gate()
     """What a model must show before it is published."""
-
-
-class Tune(Section):
-    beta: tuple[float, ...] | None = Field((0.05, 0.1, 0.3), min_length=1)
-    """Values of train.loss.beta in the grid; null for a loss without beta."""
-    learning_rate: tuple[float, ...] = Field((5e-7, 1e-6), min_length=1)
-    """Values of train.learning_rate in the grid."""
-    max_concurrent_trials: int = Field(1, ge=1)
-    """Trials that train at the same time."""
 
 
 class Config(Section):

@@ -13,19 +13,23 @@ import pyarrow.compute as pc
 
 from dpo_ray.config.losses import Loss
 from dpo_ray.errors import DataError
+from dpo_ray.pairs import steers
 from dpo_ray.storage.artifact import Artifact, read_shard
 
 _ROWS_AT_ONCE = 4096
 
 
-def held_out_margins(loss: Loss, scores: Artifact, rows: Artifact) -> np.ndarray:
+def held_out_margins(loss: Loss, scores: Artifact, rows: Artifact, eval_fraction: float = 1.0) -> np.ndarray:
     """Margins [n] of the held-out pairs as the loss sees them, without its scale beta, joined by pair_id.
 
     Unpaired rows have no margin of their own: where no row has both sides, the i-th desirable and the i-th
     undesirable row, each in the order of their pair_id, make a couple, and its margin is the difference of their
     rewards; n is then the smaller of the two counts. Where some rows are pairs, only these count.
 
+    Where training was steered by some of the prompts (train.eval_fraction below 1), only the pairs of the others count.
+
     Args:
+        eval_fraction: train.eval_fraction.
         scores: what score_policy made of `rows`.
         rows: what was trained on: the reference artifact; for a loss without a reference the tokenized one.
 
@@ -40,6 +44,10 @@ def held_out_margins(loss: Loss, scores: Artifact, rows: Artifact) -> np.ndarray
     for shard in rows.shards():
         table = read_shard(shard)
         table = table.filter(pc.equal(table["split"], "eval"))
+        if eval_fraction < 1:
+            table = table.filter(
+                pa.array([not steers(i, eval_fraction) for i in table["prompt_id"].to_pylist()], pa.bool_())
+            )
         reference: Iterable[_Sides | None] = repeat(None, table.num_rows)
         if loss.needs_reference:
             reference = _sides(table, "chosen_ref", "rejected_ref")

@@ -99,7 +99,7 @@ def _preference_loss(options: Loss, logps: PairLogps, terms: BatchTerms) -> Tens
     if isinstance(options, WeightedLoss):
         return torch.stack([term.weight * pair_loss(term.loss, logps, terms) for term in options.terms]).sum(0)
     # From the same values as the reported rewards, so that these show the margin that the loss sees.
-    chosen, rejected = _unscaled_rewards(options, logps)
+    chosen, rejected = unscaled_rewards(options, logps)
     h = chosen - rejected
     match options:
         case SigmoidLoss() | SigmoidNormLoss():
@@ -154,11 +154,11 @@ def _preference_loss(options: Loss, logps: PairLogps, terms: BatchTerms) -> Tens
             return r_dpo_loss(h, extra_tokens, options.beta, options.length_penalty)
 
 
-def _unscaled_rewards(options: Loss, logps: PairLogps) -> tuple[Tensor, Tensor]:
-    """Rewards of chosen and rejected before the scale (beta), with gradient."""
+def unscaled_rewards(options: Loss, logps: PairLogps) -> tuple[Tensor, Tensor]:
+    """Rewards of chosen and rejected before the scale (beta), each [B], with gradient."""
     match options:
         case WeightedLoss():
-            return _unscaled_rewards(options.rewarding, logps)
+            return unscaled_rewards(options.rewarding, logps)
         case SimPOLoss():
             return logps.mean_chosen, logps.mean_rejected
         case ORPOLoss():
@@ -204,7 +204,7 @@ def rewards(options: Loss, logps: PairLogps) -> tuple[Tensor, Tensor]:
     rewards of one of its terms, see WeightedLoss.rewarding.
     """
     scale = _scale(options)
-    chosen, rejected = (scale * values.detach() for values in _unscaled_rewards(options, logps))
+    chosen, rejected = (scale * values.detach() for values in unscaled_rewards(options, logps))
     source = options.rewarding if isinstance(options, WeightedLoss) else options
     if isinstance(source, RDPOLoss):
         chosen = chosen + source.length_penalty * logps.num_chosen_tokens
@@ -215,7 +215,7 @@ def rewards(options: Loss, logps: PairLogps) -> tuple[Tensor, Tensor]:
 def preference_margins(options: Loss, logps: PairLogps) -> Tensor:
     """Reward of chosen less that of rejected, detached and without the scale β: comparable between runs with
     different β. For r_dpo without the length term too, whose size against h depends on β."""
-    chosen, rejected = _unscaled_rewards(options, logps)
+    chosen, rejected = unscaled_rewards(options, logps)
     return (chosen - rejected).detach()
 
 

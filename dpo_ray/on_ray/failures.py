@@ -43,6 +43,12 @@ def raise_ours(error: BaseException, stage: str) -> NoReturn:
     ) from error
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error that Ray carries says: ours as it is, of any other its kind, its message and its place."""
+    ours = _find(error, set())
+    return str(ours) if ours is not None else innermost(str(error))
+
+
 def _find(error: BaseException | None, seen: set[int]) -> DpoRayError | None:
     if error is None or id(error) in seen:
         return None

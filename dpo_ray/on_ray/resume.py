@@ -36,7 +36,7 @@ def newest_whole_checkpoint(runs: Location) -> Location | None:
 
     Not the last one of a training, which could not be gone on from and whose model may be missing.
     """
-    found = [c for run in runs.children() for c in _checkpoints(run) if is_whole(c) and not state_of(c)["finished"]]
+    found = [c for run in runs.children() for c in whole_checkpoints(run) if not state_of(c)["finished"]]
     return max(found, key=_step_of, default=None)
 
 
@@ -55,8 +55,10 @@ def resumed_step(run: Location, fallback: Location | None) -> int:
     return _step_of(fallback) if fallback is not None and fallback.exists() else 0
 
 
-def _checkpoints(run: Location) -> list[Location]:
-    return [child for child in run.children() if child.name.startswith("checkpoint_") and child.name != _SNAPSHOT]
+def whole_checkpoints(run: Location) -> list[Location]:
+    """The checkpoints of a run that were written to the end, whatever Ray's record says."""
+    named = [child for child in run.children() if child.name.startswith("checkpoint_") and child.name != _SNAPSHOT]
+    return [child for child in named if is_whole(child)]
 
 
 def _step_of(checkpoint: Location) -> int:

@@ -16,8 +16,8 @@ import numpy as np
 
 from dpo_ray.config import Metric, Model, Train
 from dpo_ray.errors import DpoRayError, NonFiniteLoss, ReferenceMismatch
-from dpo_ray.on_ray.resume import state_of
-from dpo_ray.progress import say
+from dpo_ray.on_ray.resume import state_of, whole_checkpoints
+from dpo_ray.progress import aside, say
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import KIND
 from dpo_ray.training.plan import PlanIndex, StepPlan
@@ -40,8 +40,12 @@ class TrainJob:
     held_out: PlanIndex
     tokens_per_microbatch: int
     reference_tolerance: float
+    run: Location
+    """Where Ray Train keeps this run's checkpoints."""
     fallback: Location | None
     """The checkpoint of an earlier run to go on from, where this one has none yet."""
+    whose: str | None
+    """Lines of the workers are for the log alone, and named by this."""
 
 
 def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
@@ -49,11 +53,16 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
 
     An error that all workers meet alike is returned, not raised: Ray would only try the same again.
     """
+    if config["job"].whose is not None:
+        aside(config["job"].whose)
     import ray.train
+
+    from dpo_ray.on_ray.stream import TRAIN, read_share, received_steps
+
+    shard = ray.train.get_dataset_shard(TRAIN)  # the feed's processes start while this one imports
     import ray.train.torch
     import torch
 
-    from dpo_ray.on_ray.stream import TRAIN, read_share, received_steps
     from dpo_ray.training.loop import train
     from dpo_ray.training.parallel import Rank
 
@@ -85,11 +94,9 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
                 num_steps=plan.num_steps,
                 pairs_per_epoch=len(plan.index),
                 me=me,
-                steps_from=lambda start: received_steps(
-                    ray.train.get_dataset_shard(TRAIN), me.rank, start, plan.num_steps
-                ),
+                steps_from=lambda start: received_steps(shard, me.rank, start, plan.num_steps),
                 held_out=held_out,
-                checkpoints=RayCheckpoints(me, options.keep_best, plan.num_steps),
+                checkpoints=RayCheckpoints(me, options.keep_best, plan.num_steps, job.run),
                 resume=Path(folder) if folder is not None else None,
                 reference_tolerance=job.reference_tolerance,
             )
@@ -101,16 +108,17 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
 class RayCheckpoints:
     """Keeps checkpoints where Ray Train keeps them; all but the last are uploaded while training goes on."""
 
-    def __init__(self, me: Rank, keep_best: Metric | None, num_steps: int):
+    def __init__(self, me: Rank, keep_best: Metric | None, num_steps: int, run: Location):
         self.me = me
         self.keep_best = keep_best
         self.num_steps = num_steps
+        self.run = run
 
     def keep(self, metrics: dict[str, Any], folder: Path, *, last: bool) -> None:
         import ray.train
         from ray.train import CheckpointUploadMode
 
-        told = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+        told = _numbers(metrics)
         if self.keep_best is not None:
             # Ray keeps the best ones by this; a checkpoint without evaluation is worse than any other.
             told.setdefault(self.keep_best, -_WORST if higher_is_better(self.keep_best) else _WORST)
@@ -123,16 +131,27 @@ class RayCheckpoints:
         if self.me.rank == 0:
             say(KIND, f"checkpoint at step {metrics['step']}/{self.num_steps}")
 
+    def report(self, metrics: dict[str, Any]) -> None:
+        import ray.train
+
+        ray.train.report(_numbers(metrics))
+
     def steps(self) -> set[int]:
+        self.report({})  # it comes after all others, so it waits for the uploads that are under way
         return set(self._kept())
 
     @contextmanager
     def of_step(self, step: int) -> Iterator[Path]:
-        with self._kept()[step].as_directory() as folder:
-            yield Path(folder)
-
-    def _kept(self) -> dict[int, Any]:
         import ray.train
 
-        # It waits for the uploads that are under way.
-        return {int(c.metrics["step"]): c.checkpoint for c in ray.train.get_all_reported_checkpoints()}
+        filesystem, path = self._kept()[step].filesystem()
+        with ray.train.Checkpoint(path, filesystem).as_directory() as folder:
+            yield Path(folder)
+
+    def _kept(self) -> dict[int, Location]:
+        return {int(state_of(checkpoint)["next_step"]): checkpoint for checkpoint in whole_checkpoints(self.run)}
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train takes of them."""
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}

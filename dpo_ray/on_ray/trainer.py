@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_ray.config import Config, Model, Train
 from dpo_ray.errors import DpoRayError
@@ -13,15 +15,30 @@ from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.failures import raise_ours
 from dpo_ray.on_ray.resume import newest_whole_checkpoint, resumed_step, run_name, state_of
 from dpo_ray.on_ray.session import connect
-from dpo_ray.progress import say
-from dpo_ray.storage.artifact import Artifact, Contents, describe_file, make
+from dpo_ray.progress import aside, say
+from dpo_ray.storage.artifact import Artifact, Contents, describe_file, make, place
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import EXPORT, HISTORY, KIND, MODEL_FOLDER, num_skipped, read_history
 from dpo_ray.training.plan import PlanIndex, StepPlan, make_plan
 from dpo_ray.training.selection import higher_is_better
 
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
 
-def train_policy(output: Location, config: Config, rows: Artifact) -> tuple[Artifact, bool]:
+
+@dataclass(frozen=True)
+class Steering:
+    """What of a training is in the hands of who steers it from outside."""
+
+    make_trainer: Callable[..., TorchTrainer] | None = None
+    """Takes the arguments of TorchTrainer in its place."""
+    whose: str | None = None
+    """Its lines are for the log alone, and named by this."""
+
+
+def train_policy(
+    output: Location, config: Config, rows: Artifact, steering: Steering | None = None
+) -> tuple[Artifact, bool]:
     """Train the policy on finished pairs, or take over the artifact if it is finished already.
 
     The artifact holds the model as a Hugging Face folder, and the metrics of every logged step. A run that was
@@ -31,15 +48,11 @@ def train_policy(output: Location, config: Config, rows: Artifact) -> tuple[Arti
         rows: what the loss needs: the reference artifact, with mismatched completions for KTO; the tokenized pairs
             for a loss without reference.
     """
-    identity = {
-        "weights": ModelFolder.of(config.model).weights_hash(),
-        "dtype": config.model.dtype,
-        "lora": config.model.lora.model_dump(mode="json") if config.model.lora else None,
-        "train": config.train.identity(),
-        "seed": config.run.seed,
-    }
-    inputs = {"pairs": rows.fingerprint}
-    artifact, reused = make(output, KIND, identity, inputs, lambda location: _train(config, rows, location))
+    steering = steering or Steering()
+    if steering.whose is not None:
+        aside(steering.whose)
+    identity, inputs = _known_by(config, rows)
+    artifact, reused = make(output, KIND, identity, inputs, lambda location: _train(config, rows, location, steering))
     if reused:
         say(KIND, f"reused: {artifact.location}")
     else:
@@ -47,14 +60,31 @@ def train_policy(output: Location, config: Config, rows: Artifact) -> tuple[Arti
     return artifact, reused
 
 
-def _train(config: Config, rows: Artifact, location: Location) -> Contents:
+def train_location(output: Location, config: Config, rows: Artifact) -> Location:
+    """Where the artifact of a training lies, finished or not."""
+    return place(output, KIND, *_known_by(config, rows))
+
+
+def _known_by(config: Config, rows: Artifact) -> tuple[dict[str, Any], dict[str, str]]:
+    """Identity and inputs of the artifact."""
+    identity = {
+        "weights": ModelFolder.of(config.model).weights_hash(),
+        "dtype": config.model.dtype,
+        "lora": config.model.lora.model_dump(mode="json") if config.model.lora else None,
+        "train": config.train.identity(),
+        "seed": config.run.seed,
+    }
+    return identity, {"pairs": rows.fingerprint}
+
+
+def _train(config: Config, rows: Artifact, location: Location, steering: Steering) -> Contents:
     """Run the training, or what is left of it, in the artifact's location."""
     from dpo_ray.losses.objective import zero_margin_loss  # with torch, which only a training needs
 
     plan, held_out = make_plan(config, rows)
     say(KIND, f"{len(plan.index)} pairs, {plan.num_steps} steps of {config.train.global_batch_size} pairs")
     began = time.monotonic()
-    checkpoint = _run(config, plan, held_out, location)
+    checkpoint = _run(config, plan, held_out, location, steering)
     history = _collect(checkpoint, location)
     exported_step = state_of(checkpoint)["exported_step"]
     names = [f"{MODEL_FOLDER}/{name}" for name in (location / MODEL_FOLDER).names()]
@@ -82,16 +112,16 @@ def _train(config: Config, rows: Artifact, location: Location) -> Contents:
     )
 
 
-def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location) -> Location:
+def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location, steering: Steering) -> Location:
     """Run the workers to the last step. Returns where the last checkpoint is."""
     options = config.train
     needed = options.min_workers or options.num_workers
     connect(
         needed * options.cpus_per_worker,
-        needed if options.use_gpu else 0,
+        needed * options.gpus,
         wanted_cpus=options.num_workers * options.cpus_per_worker + 1,  # the stages after this one read and write too
         why="train.num_workers or min_workers, cpus_per_worker, use_gpu",
-        one_process=(options.cpus_per_worker, 1 if options.use_gpu else 0),
+        one_process=(options.cpus_per_worker, options.gpus),
         trains=True,
     )
     import ray.train
@@ -100,7 +130,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
     from dpo_ray.on_ray.stream import TRAIN, StepFeed, placeholder
     from dpo_ray.on_ray.train_worker import TrainJob, train_worker
 
-    tokens_per_microbatch = _tokens_per_microbatch(config)
+    microbatch = tokens_per_microbatch(config)
     runs = location / "checkpoints"
     name = run_name(runs)
     filesystem, storage_path = runs.filesystem()
@@ -109,8 +139,8 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
         return resumed_step(runs / name, fallback)
 
     fallback = newest_whole_checkpoint(runs)
-    resources = {"CPU": options.cpus_per_worker, **({"GPU": 1.0} if options.use_gpu else {})}
-    trainer = TorchTrainer(
+    resources = {"CPU": options.cpus_per_worker, **({"GPU": options.gpus} if options.use_gpu else {})}
+    trainer = (steering.make_trainer or TorchTrainer)(
         train_worker,
         train_loop_config={
             "job": TrainJob(
@@ -119,8 +149,10 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
                 seed=config.run.seed,
                 plan=plan,
                 held_out=held_out,
-                tokens_per_microbatch=tokens_per_microbatch,
+                tokens_per_microbatch=microbatch,
                 reference_tolerance=config.reference.tolerance,
+                run=runs / name,
+                whose=steering.whose,
                 fallback=fallback,
             )
         },
@@ -143,7 +175,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
         ),
         torch_config=TorchConfig(backend="nccl" if options.use_gpu else "gloo"),
         datasets={TRAIN: placeholder},
-        dataset_config=StepFeed(plan, tokens_per_microbatch, reached),
+        dataset_config=StepFeed(plan, microbatch, reached),
     )
     try:
         result = trainer.fit()
@@ -157,15 +189,15 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
     return runs.same_store(result.checkpoint.path)
 
 
-def _tokens_per_microbatch(config: Config) -> int:
-    """As configured, or what fits into the memory of one worker."""
+def tokens_per_microbatch(config: Config) -> int:
+    """As configured, or what fits into the memory of one worker. Ray must be connected."""
     options = config.train
     if options.tokens_per_microbatch != "auto":
         return options.tokens_per_microbatch
     import ray
 
     fewest = options.min_workers or options.num_workers
-    task = ray.remote(num_cpus=0, num_gpus=1 if options.use_gpu else 0, max_calls=1)(_tokens_on_a_worker)
+    task = ray.remote(num_cpus=0, num_gpus=options.gpus, max_calls=1)(_tokens_on_a_worker)
     try:
         tokens: int = ray.get(task.remote(config.model, options, fewest))
     except Exception as error:

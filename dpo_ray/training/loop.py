@@ -35,6 +35,9 @@ class Checkpoints(Protocol):
         It may return before the checkpoint is safe, unless it is the last one.
         """
 
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Tell of an evaluation without a checkpoint, to who steers from outside; every rank calls it."""
+
     def steps(self) -> set[int]:
         """The steps after which a checkpoint was kept that is still there; every rank calls it."""
 
@@ -133,6 +136,8 @@ def train(
         )
         if state.finished or scheduled or (eval_due and options.keep_best):
             _checkpoint(learner, metrics, checkpoints, model=model, source=folder.path)
+        elif eval_due:
+            checkpoints.report(metrics)
         if state.finished:
             break
     return state
@@ -146,8 +151,9 @@ def _checkpoint(
     keep_best = learner.options.keep_best
     if state.finished:
         # A checkpoint may be gone that was lost with a damaged record; the best of the others is taken then.
-        available = checkpoints.steps() | {state.next_step}
-        best = best_step(state.history, keep_best, among=available) if keep_best is not None else None
+        best = None
+        if keep_best is not None:
+            best = best_step(state.history, keep_best, among=checkpoints.steps() | {state.next_step})
         state.exported_step = best or state.next_step
     folder = Path(tempfile.mkdtemp(prefix="dpo-ray-checkpoint-"))  # whoever keeps it removes it
     save_checkpoint(folder, policy=policy, optimizer=learner.optimizer, average=learner.average, state=state, me=me)

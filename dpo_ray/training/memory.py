@@ -96,19 +96,19 @@ def tokens_that_fit(shape: Shape, model: Model, train: Train, *, memory: int, nu
 def tokens_on_a_worker(model: Model, train: Train, num_workers: int) -> int:
     """Tokens of a micro-batch on a worker like the process that asks. Raises ConfigError."""
     shape = shape_of(ModelFolder.of(model))
-    memory = worker_memory(num_workers, train.cpus_per_worker, train.use_gpu)
+    memory = worker_memory(num_workers, train.cpus_per_worker, train.gpus)
     return tokens_that_fit(shape, model, train, memory=memory, num_workers=num_workers)
 
 
-def worker_memory(num_workers: int, cpus_per_worker: float, use_gpu: bool) -> int:
+def worker_memory(num_workers: int, cpus_per_worker: float, gpus: float) -> int:
     """Bytes of one worker where this runs: its GPU's, or its part of the machine's memory.
 
     All of the memory, free or not, so that a run that is gone on with is cut into micro-batches as before.
     """
-    if use_gpu:
+    if gpus:
         import torch
 
-        return torch.cuda.mem_get_info()[1]
+        return int(gpus * torch.cuda.mem_get_info()[1])
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     if limit.exists() and (text := limit.read_text().strip()).isdigit():

@@ -17,6 +17,7 @@ from dpo_ray.bins import first_fit, split_up, spread
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.model.resolve import ModelFolder
+from dpo_ray.pairs import Split, steers
 from dpo_ray.storage.artifact import Artifact, read_shard
 from dpo_ray.storage.location import Location
 
@@ -51,8 +52,12 @@ class PlanIndex:
 _INDEXED = ["pair_id", "prompt_id", "split", "prompt_ids", "chosen_ids", "rejected_ids"]
 
 
-def build_index(shards: Iterable[Location], split: str) -> PlanIndex:
-    """Read ids and token counts, shard by shard. Raises DataError where a prompt is on both sides of the split."""
+def build_index(shards: Iterable[Location], split: Split, eval_fraction: float = 1.0) -> PlanIndex:
+    """Read ids and token counts, shard by shard. Raises DataError where a prompt is on both sides of the split.
+
+    Args:
+        eval_fraction: of the held-out side, only the rows of this share of the prompts: those that steer.
+    """
     names, shard_of, rows, lengths = [], [], [], []
     seen: set[str] = set()
     sides: dict[str, str] = {}
@@ -71,7 +76,7 @@ def build_index(shards: Iterable[Location], split: str) -> PlanIndex:
                     f"Prompt {prompt_id} is both in the training and in the held-out data ({location}), so held-out "
                     "accuracy would be flattered. Remove its pairs from data.eval or from data.train."
                 )
-            if side != split:
+            if side != split or (split == "eval" and not steers(prompt_id, eval_fraction)):
                 continue
             if pair_id in seen:
                 duplicates += 1
@@ -183,7 +188,7 @@ def make_plan(config: Config, rows: Artifact) -> tuple[StepPlan, PlanIndex]:
         seed=config.run.seed,
         hidden_size=model_config.get("hidden_size") or model_config.get("n_embd") or 1024,
     )
-    held_out = build_index(rows.shards(), "eval")
+    held_out = build_index(rows.shards(), "eval", config.train.eval_fraction)
     loss = config.train.loss
     if plan.index.num_unpaired and not loss.accepts_unpaired:
         raise DataError(
@@ -198,7 +203,8 @@ def make_plan(config: Config, rows: Artifact) -> tuple[StepPlan, PlanIndex]:
         )
     if config.train.eval_every_steps is not None and not len(held_out):
         raise ConfigError(
-            f"train.eval_every_steps is {config.train.eval_every_steps}, but there is no held-out pair: raise "
-            "data.held_out_fraction, name data.eval, or leave train.eval_every_steps out."
+            f"train.eval_every_steps is {config.train.eval_every_steps}, but there is no held-out pair"
+            f"{f' in train.eval_fraction={config.train.eval_fraction:g} of them' * (config.train.eval_fraction < 1)}: "
+            "raise data.held_out_fraction, name data.eval, or leave train.eval_every_steps out."
         )
     return plan, held_out

@@ -18,7 +18,7 @@ from dpo_ray.config import Train
 from dpo_ray.data.pairing import mismatched
 from dpo_ray.errors import DataError, NonFiniteLoss, ReferenceMismatch
 from dpo_ray.losses.formulas import kl_estimate
-from dpo_ray.losses.objective import BatchTerms, pair_loss, rewards
+from dpo_ray.losses.objective import BatchTerms, pair_loss, rewards, unscaled_rewards
 from dpo_ray.losses.pair_logps import PairLogps, pair_logps, sum_by_sequence
 from dpo_ray.model.logprobs import TokenScores
 from dpo_ray.model.packing import MicroBatch
@@ -142,7 +142,11 @@ class Learner:
         losses = pair_loss(self.options.loss, everything, terms)
         sums = _Sums()
         sums.add(_per_pair(self.options, losses, everything) | statistics, len(losses), 0)
-        means = {**sums.means(), **_batch_metrics(self.options, terms)}
+        means = {
+            **sums.means(),
+            **_batch_metrics(self.options, terms),
+            **_comparable(self.options, everything),
+        }
         if not all(math.isfinite(value) for value in means.values()):
             raise NonFiniteLoss(
                 f"The loss of the {len(losses)} held-out pairs is {means['loss']}. Lower train.learning_rate, or train "
@@ -313,6 +317,41 @@ def _per_pair(options: Train, losses: Tensor, logps: PairLogps) -> Statistics:
         "logps/chosen": (plain_chosen, with_chosen),
         "logps/rejected": (plain_rejected, with_rejected),
     }
+
+
+def _comparable(options: Train, logps: PairLogps) -> dict[str, float]:
+    """What compares trainings with different β: means over the held-out pairs, and their standard errors (`_se`).
+
+    Where no row has both completions, accuracy and margin are taken over all couples of a desirable and an undesirable
+    row, and `pairs`, which their error follows from, is the smaller of the two counts.
+    """
+    has_chosen, has_rejected = logps.num_chosen_tokens > 0, logps.num_rejected_tokens > 0
+    both = has_chosen & has_rejected
+    chosen, rejected = unscaled_rewards(options.loss, logps)
+    found: dict[str, float] = {}
+    if both.any():
+        found |= {"pairs": float(both.sum()), **_mean("margins", (chosen - rejected)[both])}
+    elif has_chosen.any() and has_rejected.any():
+        couples = chosen[has_chosen][:, None] - rejected[has_rejected][None]
+        fewer = min(couples.shape)
+        found = {
+            "pairs": float(fewer),
+            "rewards/accuracies": float((couples > 0).double().mean()),
+            "margins": float(couples.mean()),
+            "margins_se": float(couples.double().std(correction=0)) / math.sqrt(fewer),
+        }
+    found |= _mean("logps/chosen", (logps.mean_chosen * logps.num_chosen_tokens)[has_chosen])
+    if options.loss.needs_reference:
+        found |= _mean("logratios/chosen", logps.chosen_logratios[has_chosen])
+    return found
+
+
+def _mean(name: str, values: Tensor) -> dict[str, float]:
+    """Of [n] values, and its standard error; nothing of none."""
+    if not len(values):
+        return {}
+    spread = float(values.double().std(correction=0))
+    return {name: float(values.double().mean()), f"{name}_se": spread / math.sqrt(len(values))}
 
 
 def _batch_metrics(options: Train, terms: BatchTerms) -> dict[str, float]:

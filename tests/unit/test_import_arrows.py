@@ -74,7 +74,7 @@ ROOMS = {
     "model": {"bins", "config", "errors", "pairs", "progress", "storage"},
     "shards": {"bins", "config", "data", "errors", "model", "pairs", "reward_source", "rewards", "storage"},
     "training": {"bins", "config", "data", "errors", "losses", "model", "pairs", "progress", "storage"},
-    "evaluation": {"config", "errors", "estimates", "losses", "storage"},
+    "evaluation": {"config", "errors", "estimates", "losses", "pairs", "storage"},
     "on_ray": {
         "bins", "config", "data", "errors", "evaluation", "losses", "model", "origin", "pairs", "progress", "shards",
         "storage", "training",

@@ -311,7 +311,16 @@ def test_evaluations_come_every_n_steps_and_are_those_of_the_model_of_that_step(
             trained.last / EXPORT, [p.prompt_ids for p in held_out], [p.rejected_ids for p in held_out]
         ).mean(),
         **({"kl": kl} if loss == "kto" else {}),
+        "pairs": len(held_out),
+        "margins": (chosen - rejected).mean(),
+        "margins_se": (chosen - rejected).std(correction=0) / len(held_out) ** 0.5,
+        "logratios/chosen": chosen.mean(),
+        "logratios/chosen_se": chosen.std(correction=0) / len(held_out) ** 0.5,
     }
+    chosen_logps = plain_logprobs(
+        trained.last / EXPORT, [p.prompt_ids for p in held_out], [p.chosen_ids for p in held_out]
+    )
+    expected["logps/chosen_se"] = chosen_logps.std(correction=0) / len(held_out) ** 0.5
     assert found == pytest.approx({name: float(value) for name, value in expected.items()}, abs=OF_COMPLETION)
     assert abs(found["rewards/margins"]) > 1e-3
 

@@ -1,0 +1,188 @@
+"""The sweep, from data to the published best model: what trials train on, the trials, and the one that is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tuning.report import sweep_page
+
+from dpo_ray.config import Config, dump_config
+from dpo_ray.errors import DataError
+from dpo_ray.on_ray.session import expect_training
+from dpo_ray.on_ray.trainer import train_policy
+from dpo_ray.pairs import steers
+from dpo_ray.progress import say
+from dpo_ray.storage.artifact import Artifact, read_shard
+from dpo_ray.training.plan import build_index
+from pipelines.align import Prepared, prepare_reference, tokenized_preferences
+from pipelines.context import RunContext
+from pipelines.evaluate import evaluate
+from pipelines.publish import publish
+from tuning.live import status_table
+from tuning.results import Ranked, described, measured_line, results_table, shown_values
+from tuning.space import differences, preparation_key, preparations
+from tuning.sweep import STAGE, Outcome, Sweep
+
+BEST = "best.yaml"
+RESULTS = "results.parquet"
+PAGE = "sweep.html"
+
+
+def sweep(context: RunContext) -> None:
+    """Search, choose, judge on what nothing was chosen by, and publish past the gate.
+
+    Raises DataError where there is nothing to rank or to judge trials on, and GateFailed.
+    """
+    expect_training()
+    config = context.config
+    prepared = _prepare(context)
+    rows = {key: made.rows for key, made in prepared.items()}
+    indices = {key: build_index(made.shards(), "train") for key, made in rows.items()}
+    search = Sweep(
+        context.output, config, rows, indices, lambda trials: context.table(status_table(search.tune, trials))
+    )
+    context.begins(STAGE)
+    outcome = search.run()
+    context.table([])
+    best = outcome.ranking[0]
+    chosen = search.config_of(best.trial)
+    (context.folder / RESULTS).write_bytes(results_table(search.tune, [*outcome.trials, *outcome.repeats]))
+    (context.folder / BEST).write_bytes(dump_config(chosen).encode())
+    context.results[STAGE] = _summary(context, search, outcome)
+    _write_page(context, outcome, None, [])
+    for line in _ranking_lines(search, outcome.ranking):
+        say(STAGE, line)
+    _judge(context, prepared[preparation_key(chosen)], chosen, outcome)
+
+
+def _prepare(context: RunContext) -> dict[str, Prepared]:
+    """What trials train on, once for all that agree on it."""
+    variants = preparations(context.config)
+    if len(variants) > 1:
+        say(STAGE, f"trials train on {len(variants)} different sets of rows, and each is made once")
+    contexts = {
+        key: context.other(config, differences(context.config, config)) if len(variants) > 1 else context
+        for key, config in variants.items()
+    }
+    tokenized = {key: tokenized_preferences(one)[2] for key, one in contexts.items()} if len(variants) > 1 else {}
+    _require_equal(context.config, {differences(context.config, variants[k]): made for k, made in tokenized.items()})
+    prepared = {key: prepare_reference(one) for key, one in contexts.items()}
+    for made in prepared.values():
+        _require_both_parts(context.config, made.rows)
+    return prepared
+
+
+def _held_out(rows: Artifact, eval_fraction: float) -> tuple[set[str], set[str]]:
+    """Ids of the held-out pairs that trials are ranked on, and of those that the chosen one is judged on."""
+    ranking: set[str] = set()
+    judging: set[str] = set()
+    for shard in rows.shards():
+        table = read_shard(shard, columns=["pair_id", "prompt_id", "split"])
+        for pair, prompt, split in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            if split == "eval":
+                (ranking if steers(prompt, eval_fraction) else judging).add(pair)
+    return ranking, judging
+
+
+def _require_equal(config: Config, made: dict[str, Artifact]) -> None:
+    """Raises DataError where trials would be measured on different pairs."""
+    assert config.tune is not None
+    first: tuple[str, set[str]] | None = None
+    for named, rows in made.items():
+        ranking, _ = _held_out(rows, config.tune.ranked_fraction)
+        if first is None:
+            first = named, ranking
+        elif ranking != first[1]:
+            raise DataError(
+                f"With {named} trials would be ranked on {len(ranking)} held-out pairs, with {first[0]} on "
+                f"{len(first[1])}, of which {len(ranking & first[1])} are the same: what they measure could not be "
+                "compared. Have what is too long cut instead of dropped (data.long_prompts=keep_end, "
+                "data.long_completions=cut), or name held-out pairs that fit all values as data.eval."
+            )
+
+
+def _require_both_parts(config: Config, rows: Artifact) -> None:
+    assert config.tune is not None
+    fraction = config.tune.ranked_fraction
+    ranking, judging = _held_out(rows, fraction)
+    if not ranking or not judging:
+        raise DataError(
+            f"A sweep ranks its trials on one part of the held-out pairs and judges the best on the other; here there "
+            f"are {len(ranking)} and {len(judging)} (tune.ranked_fraction={fraction:g}). Raise data.held_out_fraction, "
+            "name more pairs as data.eval, or change tune.ranked_fraction."
+        )
+    say(STAGE, f"trials are ranked on {len(ranking)} held-out pairs, the chosen one is judged on {len(judging)} others")
+
+
+def _judge(context: RunContext, prepared: Prepared, chosen: Config, outcome: Outcome) -> None:
+    """Measure the best model on what no trial was ranked by, and publish it past the gate."""
+    mine = context.other(chosen, "the best")
+    mine.results = context.results
+    policy = mine.stage("train", lambda: train_policy(context.output, chosen, prepared.rows))
+    evaluation = evaluate(mine, prepared.pairs, prepared.rows, prepared.calibration, policy)
+    metrics = evaluation.manifest.metrics
+    final: dict[str, Any] = {
+        "number": outcome.ranking[0].trial.number,
+        "accuracy": metrics["accuracy"],
+        "win_rate": metrics["win_rate"],
+        "ranked_accuracy": outcome.ranking[0].trial.measured.get("accuracy"),
+        "published": None,
+    }
+    context.results[STAGE]["final"] = final
+    try:
+        publish(mine, policy, evaluation)
+        final["published"] = context.results["published"]
+    except Exception as error:
+        _write_page(context, outcome, final, [str(error)])
+        raise
+    _write_page(context, outcome, final, [])
+
+
+def _write_page(context: RunContext, outcome: Outcome, final: dict[str, Any] | None, reasons: Sequence[str]) -> None:
+    page = sweep_page(context.run_id, context.config, outcome.trials, outcome.repeats, outcome.ranking, final, reasons)
+    (context.folder / PAGE).write_bytes(page.encode())
+
+
+def _summary(context: RunContext, search: Sweep, outcome: Outcome) -> dict[str, Any]:
+    """The sweep's entry in summary.json."""
+    states = [t.state for t in outcome.trials]
+    return {
+        "records": search.records.folder.uri,
+        "rows": {key: made.fingerprint for key, made in search.rows.items()},
+        "trials": {state: states.count(state) for state in dict.fromkeys(states)},
+        "at_once": outcome.at_once,
+        "seconds": round(outcome.seconds, 1),
+        "best": {
+            "number": outcome.ranking[0].trial.number,
+            "values": shown_values(search.tune, outcome.ranking[0].trial),
+            "score": outcome.ranking[0].score[0],
+            "spread_over_seeds": outcome.ranking[0].spread,
+            "measured": outcome.ranking[0].trial.measured,
+            "tied": [one.trial.number for one in outcome.ranking if one.is_tied],
+        },
+        "ranking": _ranking_lines(search, outcome.ranking),
+        "best_yaml": (context.folder / BEST).uri,
+        "results": (context.folder / RESULTS).uri,
+    }
+
+
+_SHOWN = 10
+
+
+def _ranking_lines(search: Sweep, ranking: Sequence[Ranked]) -> list[str]:
+    lines = []
+    for place, one in enumerate(ranking[:_SHOWN], start=1):
+        seeds = (
+            f", mean over {len(one.repeats) + 1} seeds {one.score[0]:.3f} ± {one.spread:.3f}"
+            if one.spread is not None
+            else ""
+        )
+        tied = " (cannot be told from the best)" if one.is_tied else ""
+        lines.append(
+            f"{place}. trial {one.trial.number}: {described(search.tune, one.trial)}: "
+            f"{measured_line(one.trial.measured)}{seeds}{tied}"
+        )
+    if len(ranking) > _SHOWN:
+        lines.append(f"… and {len(ranking) - _SHOWN} more, all in {RESULTS}")
+    return lines

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tuning.report import sweep_page
-
 from dpo_ray.config import Config, dump_config
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.session import expect_training
@@ -20,8 +18,9 @@ from pipelines.context import RunContext
 from pipelines.evaluate import evaluate
 from pipelines.publish import publish
 from tuning.live import status_table
+from tuning.preparations import differences, preparation_key, preparations
+from tuning.report import sweep_page
 from tuning.results import Ranked, described, measured_line, results_table, shown_values
-from tuning.space import differences, preparation_key, preparations
 from tuning.sweep import STAGE, Outcome, Sweep
 
 BEST = "best.yaml"

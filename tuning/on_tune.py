@@ -24,10 +24,7 @@ from dpo_ray.on_ray.held_trainer import PLACEMENT_GROUP
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
 from tuning.records import Evaluation
-from tuning.trial import EVALUATION, SCORE, STEP, Ended, TrialActor, Work
-
-DRIVER_CPUS = 0.01
-"""Of a trial's own process, which only waits for its workers."""
+from tuning.trial import DRIVER_CPUS, EVALUATION, SCORE, STEP, Ended, TrialActor, Work
 
 _TUNE_ENV = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # not every result of a trial tells of an evaluation
@@ -88,10 +85,7 @@ def run_trials(
     suggested = _Suggested(works)
     filesystem, path = storage.filesystem()
     tuner = tune.Tuner(
-        tune.with_resources(
-            tune.with_parameters(TrialActor, output=output, rows=dict(rows)),
-            tune.PlacementGroupFactory([{"CPU": DRIVER_CPUS}]),
-        ),
+        tune.with_parameters(TrialActor, output=output, rows=dict(rows)),
         tune_config=tune.TuneConfig(
             num_samples=-1,
             search_alg=suggested,

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice, product
 from typing import Any, Protocol
 
 from dpo_ray.config import Config, parse_config
 from dpo_ray.config.tune import Choice, Distribution, Range
 from dpo_ray.errors import ConfigError
-from dpo_ray.storage.artifact import digest
 
 Point = dict[str, Any]
 
@@ -71,7 +70,7 @@ def points(space: Mapping[str, Distribution]) -> Iterator[Point]:
                 f"tune.space: {path}: a grid needs values, and {found.kind} [{found.low:g}, {found.high:g}] has no end "
                 "of them: list some, or set tune.search to random or tpe, with tune.num_trials."
             )
-    yield from _combinations(space, lambda found: range(int(found.low), int(found.high) + 1))
+    yield from combinations(space, lambda found: range(int(found.low), int(found.high) + 1))
 
 
 def trial_config(config: Config, point: Point) -> Config:
@@ -126,7 +125,7 @@ def require_space(config: Config) -> None:
             f"tune.scheduler.type={config.tune.scheduler.type} ends trials by what they measure on their way, and "
             "train.eval_every_steps is not set: set it to the steps between two evaluations."
         )
-    for path, found in _ranges({path: found for path, found in space.items() if _prepares(path)}):
+    for path, found in _ranges({path: found for path, found in space.items() if prepares(path)}):
         raise ConfigError(
             f"tune.space: {path}: each value of it needs rows of its own, with their own reference pass, and a range "
             f"({found.kind}) has too many: list the values."
@@ -138,48 +137,6 @@ def extreme_configs(config: Config) -> list[Config]:
     """The configurations at the ends of all ranges, for each option. Raises ConfigError where one cannot be."""
     assert config.tune is not None
     return [configured(config, values) for values in _extremes(config.tune.searched())]
-
-
-def preparations(config: Config) -> dict[str, Config]:
-    """What trials are trained on: the key of some rows → a configuration that makes them, for all that differ."""
-    assert config.tune is not None
-    space = config.tune.searched()
-    decisive = {
-        path: found for path, found in space.items() if _prepares(path) or path.split(".")[:2] == ["train", "loss"]
-    }
-    found: dict[str, Config] = {}
-    for point in _combinations(decisive, lambda found: (found.low,)):
-        one = configured(config, drawn(decisive, Given(point)))
-        found.setdefault(preparation_key(one), one)
-    return found
-
-
-def preparation_key(config: Config) -> str:
-    """Trials for which this is equal train on the same rows."""
-    loss = config.train.loss
-    rows = "tokenized" if not loss.needs_reference else "mismatched" if loss.needs_mismatched else "reference"
-    decisive = config.model_dump(
-        mode="json", include={"model", "data", "generate", "reference"}, exclude={"model": {"lora"}}
-    )
-    return f"{rows}-{digest(decisive)}"
-
-
-def differences(config: Config, one: Config) -> str:
-    """What of the searched paths makes a preparation another one, for people."""
-    assert config.tune is not None
-    paths = [path for path in config.tune.searched() if _prepares(path)]
-    named = [f"{path}={_at(one, path)}" for path in paths]
-    if "train.loss" in config.tune.searched() or "train.loss.type" in config.tune.searched():
-        named.append("no reference" if not one.train.loss.needs_reference else "")
-        named.append("mismatched completions" if one.train.loss.needs_mismatched else "")
-    return ", ".join(filter(None, named)) or "all trials"
-
-
-def _at(config: Config, path: str) -> Any:
-    found: Any = config
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
 
 
 _PREPARES = {
@@ -233,7 +190,8 @@ def _changes_training(config: Config, path: str) -> bool:
     return name not in type(config.train).model_fields or name in config.train.identity()
 
 
-def _prepares(path: str) -> bool:
+def prepares(path: str) -> bool:
+    """Whether trials with other values of it need other rows."""
     return path in _PREPARES or path == "data.train"
 
 
@@ -317,7 +275,12 @@ def _ranges_in(name: str, found: Any) -> Iterator[tuple[str, Range]]:
         yield from _ranges(found, f"{name}.")
 
 
-def _combinations(space: Mapping[str, Any], values: Any) -> Iterator[Point]:
+def combinations(space: Mapping[str, Any], values: Callable[[Range], Iterable[float | int]]) -> Iterator[Point]:
+    """Every combination, in the order of the space.
+
+    Args:
+        values: which of a range are taken.
+    """
     parts = [list(_points_of(path, found, values)) for path, found in space.items()]
     for chosen in product(*parts):
         yield {name: value for part in chosen for name, value in part.items()}
@@ -331,7 +294,7 @@ def _points_of(name: str, found: Any, values: Any) -> Iterator[Point]:
             for inner in _points_of(f"{name}[{label}]", option, values):
                 yield {name: label, **inner}
     elif isinstance(found, Mapping):
-        yield from _combinations({f"{name}.{key}": inner for key, inner in found.items()}, values)
+        yield from combinations({f"{name}.{key}": inner for key, inner in found.items()}, values)
     else:
         yield {}
 
@@ -347,5 +310,5 @@ def _extremes(space: Mapping[str, Distribution]) -> Iterator[dict[str, Any]]:
         for point in _points_of(path, found, ends):
             whole = {name: value for part in {**firsts, path: point}.values() for name, value in part.items()}
             yield drawn(space, Given(whole))
-    for point in islice(_combinations(space, ends), _MOST_COMBINATIONS):
+    for point in islice(combinations(space, ends), _MOST_COMBINATIONS):
         yield drawn(space, Given(point))

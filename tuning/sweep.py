@@ -18,7 +18,6 @@ from dpo_ray.training.plan import PlanIndex
 from tuning.live import status_note
 from tuning.measures import score
 from tuning.on_tune import (
-    DRIVER_CPUS,
     Listener,
     Past,
     forgotten_groups,
@@ -27,11 +26,12 @@ from tuning.on_tune import (
     places,
     run_trials,
 )
+from tuning.preparations import preparation_key
 from tuning.records import Evaluation, Records, Trial, identity
 from tuning.results import Ranked, described, measured_line, ranked
-from tuning.space import extreme_configs, preparation_key, trial_config
+from tuning.space import extreme_configs, trial_config
 from tuning.suggestions import next_point, num_trials
-from tuning.trial import Ended, Work
+from tuning.trial import DRIVER_CPUS, Ended, Work
 
 STAGE = "sweep"
 
@@ -226,6 +226,8 @@ class Sweep:
                 continue
             if trial.state in {"stopped", "diverged"}:
                 (location / "checkpoints").remove_folder()
+                if not location.files():
+                    location.remove_folder()
             elif trial.state == "finished" and trial.was_trained and trial.policy not in kept:
                 (location / MANIFEST).remove()  # from here on it is unfinished, and would be computed again
                 location.remove_folder()

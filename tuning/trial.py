@@ -28,6 +28,9 @@ from dpo_ray.training.files import HISTORY
 from tuning.measures import measured, score
 from tuning.records import Evaluation
 
+DRIVER_CPUS = 0.01
+"""Of a trial's own process, which only waits for its workers."""
+
 STEP, EVALUATION, SCORE = "step", "evaluation", "score"
 """Keys of a result that tells of an evaluation: after which step, the records' Evaluation, and what the scheduler goes
 by, larger being better."""
@@ -69,6 +72,10 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]  # Ray is not followed
         output: the folder run.output.
         rows: key → what trials train on.
     """
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        return tune.PlacementGroupFactory([{"CPU": DRIVER_CPUS}])
 
     def setup(self, config: dict[str, Any], *, output: Location, rows: Mapping[str, Artifact]) -> None:
         self._output, self._rows = output, rows

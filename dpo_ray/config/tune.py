@@ -165,11 +165,13 @@ _REFUSED = {
 
 
 def _rank_by(value: Any) -> Any:
+    known = get_args(Measure)
     for name in value if isinstance(value, list | tuple | dict) else [value]:
-        if name in _REFUSED:
-            known = ", ".join(get_args(Measure))
+        if name not in known:
+            reason = _REFUSED.get(name, "there is no such measure") if isinstance(name, str) else "it is no name"
             raise ValueError(
-                f"tune.rank_by={name}: {_REFUSED[name]}. Rank by one of {known}, or a weighted sum of them"
+                f"tune.rank_by={name}: {reason}. Rank by one of {', '.join(known)}, by a weighted sum of them, as in "
+                "{accuracy: 1.0, likelihood_drop: -0.001}, or by a list of several objectives"
             )
     return value
 

@@ -133,19 +133,6 @@ def test_a_gate_that_does_not_hold_publishes_nothing_and_exits_4(first_run, job,
     assert not (folder / "out" / "models" / "never").exists()
 
 
-def test_a_sweep_trains_each_point_on_the_same_reference_artifact(first_run, job, one_ray):
-    folder, run = job
-    reference = first_run[2]["stages"]["reference"]["fingerprint"]
-    done = run("sweep", one_ray, **SMALL_TRAINING, tune__beta=[0.1, 0.5], tune__learning_rate=[1e-3])
-    assert done.code == 0, done.log
-    summary = summary_of(folder / "out")
-    assert summary["stages"]["reference"]["reused"]
-    assert summary["sweep"]["reference"] == reference
-    assert {trial["beta"] for trial in summary["sweep"]["trials"]} == {0.1, 0.5}
-    accuracies = [trial["accuracy"]["value"] for trial in summary["sweep"]["trials"]]
-    assert accuracies == sorted(accuracies, reverse=True)
-
-
 def test_training_stops_early_and_takes_the_best_weights_from_its_checkpoint(first_run, job, one_ray):
     folder, run = job
     done = run(

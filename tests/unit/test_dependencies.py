@@ -12,7 +12,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("dpo_ray", "pipelines", "tuning", "cluster")
-MODULE_OF = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
+MODULE_OF = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "typing-extensions": "typing_extensions"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

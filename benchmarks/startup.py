@@ -67,7 +67,7 @@ def measure(command: list[str], *, cwd: Path, code: int) -> tuple[float, float]:
 
     Raises SystemExit where it ends with another exit code.
     """
-    before = _cpu_of_children()
+    before = cpu_of_children()
     with tempfile.TemporaryFile() as said:
         began = time.monotonic()
         process = subprocess.Popen(
@@ -78,14 +78,21 @@ def measure(command: list[str], *, cwd: Path, code: int) -> tuple[float, float]:
         if found != code:
             said.seek(0)
             sys.exit(f"{' '.join(command)} ended with {found}, not {code}:\n{said.read().decode()[-2000:]}")
-    try:
-        while True:
+    wait_for_orphans()
+    return wall, cpu_of_children() - before
+
+
+def wait_for_orphans() -> None:
+    """Until the last of the processes has ended that were adopted."""
+    while True:
+        try:
             os.wait()
-    except ChildProcessError:
-        return wall, _cpu_of_children() - before
+        except ChildProcessError:
+            return
 
 
-def _cpu_of_children() -> float:
+def cpu_of_children() -> float:
+    """CPU seconds of all that this process has started, and that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -95,7 +95,11 @@ def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = Fals
     loaded = load_config(config, override)
     require_space(loaded)
     if dry_run:
-        _print_plan(loaded, "train")
+        from pipelines.show import plan_lines, sweep_lines
+
+        typer.echo(dump_config(loaded))
+        for line in [*plan_lines(loaded, "reference"), *sweep_lines(loaded)]:
+            typer.echo(f"# {line}")
         return
 
     def work(context: RunContext) -> None:

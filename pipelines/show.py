@@ -72,6 +72,29 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
     return shown
 
 
+def sweep_lines(config: Config) -> list[str]:
+    """What a sweep would do after the stages that its trials share."""
+    from tuning.preparations import differences, preparations
+    from tuning.suggestions import num_trials
+
+    tune = config.tune
+    assert tune is not None
+    prepared = [differences(config, one) for one in preparations(config).values()]
+    rank_by = tune.rank_by if isinstance(tune.rank_by, str) else json.dumps(tune.rank_by)
+    lines = [
+        f"sweep: {num_trials(tune)} trials, {tune.search}, ranked by {rank_by} on {tune.ranked_fraction:g} of the "
+        f"held-out prompts, scheduler {tune.scheduler.type}",
+        *(f"  {path}: {json.dumps(found.written())}" for path, found in tune.searched().items()),
+    ]
+    if len(prepared) > 1:
+        lines.append(f"  rows are made, and their reference scored, once for each of: {'; '.join(prepared)}")
+    if tune.repeat_best is not None:
+        lines.append(f"  then the best {tune.repeat_best.k} with {tune.repeat_best.seeds} other seeds each")
+    lines.append("evaluate: the best trial, on the other held-out prompts")
+    lines.append(f"publish: {config.run.output}/models/{config.run.name}, if the gate holds")
+    return lines
+
+
 def closing_lines(context: RunContext, summary: dict[str, Any], log: Path) -> list[str]:
     """The last words of a run that ended well."""
     lines = [""]

@@ -37,7 +37,11 @@ def sweep(context: RunContext) -> None:
     config = context.config
     prepared = _prepare(context)
     rows = {key: made.rows for key, made in prepared.items()}
-    indices = {key: build_index(made.shards(), "train") for key, made in rows.items()}
+    assert config.tune is not None
+    indices = {
+        key: (build_index(made.shards(), "train"), build_index(made.shards(), "eval", config.tune.ranked_fraction))
+        for key, made in rows.items()
+    }
     search = Sweep(
         context.output, config, rows, indices, lambda trials: context.table(status_table(search.tune, trials))
     )

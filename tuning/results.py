@@ -55,7 +55,12 @@ def ranked(tune: Tune, trials: Sequence[Trial], repeats: Sequence[Trial] = ()) -
         value, spread = _over_seeds(objectives[0], [trial, *again])
         places.append(Ranked(trial, value, spread, is_tied=False, on_front=trial.number in front, repeats=again))
     several = len(objectives) > 1
-    places.sort(key=lambda r: (several and r.on_front, bool(r.repeats), r.score[0]), reverse=True)
+
+    def order(one: Ranked) -> tuple[bool, bool, float, float]:
+        margin = one.trial.measured.get("margin", {"value": 0.0})["value"]  # among equals, as few pairs make them
+        return several and one.on_front, bool(one.repeats), one.score[0], margin
+
+    places.sort(key=order, reverse=True)
     best = places[0] if places else None
     return [_tied(one, best) for one in places]
 

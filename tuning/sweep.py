@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DpoRayError
 from dpo_ray.on_ray.session import connect, is_embedded, num_cores
-from dpo_ray.on_ray.trainer import tokens_per_microbatch, train_location
+from dpo_ray.on_ray.trainer import tokens_per_microbatch, tokens_per_second, train_location
 from dpo_ray.progress import Progress, say
 from dpo_ray.storage.artifact import MANIFEST, Artifact
 from dpo_ray.storage.location import Location
 from dpo_ray.training.plan import PlanIndex
+from tuning.estimate import estimate_lines, load_of
 from tuning.live import status_note
 from tuning.measures import score
 from tuning.on_tune import (
@@ -57,7 +58,7 @@ class Sweep:
 
     Args:
         rows: key of a preparation (tuning.space) → what its trials train on.
-        indices: the same keys → the index of their training pairs.
+        indices: the same keys → the index of their training pairs, and of the held-out ones that trials are ranked on.
         show: called with all trials whenever one has come further.
     """
 
@@ -66,7 +67,7 @@ class Sweep:
         output: Location,
         config: Config,
         rows: Mapping[str, Artifact],
-        indices: Mapping[str, PlanIndex],
+        indices: Mapping[str, tuple[PlanIndex, PlanIndex]],
         show: Callable[[Sequence[Trial]], None],
     ) -> None:
         assert config.tune is not None
@@ -91,7 +92,7 @@ class Sweep:
 
     def num_steps(self, config: Config) -> int:
         """Of a trial. Raises ConfigError where its pairs do not fill a step."""
-        pairs = len(self.indices[preparation_key(config)])
+        pairs = len(self.indices[preparation_key(config)][0])
         steps = pairs * config.train.epochs // config.train.global_batch_size
         if steps == 0:
             raise ConfigError(
@@ -112,6 +113,7 @@ class Sweep:
         )
         if ended < self.num_trials:
             self._connect()
+            self._say_cost(self.num_trials - ended)
             self._run(self._search(), schedules=True, total=self.num_trials - ended)
         ranking = self._ranking([])
         repeats: list[Trial] = []
@@ -165,6 +167,23 @@ class Sweep:
             trains=True,
         )
         self._at_once = self.tune.max_concurrent_trials or (wanted if is_embedded() else places(cpus, gpus))
+
+    def _say_cost(self, open_trials: int) -> None:
+        configs = extreme_configs(self.config)
+        loads = [load_of(one, self.num_steps(one), *self.indices[preparation_key(one)]) for one in configs]
+        first = configs[0]
+        rate = tokens_per_second(first, self.indices[preparation_key(first)][0])
+        scored = [made for made in self.rows.values() if made.manifest.kind != "tokenized"]
+        for line in estimate_lines(
+            self.config,
+            loads,
+            open_trials=open_trials,
+            at_once=self._at_once,
+            tokens_per_second=rate,
+            rows_scored=scored[0].manifest.rows or 0 if scored else 0,
+            preparations=len(self.rows),
+        ):
+            say(STAGE, line)
 
     def _run(self, trials: Iterator[Trial], *, schedules: bool, total: int) -> None:
         watch = _Watch(self, total)

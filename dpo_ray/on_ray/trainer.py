@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_ray.config import Config, Model, Train
 from dpo_ray.errors import DpoRayError
 from dpo_ray.model.resolve import ModelFolder
-from dpo_ray.on_ray.failures import raise_ours
+from dpo_ray.on_ray.failures import raise_ours, reason_of
 from dpo_ray.on_ray.resume import newest_whole_checkpoint, resumed_step, run_name, state_of
 from dpo_ray.on_ray.session import connect
 from dpo_ray.progress import aside, say
@@ -204,6 +204,42 @@ def tokens_per_microbatch(config: Config) -> int:
         raise_ours(error, KIND)
     say(KIND, f"micro-batches of at most {tokens} tokens (train.tokens_per_microbatch=auto)")
     return tokens
+
+
+def tokens_per_second(config: Config, index: PlanIndex) -> float | None:
+    """Of a training, tried out on a worker with the first pairs of the index. Ray must be connected.
+
+    None where a worker does not hold the whole model, or where it failed there: nothing depends on it.
+    """
+    options = config.train
+    if options.strategy == "fsdp":
+        return None
+    import ray
+
+    few = index.first(_TRIED_PAIRS)
+    task = ray.remote(num_cpus=options.cpus_per_worker, num_gpus=options.gpus, max_calls=1)(_speed_of_a_worker)
+    try:
+        found: float = ray.get(task.remote(config.model, options, few))
+    except ray.exceptions.RayError as error:
+        say(KIND, f"how fast a worker trains could not be tried out: {reason_of(error)}")
+        return None
+    return options.num_workers * found
+
+
+_TRIED_PAIRS = 4
+
+
+def _speed_of_a_worker(model: Model, train: Train, index: PlanIndex) -> float:
+    import numpy as np
+    import torch
+
+    from dpo_ray.on_ray.stream import read_share
+    from dpo_ray.training.speed import tokens_per_second
+
+    if not train.use_gpu:
+        torch.set_num_threads(max(1, int(train.cpus_per_worker)))
+    pairs = read_share(index, np.arange(len(index)), 0, 1, int(index.lengths.sum()) + 1, 1024).pairs
+    return tokens_per_second(model, train, pairs, torch.device("cuda" if train.use_gpu else "cpu"))
 
 
 def _tokens_on_a_worker(model: Model, train: Train, num_workers: int) -> int:

@@ -8,7 +8,7 @@ starting the plan at t.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow.compute as pc
@@ -42,6 +42,10 @@ class PlanIndex:
 
     def __len__(self) -> int:
         return len(self.row)
+
+    def first(self, count: int) -> PlanIndex:
+        """Of the first pairs only."""
+        return replace(self, shard=self.shard[:count], row=self.row[:count], lengths=self.lengths[:count])
 
     @property
     def num_unpaired(self) -> int:

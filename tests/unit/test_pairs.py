@@ -13,6 +13,7 @@ from dpo_ray.pairs import (
     TokenizedPair,
     prompt_id,
     split_of,
+    steers,
     tokenized_pair,
 )
 
@@ -99,6 +100,15 @@ def test_a_larger_fraction_only_adds_to_the_held_out_prompts():
     few = {i for i in range(500) if split_of(str(i), 0.1, 0) == "eval"}
     more = {i for i in range(500) if split_of(str(i), 0.3, 0) == "eval"}
     assert few < more
+
+
+def test_about_the_part_asked_for_steers_and_it_is_alike_on_both_sides_of_the_split():
+    held_out = [str(i) for i in range(20000) if split_of(str(i), 0.1, 0) == "eval"]
+    part = [i for i in held_out if steers(i, 0.5)]
+    # Some 2000 draws at .5 have a standard deviation of 22; four of them are 90.
+    assert abs(len(part) - len(held_out) / 2) < 90
+    assert all(steers(i, 0.7) for i in part)  # a larger part only adds
+    assert all(steers(i, 1.0) for i in held_out)
 
 
 def test_nothing_is_held_out_at_fraction_zero():

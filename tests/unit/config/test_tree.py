@@ -353,3 +353,11 @@ def test_who_asks_for_a_refreshed_reference_is_told_of_rounds(key: str):
 def test_combinations_in_train_that_cannot_work(train: dict[str, object], told: str):
     with pytest.raises(ConfigError, match=told):
         parse_config(tree(train=train))
+
+
+def test_a_part_of_a_gpu_is_for_one_worker():
+    assert Train.model_validate({"use_gpu": True, "gpus_per_worker": 0.5}).gpus == 0.5
+    assert Train().gpus == 0.0 and Train.model_validate({"use_gpu": True}).gpus == 1.0
+    for train in ({"gpus_per_worker": 0.5}, {"gpus_per_worker": 0.5, "use_gpu": True, "num_workers": 2}):
+        with pytest.raises(ConfigError, match=r"train\.gpus_per_worker is 0\.5.*cannot share a GPU"):
+            parse_config(tree(train=train))

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from dpo_ray.config.losses import Loss
 from dpo_ray.errors import DataError
 from dpo_ray.evaluation.held_out import held_out_margins
-from dpo_ray.pairs import REFERENCE, SCORES, TOKENIZED
+from dpo_ray.pairs import REFERENCE, SCORES, TOKENIZED, steers
 from dpo_ray.storage.artifact import Artifact, publish, write_shard
 from dpo_ray.storage.location import Location
 
@@ -108,6 +108,16 @@ def test_where_some_rows_are_pairs_only_these_count(tmp_path: Path):
 def test_single_answers_of_one_kind_alone_have_no_margin(tmp_path: Path):
     one_kind: dict[str, Sides] = {"d": ([-1.0], []), "e": ([-1.0], [])}
     assert len(held_out_margins(loss(type="kto"), scores(tmp_path, one_kind), reference(tmp_path, one_kind))) == 0
+
+
+def test_pairs_that_training_was_steered_by_do_not_count(tmp_path: Path):
+    rows = {name: ([-1.0 - n], [-2.0]) for n, name in enumerate("abcdefgh")}
+    judges = [name for name in rows if not steers(f"prompt of {name}", 0.5)]
+    assert 0 < len(judges) < len(rows)
+    found = held_out_margins(loss(type="sigmoid"), scores(tmp_path, rows), reference(tmp_path, dict(rows)), 0.5)
+    assert len(found) == len(judges)
+    whole = held_out_margins(loss(type="sigmoid"), scores(tmp_path, rows), reference(tmp_path, dict(rows)))
+    assert len(whole) == len(rows)
 
 
 def test_nothing_held_out_has_no_margin(tmp_path: Path):

@@ -25,7 +25,7 @@ from dpo_ray.training.files import EXPORT
 from dpo_ray.training.optim import learning_rate
 from tests.gradients import require_same
 from tests.rounding import GRADIENT, of_logprob, of_sum, ulps
-from tests.training import Trained, random_pairs, run, scored
+from tests.training import Kept, Trained, random_pairs, run, scored
 
 BATCH, NUM_STEPS = 8, 4
 OF_COMPLETION = 8 * of_logprob(512)  # of at most 8 tokens, were they all off to one side
@@ -632,6 +632,39 @@ def test_rows_with_one_answer_train_and_what_nobody_has_is_not_reported(
     assert of_liked["num_tokens"] == sum(len(p.prompt_ids) + len(p.chosen_ids) for p in liked)
     # The liked answers became likelier, and rewards are averages over those who have the answer.
     assert of_mixed["rewards/chosen"] > 1e-3
+
+
+def test_held_out_rows_with_one_answer_are_compared_each_with_each(
+    small_model: Path, pairs: list[TokenizedPair], held_out: list[TokenizedPair], tmp_path: Path
+):
+    liked = [replace(p, rejected_ids=[], rejected_ref_logprobs=[]) for p in held_out[:3]]
+    disliked = [replace(p, chosen_ids=[], chosen_ref_logprobs=[]) for p in held_out[2:4]]
+    run(small_model, pairs, tmp_path, loss={"type": "kto", "beta": 0.5}, held_out=[*liked, *disliked],
+        eval_every_steps=NUM_STEPS, learning_rate=3e-3)  # fmt: skip
+    trained = Trained(tmp_path)
+    chosen, rejected, _ = log_ratios(trained.last / EXPORT, small_model, held_out)
+    couples = chosen[:3, None] - rejected[None, 2:4]
+    found = trained.metrics[-1]
+    assert found["eval_pairs"] == 2  # as many independent couples as there are of the fewer
+    assert found["eval_rewards/accuracies"] == pytest.approx(float((couples > 0).double().mean()))
+    assert found["eval_margins"] == pytest.approx(float(couples.mean()), abs=OF_COMPLETION)
+    expected = float(couples.double().std(correction=0)) / 2**0.5
+    assert found["eval_margins_se"] == pytest.approx(expected, abs=OF_COMPLETION)
+
+
+def test_an_evaluation_without_a_checkpoint_is_told(
+    small_model: Path,
+    pairs: list[TokenizedPair],
+    held_out: list[TokenizedPair],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(Kept, "report", lambda self, metrics: told.append(metrics))
+    run(small_model, pairs, tmp_path, held_out=held_out, eval_every_steps=1, checkpoint_every_steps=2)
+    trained = Trained(tmp_path)
+    evaluated = {m["step"]: m for m in trained.metrics if "eval_loss" in m}
+    assert told == [m for step, m in evaluated.items() if step not in trained.checkpoints] and told
 
 
 def test_a_loss_without_reference_trains_on_pairs_without_one(small_model: Path, tmp_path: Path):

@@ -106,3 +106,9 @@ def test_replicas_do_not_share_their_state():
 def test_the_limit_counts_tokens_of_a_micro_batch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "MOST_TOKENS_CPU", 77)
     assert fits(SMALL, 24, model={"dtype": "float32"}) == 77
+
+
+def test_a_part_of_a_gpu_has_that_part_of_its_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 80 * 2**30))
+    assert memory.worker_memory(1, 1.0, 0.25) == 20 * 2**30
+    assert memory.worker_memory(1, 1.0, 1.0) == 80 * 2**30

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dpo_ray.bins import first_fit
 from dpo_ray.errors import ConfigError, DataError
-from dpo_ray.pairs import TOKENIZED
+from dpo_ray.pairs import TOKENIZED, steers
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
 from dpo_ray.training.plan import PlanIndex, StepPlan, build_index, microbatches, pair_cost
@@ -219,6 +219,23 @@ def test_a_prompt_on_both_sides_is_an_error_that_names_it(tmp_path: Path, split:
     ]
     with pytest.raises(DataError, match="prompt-7"):
         build_index(shards, split)
+
+
+def test_a_part_of_the_held_out_prompts_steers(tmp_path: Path):
+    rows = [(f"{n}", f"prompt {n // 2}", "eval" if n % 4 < 2 else "train") for n in range(400)]
+    shards = [shard(tmp_path, "0", rows)]
+    some = build_index(shards, "eval", 0.5)
+    assert 50 < len(some) < 150 and len(build_index(shards, "eval")) == 200
+    expected = [n for n, (_, prompt, side) in enumerate(rows) if side == "eval" and steers(prompt, 0.5)]
+    assert some.row.tolist() == expected
+    assert len(build_index(shards, "train", 0.5)) == 200  # the training side is whole
+
+
+def test_the_first_pairs_of_an_index_are_an_index(tmp_path: Path):
+    shards = [shard(tmp_path, str(k), [(f"{k}-{n}", f"{k}-{n}", "train") for n in range(3)]) for k in range(2)]
+    few = build_index(shards, "train").first(4)
+    assert (few.shard.tolist(), few.row.tolist()) == ([0, 0, 0, 1], [0, 1, 2, 0])
+    assert len(few) == 4 and few.lengths.shape == (4, 3)
 
 
 def test_an_index_of_nothing_is_empty():

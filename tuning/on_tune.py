@@ -19,12 +19,11 @@ from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from dpo_ray.config.tune import ASHA, MedianStopping, Scheduler
-from dpo_ray.on_ray.failures import reason_of
 from dpo_ray.on_ray.held_trainer import PLACEMENT_GROUP
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
 from tuning.records import Evaluation
-from tuning.trial import DRIVER_CPUS, EVALUATION, SCORE, STEP, Ended, TrialActor, Work
+from tuning.trial import DRIVER_CPUS, EVALUATION, FAILURE, SCORE, STEP, Ended, TrialActor, Work
 
 _TUNE_ENV = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # not every result of a trial tells of an evaluation
@@ -91,6 +90,7 @@ def run_trials(
             search_alg=suggested,
             scheduler=scheduler,
             max_concurrent_trials=at_once,
+            trial_dirname_creator=lambda trial: str(trial.trial_id),
             reuse_actors=True,  # a process that has loaded what it needs serves the next trial
         ),
         run_config=tune.RunConfig(
@@ -192,6 +192,7 @@ class _Told(_NotKept, tune.Callback):  # type: ignore[misc]  # Ray is not follow
         self._names = suggested.names
         self._listener = listener
         self._groups: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
         self._ended: set[str] = set()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -203,6 +204,8 @@ class _Told(_NotKept, tune.Callback):  # type: ignore[misc]  # Ray is not follow
         name = self._names[trial.trial_id]
         if PLACEMENT_GROUP in result:
             self._groups[name] = result[PLACEMENT_GROUP]
+        elif FAILURE in result:
+            self._reasons[name] = result[FAILURE]
         elif EVALUATION in result:
             self._listener.evaluated(name, result[EVALUATION], result["time_total_s"])
         elif "state" in result:
@@ -226,8 +229,7 @@ class _Told(_NotKept, tune.Callback):  # type: ignore[misc]  # Ray is not follow
         if group is not None:
             # A process that was killed could not give it back, and the next attempt would wait for its place.
             give_back(group)
-        error = trial.get_error()
-        self._listener.failed(name, reason_of(error) if error is not None else "its process died", again=again)
+        self._listener.failed(name, self._reasons.pop(name, "its process died"), again=again)
 
 
 @contextmanager

@@ -297,9 +297,9 @@ class _Watch(Listener):
         trial = self._named[name]
         trial.seconds = self._before[name] + seconds
         trial.state, trial.reason = result["state"], result["reason"]
-        if result["state"] == "diverged":
+        if result["state"] != "finished":
             trial.measured = {}
-            self._changed(trial, f"diverged after step {trial.step}: {result['reason']}", ended=True)
+            self._changed(trial, f"{result['state']} after step {trial.step}: {result['reason']}", ended=True)
             return
         trial.policy, trial.was_trained = result["policy"], trial.was_trained or result["was_trained"]
         trial.first_step_loss = result["first_step_loss"]

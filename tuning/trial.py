@@ -19,7 +19,8 @@ from ray import tune
 
 from dpo_ray.config import Config
 from dpo_ray.config.tune import Measure
-from dpo_ray.errors import NonFiniteLoss
+from dpo_ray.errors import ConfigError, DataError, NonFiniteLoss
+from dpo_ray.on_ray.failures import reason_of
 from dpo_ray.on_ray.held_trainer import PLACEMENT_GROUP, HeldTrainer, Hold, Stopped
 from dpo_ray.on_ray.trainer import Steering, train_policy
 from dpo_ray.storage.artifact import Artifact
@@ -34,6 +35,10 @@ DRIVER_CPUS = 0.01
 STEP, EVALUATION, SCORE = "step", "evaluation", "score"
 """Keys of a result that tells of an evaluation: after which step, the records' Evaluation, and what the scheduler goes
 by, larger being better."""
+
+
+FAILURE = "failure"
+"""Key of a result that says why the next one is an error."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Ended(TypedDict):
     """A trial's last result."""
 
     done: Literal[True]
-    state: Literal["finished", "diverged"]
+    state: Literal["finished", "diverged", "failed"]
     reason: str | None
     policy: str | None
     was_trained: bool
@@ -148,9 +153,12 @@ class _Attempt:
         except Stopped:
             return
         except NonFiniteLoss as error:
-            self._results.put(dict(_diverged(str(error))))
-        except BaseException as error:  # Tune is given it where it asks for the next result
-            self._results.put(error)
+            self._results.put(dict(_ended("diverged", str(error))))
+        except (ConfigError, DataError) as error:  # another attempt would end alike
+            self._results.put(dict(_ended("failed", str(error))))
+        except BaseException as error:
+            self._results.put({FAILURE: reason_of(error)})
+            self._results.put(error)  # Tune is given it where it asks for the next result
 
 
 def _finished(policy: Artifact, *, was_trained: bool) -> Ended:
@@ -177,10 +185,10 @@ def evaluation_of(metrics: Mapping[str, Any]) -> Evaluation:
     return {"step": int(metrics["step"]), "loss": float(metrics["eval_loss"]), "measured": measured(metrics)}
 
 
-def _diverged(reason: str) -> Ended:
+def _ended(state: Literal["diverged", "failed"], reason: str) -> Ended:
     return {
         "done": True,
-        "state": "diverged",
+        "state": state,
         "reason": reason,
         "policy": None,
         "was_trained": False,

@@ -16,13 +16,13 @@ from tests.command_line import CONFIGS, DPO_RAY, LONGEST, overrides, processes_b
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
-RATES = [1e-4, 3e-4, 1e-3, 3e-3]
+RATES = [1e-4, 3e-4, 1e-3]
 MARK = "DPO_RAY_KILLED_SWEEP"
 
 
 @pytest.fixture(scope="module")
 def command(one_ray, tmp_path_factory, tiny_model, write_preferences) -> tuple[list[str], Path]:
-    """Arguments of a sweep of four trials on pairs that are scored already, two side by side, and its output."""
+    """Arguments of a sweep of three trials on pairs that are scored already, two side by side, and its output."""
     folder = tmp_path_factory.mktemp("killed_sweep")
     rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": f"No {n} today."} for n in range(60)]
     write_preferences(folder / "data", rows)
@@ -35,7 +35,7 @@ def command(one_ray, tmp_path_factory, tiny_model, write_preferences) -> tuple[l
         reference__calibration_pairs=4,
         train__num_workers=1,
         train__global_batch_size=4,
-        train__epochs=12,
+        train__epochs=6,
         train__checkpoint_every_steps=5,
         train__eval_every_steps=5,
         train__tokens_per_microbatch=1024,
@@ -43,7 +43,7 @@ def command(one_ray, tmp_path_factory, tiny_model, write_preferences) -> tuple[l
         tune__beta=[0.1],
         tune__learning_rate=RATES,
         tune__max_concurrent_trials=2,
-        tune__keep_models=4,
+        tune__keep_models=3,
     )
     config = str(CONFIGS / "align_cpu.yaml")
     done = one_ray("reference", config, *settings)
@@ -90,21 +90,19 @@ def training_after(found: dict[int, dict], step: int) -> list[int]:
     return [n for n, trial in found.items() if trial["state"] == "training" and trial["step"] >= step]
 
 
+def has_finished(found: dict[int, dict]) -> bool:
+    return any(trial["state"] == "finished" for trial in found.values())
+
+
 def test_no_finished_trial_is_repeated_and_the_others_go_on(command, tmp_path):
     arguments, output = command
     first = Running(arguments, output, tmp_path / "first.log")
     # Its controller is in the trial's own process, and dies with it.
     first.wait_for(lambda found: training_after(found, 5))
     first.kill_one("ray::TrialActor")
-    first.wait_for(lambda found: sum(trial["state"] == "finished" for trial in found.values()) >= 1)
-    first.wait_for(lambda found: training_after(found, 5))
+    first.wait_for(lambda found: has_finished(found) and training_after(found, 10))
     first.kill_one("ray::RayTrainWorker")
-    before = first.wait_for(
-        lambda found: (
-            sum(trial["state"] == "finished" for trial in found.values()) >= 2
-            and (training_after(found, 15) or all(t["state"] == "finished" for t in found.values()))
-        )
-    )
+    before = first.wait_for(lambda found: training_after(found, 20))
     first.process.kill()
     first.process.wait(60)
     deadline = time.monotonic() + 120
@@ -116,7 +114,7 @@ def test_no_finished_trial_is_repeated_and_the_others_go_on(command, tmp_path):
     finished = {n: trial for n, trial in before.items() if trial["state"] == "finished"}
     made = {t["policy"]: (output / "artifacts/train" / t["policy"] / "manifest.json").stat() for t in finished.values()}
     interrupted = {n: trial for n, trial in before.items() if trial["state"] == "training" and trial["step"] >= 5}
-    assert interrupted, "the driver was killed when nothing ran"
+    assert finished and interrupted
 
     again = Running(arguments, output, tmp_path / "again.log")
     assert again.process.wait(LONGEST) == 0, again.log.read_text()[-4000:]

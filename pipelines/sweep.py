@@ -31,7 +31,8 @@ PAGE = "sweep.html"
 def sweep(context: RunContext) -> None:
     """Search, choose, judge on what nothing was chosen by, and publish past the gate.
 
-    Raises DataError where there is nothing to rank or to judge trials on, and GateFailed.
+    Raises DataError where there is nothing to rank or to judge trials on, DpoRayError where no trial came to its end,
+    and GateFailed.
     """
     expect_training()
     config = context.config
@@ -48,12 +49,14 @@ def sweep(context: RunContext) -> None:
     context.begins(STAGE)
     outcome = search.run()
     context.table([])
-    best = outcome.ranking[0]
-    chosen = search.config_of(best.trial)
     (context.folder / RESULTS).write_bytes(results_table(search.tune, [*outcome.trials, *outcome.repeats]))
+    if not outcome.ranking:
+        error = search.nothing_finished(outcome)
+        _write_page(context, outcome, None, [str(error)])
+        raise error
+    chosen = search.config_of(outcome.ranking[0].trial)
     (context.folder / BEST).write_bytes(dump_config(chosen).encode())
     context.results[STAGE] = _summary(context, search, outcome)
-    _write_page(context, outcome, None, [])
     for line in _ranking_lines(search, outcome.ranking):
         say(STAGE, line)
     _judge(context, prepared[preparation_key(chosen)], chosen, outcome)
@@ -120,26 +123,29 @@ def _require_both_parts(config: Config, rows: Artifact) -> None:
 
 def _judge(context: RunContext, prepared: Prepared, chosen: Config, outcome: Outcome) -> None:
     """Measure the best model on what no trial was ranked by, and publish it past the gate."""
-    mine = context.other(chosen, "the best")
-    mine.results = context.results
-    policy = mine.stage("train", lambda: train_policy(context.output, chosen, prepared.rows))
-    evaluation = evaluate(mine, prepared.pairs, prepared.rows, prepared.calibration, policy)
-    metrics = evaluation.manifest.metrics
+    best = outcome.ranking[0].trial
     final: dict[str, Any] = {
-        "number": outcome.ranking[0].trial.number,
-        "accuracy": metrics["accuracy"],
-        "win_rate": metrics["win_rate"],
-        "ranked_accuracy": outcome.ranking[0].trial.measured.get("accuracy"),
+        "number": best.number,
+        "accuracy": None,
+        "win_rate": None,
+        "ranked_accuracy": best.measured.get("accuracy"),
         "published": None,
     }
     context.results[STAGE]["final"] = final
+    mine = context.other(chosen, "the best")
+    mine.results = context.results
+    reasons: list[str] = []
     try:
+        policy = mine.stage("train", lambda: train_policy(context.output, chosen, prepared.rows))
+        evaluation = evaluate(mine, prepared.pairs, prepared.rows, prepared.calibration, policy)
+        final |= {name: evaluation.manifest.metrics[name] for name in ("accuracy", "win_rate")}
         publish(mine, policy, evaluation)
         final["published"] = context.results["published"]
     except Exception as error:
-        _write_page(context, outcome, final, [str(error)])
+        reasons.append(str(error))
         raise
-    _write_page(context, outcome, final, [])
+    finally:
+        _write_page(context, outcome, final, reasons)
 
 
 def _write_page(context: RunContext, outcome: Outcome, final: dict[str, Any] | None, reasons: Sequence[str]) -> None:

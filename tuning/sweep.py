@@ -102,7 +102,7 @@ class Sweep:
         return steps
 
     def run(self) -> Outcome:
-        """Run what is missing. Raises DpoRayError where no trial came to its end."""
+        """Run what is missing."""
         began = time.monotonic()
         known = self.trials()
         ended = sum(t.has_ended for t in known)
@@ -126,16 +126,17 @@ class Sweep:
                 say(STAGE, f"the best {len(best)} again, each with {self.tune.repeat_best.seeds} other seeds")
                 self._run(iter(missing), schedules=False, total=len(missing))
             ranking = self._ranking(repeats)
-        trials = self.trials()
-        if not ranking:
-            reasons = [t.reason for t in trials if t.reason]
-            raise DpoRayError(
-                f"None of the {len(trials)} trials came to its end"
-                + (f"; the first one: {reasons[0]}" if reasons else "")
-                + f" Their records are in {self.records.folder}; the same command tries those that failed again."
-            )
         self._prune(ranking)
-        return Outcome(trials, repeats, ranking, self._at_once, time.monotonic() - began)
+        return Outcome(self.trials(), repeats, ranking, self._at_once, time.monotonic() - began)
+
+    def nothing_finished(self, outcome: Outcome) -> DpoRayError:
+        """What to raise where no trial came to its end."""
+        reasons = [t.reason for t in outcome.trials if t.reason]
+        return DpoRayError(
+            f"None of the {len(outcome.trials)} trials came to its end"
+            + (f"; the first one: {reasons[0]}" if reasons else ".")
+            + f" Their records are in {self.records.folder}; the same command tries those that failed again."
+        )
 
     def _ranking(self, repeats: Sequence[Trial]) -> list[Ranked]:
         return ranked(self.tune, self.trials(), repeats)

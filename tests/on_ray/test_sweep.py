@@ -68,7 +68,7 @@ def first(sweep):
 
 
 def test_a_diverging_trial_is_marked_and_does_not_stop_the_others(first):
-    done, summary, table = first
+    _, summary, table = first
     states = {row["train.learning_rate"]: row["state"] for row in table if row["seed"] == 0}
     assert states[1e30] == "diverged"
     assert "finished" in states.values()
@@ -124,7 +124,7 @@ def test_best_yaml_is_a_run_that_makes_the_same_model(first, sweep):
 
 def test_models_of_the_others_and_checkpoints_of_those_that_were_ended_are_removed(first, sweep):
     _, _, table = first
-    folders = [folder for folder in (sweep[1] / "artifacts" / "train").iterdir()]
+    folders = list((sweep[1] / "artifacts" / "train").iterdir())
     assert {f.name for f in folders if (f / "manifest.json").exists()} == {
         row["policy"] for row in table if row["policy"]
     }

@@ -91,12 +91,19 @@ def configured(config: Config, values: Mapping[str, Any]) -> Config:
     try:
         one = parse_config(tree, source=f"tune.space, with {shown}")
     except ConfigError as error:
-        if "train.loss.type" not in values:
+        hint = ""
+        if "train.loss.type" in values:
+            hint = (
+                " Losses differ in their options: search train.loss as a whole, as in {choice: [{type: sigmoid, beta: "
+                "{loguniform: [0.01, 0.5]}}, {type: orpo}]}."
+            )
+        elif any(
+            isinstance(inner, list) for value in values.values() if isinstance(value, dict) for inner in value.values()
+        ):
+            hint = " Inside of an option a list is a value: what is to be drawn there is written {choice: [...]}."
+        if not hint:
             raise
-        raise ConfigError(
-            f"{error} Losses differ in their options: search train.loss as a whole, as in {{choice: [{{type: sigmoid, "
-            "beta: {loguniform: [0.01, 0.5]}}, {type: orpo}]}."
-        ) from None
+        raise ConfigError(f"{error}{hint}") from None
     assert config.tune is not None
     train = one.train.model_copy(update={"eval_fraction": config.tune.ranked_fraction})
     return one.model_copy(update={"train": train})

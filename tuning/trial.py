@@ -8,6 +8,7 @@ on with another one, the training ends first and its workers' resources are free
 from __future__ import annotations
 
 import json
+import math
 import queue
 import threading
 from collections.abc import Mapping
@@ -113,6 +114,8 @@ class _Attempt:
     def __init__(self, output: Location, work: Work, rows: Artifact) -> None:
         self._output, self._work, self._rows = output, work, rows
         self._hold = Hold()
+        # Schedulers read these of every result that ends a trial; what is not a number decides nothing.
+        self._last: dict[str, Any] = {STEP: 0, SCORE: math.nan}
         self._results: queue.SimpleQueue[dict[str, Any] | BaseException] = queue.SimpleQueue()
         for evaluation in work.evaluated:
             self._put(evaluation)
@@ -142,20 +145,24 @@ class _Attempt:
         found = score(self._work.objective, evaluation["measured"])
         if found is not None and evaluation["step"] < self._work.num_steps:  # after the last step nothing is saved
             result[SCORE] = found[0]
+        self._last |= {name: result[name] for name in (STEP, SCORE) if name in result}
         self._results.put(result)
+
+    def _end(self, ended: Ended) -> None:
+        self._results.put({**self._last, **ended})
 
     def _run(self) -> None:
         work = self._work
         steering = Steering(partial(HeldTrainer, hold=self._hold, tell=self._tell), work.name)
         try:
             policy, reused = train_policy(self._output, work.config, self._rows, steering)
-            self._results.put(dict(_finished(policy, was_trained=not reused)))
+            self._end(_finished(policy, was_trained=not reused))
         except Stopped:
             return
         except NonFiniteLoss as error:
-            self._results.put(dict(_ended("diverged", str(error))))
+            self._end(_ended("diverged", str(error)))
         except (ConfigError, DataError) as error:  # another attempt would end alike
-            self._results.put(dict(_ended("failed", str(error))))
+            self._end(_ended("failed", str(error)))
         except BaseException as error:
             self._results.put({FAILURE: reason_of(error)})
             self._results.put(error)  # Tune is given it where it asks for the next result

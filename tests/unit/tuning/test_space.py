@@ -156,6 +156,7 @@ def test_a_space_of_many_dimensions_is_checked_in_little_time():
         ({"space": {"train.learning_rate": {"uniform": [1e-6, 1e-4]}}}, "a grid needs values"),
         ({"space": {"train.loss.type": ["sigmoid", "orpo"]}}, "search train.loss as a whole"),
         ({"space": {"train.loss": [{"type": "ipo", "ld_alpha": 0.5}]}}, "set log_ratio to sum"),
+        ({"space": {"train.loss": [{"type": "ipo", "beta": [0.1, 0.2]}]}}, r"is written \{choice: \[\.\.\.\]\}"),
         ({"space": {"train.loss": LOSSES["choice"], "train.loss.beta": [0.1]}}, "into the options of train.loss"),
         ({"space": {"train.loss": LOSSES["choice"]}, "beta": [0.1]}, "put beta into its options"),
         ({"space": {"train.learning_rate": [1e-5]}, "learning_rate": [1e-5]}, "leave one of them out"),

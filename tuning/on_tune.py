@@ -23,7 +23,7 @@ from dpo_ray.on_ray.held_trainer import PLACEMENT_GROUP
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
 from tuning.records import Evaluation
-from tuning.trial import DRIVER_CPUS, EVALUATION, FAILURE, SCORE, STEP, Ended, TrialActor, Work
+from tuning.trial import EVALUATION, FAILURE, SCORE, STEP, Ended, TrialActor, Work
 
 _TUNE_ENV = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # not every result of a trial tells of an evaluation
@@ -264,7 +264,5 @@ def give_back(group: str) -> None:
 def places(trial_cpus: float, trial_gpus: float) -> int:
     """Trials for which the cluster has room side by side, one at least."""
     total = ray.cluster_resources()
-    fits = [
-        total.get(name, 0) // needs for name, needs in (("CPU", trial_cpus + DRIVER_CPUS), ("GPU", trial_gpus)) if needs
-    ]
+    fits = [total.get(name, 0) // needs for name, needs in (("CPU", trial_cpus), ("GPU", trial_gpus)) if needs]
     return max(1, int(min(fits)))

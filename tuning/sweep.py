@@ -32,7 +32,7 @@ from tuning.records import Evaluation, Records, Trial, identity
 from tuning.results import Ranked, described, measured_line, ranked
 from tuning.space import extreme_configs, trial_config
 from tuning.suggestions import next_point, num_trials
-from tuning.trial import DRIVER_CPUS, Ended, Work
+from tuning.trial import Ended, Work
 
 STAGE = "sweep"
 
@@ -161,7 +161,7 @@ class Sweep:
         cpus, gpus = train.num_workers * train.cpus_per_worker, train.num_workers * train.gpus
         wanted = self.tune.max_concurrent_trials or (max(1, int(num_cores() // cpus)) if is_embedded() else 1)
         connect(
-            wanted * (cpus + DRIVER_CPUS),
+            wanted * cpus,
             wanted * gpus,
             why="tune.max_concurrent_trials trials at once, each with train.num_workers workers",
             one_process=(train.cpus_per_worker, train.gpus),

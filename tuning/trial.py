@@ -30,13 +30,12 @@ from dpo_ray.training.files import HISTORY
 from tuning.measures import measured, score
 from tuning.records import Evaluation
 
-DRIVER_CPUS = 0.01
-"""Of a trial's own process, which only waits for its workers."""
-
 STEP, EVALUATION, SCORE = "step", "evaluation", "score"
 """Keys of a result that tells of an evaluation: after which step, the records' Evaluation, and what the scheduler goes
 by, larger being better."""
 
+
+_MEMORY = 1 << 20
 
 FAILURE = "failure"
 """Key of a result that says why the next one is an error."""
@@ -81,7 +80,8 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]  # Ray is not followed
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        return tune.PlacementGroupFactory([{"CPU": DRIVER_CPUS}])
+        # It only waits for its workers, whom no CPU is to be taken from; but Tune wants something to be asked for.
+        return tune.PlacementGroupFactory([{"memory": _MEMORY}])
 
     def setup(self, config: dict[str, Any], *, output: Location, rows: Mapping[str, Artifact]) -> None:
         self._output, self._rows = output, rows

@@ -5,6 +5,7 @@ Told apart are:
 - our own lines: `dpo_ray.progress` marks them, in this process and in Ray's workers, whose output Ray brings here;
 - what Ray's nodes and its autoscaler say, `(raylet) …` and `(autoscaler …) …`: that memory or a disk is full, that a
   worker was killed for it, that nothing has room for the work. They are shown too, for a run may stand still by them;
+  but not that many processes were started on a node, which trainings side by side do, and which harms nothing;
 - everything else is in the log file alone: what libraries and their C++ print or warn, a worker's traceback, what a
   reward function of the user's prints.
 
@@ -34,7 +35,7 @@ SAID = "The log with all that was said is"
 """How the note begins that an error gets."""
 
 _MARKS = str.maketrans("", "", LINE + PROGRESS)
-_OF_A_NODE = re.compile(r"(\x1b\[\d+m)?\((raylet|autoscaler)\b")
+_OF_A_NODE = re.compile(r"(\x1b\[\d+m)?\((raylet|autoscaler)\b(?!.*worker processes have been started on node)")
 
 
 def told_apart(line: str) -> tuple[Literal["line", "progress"], str] | None:

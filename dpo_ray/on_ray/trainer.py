@@ -226,7 +226,7 @@ def tokens_per_second(config: Config, index: PlanIndex) -> float | None:
     return options.num_workers * found
 
 
-_TRIED_PAIRS = 4
+_TRIED_PAIRS = 8
 
 
 def _speed_of_a_worker(model: Model, train: Train, index: PlanIndex) -> float:

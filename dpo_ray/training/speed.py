@@ -19,7 +19,8 @@ from dpo_ray.training.step import Learner
 
 
 def tokens_per_second(model: Model, options: Train, pairs: Sequence[TokenizedPair], device: torch.device) -> float:
-    """Of one worker that holds the whole model, in an optimizer step of one micro-batch, the second one it makes.
+    """Of one worker that holds the whole model, in an optimizer step of one micro-batch: the faster of two, after one
+    in which happens what happens once only.
 
     Tokens are counted as everywhere: a prompt once for each of its completions.
     """
@@ -35,7 +36,10 @@ def tokens_per_second(model: Model, options: Train, pairs: Sequence[TokenizedPai
     forward = parallelize(scorer, options.strategy, me, torch_dtype(model.dtype))
     learner = Learner(forward, scorer, make_optimizer(policy, options), None, options, me, TrainState())
     share = Share([list(pairs)], filler=pairs[0])
-    learner.step(share, 0.0, None)  # what happens once only
-    began = time.monotonic()
-    found = learner.step(share, 0.0, None)
-    return found.num_tokens / (time.monotonic() - began)
+    learner.step(share, 0.0, None)
+    rates = []
+    for _ in range(2):
+        began = time.monotonic()
+        found = learner.step(share, 0.0, None)
+        rates.append(found.num_tokens / (time.monotonic() - began))
+    return max(rates)

@@ -17,7 +17,7 @@ from tests.training import random_pairs, scored
 def test_tokens_are_those_of_a_step_over_its_seconds(
     small_model: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ):
-    clock = iter([10.0, 12.0])
+    clock = iter([10.0, 14.0, 20.0, 22.0])
     monkeypatch.setattr(speed, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     pairs = scored(random_pairs(4), small_model)
     tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)

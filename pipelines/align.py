@@ -72,7 +72,11 @@ def tokenized_preferences(context: RunContext) -> tuple[Artifact, Artifact | Non
 
 def prepare_reference(context: RunContext) -> Prepared:
     """The stages up to reference, and the report on them."""
-    pairs, left_out, tokenized = tokenized_preferences(context)
+    return with_reference(context, *tokenized_preferences(context))
+
+
+def with_reference(context: RunContext, pairs: Artifact, left_out: Artifact | None, tokenized: Artifact) -> Prepared:
+    """The stage reference of what tokenized_preferences made, and the report on it."""
     rows, calibration = reference(context, tokenized)
     if calibration is not None:
         report_data(context, pairs, left_out, tokenized, rows)

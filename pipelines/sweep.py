@@ -13,7 +13,7 @@ from dpo_ray.pairs import steers
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact, read_shard
 from dpo_ray.training.plan import build_index
-from pipelines.align import Prepared, prepare_reference, tokenized_preferences
+from pipelines.align import Prepared, tokenized_preferences, with_reference
 from pipelines.context import RunContext
 from pipelines.evaluate import evaluate
 from pipelines.publish import publish
@@ -71,12 +71,11 @@ def _prepare(context: RunContext) -> dict[str, Prepared]:
         key: context.other(config, differences(context.config, config)) if len(variants) > 1 else context
         for key, config in variants.items()
     }
-    tokenized = {key: tokenized_preferences(one)[2] for key, one in contexts.items()} if len(variants) > 1 else {}
-    _require_equal(context.config, {differences(context.config, variants[k]): made for k, made in tokenized.items()})
-    prepared = {key: prepare_reference(one) for key, one in contexts.items()}
-    for made in prepared.values():
-        _require_both_parts(context.config, made.rows)
-    return prepared
+    tokenized = {key: tokenized_preferences(one) for key, one in contexts.items()}
+    _require_both_parts(context.config, [made[2] for made in tokenized.values()])
+    named = {differences(context.config, variants[key]): made[2] for key, made in tokenized.items()}
+    _require_equal(context.config, named)
+    return {key: with_reference(one, *tokenized[key]) for key, one in contexts.items()}
 
 
 def _held_out(rows: Artifact, eval_fraction: float) -> tuple[set[str], set[str]]:
@@ -108,17 +107,20 @@ def _require_equal(config: Config, made: dict[str, Artifact]) -> None:
             )
 
 
-def _require_both_parts(config: Config, rows: Artifact) -> None:
+def _require_both_parts(config: Config, made: Sequence[Artifact]) -> None:
     assert config.tune is not None
     fraction = config.tune.ranked_fraction
-    ranking, judging = _held_out(rows, fraction)
-    if not ranking or not judging:
-        raise DataError(
-            f"A sweep ranks its trials on one part of the held-out pairs and judges the best on the other; here there "
-            f"are {len(ranking)} and {len(judging)} (tune.ranked_fraction={fraction:g}). Raise data.held_out_fraction, "
-            "name more pairs as data.eval, or change tune.ranked_fraction."
-        )
-    say(STAGE, f"trials are ranked on {len(ranking)} held-out pairs, the chosen one is judged on {len(judging)} others")
+    for rows in made:
+        ranking, judging = _held_out(rows, fraction)
+        if not ranking or not judging:
+            raise DataError(
+                f"A sweep ranks its trials on one part of the held-out rows and judges the best on the other; here "
+                f"there are {len(ranking)} and {len(judging)} (tune.ranked_fraction={fraction:g}). Raise "
+                "data.held_out_fraction, name more rows as data.eval, or change tune.ranked_fraction."
+            )
+    most = config.train.eval_pairs
+    some = f", of which {most} count (train.eval_pairs)" if len(ranking) > most else ""
+    say(STAGE, f"trials are ranked on {len(ranking)} held-out rows{some}, the best is judged on {len(judging)} others")
 
 
 def _judge(context: RunContext, prepared: Prepared, chosen: Config, outcome: Outcome) -> None:

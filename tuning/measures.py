@@ -67,20 +67,15 @@ def measured(metrics: Mapping[str, Any]) -> Measured:
 
 
 def score(objective: Mapping[Measure, float], found: Measured) -> tuple[float, float] | None:
-    """Of a weighted sum: larger is better, whatever its measures are. The value and its standard error; None where a
-    measure is missing.
-
-    One measure alone counts in its own direction; in a sum of several the weights say the direction.
+    """Of a weighted sum, larger being better: each measure counts in its own direction. The value and its standard
+    error; None where a measure is missing.
     """
     if not objective.keys() <= found.keys():
         return None
-    if len(objective) == 1:
-        [(name, weight)] = objective.items()
-        sign = 1 if higher_is_better(name) else -1
-        return sign * abs(weight) * found[name]["value"], abs(weight) * found[name]["se"]
-    value = sum(weight * found[name]["value"] for name, weight in objective.items())
+    signs = {name: 1 if higher_is_better(name) else -1 for name in objective}
+    value = sum(signs[name] * weight * found[name]["value"] for name, weight in objective.items())
     # Its terms are measured on the same pairs and hang together; this is never too small.
-    return value, sum(abs(weight) * found[name]["se"] for name, weight in objective.items())
+    return value, sum(weight * found[name]["se"] for name, weight in objective.items())
 
 
 def distinguishable(one: tuple[float, float], other: tuple[float, float]) -> bool:

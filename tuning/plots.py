@@ -57,8 +57,8 @@ class ShownObjective:
             return next(iter(self.weights)).replace("_", " ")
         name = ""
         for measure, weight in self.weights.items():
-            factor = "" if abs(weight) == 1 else f"{abs(weight):g}·"
-            name += f"{' − ' if weight < 0 else ' + '}{factor}{measure.replace('_', ' ')}"
+            factor = "" if weight == 1 else f"{weight:g}·"
+            name += f"{' + ' if higher_is_better(measure) else ' − '}{factor}{measure.replace('_', ' ')}"
         return name.removeprefix(" + ").lstrip()
 
     @property
@@ -89,7 +89,7 @@ class ShownObjective:
         """Value and standard error of a score of this objective, in its own direction and unit."""
         if len(self.weights) > 1:
             return scored
-        factor = abs(next(iter(self.weights.values()))) * (1 if self.higher_is_better else -1)
+        factor = next(iter(self.weights.values())) * (1 if self.higher_is_better else -1)
         return scored[0] / factor, scored[1] / abs(factor)
 
 

@@ -6,6 +6,7 @@ trials there are, and how many at once, is not part of it, so a sweep can be wid
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -87,8 +88,8 @@ class Records:
                 trial = Trial.model_validate_json(file.read_bytes())
             except ValidationError as error:
                 raise DataError(
-                    f"{file} is not a trial's record ({error.error_count()} errors). Remove it; the trial is then "
-                    "computed again, and what is finished of it taken over."
+                    f"{file} is not a trial's record ({error.error_count()} errors). Remove it; its number is then "
+                    "drawn again, and a training of the same options that is finished is taken over."
                 ) from error
             records.trials[trial.name] = trial
         return records
@@ -115,19 +116,20 @@ class Records:
         return sorted((t for t in self.trials.values() if t.seed == seed), key=lambda trial: trial.number)
 
 
-def identity(config: Config, rows: dict[str, str]) -> dict[str, Any]:
+def identity(config: Config, rows: Iterable[str], weights: Iterable[str]) -> dict[str, Any]:
     """What makes a search another one.
 
     Args:
-        rows: key of what is trained on → its fingerprint.
+        rows: fingerprints of what is trained on.
+        weights: hashes of the models that trials begin with.
     """
     assert config.tune is not None
     how_many = {"num_trials", "max_concurrent_trials", "max_failures", "repeat_best", "keep_models"}
-    tune = config.tune.model_dump(mode="json", exclude=how_many)
     return {
-        "tune": tune,
+        "tune": config.tune.model_dump(mode="json", exclude=how_many),
         "train": config.train.identity(),
         "lora": config.model.model_dump(mode="json")["lora"],
         "seed": config.run.seed,
-        "rows": rows,
+        "rows": sorted(rows),
+        "weights": sorted(weights),
     }

@@ -17,7 +17,7 @@ from dpo_ray.config import Tune
 from dpo_ray.config.tune import Measure
 from tuning.measures import Measured, distinguishable, pareto_front, score
 from tuning.records import Trial
-from tuning.space import Given, drawn
+from tuning.space import Given, drawn, margins_compare
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ def ranked(tune: Tune, trials: Sequence[Trial], repeats: Sequence[Trial] = ()) -
         again = tuple(r for r in repeats if r.number == trial.number and _scores(objectives, r) is not None)
         value, spread = _over_seeds(objectives[0], [trial, *again])
         places.append(Ranked(trial, value, spread, is_tied=False, on_front=trial.number in front, repeats=again))
-    several = len(objectives) > 1
+    several, compares = len(objectives) > 1, margins_compare(tune.searched())
 
     def order(one: Ranked) -> tuple[bool, bool, float, float]:
-        margin = one.trial.measured.get("margin", {"value": 0.0})["value"]  # among equals, as few pairs make them
+        # Among equals, as few pairs make them.
+        margin = one.trial.measured.get("margin", {"value": 0.0})["value"] if compares else 0.0
         return several and one.on_front, bool(one.repeats), one.score[0], margin
 
     places.sort(key=order, reverse=True)

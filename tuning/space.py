@@ -19,6 +19,7 @@ from dpo_ray.errors import ConfigError
 
 Point = dict[str, Any]
 
+_MOST_POINTS = 10_000
 _MOST_COMBINATIONS = 512  # that are tried before the search, after each path alone
 
 
@@ -51,15 +52,20 @@ def drawn(space: Mapping[str, Distribution], draw: Draw) -> dict[str, Any]:
 
 def labels(choice: Choice) -> list[str]:
     """What options are called in points: a number or a word as itself, a section by its type if that tells it apart."""
-    types = Counter(option["type"] for option in choice.options if isinstance(option, Mapping) and "type" in option)
-    return [
-        str(option["type"])
-        if isinstance(option, Mapping) and types.get(option.get("type")) == 1
-        else option
-        if isinstance(option, str)
-        else json.dumps(_plain(option))
-        for option in choice.options
-    ]
+    types = Counter(kind for option in choice.options if (kind := _type_of(option)) is not None)
+    found = []
+    for option in choice.options:
+        kind = _type_of(option)
+        if kind is not None and types[kind] == 1:
+            found.append(kind)
+        else:
+            found.append(option if isinstance(option, str) else json.dumps(_plain(option), default=str))
+    return found
+
+
+def _type_of(option: Any) -> str | None:
+    kind = option.get("type") if isinstance(option, Mapping) else None
+    return kind if isinstance(kind, str) else None
 
 
 def points(space: Mapping[str, Distribution]) -> Iterator[Point]:
@@ -70,7 +76,14 @@ def points(space: Mapping[str, Distribution]) -> Iterator[Point]:
                 f"tune.space: {path}: a grid needs values, and {found.kind} [{found.low:g}, {found.high:g}] has no end "
                 "of them: list some, or set tune.search to random or tpe, with tune.num_trials."
             )
-    yield from combinations(space, lambda found: range(int(found.low), int(found.high) + 1))
+    everything = combinations(space, lambda found: range(int(found.low), int(found.high) + 1))
+    for number, point in enumerate(everything):
+        if number == _MOST_POINTS:
+            raise ConfigError(
+                f"tune.space has more than {_MOST_POINTS} combinations: list fewer values, or draw some of them with "
+                "tune.search=random or tpe and tune.num_trials."
+            )
+        yield point
 
 
 def trial_config(config: Config, point: Point) -> Config:
@@ -87,12 +100,14 @@ def configured(config: Config, values: Mapping[str, Any]) -> Config:
     tree.setdefault("train", {}).setdefault("loss", config.train.loss.model_dump(mode="json", exclude_unset=True))
     for path, value in values.items():
         _put(tree, path, value)
-    shown = ", ".join(f"{path}={json.dumps(value)}" for path, value in values.items())
+    shown = ", ".join(f"{path}={json.dumps(value, default=str)}" for path, value in values.items())
     try:
         one = parse_config(tree, source=f"tune.space, with {shown}")
     except ConfigError as error:
         hint = ""
-        if "train.loss.type" in values:
+        if "fractional part" in str(error):
+            hint = " A range of whole numbers is written {integer: [low, high]}."
+        elif "train.loss.type" in values:
             hint = (
                 " Losses differ in their options: search train.loss as a whole, as in {choice: [{type: sigmoid, beta: "
                 "{loguniform: [0.01, 0.5]}}, {type: orpo}]}."
@@ -126,7 +141,7 @@ def require_space(config: Config) -> None:
             "latter does. Leave train.eval_fraction out."
         )
     if config.tune.search == "grid":
-        next(points(space))
+        sum(1 for _ in points(space))
     if config.tune.scheduler.type != "fifo" and config.train.eval_every_steps is None:
         raise ConfigError(
             f"tune.scheduler.type={config.tune.scheduler.type} ends trials by what they measure on their way, and "
@@ -161,6 +176,11 @@ _PREPARES = {
 def _require_searchable(config: Config, path: str) -> None:
     """Raises ConfigError for what exists in the configuration, but not for a sweep."""
     top = path.partition(".")[0]
+    if path in Config.model_fields:
+        raise ConfigError(
+            f"tune.space: {path} cannot be searched as a whole, for all that an option leaves out would fall back to "
+            f"its default: search what is in it, each by its own path, as in {path}.<key>."
+        )
     if path == "data.train" and config.data.eval is not None:
         return
     if path == "run.seed":
@@ -212,10 +232,18 @@ def _require_comparable(config: Config, trials: list[Config]) -> None:
             f"tune.rank_by=likelihood_drop compares with the reference, and train.loss.type={without} learns without "
             "one: rank by chosen_logps, which needs none."
         )
-    kinds = {_margin_kind(one) for one in trials}
-    if "margin" in measures and len(kinds) > 1:
+    other_rows = sorted(path for path in config.tune.searched() if prepares(path) and path != "data.train")
+    in_nats = sorted(measures - {"accuracy"})
+    if in_nats and other_rows:
         raise ConfigError(
-            "tune.rank_by=margin, and the losses of tune.space measure their margins differently "
+            f"tune.rank_by={in_nats[0]} is in nats, and {other_rows[0]} changes the answers' tokens or the model that "
+            "they are measured by, so its values would be ranked, not what was learnt: rank by accuracy."
+        )
+    kinds = {_margin_kind(one) for one in trials}
+    weighted = sorted(measures & {"margin", "likelihood_drop"})
+    if weighted and len(kinds) > 1:
+        raise ConfigError(
+            f"tune.rank_by={weighted[0]}, and the losses of tune.space measure it differently "
             f"({'; '.join(sorted(kinds))}): rank by accuracy."
         )
 
@@ -225,7 +253,14 @@ def _margin_kind(config: Config) -> str:
     against = "against the reference" if loss.needs_reference else "without a reference"
     divergence = getattr(getattr(loss, "divergence", None), "type", "reverse_kl")
     shaped = "" if divergence == "reverse_kl" else f" under {divergence}"
-    return f"{'a mean over tokens' if loss.averages_tokens else 'a sum over tokens'} {against}{shaped}"
+    tail = "" if loss.token_tail_weight in (None, 1.0) else f" with a tail of weight {loss.token_tail_weight:g}"
+    return f"{'a mean over tokens' if loss.averages_tokens else 'a sum over tokens'} {against}{shaped}{tail}"
+
+
+def margins_compare(space: Mapping[str, Distribution]) -> bool:
+    """Whether the margins of all trials are the same quantity: no more than the strength of the loss is searched."""
+    same = {"train.loss.beta", "train.loss.label_smoothing", "train.loss.nll_weight"}
+    return not any(prepares(path) or (path.startswith("train.loss") and path not in same) for path in space)
 
 
 def _put(tree: dict[str, Any], path: str, value: Any) -> None:
@@ -307,10 +342,11 @@ def _points_of(name: str, found: Any, values: Any) -> Iterator[Point]:
 
 
 def _extremes(space: Mapping[str, Distribution]) -> Iterator[dict[str, Any]]:
-    """Values at the ends of all ranges, for each option: each path alone beside the others' first, then combined."""
+    """Values at the ends of all ranges and inside, for each option: each path beside the others' first, then all."""
 
-    def ends(found: Range) -> tuple[float | int, float | int]:
-        return found.low, found.high
+    def ends(found: Range) -> tuple[float | int, ...]:
+        inside = found.low + 0.382 * (found.high - found.low)  # no whole number, unless the range is of these
+        return found.low, found.high, round(inside) if found.kind == "integer" else inside
 
     firsts = {path: next(_points_of(path, found, ends)) for path, found in space.items()}
     for path, found in space.items():

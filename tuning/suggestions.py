@@ -29,18 +29,19 @@ def num_trials(tune: Tune) -> int:
     return tune.num_trials or sum(1 for _ in points(tune.searched()))
 
 
-def next_point(config: Config, number: int, known: Iterable[Trial]) -> Point:
+def next_point(config: Config, number: int, known: Iterable[Trial], again: int = 0) -> Point:
     """The point of a trial.
 
     Args:
         known: the search's trials that have ended or run.
+        again: how often one has been drawn for this number that was no new one.
     """
     tune = config.tune
     assert tune is not None
     space = tune.searched()
     if tune.search == "grid":
         return next(point for i, point in enumerate(points(space)) if i == number)
-    seed = int(digest([config.run.seed, number])[:8], 16)
+    seed = int(digest([config.run.seed, number, again])[:8], 16)
     if tune.search == "random":
         study = study_of(tune, (), RandomSampler(seed=seed))
     else:

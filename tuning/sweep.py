@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DpoRayError
+from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.session import connect, is_embedded, num_cores
 from dpo_ray.on_ray.trainer import tokens_per_microbatch, tokens_per_second, train_location
 from dpo_ray.progress import Progress, say
-from dpo_ray.storage.artifact import MANIFEST, Artifact
+from dpo_ray.storage.artifact import MANIFEST, Artifact, digest
 from dpo_ray.storage.location import Location
 from dpo_ray.training.plan import PlanIndex
 from tuning.estimate import estimate_lines, load_of
@@ -27,15 +28,16 @@ from tuning.on_tune import (
     places,
     run_trials,
 )
-from tuning.preparations import preparation_key
+from tuning.preparations import preparation_key, preparations
 from tuning.records import Evaluation, Records, Trial, identity
 from tuning.results import Ranked, described, measured_line, ranked
-from tuning.space import extreme_configs, trial_config
+from tuning.space import Point, extreme_configs, trial_config
 from tuning.suggestions import next_point, num_trials
 from tuning.trial import Ended, Work
 
 STAGE = "sweep"
 
+_DRAWS = 100  # of a point that is none of those before
 _EVALUATIONS = 4  # of a trial, where the configuration does not say how often
 
 
@@ -73,7 +75,8 @@ class Sweep:
         assert config.tune is not None
         self.output, self.config, self.tune = output, config, config.tune
         self.rows, self.indices, self.show = rows, indices, show
-        self.records = Records.of(output, identity(config, {key: made.fingerprint for key, made in rows.items()}))
+        weights = {ModelFolder.of(one.model).weights_hash() for one in preparations(config).values()}
+        self.records = Records.of(output, identity(config, {made.fingerprint for made in rows.values()}, weights))
         self.num_trials = num_trials(self.tune)
         self._microbatch: dict[str, int] = {}
         self._at_once = 1
@@ -112,7 +115,7 @@ class Sweep:
             + (f"; {ended} have ended, {len(known) - ended} go on" if known else ""),
         )
         if ended < self.num_trials:
-            self._connect()
+            self._connect(self.num_trials - ended)
             self._say_cost(self.num_trials - ended)
             self._run(self._search(), schedules=True, total=self.num_trials - ended)
         ranking = self._ranking([])
@@ -122,7 +125,7 @@ class Sweep:
             repeats = self._repeats(best)
             missing = [t for t in repeats if not t.has_ended]
             if missing:
-                self._connect()
+                self._connect(len(missing))
                 say(STAGE, f"the best {len(best)} again, each with {self.tune.repeat_best.seeds} other seeds")
                 self._run(iter(missing), schedules=False, total=len(missing))
             ranking = self._ranking(repeats)
@@ -146,20 +149,47 @@ class Sweep:
         seed = self.config.run.seed
         known = {t.number: t for t in self.trials()}
         yield from (t for t in known.values() if not t.has_ended)
+        drawn = {self._learns(t.point) for t in known.values()}
         for number in range(self.num_trials):
-            if number not in known:
-                point = next_point(self.config, number, self.records.search(seed))
+            if number in known:
+                continue
+            point = self._new_point(number, drawn)
+            if point is not None:
                 yield self.records.get(number, seed, point)
+
+    def _new_point(self, number: int, drawn: set[str]) -> Point | None:
+        """One whose training is none of those drawn, which it is added to; None where there are no others.
+
+        Two trainings alike would be one, and side by side destroy each other's files.
+        """
+        for again in range(_DRAWS):
+            point = next_point(self.config, number, self.records.search(self.config.run.seed), again)
+            learns = self._learns(point)
+            if learns not in drawn:
+                drawn.add(learns)
+                return point
+            if self.tune.search == "grid":
+                break
+        say(STAGE, f"trial {number} is left out: every point that is drawn for it is one of those before")
+        return None
+
+    def _learns(self, point: Point) -> str:
+        try:
+            config = trial_config(self.config, point)
+        except ConfigError:  # it is told when the trial is to begin
+            return digest(point)
+        return digest([config.train.identity(), config.model.model_dump(mode="json"), preparation_key(config)])
 
     def _repeats(self, best: Sequence[Trial]) -> list[Trial]:
         assert self.tune.repeat_best is not None
         seeds = range(self.config.run.seed + 1, self.config.run.seed + 1 + self.tune.repeat_best.seeds)
         return [self.records.get(trial.number, seed, trial.point) for trial in best for seed in seeds]
 
-    def _connect(self) -> None:
+    def _connect(self, open_trials: int) -> None:
         train = self.config.train
         cpus, gpus = train.num_workers * train.cpus_per_worker, train.num_workers * train.gpus
         wanted = self.tune.max_concurrent_trials or (max(1, int(num_cores() // cpus)) if is_embedded() else 1)
+        wanted = min(wanted, open_trials)
         connect(
             wanted * cpus,
             wanted * gpus,
@@ -167,7 +197,9 @@ class Sweep:
             one_process=(train.cpus_per_worker, train.gpus),
             trains=True,
         )
-        self._at_once = self.tune.max_concurrent_trials or (wanted if is_embedded() else places(cpus, gpus))
+        if self.tune.max_concurrent_trials is None and not is_embedded():
+            wanted = min(places(cpus, gpus), open_trials)
+        self._at_once = wanted
 
     def _say_cost(self, open_trials: int) -> None:
         configs = extreme_configs(self.config)
@@ -182,7 +214,7 @@ class Sweep:
             at_once=self._at_once,
             tokens_per_second=rate,
             rows_scored=scored[0].manifest.rows or 0 if scored else 0,
-            preparations=len(self.rows),
+            preparations=len(scored),
         ):
             say(STAGE, line)
 
@@ -192,7 +224,7 @@ class Sweep:
             self.tune.scheduler if schedules else None,
             eval_every_steps=self.config.train.eval_every_steps or 1,
             num_steps=max(map(self.num_steps, extreme_configs(self.config))),
-            past=[self._past(trial) for trial in self.trials() if trial.has_ended],
+            past=[self._past(trial) for trial in self.trials() if trial.evaluations],
         )
         run_trials(
             watch.works(trials),
@@ -241,6 +273,8 @@ class Sweep:
         among the best. What was there before the sweep stays."""
         kept = {t.policy for one in ranking[: self.tune.keep_models] for t in (one.trial, *one.repeats)}
         for trial in self.records.trials.values():
+            if trial.number >= self.num_trials:
+                continue  # of the sweep before it was narrowed; it may be widened again
             location = self._train_location(trial)
             if location is None:
                 continue
@@ -284,6 +318,7 @@ class _Watch(Listener):
 
     def begins(self, name: str) -> None:
         trial = self._named[name]
+        self._before[name] = trial.seconds
         goes_on = f", goes on after step {trial.step}" if trial.step else ""
         trial.state, trial.reason = "training", None
         self._changed(trial, f"{described(self._sweep.tune, trial)}{goes_on}")

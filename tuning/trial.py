@@ -53,7 +53,7 @@ class Work:
     """What the scheduler goes by."""
     num_steps: int
     evaluated: tuple[Evaluation, ...] = ()
-    """Of an earlier attempt: the scheduler is told them again."""
+    """Of an earlier run: told again, and nothing is decided by them."""
 
 
 class Ended(TypedDict):
@@ -118,7 +118,8 @@ class _Attempt:
         self._last: dict[str, Any] = {STEP: 0, SCORE: math.nan}
         self._results: queue.SimpleQueue[dict[str, Any] | BaseException] = queue.SimpleQueue()
         for evaluation in work.evaluated:
-            self._put(evaluation)
+            # Without a score: the scheduler has been told of it as of one of an earlier run, and then let it go on.
+            self._results.put({STEP: evaluation["step"], EVALUATION: evaluation})
         self._thread = threading.Thread(target=self._run, name="training")
         self._thread.start()
 

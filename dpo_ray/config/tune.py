@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
@@ -50,6 +51,15 @@ def _is_distribution(value: Any) -> bool:
     return isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in _KINDS
 
 
+_FOREIGN = {"normal", "lognormal", "randint", "lograndint", "quniform", "qloguniform", "grid_search", "int", "float"}
+_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-6, without a point, as text."""
+    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
+
+
 def _distribution(where: str, value: Any) -> Distribution:
     if isinstance(value, list | tuple):
         return _choice(where, value)
@@ -58,10 +68,8 @@ def _distribution(where: str, value: Any) -> Distribution:
     [(kind, content)] = value.items()
     if kind == "choice":
         return _choice(where, content)
-    numbers = (
-        [x for x in content if isinstance(x, int | float) and not isinstance(x, bool)] if _is_list(content) else []
-    )
-    if len(numbers) != 2 or len(content) != 2:
+    numbers = [_number(x) for x in content] if _is_list(content) else []
+    if len(numbers) != 2 or not all(_is_finite(x) for x in numbers):
         raise ValueError(f"tune.space: {where}: {kind}: {content!r} is not two numbers: write {{{kind}: [low, high]}}")
     low, high = numbers
     if not low < high:
@@ -76,9 +84,14 @@ def _distribution(where: str, value: Any) -> Distribution:
     return Range(kind, int(low) if kind == "integer" else float(low), int(high) if kind == "integer" else float(high))
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
 def _choice(where: str, options: Any) -> Choice:
     if not _is_list(options) or not options:
         raise ValueError(f"tune.space: {where}: a choice is a list of values, not {options!r}")
+    options = [_number(option) for option in options]
     for number, option in enumerate(options):
         if option in options[:number]:
             raise ValueError(f"tune.space: {where}: the choice has {option!r} twice")
@@ -90,7 +103,7 @@ def _option(where: str, value: Any) -> Any:
         return _distribution(where, value)
     if isinstance(value, Mapping):
         return {key: _option(f"{where}.{key}", inner) for key, inner in value.items()}
-    return value
+    return _number(value)
 
 
 def _is_list(value: Any) -> bool:
@@ -110,8 +123,12 @@ def _paths(space: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     for key, value in space.items():
         path = f"{prefix}{key}"
         near = difflib.get_close_matches(str(key), _KINDS, n=1, cutoff=0.75)
-        if prefix and near:
-            raise ValueError(f"tune.space: {prefix[:-1]}: {key} is no distribution; did you mean {near[0]}? {_HOW}")
+        if prefix and key in _KINDS:
+            others = ", ".join(str(other) for other in space if other != key)
+            raise ValueError(f"tune.space: {prefix[:-1]}: {key} takes nothing beside it, and there is {others}: {_HOW}")
+        if prefix and (near or key in _FOREIGN):
+            meant = f"; did you mean {near[0]}?" if near else ":"
+            raise ValueError(f"tune.space: {prefix[:-1]}: {key} is no distribution{meant} {_HOW}")
         if isinstance(value, Mapping) and not _is_distribution(value) and value:
             yield from _paths(value, f"{path}.")
         else:
@@ -171,7 +188,13 @@ def _rank_by(value: Any) -> Any:
             reason = _REFUSED.get(name, "there is no such measure") if isinstance(name, str) else "it is no name"
             raise ValueError(
                 f"tune.rank_by={name}: {reason}. Rank by one of {', '.join(known)}, by a weighted sum of them, as in "
-                "{accuracy: 1.0, likelihood_drop: -0.001}, or by a list of several objectives"
+                "{accuracy: 1.0, likelihood_drop: 0.001}, or by a list of several objectives"
+            )
+    for name, weight in value.items() if isinstance(value, dict) else ():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            raise ValueError(
+                f"tune.rank_by={{{name}: {weight}}}: a weight is a number above 0; each measure counts in its own "
+                "direction, so a drop in likelihood is bad with a positive weight"
             )
     return value
 
@@ -243,8 +266,9 @@ class Tune(Section):
     num_trials: int | None = Field(None, ge=1)
     """Trials of random and tpe, in all; a larger number goes on with the sweep. A grid has as many as it has points."""
     rank_by: RankBy = "accuracy"
-    """The measure that decides; a mapping of measures to weights, which are then added up; or a list, for several
-    objectives at once: the Pareto front is reported, and the first one chooses from it."""
+    """The measure that decides; a mapping of measures to weights above 0, each of which counts in its own direction,
+    and which are added up; or a list, for several objectives at once: the Pareto front is reported, and the first one
+    chooses from it."""
     scheduler: Scheduler = FIFO(type="fifo")
     """Which trials are ended before their last step."""
     ranked_fraction: float = Field(0.5, gt=0.0, lt=1.0)
@@ -295,8 +319,8 @@ class Tune(Section):
             )
         if self.search != "grid" and self.num_trials is None:
             raise ValueError(f"tune.search={self.search} needs tune.num_trials, the number of trials")
-        if isinstance(self.rank_by, dict) and not any(self.rank_by.values()):
-            raise ValueError("tune.rank_by has no weight other than 0")
+        if isinstance(self.rank_by, dict) and not self.rank_by:
+            raise ValueError("tune.rank_by names no measure")
         if isinstance(self.rank_by, tuple) and (len(self.rank_by) < 2 or len(set(self.rank_by)) < len(self.rank_by)):
             raise ValueError(
                 f"tune.rank_by={list(self.rank_by)}: a list is for several objectives; name two different ones at "

@@ -51,9 +51,6 @@ class Hold:
             return asyncio.run(self._control(make_controller))
         except asyncio.CancelledError:
             raise Stopped from None
-        finally:
-            with self._lock:
-                self._cancel = None
 
     async def _control(self, make_controller: Callable[[], TrainController]) -> Result:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
@@ -66,6 +63,8 @@ class Hold:
         try:
             await controller.run()
         finally:
+            with self._lock:
+                self._cancel = None  # the loop closes
             group = controller.get_worker_group()
             if group is not None:  # it did not come to its own end
                 group.shutdown()

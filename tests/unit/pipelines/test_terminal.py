@@ -27,7 +27,7 @@ NOISE = [
     "[transformers] `torch_dtype` is deprecated! Use `dtype` instead!",
     "[rank0]:[W1125 17:00:00.000000000 ProcessGroupGloo.cpp:1] hostname cannot be resolved",
     "[Gloo] Rank 0 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1",
-    "(raylet) WARNING: 8 PYTHON worker processes have been started on node: a23 with address: 10.0.0.2, which is 4x the",
+    "(raylet) WARNING: 8 PYTHON worker processes have been started on node: a23 with address: 10.0.0.2, which",
     "[pairs] looks like ours, but nobody marked it",
     "",
 ]

@@ -42,11 +42,11 @@ def test_an_accuracy_of_one_is_not_taken_for_certain():
     assert measured({**METRICS, "eval_rewards/accuracies": 1.0})["accuracy"]["se"] == pytest.approx(0.01)
 
 
-def test_one_measure_counts_in_its_own_direction_and_a_sum_by_its_weights():
+def test_each_measure_counts_in_its_own_direction_by_its_weight():
     found = measured(METRICS)
     assert score({"accuracy": 1.0}, found) == (0.8, pytest.approx(0.04))
     assert score({"likelihood_drop": 1.0}, found) == (-1.5, 0.2)
-    value, error = score({"accuracy": 1.0, "likelihood_drop": -0.1}, found)
+    value, error = score({"accuracy": 1.0, "likelihood_drop": 0.1}, found)
     assert value == pytest.approx(0.8 - 0.15)
     assert error == pytest.approx(0.04 + 0.02)
     assert score({"accuracy": 1.0}, {}) is None

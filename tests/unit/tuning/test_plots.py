@@ -484,7 +484,7 @@ def test_options_of_one_type_are_named_by_what_tells_them_apart():
 
 
 @pytest.mark.parametrize(
-    "rank_by", ["accuracy", "likelihood_drop", {"likelihood_drop": 2.0}, {"accuracy": 1.0, "margin": -0.5}]
+    "rank_by", ["accuracy", "likelihood_drop", {"likelihood_drop": 2.0}, {"accuracy": 1.0, "likelihood_drop": 0.5}]
 )
 def test_an_objective_is_shown_in_its_own_direction(rank_by: Any):
     tune = config_of({"beta": [0.1, 0.2], "rank_by": rank_by}).tune
@@ -494,8 +494,8 @@ def test_an_objective_is_shown_in_its_own_direction(rank_by: Any):
     scored, shown = score(tune.objectives()[0], found), objective.of(found)
     assert scored is not None and shown is not None
     assert objective.of_score(scored) == pytest.approx((shown["value"], shown["se"]))
-    if "likelihood_drop" in rank_by:
+    if rank_by in ("likelihood_drop", {"likelihood_drop": 2.0}):
         assert shown["value"] == 2.5 and not objective.higher_is_better
     if len(tune.objectives()[0]) == 2:
-        assert objective.label == "held-out accuracy − 0.5·margin (weighted sum)"
-        assert shown["value"] == pytest.approx(0.7 - 0.75)
+        assert objective.label == "held-out accuracy − 0.5·likelihood drop (weighted sum)"
+        assert shown["value"] == pytest.approx(0.7 - 1.25)

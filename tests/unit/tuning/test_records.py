@@ -12,7 +12,7 @@ from dpo_ray.storage.location import Location
 from tests.unit.tuning.test_space import config, searched
 from tuning.records import Evaluation, Records, identity
 
-ROWS = {"reference-1": "abc"}
+ROWS, WEIGHTS = ["abc"], ["model"]
 
 
 def evaluation(step: int, accuracy: float) -> Evaluation:
@@ -88,11 +88,14 @@ SPACE = {"train.learning_rate": {"loguniform": [1e-6, 1e-4]}}
 )
 def test_more_trials_are_the_same_sweep_and_another_search_is_not(change: dict[str, Any], is_another: bool):
     first = searched(SPACE)
-    assert (identity(searched(**{"space": SPACE, **change}), ROWS) != identity(first, ROWS)) is is_another
+    assert (
+        identity(searched(**{"space": SPACE, **change}), ROWS, WEIGHTS) != identity(first, ROWS, WEIGHTS)
+    ) is is_another
 
 
 def test_other_rows_and_another_training_are_another_sweep():
     first = searched(SPACE)
-    assert identity(first, {"reference-1": "xyz"}) != identity(first, ROWS)
+    assert identity(first, ["xyz"], WEIGHTS) != identity(first, ROWS, WEIGHTS)
+    assert identity(first, ROWS, ["other weights"]) != identity(first, ROWS, WEIGHTS)
     longer = config({"space": SPACE, "search": "random", "num_trials": 5}, train={"epochs": 2, "eval_every_steps": 5})
-    assert identity(longer, ROWS) != identity(first, ROWS)
+    assert identity(longer, ROWS, WEIGHTS) != identity(first, ROWS, WEIGHTS)

@@ -245,7 +245,7 @@ def test_two_objectives_have_a_front():
 
 
 def test_a_weighted_sum_has_a_column_beside_its_measures():
-    config = config_of({"rank_by": {"accuracy": 1.0, "likelihood_drop": -0.1}, "beta": [0.1, 0.2]})
+    config = config_of({"rank_by": {"accuracy": 1.0, "likelihood_drop": 0.1}, "beta": [0.1, 0.2]})
     assert config.tune is not None
     trials = [
         trial_of(i, point, 0.7, drop=drop)

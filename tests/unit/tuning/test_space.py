@@ -179,7 +179,24 @@ def test_a_space_of_many_dimensions_is_checked_in_little_time():
         ({"beta": [0.1], "rank_by": {"accuracy": 1, "loss": 2}}, "rank these, not the policies"),
         ({"beta": [0.1], "rank_by": "acuracy"}, "there is no such measure"),
         ({"beta": [0.1], "rank_by": ["accuracy"]}, "a list is for several objectives"),
-        ({"beta": [0.1], "rank_by": {"accuracy": 0}}, "no weight other than 0"),
+        ({"beta": [0.1], "rank_by": {"accuracy": 0}}, "a weight is a number above 0"),
+        ({"beta": [0.1], "rank_by": {"accuracy": 1, "likelihood_drop": -0.1}}, "counts in its own direction"),
+        ({"beta": [0.1], "rank_by": {"accuracy": float("nan")}}, "a weight is a number above 0"),
+        ({"space": {"train": [{"epochs": 1}, {"epochs": 2}]}}, "train cannot be searched as a whole"),
+        ({"space": {"train.epochs": {"uniform": [1, 3]}}, "search": "random", "num_trials": 2}, r"\{integer: "),
+        ({"space": {"train.learning_rate": {"normal": [0, 1]}}}, "normal is no distribution: write"),
+        ({"space": {"train.learning_rate": {"uniform": [1e-6, 1e-5], "log": True}}}, "takes nothing beside it"),
+        ({"space": {"train.learning_rate": {"uniform": [0.1, float("inf")]}}}, "is not two numbers"),
+        ({"space": {"train.loss": [{"type": "sigmoid"}, {"type": ["ipo"]}]}}, "train.loss"),
+        (
+            {"space": {"train.epochs": list(range(1, 200)), "train.seed": list(range(200))}},
+            "more than 10000 combinations",
+        ),
+        ({"space": {"train.loss.ld_alpha": [0.1, 0.5]}, "rank_by": "margin"}, "tail of weight"),
+        (
+            {"space": {"data.max_completion_tokens": [8, 256]}, "rank_by": "chosen_logps"},
+            "its values would be ranked, not what was learnt",
+        ),
         ({"beta": [0.1], "scheduler": "pbt"}, "best.yaml could not"),
         ({"beta": [0.1], "scheduler": "hyperband"}, "fifo, asha, median"),
         ({"beta": [0.1], "search": "tpe"}, "needs tune.num_trials"),
@@ -242,3 +259,14 @@ def test_each_value_that_changes_the_rows_is_prepared():
     }
     for key, one in found.items():
         assert preparation_key(one) == key
+
+
+def test_numbers_in_scientific_notation_are_numbers():
+    # YAML 1.1 reads 1e-6, without a point, as text.
+    made = searched({"train.learning_rate": {"loguniform": ["1e-6", "1e-4"]}, "train.weight_decay": ["1e-2", 0.1]})
+    assert made.tune.space == {
+        "train.learning_rate": Range("loguniform", 1e-6, 1e-4),
+        "train.weight_decay": Choice((0.01, 0.1)),
+    }
+    with pytest.raises(ConfigError, match=r"has 1e-05 twice"):
+        searched({"train.learning_rate": [1e-5, "1e-5"]})

@@ -95,7 +95,7 @@ def estimate_lines(
     else:
         seconds = total / tokens_per_second / at_once
         lines.append(
-            f"about {_long(seconds)}, and some 10 s a trial to start: {_large(total)} tokens at "
+            f"about {_long(seconds)}, and what trials take to start: {_large(total)} tokens at "
             f"{tokens_per_second:.0f} a second in each trial, {at_once} at once"
         )
     if rows_scored:

@@ -181,9 +181,6 @@ class _Suggested(_NotKept, Searcher):  # type: ignore[misc]  # Ray is not follow
     def save(self, checkpoint_path: str) -> None:
         pass
 
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("A sweep goes on from its records.")
-
 
 class _Told(_NotKept, tune.Callback):  # type: ignore[misc]  # Ray is not followed
     """Tells the listener, and gives back what a trial that died has left."""

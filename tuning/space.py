@@ -14,6 +14,7 @@ from itertools import islice, product
 from typing import Any, Protocol
 
 from dpo_ray.config import Config, parse_config
+from dpo_ray.config.load import put
 from dpo_ray.config.tune import Choice, Distribution, Range
 from dpo_ray.errors import ConfigError
 
@@ -99,7 +100,7 @@ def configured(config: Config, values: Mapping[str, Any]) -> Config:
     tree = config.model_dump(mode="json", exclude_unset=True)
     tree.setdefault("train", {}).setdefault("loss", config.train.loss.model_dump(mode="json", exclude_unset=True))
     for path, value in values.items():
-        _put(tree, path, value)
+        put(tree, path, value, source=f"tune.space: {path}")
     shown = ", ".join(f"{path}={json.dumps(value, default=str)}" for path, value in values.items())
     try:
         one = parse_config(tree, source=f"tune.space, with {shown}")
@@ -261,19 +262,6 @@ def margins_compare(space: Mapping[str, Distribution]) -> bool:
     """Whether the margins of all trials are the same quantity: no more than the strength of the loss is searched."""
     same = {"train.loss.beta", "train.loss.label_smoothing", "train.loss.nll_weight"}
     return not any(prepares(path) or (path.startswith("train.loss") and path not in same) for path in space)
-
-
-def _put(tree: dict[str, Any], path: str, value: Any) -> None:
-    *parents, leaf = path.split(".")
-    node = tree
-    for parent in parents:
-        child = node.get(parent)
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"tune.space: {path}: {parent} is a value, not a section.")
-        node = child
-    node[leaf] = value
 
 
 def _value(name: str, found: Any, draw: Draw) -> Any:

@@ -57,6 +57,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"-o {override}: write it as dotted.key=value, for example -o train.loss.beta=0.2.")
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"-o {override}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    put(tree, key, found, source=f"-o {override}")
+
+
+def put(tree: dict[str, Any], key: str, value: Any, *, source: str) -> None:
+    """Set the value at a dotted key of a tree. Raises ConfigError where the key goes through a value."""
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
@@ -64,12 +73,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"-o {override}: {parent} is a value, not a section.")
+            raise ConfigError(f"{source}: {parent} is a value, not a section.")
         node = child
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"-o {override}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    node[leaf] = value
 
 
 def _problem(error: Any) -> str:

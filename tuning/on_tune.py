@@ -83,8 +83,10 @@ def run_trials(
     """
     suggested = _Suggested(works)
     filesystem, path = storage.filesystem()
+    actor = tune.with_parameters(TrialActor, output=output, rows=dict(rows))
+    actor.__qualname__ = TrialActor.__qualname__  # under which its process is shown
     tuner = tune.Tuner(
-        tune.with_parameters(TrialActor, output=output, rows=dict(rows)),
+        actor,
         tune_config=tune.TuneConfig(
             num_samples=-1,
             search_alg=suggested,

@@ -60,7 +60,7 @@ def records(output: Path) -> dict[int, dict]:
 
 
 class Running:
-    """A sweep in a process of its own."""
+    """A sweep in a process of its own, which ends with the block."""
 
     def __init__(self, arguments: list[str], output: Path, log: Path) -> None:
         self.output, self.log = output, log
@@ -68,6 +68,13 @@ class Running:
             self.process = subprocess.Popen(
                 [DPO_RAY, *arguments], stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, MARK: str(output)}
             )
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
 
     def wait_for(self, seen) -> dict[int, dict]:
         """The records as soon as they are as wanted; fails where the process ends before."""
@@ -82,7 +89,7 @@ class Running:
 
     def kill_one(self, name: str) -> None:
         pids = [pid for pid, args in processes_below(self.process.pid).items() if args.startswith(name)]
-        assert pids, f"there is no {name}"
+        assert pids, f"there is no {name} among {processes_below(self.process.pid)}"
         os.kill(max(pids), signal.SIGKILL)
 
 
@@ -96,15 +103,13 @@ def has_finished(found: dict[int, dict]) -> bool:
 
 def test_no_finished_trial_is_repeated_and_the_others_go_on(command, tmp_path):
     arguments, output = command
-    first = Running(arguments, output, tmp_path / "first.log")
-    # Its controller is in the trial's own process, and dies with it.
-    first.wait_for(lambda found: training_after(found, 5))
-    first.kill_one("ray::TrialActor")
-    first.wait_for(lambda found: has_finished(found) and training_after(found, 10))
-    first.kill_one("ray::RayTrainWorker")
-    before = first.wait_for(lambda found: training_after(found, 20))
-    first.process.kill()
-    first.process.wait(60)
+    with Running(arguments, output, tmp_path / "first.log") as first:
+        # Its controller is in the trial's own process, and dies with it.
+        first.wait_for(lambda found: training_after(found, 5))
+        first.kill_one("ray::TrialActor")
+        first.wait_for(lambda found: has_finished(found) and training_after(found, 10))
+        first.kill_one("ray::RayTrainWorker")
+        before = first.wait_for(lambda found: training_after(found, 20))
     deadline = time.monotonic() + 120
     while (left := processes_with(f"{MARK}={output}")) and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -116,8 +121,8 @@ def test_no_finished_trial_is_repeated_and_the_others_go_on(command, tmp_path):
     interrupted = {n: trial for n, trial in before.items() if trial["state"] == "training" and trial["step"] >= 5}
     assert finished and interrupted
 
-    again = Running(arguments, output, tmp_path / "again.log")
-    assert again.process.wait(LONGEST) == 0, again.log.read_text()[-4000:]
+    with Running(arguments, output, tmp_path / "again.log") as again:
+        assert again.process.wait(LONGEST) == 0, again.log.read_text()[-4000:]
     log = again.log.read_text()
     table = pq.read_table(Path(summary_of(output)["sweep"]["results"])).to_pylist()
     assert [row["state"] for row in table] == ["finished"] * len(RATES)

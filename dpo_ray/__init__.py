@@ -7,12 +7,12 @@ estimates      proportions and their intervals
 pairs          the rows that stages hand to each other, and their schemas
 storage        paths and object stores, files of packages, artifacts with their manifests
 origin         where in whose code an error came about
-rewards        functions that score candidates
-reward_source  what a reward is known by
+rewards        rules that score completions
 config         the configuration: the sections, reading them, what is wrong with them
 data           preference data as functions of rows, from bytes to token ids
 losses         formulas, and what they are given
 model          the model's folder, and its forward pass down to token log-probs
+scoring        what gives completions their scores, and what each source is known by
 shards         what a stage does with one shard
 training       the trainer: the plan of the steps, a step, the loop, checkpoints
 evaluation     margins, agreement of engines, the pages that tell people

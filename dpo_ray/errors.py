@@ -6,6 +6,7 @@ the command line:
     DpoRayError                 1   something unexpected
     ├── NonFiniteLoss           1   training met NaN or infinity more often than allowed
     ├── StorageError            1   an object store refused, or did not answer
+    ├── EndpointError           1   a judge's server refused, or did not answer
     ├── ConfigError             2   configuration or usage
     │   └── RewardError         2   the reward function that is named there fails, or gives no number
     ├── DataError               3   data unreadable, or too much of it quarantined
@@ -49,6 +50,10 @@ class NonFiniteLoss(DpoRayError):
 
 class StorageError(DpoRayError, OSError):
     """An object store that cannot be reached or does not do what it is asked for."""
+
+
+class EndpointError(DpoRayError):
+    """A judge's server that cannot be reached, refuses, or does not answer in time."""
 
 
 class GateFailed(DpoRayError):

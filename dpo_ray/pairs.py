@@ -79,20 +79,41 @@ _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]
 _IDS = pa.list_(pa.int32())
 _LOGPROBS = pa.list_(pa.float32())
 
-PROMPTS = pa.schema([("prompt_id", pa.string()), ("split", pa.string()), ("prompt", _MESSAGES), ("tools", pa.string())])
-
-CANDIDATES = pa.schema(
+PROMPTS = pa.schema(
     [
         ("prompt_id", pa.string()),
         ("split", pa.string()),
         ("prompt", _MESSAGES),
         ("tools", pa.string()),
-        (
-            "completions",
-            pa.list_(pa.struct([("text", pa.string()), ("finished", pa.bool_()), ("num_tokens", pa.int32())])),
-        ),
+        ("answer", pa.string()),
     ]
 )
+"""`answer`: what rules compare completions with, null where there is none."""
+
+_COMPLETION = pa.struct(
+    [
+        ("text", pa.string()),
+        ("finished", pa.bool_()),
+        ("num_tokens", pa.int32()),
+        ("token_ids", _IDS),
+        ("finish_reason", pa.string()),
+        ("logprob", pa.float64()),
+        ("model", pa.string()),
+    ]
+)
+"""`finished`: it ended of itself; `logprob`: its summed log-prob in nats under the model that sampled it, at temperature
+1; `model`: hash of that model."""
+
+CANDIDATES = pa.schema([*PROMPTS, ("completions", pa.list_(_COMPLETION))])
+
+REWARDS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("scores", pa.list_(pa.float64())),
+        ("parts", pa.list_(pa.map_(pa.string(), pa.float64()))),
+    ]
+)
+"""What a source gives to the completions of a row of candidates, one entry for each."""
 
 PAIRS = pa.schema(
     [
@@ -106,6 +127,9 @@ PAIRS = pa.schema(
         ("tools", pa.string()),
     ]
 )
+
+GENERATED_PAIRS = pa.schema([*PAIRS, ("lineage", pa.string())])
+"""Pairs of candidates. `lineage`: JSON text, what made each side and what it was scored."""
 
 TOKENIZED = pa.schema(
     [

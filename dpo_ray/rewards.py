@@ -1,26 +1,18 @@
-"""Reward functions for generated candidates.
+"""Rules that score completions, for the configuration's `function: dpo_ray.rewards:NAME`.
 
-A reward is any function `(prompt: str, completion: str, finished: bool) -> float`, named in the configuration
-as module:function; higher is better. `prompt` is the text of the user's last turn, `finished` says whether the
-model ended its answer by itself instead of running into generate.sampling.max_tokens. What an edit of it makes anew
-is told in dpo_ray.reward_source.
+How a rule is called is told in dpo_ray.scoring.rule. Unless its docstring says otherwise, a rule here gives 0 to 1.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import math
+import json
 import re
-import traceback
-from collections.abc import Callable, Mapping
-from numbers import Real
-from typing import Any
+from collections.abc import Sequence
+from decimal import Decimal
+from functools import cache
+from typing import Any, Literal
 
-from dpo_ray.errors import ConfigError, RewardError
-from dpo_ray.origin import own, places, short
-
-Reward = Callable[[str, str, bool], float]
+from dpo_ray.errors import ConfigError
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+")
@@ -35,78 +27,6 @@ where which while who why will with would you your
 _STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
-def load_reward(name: str) -> Reward:
-    """The function behind module:function. Raises ConfigError."""
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except (Exception, SystemExit) as error:  # whatever the module itself does, as a program's argparse does
-        is_missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-        raise _not_there(name, str(error)) if is_missing else _failing(name, error) from error
-    if found is None:
-        raise _not_there(name, f"module {module!r} has no attribute {function!r}")
-    if not callable(found):
-        raise ConfigError(f"The reward {name} is not a function but {type(found).__name__}.")
-    reward: Reward = found
-    return reward
-
-
-def _not_there(name: str, why: str) -> ConfigError:
-    return ConfigError(
-        f"The reward {name} cannot be imported ({why}). Name it as module:function, and run where the module can be "
-        "imported (in a job, ship it with the working directory)."
-    )
-
-
-def _failing(name: str, error: BaseException) -> ConfigError:
-    what = short("".join(traceback.format_exception_only(error))).rstrip(".")
-    frames = own(traceback.extract_tb(error.__traceback__)[1:])
-    place = f", at {places(frames)}" if frames else ""
-    return ConfigError(
-        f"The reward {name} cannot be imported, for its module fails: {what}{place}. Mend it, and run the same command "
-        "again; DPO_RAY_TRACEBACK=1 shows the whole traceback."
-    )
-
-
-def score_completions(name: str, reward: Reward, row: Mapping[str, Any]) -> list[float]:
-    """What the reward gives to each completion of a row of candidates (dpo_ray.pairs.CANDIDATES).
-
-    Args:
-        name: as it is configured, for the errors.
-
-    Raises RewardError where it raises, naming the completion and the line of its code, and where it gives something
-    else than a finite real number: None, text, an array, a tensor even of one element.
-    """
-    question = row["prompt"][-1]["content"]
-    scores = []
-    for number, completion in enumerate(row["completions"], start=1):
-        text, finished = completion["text"], completion["finished"]
-        where = f"completion {number} of the prompt {row['prompt_id']} ({question[:80]!r} → {text[:80]!r})"
-        try:
-            value = reward(question, text, finished)
-            score = float(value) if isinstance(value, Real) else math.nan
-        except Exception as error:
-            what = short("".join(traceback.format_exception_only(error))).rstrip(".")
-            raise RewardError(
-                f"The reward {name} failed on {where}: {what}{_place(error, reward)}. Mend it, and run the same "
-                "command again: what is finished is kept. DPO_RAY_TRACEBACK=1 shows the whole traceback."
-            ) from error
-        if not math.isfinite(score):
-            raise RewardError(
-                f"The reward {name} gave {short(repr(value))} ({type(value).__name__}) to {where}. It must give a "
-                "finite number; of a tensor or an array with one element that is its .item()."
-            )
-        scores.append(score)
-    return scores
-
-
-def _place(error: Exception, reward: Reward) -> str:
-    """Where in the user's code it happened: `, at` file:line, and the calls that led there."""
-    code = getattr(inspect.unwrap(reward), "__code__", None)
-    frames = own(traceback.extract_tb(error.__traceback__)[1:], code.co_filename if code else None)
-    return f", at {places(frames)}" if frames else ""
-
-
 def brief_answer(prompt: str, completion: str, finished: bool) -> float:
     """How well a text answers in at most two complete sentences, without repetition, on the prompt: 0 to 1.
 
@@ -118,7 +38,7 @@ def brief_answer(prompt: str, completion: str, finished: bool) -> float:
     - on topic: .4 + .6 · the share of the prompt's content words that come back, full from one half on;
       and 0 below three words
     """
-    words = [w.lower() for w in _WORD.findall(completion)]
+    words = _words(completion)
     if len(words) < 3:
         return 0.0
     complete = (0.5 if finished else 0.0) + (0.5 if re.search(r"[.!?][\"'”’)\]]*$", completion.strip()) else 0.0)
@@ -160,3 +80,126 @@ def topic_overlap(prompt: str, completion: str) -> float:
 
 def _stem(word: str) -> str:
     return word.lower().removesuffix("s")[:5]
+
+
+def length_window(
+    prompt: str,
+    completion: str,
+    finished: bool,
+    *,
+    at_least: int = 0,
+    at_most: int | None = None,
+    unit: Literal["words", "sentences", "characters"] = "words",
+) -> float:
+    """1 for a length from `at_least` to `at_most`, both included; below, length / at_least; above, at_most / length."""
+    counted = {"words": _words, "sentences": split_sentences, "characters": str.strip}
+    if unit not in counted:
+        raise ConfigError(f"length_window: unit={unit!r} is not known (known: {', '.join(counted)}).")
+    length = len(counted[unit](completion))  # type: ignore[operator]
+    if length < at_least:
+        return length / at_least
+    return 1.0 if at_most is None or length <= at_most else at_most / length
+
+
+def fresh(prompt: str, completion: str, finished: bool, *, n: int = 3) -> float:
+    """The share of its sequences of n words that are not repeats; 1 for less than n words."""
+    words = _words(completion)
+    sequences = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(set(sequences)) / len(sequences) if sequences else 1.0
+
+
+def is_json(prompt: str, completion: str, finished: bool, *, keys: Sequence[str] = (), fenced: bool = False) -> float:
+    """1 for one JSON value and nothing else; with `keys`, for an object that has them all.
+
+    fenced: it may stand in a Markdown block of code.
+    """
+    text = completion.strip()
+    if fenced and (block := re.fullmatch(r"```(?:json)?\n(.*)\n```", text, re.S)):
+        text = block[1]
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return 0.0
+    return float(not keys or (isinstance(value, dict) and set(keys) <= value.keys()))
+
+
+def matches(prompt: str, completion: str, finished: bool, *, pattern: str, whole: bool = False) -> float:
+    """1 where the regular expression is found; whole: where it is all of the completion, but for outer white space."""
+    text = completion.strip()
+    return float(bool(re.fullmatch(pattern, text, re.S) if whole else re.search(pattern, text)))
+
+
+def without_words(prompt: str, completion: str, finished: bool, *, words: Sequence[str]) -> float:
+    """1 where none of these words or phrases occurs, whatever the case."""
+    return float(not any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", completion, re.I) for word in words))
+
+
+def in_language(prompt: str, completion: str, finished: bool, *, language: str) -> float:
+    """The probability that it is written in a language, named by its code of two letters (ISO 639-1).
+
+    By py3langid, of the extra dpo-ray[language].
+    """
+    ranked = dict(_language_identifier().rank(completion))
+    if language not in ranked:
+        raise ConfigError(f"in_language: language={language!r} is not known (known: {', '.join(sorted(ranked))}).")
+    return float(ranked[language])
+
+
+def exact_answer(
+    prompt: str, completion: str, finished: bool, answer: str | None, *, pattern: str | None = None
+) -> float:
+    """1 where it equals the prompt's answer, but for case, white space and a full stop at the end.
+
+    pattern: a regular expression whose last match is compared instead, or that match's first group, if it has one.
+    """
+    expected = _required(answer, prompt)
+    if pattern is not None:
+        found = list(re.finditer(pattern, completion))
+        if not found:
+            return 0.0
+        completion = found[-1][1] if found[-1].re.groups else found[-1][0]
+    return float(_normal(completion) == _normal(expected))
+
+
+def numeric_answer(
+    prompt: str, completion: str, finished: bool, answer: str | None, *, tolerance: float = 0.0
+) -> float:
+    """1 where its last number is the last number of the prompt's answer, or nearer to it than `tolerance`."""
+    expected = _last_number(_required(answer, prompt))
+    if expected is None:
+        raise ConfigError(f"numeric_answer: there is no number in the answer {answer!r} of the prompt {prompt[:80]!r}.")
+    found = _last_number(completion)
+    return float(found is not None and abs(found - expected) <= Decimal(str(tolerance)))
+
+
+@cache
+def _language_identifier() -> Any:
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError:
+        raise ConfigError("in_language needs py3langid: install dpo-ray[language].") from None
+    return LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
+
+
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+
+
+def _last_number(text: str) -> Decimal | None:
+    found = _NUMBER.findall(text)
+    return Decimal(found[-1].replace(",", "")) if found else None
+
+
+def _required(answer: str | None, prompt: str) -> str:
+    if answer is None:
+        raise ConfigError(
+            f"The prompt {prompt[:80]!r} has no answer to compare with: give each row of the prompts an `answer`."
+        )
+    return answer
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.split()).rstrip(".").casefold()
+
+
+def _words(text: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(text)]

@@ -18,6 +18,7 @@ from dpo_ray.progress import say
 from pipelines import STAGES, Stage, planned
 
 if TYPE_CHECKING:
+    from dpo_ray.storage.published import Move
     from pipelines.context import RunContext
     from pipelines.terminal import Terminal
 
@@ -116,19 +117,74 @@ def submit(
     config: ConfigPath,
     address: Annotated[str, typer.Option(help="The cluster's dashboard, as in http://127.0.0.1:8265.")],
     override: Overrides = None,
-    command: Annotated[str, typer.Option(help="What to run there: run, sweep or a stage.")] = "run",
+    command: Annotated[str, typer.Option(help="What to run there: run, sweep, iterate or a stage.")] = "run",
     submission_id: Annotated[str | None, typer.Option(help="Name of the job; the cluster accepts it once.")] = None,
     executable: Annotated[str, typer.Option(help="The dpo-ray to call on the cluster.")] = "dpo-ray",
     wait: Annotated[bool, typer.Option(help="Follow the log and return the job's exit status.")] = True,
 ) -> None:
     """Run a command as a job on a Ray cluster, follow its log and return its exit status."""
-    if command not in {"run", "sweep", *STAGES}:
-        raise ConfigError(f"--command {command}: name one of run, sweep, {', '.join(STAGES)}.")
+    if command not in {"run", "sweep", "iterate", *STAGES}:
+        raise ConfigError(f"--command {command}: name one of run, sweep, iterate, {', '.join(STAGES)}.")
     loaded = load_config(config, override)
     from cluster.submit import submit_job
 
     code = submit_job(loaded, address, command=command, submission_id=submission_id, executable=executable, wait=wait)
     raise typer.Exit(code)
+
+
+@app.command()
+def iterate(config: ConfigPath, override: Overrides = None, dry_run: DryRun = False, run_id: RunId = None) -> None:
+    """Run rounds of sampling, training and measuring, each from the policy before it, and publish the best one."""
+    loaded = load_config(config, override)
+    if loaded.iterate is None:
+        raise ConfigError(f"{config} has no section iterate: add one, such as -o iterate.rounds=3.")
+    if dry_run:
+        from pipelines.show import iterate_lines
+
+        typer.echo(dump_config(loaded))
+        for line in iterate_lines(loaded):
+            typer.echo(f"# {line}")
+        return
+
+    def work(context: RunContext) -> None:
+        from pipelines.iterate import iterate
+
+        iterate(context)
+
+    _carry_out(loaded, run_id, work, plan=planned(loaded, "publish"), check_for="publish")
+
+
+Published = Annotated[str, typer.Argument(help="The name that models are published under: run.name.")]
+Why = Annotated[str, typer.Option(help="Kept in the record.")]
+
+
+@app.command()
+def promote(
+    output: Annotated[str, typer.Argument(help="The output folder.")],
+    name: Published,
+    version: Annotated[str, typer.Argument(help="A folder of models/NAME.")],
+    why: Why = "",
+) -> None:
+    """Make a published version the latest one, whatever its gate said."""
+    from dpo_ray.storage.location import Location
+    from dpo_ray.storage.published import promote
+
+    typer.echo(_moved(promote(Location.of(output), name, version, why)))
+
+
+@app.command()
+def rollback(
+    output: Annotated[str, typer.Argument(help="The output folder.")], name: Published, why: Why = ""
+) -> None:
+    """Make the version the latest one that was so before the present one."""
+    from dpo_ray.storage.location import Location
+    from dpo_ray.storage.published import rollback
+
+    typer.echo(_moved(rollback(Location.of(output), name, why)))
+
+
+def _moved(made: Move) -> str:
+    return f"The latest version is {made.version} (before: {made.previous or 'none'}): {made.path}"
 
 
 @app.command()

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from dpo_ray.config import Config, Model, WinRate
-from dpo_ray.estimates import quantiles
+from dpo_ray.config import Config, ImplicitReward, WinRate
+from dpo_ray.config.reward import compares
+from dpo_ray.estimates import quantiles, rate, verdict
 from dpo_ray.evaluation.agreement import margin_noise
-from dpo_ray.evaluation.held_out import held_out_margins
-from dpo_ray.evaluation.margins import preference_accuracy, win_rate
+from dpo_ray.evaluation.drift import Answers, accuracy_by_length, chosen_change, kl_per_token, samples_drift
+from dpo_ray.evaluation.held_out import held_out_pairs
+from dpo_ray.evaluation.length_control import length_controlled_win_rate
+from dpo_ray.evaluation.margins import mean_wins, preference_accuracy, win_shares
+from dpo_ray.on_ray.generate import merge_candidates
+from dpo_ray.on_ray.reward import score_candidates
 from dpo_ray.on_ray.score import score_policy
 from dpo_ray.progress import say
-from dpo_ray.reward_source import reward_identity
-from dpo_ray.rewards import load_reward, score_completions
+from dpo_ray.scoring.scorer import weighted
 from dpo_ray.storage.artifact import Artifact, Contents, make, read_shard
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
-from pipelines.generate import held_out_prompts, sample
+from pipelines.generate import held_out_prompts, sample, score
 
 KIND = "evaluation"
 _SHOWN = 5
+_MEASURES = 2
+"""Raised when there are other measures than before, or they are computed in another way."""
 
 
 def evaluate(
@@ -44,19 +52,42 @@ def evaluate(
     return artifact
 
 
-def _draw(
-    context: RunContext, options: WinRate, pairs: Artifact, policy: Artifact
-) -> tuple[Artifact, Artifact, WinRate]:
+@dataclass(frozen=True)
+class _Drawn:
+    """Completions of base and tuned model, and what the judges give to them."""
+
+    candidates: Artifact
+    """Of each prompt those of the base model, sampling.samples of them, and then as many of the tuned one."""
+    scores: dict[str, Artifact]
+    log_ratios: Artifact
+    """What the implicit reward of the tuned model, with beta 1, gives to its own: log π − log π_ref."""
+    options: WinRate
+
+    def rows(self) -> Iterator[tuple[dict[str, Any], list[float]]]:
+        """The candidates, each with the rewards of its completions."""
+        sources = [list(_rows(self.scores[source.label])) for source in self.options.reward]
+        weights = [source.weight for source in self.options.reward]
+        for n, row in enumerate(_rows(self.candidates)):
+            yield row, weighted([of_source[n]["scores"] for of_source in sources], weights)
+
+
+def _draw(context: RunContext, options: WinRate, pairs: Artifact, policy: Artifact) -> _Drawn:
     base_model = context.config.model
-    tuned_model = Model(
-        path=(policy.location / MODEL_FOLDER).uri,
-        dtype=base_model.dtype,
-        trust_remote_code=base_model.trust_remote_code,
+    tuned_model = base_model.model_copy(
+        update={"path": (policy.location / MODEL_FOLDER).uri, "revision": None, "lora": None}
     )
     prompts = held_out_prompts(context, pairs, options.max_prompts)
-    base = context.stage("sample_base", lambda: sample(context, base_model, options.sampling, prompts))
-    tuned = context.stage("sample_tuned", lambda: sample(context, tuned_model, options.sampling, prompts))
-    return base, tuned, options
+    of_models = [
+        context.stage(f"sample_{side}", partial(sample, context, model, options.sampling, prompts))
+        for side, model in (("base", base_model), ("tuned", tuned_model))
+    ]
+    merged = context.stage("merge_samples", partial(merge_candidates, context.output, of_models))
+    scores = score(context, "judge", options.reward, merged, options.sampling.samples)
+    ratio = ImplicitReward(policy=tuned_model.path, beta=1.0, dtype=base_model.dtype)
+    log_ratios = context.stage(
+        "log_ratios", partial(score_candidates, context.output, context.config, ratio, of_models[1])
+    )
+    return _Drawn(merged, scores, log_ratios, options)
 
 
 def _evaluate(
@@ -64,66 +95,92 @@ def _evaluate(
     scores: Artifact,
     rows: Artifact,
     calibration: Artifact | None,
-    drawn: tuple[Artifact, Artifact, WinRate] | None,
+    drawn: _Drawn | None,
 ) -> tuple[Artifact, bool]:
     inputs = {"scores": scores.fingerprint, rows.manifest.kind: rows.fingerprint}
     if calibration is not None:
         inputs["calibration"] = calibration.fingerprint
     identity: dict[str, Any] = {"reward": None}
     if drawn is not None:
-        base, tuned, options = drawn
-        inputs |= {"base": base.fingerprint, "tuned": tuned.fingerprint}
-        identity = reward_identity(options.reward)
-    identity["eval_fraction"] = context.config.train.eval_fraction
+        inputs |= {"samples": drawn.candidates.fingerprint, "log_ratios": drawn.log_ratios.fingerprint}
+        inputs |= {f"rewards/{name}": artifact.fingerprint for name, artifact in drawn.scores.items()}
+        identity = {"reward": {source.label: source.weight for source in drawn.options.reward}}
+    identity |= {"eval_fraction": context.config.train.eval_fraction, "measures": _MEASURES}
 
     def measure(_: Location) -> Contents:
         metrics = _held_out(context.config, scores, rows, calibration)
-        return Contents(metrics=metrics if drawn is None else metrics | _compare(*drawn))
+        return Contents(metrics=metrics if drawn is None else metrics | _compare(drawn))
 
     return make(context.output, KIND, identity, inputs, measure)
 
 
 def _held_out(config: Config, scores: Artifact, rows: Artifact, calibration: Artifact | None) -> dict[str, Any]:
     loss = config.train.loss
-    margins = held_out_margins(loss, scores, rows, config.train.eval_fraction)
+    found = held_out_pairs(loss, scores, rows, config.train.eval_fraction)
     per_token = loss.averages_tokens
     noise = margin_noise(calibration.manifest.metrics, per_token=per_token) if calibration is not None else 0.0
-    accuracy = preference_accuracy(margins, noise)
+    accuracy = preference_accuracy(found.margins, noise)
     say(KIND, f"held-out accuracy {accuracy or 'undefined: no margin above the noise of the engines'}")
+    some = len(found.margins) > 0
     return {
         "accuracy": accuracy.as_dict() if accuracy else None,
-        "margin": {"mean": float(np.mean(margins)), **quantiles(margins)} if len(margins) else None,
+        "accuracy_by_length": accuracy_by_length(found.margins, found.chosen_tokens, found.rejected_tokens)
+        if accuracy
+        else None,
+        "margin": {"mean": float(np.mean(found.margins)), **quantiles(found.margins)} if some else None,
+        "chosen_logps": chosen_change(found.chosen_logps, found.chosen_ref_logps)
+        if some and found.chosen_ref_logps is not None
+        else None,
         "win_rate": None,
         "samples": [],
     }
 
 
-def _compare(base: Artifact, tuned: Artifact, options: WinRate) -> dict[str, Any]:
-    reward = load_reward(options.reward)
-    after = {row["prompt_id"]: row for row in _rows(tuned)}
-    both = [(row, after[row["prompt_id"]]) for row in _rows(base) if row["prompt_id"] in after]
-
-    base_scores = [score_completions(options.reward, reward, b) for b, _ in both]
-    tuned_scores = [score_completions(options.reward, reward, t) for _, t in both]
-    rate = win_rate(tuned_scores, base_scores)
-    say(KIND, f"win rate against the base model {rate or 'undefined: no prompt'}")
+def _compare(drawn: _Drawn) -> dict[str, Any]:
+    samples, reward = drawn.options.sampling.samples, drawn.options.reward
+    # A prompt that was too long for one of the two has no completions of it.
+    found = [(row, rewards) for row, rewards in drawn.rows() if len(rewards) == 2 * samples]
+    base, tuned = [rewards[:samples] for _, rewards in found], [rewards[samples:] for _, rewards in found]
+    # A judge has said who wins; of other sources the higher reward does.
+    wins = mean_wins(tuned) if compares(reward) else win_shares(tuned, base)
+    win_rate = rate(wins) if found else None
+    say(KIND, f"win rate against the base model {win_rate or 'undefined: no prompt'}")
+    if not found:
+        return {}
+    answers = [[_answers(row["completions"][side]) for row, _ in found] for side in _sides(samples)]
+    lengths = [np.array([np.mean(prompt.tokens) for prompt in side]) for side in answers]
+    log_ratios = {row["prompt_id"]: sum(row["scores"]) for row in _rows(drawn.log_ratios)}
+    controlled = length_controlled_win_rate(wins, lengths[1], lengths[0])
+    assert win_rate is not None and controlled is not None
     return {
-        "win_rate": rate.as_dict() if rate else None,
+        "win_rate": win_rate.as_dict(),
+        "verdict": verdict(win_rate, 0.5),
+        "length_controlled_win_rate": controlled.as_dict(),
         "mean_reward": {
-            "base": float(np.mean([s for row in base_scores for s in row])),
-            "tuned": float(np.mean([s for row in tuned_scores for s in row])),
-        }
-        if both
-        else None,
+            "base": float(np.mean([s for row in base for s in row])),
+            "tuned": float(np.mean([s for row in tuned for s in row])),
+        },
+        "kl_per_token": kl_per_token(
+            np.array([log_ratios[row["prompt_id"]] for row, _ in found]), samples * lengths[1]
+        ).as_dict(),
+        "drift": samples_drift(*answers),
         "samples": [
             {
-                "prompt": b["prompt"][-1]["content"],
-                "before": b["completions"][0]["text"].strip(),
-                "after": t["completions"][0]["text"].strip(),
+                "prompt": row["prompt"][-1]["content"],
+                "before": row["completions"][0]["text"].strip(),
+                "after": row["completions"][samples]["text"].strip(),
             }
-            for b, t in both[:_SHOWN]
+            for row, _ in found[:_SHOWN]
         ],
     }
+
+
+def _sides(samples: int) -> tuple[slice, slice]:
+    return slice(0, samples), slice(samples, 2 * samples)
+
+
+def _answers(completions: list[dict[str, Any]]) -> Answers:
+    return Answers(*([completion[name] for completion in completions] for name in ("text", "num_tokens", "finished")))
 
 
 def _rows(artifact: Artifact) -> Iterator[dict[str, Any]]:

@@ -2,33 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import PurePath
 from typing import Any
 
 import pyarrow as pa
 
-from dpo_ray.config import Generate, Model, Sampling
+from dpo_ray.config import Config, Generate, Model, Reward, Sampling
 from dpo_ray.data.prompts import prompt_table, read_prompts
+from dpo_ray.data.tally import Tally
 from dpo_ray.errors import DataError
-from dpo_ray.on_ray.generate import sample_completions
-from dpo_ray.on_ray.pool import Pool, shard_stage, shard_tasks
-from dpo_ray.pairs import PROMPTS, steers
-from dpo_ray.shards.pair import PairShard, identity
+from dpo_ray.on_ray.generate import merge_candidates, sample_completions
+from dpo_ray.on_ray.reward import pair_candidates, score_candidates
+from dpo_ray.pairs import PAIRS, PROMPTS, steers
 from dpo_ray.storage.artifact import Artifact, Contents, digest, make, read_shard, write_shard
 from dpo_ray.storage.location import Location
 from pipelines.context import RunContext
 
 
-def generate(context: RunContext) -> Artifact:
-    """The pairs made of the base model's own completions. Raises DataError where there is no usable prompt or pair."""
+def generate(context: RunContext, wanted: Callable[[str], bool] | None = None) -> Artifact:
+    """The pairs made of sampled completions. Raises DataError where there is no usable prompt or pair.
+
+    Args:
+        wanted: which training prompts are sampled for, by their ids; None: all.
+    """
     config = context.config
     options = config.generate
     assert options is not None
-    sides = read_prompts(options.prompts, config.data.held_out_fraction, config.run.seed)
+    sides = _prompts(config, options)
+    if wanted is not None:
+        sides["train"] = [row for row in sides["train"] if wanted(row["prompt_id"])]
     # Shards of one side only: the held-out candidates then serve the win rate without being drawn again.
     tables = [t for side in ("train", "eval") for t in _tables(sides[side], options.prompts_per_shard)]
     prompts = publish_prompts(context.output, tables)
-    candidates = context.stage("generate", lambda: sample(context, config.model, options.sampling, prompts))
-    return context.stage("pair", lambda: _pair(context, options, candidates))
+    candidates = _candidates(context, options, prompts)
+    scores = score(context, "reward", options.reward, candidates)
+    return context.stage("pair", lambda: _pair(context, options, candidates, scores))
+
+
+def _prompts(config: Config, options: Generate) -> dict[str, list[dict[str, Any]]]:
+    """Side of the split → its prompts."""
+    return read_prompts(options.prompts, config.data.held_out_fraction, config.run.seed, options.system_prompt)
+
+
+def _candidates(context: RunContext, options: Generate, prompts: Artifact) -> Artifact:
+    if not options.models:
+        policy = context.config.model
+        return context.stage("generate", lambda: sample(context, policy, options.sampling, prompts))
+    found = []
+    for number, one in enumerate(options.models):
+        model = Model(**one.model_dump(exclude={"samples"}))
+        sampling = options.sampling.model_copy(update={"samples": one.samples})
+        name = f"generate: {PurePath(one.path).name}" if len(options.models) > 1 else "generate"
+        name = f"{name} ({number})" if name in context.stages else name
+        found.append(context.stage(name, partial(sample, context, model, sampling, prompts)))
+    return found[0] if len(found) == 1 else context.stage("merge", partial(merge_candidates, context.output, found))
 
 
 def sample(context: RunContext, model: Model, sampling: Sampling, prompts: Artifact) -> tuple[Artifact, bool]:
@@ -48,12 +77,12 @@ def held_out_prompts(context: RunContext, pairs: Artifact, max_prompts: int) -> 
         return row["split"] == "eval" and (fraction == 1 or not steers(row["prompt_id"], fraction))
 
     if config.generate is not None:
-        sides = read_prompts(config.generate.prompts, config.data.held_out_fraction, config.run.seed)
+        sides = _prompts(config, config.generate)
         held_out = list(filter(judges, sides["eval"]))[:max_prompts]
         return publish_prompts(context.output, _tables(held_out, config.generate.prompts_per_shard))
     rows: dict[str, dict[str, Any]] = {}
     for shard in pairs.shards():
-        table = read_shard(shard, columns=PROMPTS.names)
+        table = read_shard(shard, columns=[name for name in PROMPTS.names if name in PAIRS.names])
         rows |= {row["prompt_id"]: row for row in table.to_pylist() if judges(row)}
         rows = {key: rows[key] for key in sorted(rows)[:max_prompts]}
     return publish_prompts(context.output, _tables(list(rows.values()), config.data.rows_per_shard))
@@ -76,22 +105,27 @@ def _tables(rows: list[dict[str, Any]], rows_per_shard: int) -> list[pa.Table]:
     return [prompt_table(rows[i : i + rows_per_shard]) for i in range(0, len(rows), rows_per_shard)]
 
 
-def _pair(context: RunContext, options: Generate, candidates: Artifact) -> tuple[Artifact, bool]:
-    covered = identity(options)
-    arguments = {name: covered[name] for name in ("reward", "reward_source", "min_score_gap", "pairs_per_prompt")}
-    artifact, reused = shard_stage(
-        context.output,
-        "pairs",
-        identity=covered,
-        inputs={"candidates": candidates.fingerprint},
-        tasks=shard_tasks(candidates),
-        pool=Pool(PairShard, arguments),
-        unit="prompts",
-    )
+def score(
+    context: RunContext, stage: str, reward: Reward, candidates: Artifact, across: int | None = None
+) -> dict[str, Artifact]:
+    """Source → what it gives to the candidates; each is a stage of the run. across: see score_candidates."""
+    found = {}
+    for source in reward:
+        name = stage if len(reward) == 1 else f"{stage}: {source.label}"
+        found[source.label] = context.stage(name, partial(score_candidates, context.output, context.config, source, candidates, across))
+    return found
+
+
+def _pair(
+    context: RunContext, options: Generate, candidates: Artifact, scores: dict[str, Artifact]
+) -> tuple[Artifact, bool]:
+    artifact, reused = pair_candidates(context.output, options.pairing, options.reward, candidates, scores)
     if artifact.manifest.rows == 0:
+        tally = Tally.of(artifact.manifest.counters)
+        reasons = ", ".join(f"{name} {count}" for name, count in tally.dropped.items() if name != "without_pair")
         raise DataError(
-            f"The candidates of {artifact.manifest.counters['read']} prompts made no pair: under the reward "
-            f"{options.reward} none differ by generate.min_score_gap={options.min_score_gap:g}. Draw more samples, "
-            "raise the temperature, or look at what the reward gives."
+            f"The candidates of {tally.read} prompts made no pair under the reward {' + '.join(scores)} ({reasons}). "
+            "Draw more samples, raise the temperature, look at what the reward gives, or change generate.pairing: its "
+            f"min_score_gap is {options.pairing.min_score_gap:g}."
         )
     return artifact, reused

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_ray.config import Config
+from dpo_ray.config import Config, Judge, Reward, Rule
 from dpo_ray.errors import ConfigError
 from pipelines import STAGES, Stage
 
@@ -44,11 +44,29 @@ def require_consistent(config: Config, until: Stage) -> None:
         require_reward(config.evaluate.win_rate.reward)
 
 
-def require_reward(name: str) -> None:
-    """A reward that can be imported and whose source can be read. Raises ConfigError."""
-    from dpo_ray.reward_source import reward_identity
+def require_reward(reward: Reward) -> None:
+    """Rules that can be imported and called, and whose source can be read; models that are there. Raises ConfigError."""
+    from dpo_ray.model.resolve import resolve
+    from dpo_ray.on_ray.vllm_version import require_vllm
+    from dpo_ray.scoring.endpoint import require_endpoint
+    from dpo_ray.scoring.judge import require_template
+    from dpo_ray.scoring.models import model_of
+    from dpo_ray.scoring.rule import require_fitting
+    from dpo_ray.scoring.rule_source import reward_identity
 
-    reward_identity(name)
+    for source in reward:
+        if isinstance(source, Rule):
+            require_fitting(source)
+            reward_identity(source.function)
+            continue
+        if isinstance(source, Judge):
+            require_template(source)
+            if source.endpoint is not None:
+                require_endpoint(source.endpoint)
+                continue
+            require_vllm("A judge that is served here")
+        model = model_of(source)
+        resolve(model.path, model.revision)
 
 
 def require_reference_use(config: Config) -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_ray.config import Config, Paths
+from dpo_ray.config import Config, Paths, Reward
 from dpo_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,17 +18,22 @@ def _listed(paths: Paths) -> str:
     return paths if isinstance(paths, str) else ", ".join(paths)
 
 
+def _named(reward: Reward) -> str:
+    """The sources, with their weights where these differ from 1."""
+    return " + ".join(f"{f'{s.weight:g} ' if s.weight != 1 else ''}{s.label}" for s in reward)
+
+
 def plan_lines(config: Config, until: Stage) -> list[str]:
     """What a run would do, stage by stage."""
     train, loss, win_rate = config.train, config.train.loss, config.evaluate.win_rate
     beta = getattr(loss, "beta", None)  # a few losses have none
     if config.generate is not None:
-        sampling = config.generate.sampling
+        generate = config.generate
+        by = ", ".join(f"{m.samples} of {m.path}" for m in generate.models) or f"{generate.samples} samples"
         first = [
             (
                 "generate",
-                f"{sampling.samples} samples a prompt of {config.generate.prompts} by vLLM, scored by "
-                f"{config.generate.reward}, paired",
+                f"{by} a prompt of {generate.prompts} by vLLM, scored by {_named(generate.reward)}, paired",
             )
         ]
     else:
@@ -61,7 +66,11 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
             f"{loss.type}, {f'beta {beta:g}, ' if beta is not None else ''}learning rate {train.learning_rate:g}, "
             f"{train.epochs} epoch(s), steps of {train.global_batch_size} pairs on {train.num_workers} worker(s)",
         ),
-        ("evaluate", "held-out accuracy" + (" and win rate against the base model" if win_rate else "")),
+        (
+            "evaluate",
+            "held-out accuracy"
+            + (f" and win rate against the base model, judged by {_named(win_rate.reward)}" if win_rate else ""),
+        ),
         ("publish", f"{config.run.output}/models/{config.run.name}, if the gate holds"),
     ]
     shown = []
@@ -95,6 +104,21 @@ def sweep_lines(config: Config) -> list[str]:
     return lines
 
 
+def iterate_lines(config: Config) -> list[str]:
+    """What `dpo-ray iterate` would do."""
+    options = config.iterate
+    assert options is not None
+    prompts = "a part of the prompts of its own" if options.prompts == "fresh" else "all prompts"
+    reference = "the policy that it begins with" if options.reference == "current" else "the first model"
+    replay = f", {options.replay:g} of its pairs from earlier rounds" if options.replay else ""
+    return [
+        f"iterate: at most {options.rounds} rounds, each with {prompts} and with {reference} as reference{replay}; until "
+        "the win rate against the first model no longer improves beyond its interval",
+        *(f"  {line}" for line in plan_lines(config, "evaluate")),
+        f"publish: {config.run.output}/models/{config.run.name}, the best round, if the gate holds",
+    ]
+
+
 def closing_lines(context: RunContext, summary: dict[str, Any], log: Path) -> list[str]:
     """The last words of a run that ended well."""
     lines = [""]
@@ -105,6 +129,12 @@ def closing_lines(context: RunContext, summary: dict[str, Any], log: Path) -> li
                 f"{label}: {found['value']:.3f}, 95% interval {found['low']:.3f} to {found['high']:.3f} "
                 f"(n={found['n']})"
             )
+    for found in summary.get("rounds", []):
+        rate = found["win_rate"]
+        lines.append(
+            f"Round {found['round']}: win rate {rate['value']:.3f}, 95% interval {rate['low']:.3f} to {rate['high']:.3f}"
+            f"{', the best' if found['best'] else ''}"
+        )
     if samples := summary.get("samples"):
         first = samples[0]
         lines += [f"Prompt: {first['prompt']}", f"  before: {first['before']}", f"  after:  {first['after']}"]

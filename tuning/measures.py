@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_ray.config.tune import Measure
-from dpo_ray.estimates import wilson
+from dpo_ray.estimates import proportion
 
 _Z = 1.96  # of a 95% interval
 
@@ -57,7 +57,7 @@ def measured(metrics: Mapping[str, Any]) -> Measured:
         value = source.sign * float(metrics[source.key])
         if name == "accuracy":
             count = int(metrics["eval_pairs"])
-            interval = wilson(value, count)
+            interval = proportion(round(value * count), count)
             error = math.sqrt(max(value * (1 - value), 1 / count) / count)  # not 0 where all pairs are right
             found[name] = {"value": value, "se": error, "low": interval.low, "high": interval.high}
         else:

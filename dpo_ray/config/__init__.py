@@ -4,13 +4,15 @@
 needs neither torch nor Ray, for a mistake in the file is to be told at once.
 """
 
+from dpo_ray.config.iterate import Iterate
 from dpo_ray.config.load import dump_config, load_config, parse_config
+from dpo_ray.config.pairing import CandidatePairing, Pairing
+from dpo_ray.config.reward import Dtype, Endpoint, ImplicitReward, Judge, Reward, RewardModel, Rule, Source
 from dpo_ray.config.tree import (
     VLLM,
     Columns,
     Config,
     Data,
-    Dtype,
     EarlyStopping,
     Evaluate,
     Gate,
@@ -20,11 +22,11 @@ from dpo_ray.config.tree import (
     LoRA,
     Metric,
     Model,
-    Pairing,
     Paths,
     Publish,
     Reference,
     Run,
+    SampledModel,
     Sampling,
     Train,
     WinRate,
@@ -33,14 +35,19 @@ from dpo_ray.config.tune import Tune
 
 __all__ = [
     "VLLM",
+    "CandidatePairing",
     "Columns",
     "Config",
     "Data",
     "Dtype",
     "EarlyStopping",
+    "Endpoint",
     "Evaluate",
     "Gate",
     "Generate",
+    "ImplicitReward",
+    "Iterate",
+    "Judge",
     "LoRA",
     "LongCompletions",
     "LongPrompts",
@@ -50,10 +57,15 @@ __all__ = [
     "Paths",
     "Publish",
     "Reference",
+    "Reward",
+    "RewardModel",
+    "Rule",
     "Run",
+    "SampledModel",
     "Sampling",
     "Train",
     "Tune",
+    "Source",
     "WinRate",
     "dump_config",
     "load_config",

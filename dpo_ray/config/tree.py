@@ -10,13 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from dpo_ray.config.iterate import Iterate
 from dpo_ray.config.layouts import Layout, fields_of
 from dpo_ray.config.losses import Loss, SigmoidLoss
+from dpo_ray.config.pairing import CandidatePairing, Pairing
+from dpo_ray.config.reward import Dtype, Reward, Rule
 from dpo_ray.config.section import Section
 from dpo_ray.config.tune import Tune
 from dpo_ray.errors import ConfigError
-
-Dtype = Literal["float32", "bfloat16"]
 
 
 def _check_paths(value: Any) -> Any:
@@ -67,6 +68,9 @@ class Model(Section):
     """Precision of the trainer's forward and of the reference scores: the two must be equal to agree."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model. Only for models whose code you have read."""
+    template_arguments: dict[str, Any] = {}
+    """Given to the chat template by name wherever it is rendered, for training and for sampling alike, such as
+    {enable_thinking: false}."""
     lora: LoRA | None = None
     """Train adapters only; left out: all weights."""
 
@@ -112,15 +116,6 @@ class Columns(Section):
                 )
             fields[column] = field
         return self
-
-
-class Pairing(Section):
-    """How ranked answers become pairs: best against worst, second best against second worst, and so on."""
-
-    min_score_gap: float = Field(0.1, gt=0.0)
-    """A pair whose scores are nearer than this is a tie, and is no pair."""
-    pairs_per_prompt: int = Field(1, ge=1)
-    """At most so many pairs a row."""
 
 
 class Data(Section):
@@ -193,29 +188,112 @@ class Data(Section):
 class Sampling(Section):
     samples: int = Field(4, ge=1)
     """Completions sampled for each prompt."""
-    temperature: float = Field(1.0, gt=0.0)
-    """Sampling temperature; above 0, for equal samples make no pairs."""
+    include_greedy: bool = False
+    """The first of them is the greedy one: at each place the likeliest token."""
+    temperature: float = Field(1.0, ge=0.0)
+    """Sampling temperature; 0 is greedy, with one sample."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     """Nucleus sampling: the smallest set of tokens with this probability mass."""
+    top_k: int | None = Field(None, ge=1)
+    """Only so many of the likeliest tokens; null: all."""
+    min_p: float = Field(0.0, ge=0.0, lt=1.0)
+    """Only tokens with this share of the likeliest one's probability."""
+    presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    """Taken from the logits of tokens that the completion has."""
+    frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    """Taken from the logits of tokens for each time that the completion has them."""
+    repetition_penalty: float = Field(1.0, gt=0.0)
+    """Divides the positive logits, and multiplies the negative ones, of tokens that prompt or completion have."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, which is then finished; they are not part of it."""
     max_tokens: int = Field(256, ge=1)
-    """A completion is cut here, and then counts as unfinished for the reward."""
+    """A completion is cut here, and is then not finished."""
     dtype: Dtype = "bfloat16"
     """Precision of the generating engine."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Sampling:
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(
+                f"samples is {self.samples} with temperature 0, which would all be the same: set samples=1, or "
+                "include_greedy=true with a temperature above 0"
+            )
+        if self.temperature == 0 and self.include_greedy:
+            raise ValueError("include_greedy means nothing with temperature 0, where all is greedy: leave it out")
+        if self.include_greedy and self.samples == 1:
+            raise ValueError("include_greedy with samples=1 draws nothing else: set temperature=0 instead")
+        if "" in self.stop:
+            raise ValueError("stop holds an empty text, which would end every completion at once: leave it out")
+        return self
+
+
+_BRIEF_ANSWER: Reward = (Rule(function="dpo_ray.rewards:brief_answer"),)
+
+
+class SampledModel(Section):
+    """A model that candidates are drawn from."""
+
+    path: str
+    """As model.path."""
+    revision: str | None = None
+    """As model.revision."""
+    trust_remote_code: bool = False
+    """As model.trust_remote_code."""
+    template_arguments: dict[str, Any] = {}
+    """As model.template_arguments."""
+    samples: int = Field(ge=1)
+    """Its completions of each prompt."""
 
 
 class Generate(Section):
     prompts: str
-    """JSON lines or Parquet with a `prompt` column (text or messages); package:// paths are allowed."""
+    """JSON lines or Parquet with a `prompt` column (text or messages), and an `answer` where rules compare with one;
+    package:// paths are allowed."""
+    system_prompt: str | None = Field(None, min_length=1)
+    """Put before prompts that have no system turn of their own; the pairs have it too."""
     sampling: Sampling = Sampling()
-    """How completions are drawn from the base model."""
-    reward: str = Field("dpo_ray.rewards:brief_answer", pattern=r"^[\w.]+:\w+$")
-    """The scoring function, as module:function; see dpo_ray.rewards for its signature."""
-    min_score_gap: float = Field(0.1, gt=0.0)
-    """A pair whose scores are nearer than this is a tie, and is rejected."""
-    pairs_per_prompt: int = Field(1, ge=1)
-    """At most so many pairs a prompt: best against worst, second best against second worst, …"""
+    """How completions are drawn."""
+    models: tuple[SampledModel, ...] = ()
+    """Who draws them, each its own number of samples. Left out: `model`, sampling.samples of them."""
+    reward: Reward = _BRIEF_ANSWER
+    """What scores the completions: module:function, a source, or a list of sources with weights."""
+    pairing: CandidatePairing = CandidatePairing()
+    """How scored completions become pairs."""
     prompts_per_shard: int = Field(64, ge=1)
     """Prompts in a unit of work."""
+
+    @property
+    def samples(self) -> int:
+        """Completions of each prompt, over all models."""
+        return sum(model.samples for model in self.models) if self.models else self.sampling.samples
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Generate:
+        if self.models and "samples" in self.sampling.model_fields_set:
+            raise ValueError(
+                f"generate.sampling.samples={self.sampling.samples} is of one model, but with generate.models each has "
+                "`samples` of its own: leave it out"
+            )
+        if self.samples < 2:
+            where = "generate.models[0].samples" if self.models else "generate.sampling.samples"
+            raise ValueError(f"{where} is 1, but a pair needs at least 2 samples of a prompt")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_names(cls, given: Any) -> Any:
+        """min_score_gap and pairs_per_prompt stood here before `pairing` did, and are read as its own."""
+        moved = {"min_score_gap", "pairs_per_prompt"}
+        if not isinstance(given, dict) or not moved & given.keys():
+            return given
+        pairing = dict(given.get("pairing") or {})
+        for name in sorted(moved & given.keys()):
+            if name in pairing:
+                raise ValueError(
+                    f"generate.{name} is an earlier name of generate.pairing.{name}, and both are given: leave one out"
+                )
+            pairing[name] = given[name]
+        return {key: value for key, value in given.items() if key not in moved} | {"pairing": pairing}
 
 
 class VLLM(Section):
@@ -383,8 +461,8 @@ class Train(Section):
 class WinRate(Section):
     sampling: Sampling = Sampling()
     """How completions are drawn from the base and from the tuned model."""
-    reward: str = Field("dpo_ray.rewards:brief_answer", pattern=r"^[\w.]+:\w+$")
-    """The judge, as module:function."""
+    reward: Reward = _BRIEF_ANSWER
+    """Who judges: module:function, a source, or a list of sources with weights."""
     max_prompts: int = Field(256, ge=1)
     """At most so many held-out prompts, the first by prompt id."""
 
@@ -399,6 +477,32 @@ class Gate(Section):
     """The lower end of the interval of the held-out accuracy must lie above this; null: not required."""
     win_rate_above: float | None = Field(None, ge=0.0, lt=1.0)
     """The lower end of the interval of the win rate must lie above this; null: not required."""
+    length_controlled_win_rate_above: float | None = Field(None, ge=0.0, lt=1.0)
+    """The same of the win rate that would be at answers of equal length; null: not required."""
+    kl_below: float | None = Field(None, gt=0.0)
+    """The upper end of the interval of the KL from the base model, in nats a token, must lie below this; null: not
+    required."""
+    chosen_drop_below: float | None = Field(None, gt=0.0)
+    """Nats by which the summed log-probs of held-out chosen answers may have fallen: the upper end of the interval of
+    their mean fall must lie below this; null: not required."""
+    length_ratio_within: tuple[float, float] | None = None
+    """Tokens of sampled answers for each token of the base model's: the interval must lie within these two; null: not
+    required."""
+
+    @property
+    def asks_for_samples(self) -> list[str]:
+        """The conditions that need sampled answers."""
+        named = ("win_rate_above", "length_controlled_win_rate_above", "kl_below", "length_ratio_within")
+        return [name for name in named if getattr(self, name) is not None]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Gate:
+        if self.length_ratio_within is not None and not 0 < self.length_ratio_within[0] < self.length_ratio_within[1]:
+            raise ValueError(
+                f"publish.gate.length_ratio_within={list(self.length_ratio_within)} holds no ratio: name two, the smaller "
+                "first, such as [0.5, 1.5]"
+            )
+        return self
 
 
 class Publish(Section):
@@ -421,6 +525,8 @@ class Config(Section):
     publish: Publish = Publish()
     tune: Tune | None = None
     """The search of `dpo-ray sweep`."""
+    iterate: Iterate | None = None
+    """The rounds of `dpo-ray iterate`."""
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:
@@ -443,11 +549,24 @@ class Config(Section):
                 f"data.long_prompts={self.data.long_prompts} goes with data.train; with generate, a prompt over "
                 "data.max_prompt_tokens is never sampled for: raise that limit, or leave data.long_prompts out"
             )
-        if self.generate is not None and self.generate.sampling.samples < 2:
-            raise ValueError("generate.sampling.samples is 1, but a pair needs at least 2 samples of a prompt")
-        if self.publish.gate.win_rate_above is not None and self.evaluate.win_rate is None:
+        if self.iterate is not None and (self.generate is None or self.evaluate.win_rate is None):
+            lacking = "generate" if self.generate is None else "evaluate.win_rate"
             raise ValueError(
-                "publish.gate.win_rate_above asks for a win rate that is not measured: "
-                "add evaluate.win_rate or set publish.gate.win_rate_above=null"
+                f"iterate has the policy sample its own pairs, and goes by its win rate, but there is no {lacking}: add "
+                "it, or leave iterate out"
+            )
+        if self.iterate is not None and self.generate is not None and self.generate.models:
+            raise ValueError(
+                "generate.models says who samples, and with iterate that is the policy of each round: leave one out"
+            )
+        if self.evaluate.win_rate is None and (asked := self.publish.gate.asks_for_samples):
+            raise ValueError(
+                f"publish.gate.{asked[0]} asks for what is measured on sampled answers, and none are sampled: add "
+                f"evaluate.win_rate or set publish.gate.{asked[0]}=null"
+            )
+        if self.publish.gate.chosen_drop_below is not None and not self.train.loss.needs_reference:
+            raise ValueError(
+                f"publish.gate.chosen_drop_below compares with the reference, and train.loss.type={self.train.loss.type} "
+                "has none: set it to null"
             )
         return self

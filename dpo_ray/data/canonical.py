@@ -6,7 +6,7 @@ a list of one assistant message. Of a row are read the fields of its layout (dpo
     paired            prompt, chosen, rejected; all three text, or all three messages. Without a prompt as below
     implicit_prompt   chosen and rejected are dialogues that differ in their last turn only
     unpaired          prompt, completion, and label: desirable or not; the pair has one side
-    ranked            prompt, completions, scores: pairs by dpo_ray.data.pairing, from the best and the worst inwards
+    ranked            prompt, completions, scores: pairs by dpo_ray.data.pairing
 
 One row makes one pair, a ranked row one or several. A ranked answer without text, or one that stands in the list
 already, is passed over; a row of which no pair is left is bad: `empty_response`, `too_few_distinct` or `tie`.
@@ -20,8 +20,9 @@ from typing import Any
 
 from dpo_ray.config import Pairing
 from dpo_ray.config.layouts import Layout
-from dpo_ray.data.pairing import make_pairs
+from dpo_ray.data.pairing import Candidate, make_pairs
 from dpo_ray.data.rules import (
+    Reason,
     check_label,
     check_message,
     check_pair,
@@ -92,18 +93,18 @@ def _from_ranked(row: Mapping[str, Any], pairing: Pairing) -> list[PreferencePai
     if not isinstance(completions, list):
         reject("non_string_content")
     texts = [_answer(completion, prompt) for completion in completions]
-    pairs, passed_over = make_pairs(
-        prompt,
-        texts,
-        check_scores(scores, len(texts)),
-        min_score_gap=pairing.min_score_gap,
-        pairs_per_prompt=pairing.pairs_per_prompt,
-    )
+    candidates = [Candidate(*of_one) for of_one in zip(texts, check_scores(scores, len(texts)), strict=True)]
+    couples, passed_over = make_pairs(prompt, candidates, pairing)
     if not any(text.strip() for text in texts):
         reject("empty_response")
-    if not pairs:
-        reject("tie" if passed_over["tie"] else "too_few_distinct")
-    return pairs
+    for reason in _WITHOUT_PAIR:
+        if not couples and passed_over[reason]:
+            reject(reason)
+    return [couple.pair(prompt) for couple in couples]
+
+
+# A rule that left less than two answers says more than that there are less than two.
+_WITHOUT_PAIR: tuple[Reason, ...] = ("tie", "small_gap", "length_ratio", "near_identical", "echo", "too_few_distinct")
 
 
 def _answer(value: Any, prompt: list[Message]) -> str:

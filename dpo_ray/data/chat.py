@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -34,10 +34,9 @@ def missing_template(model_path: str) -> ConfigError:
     )
 
 
-def require_prompt_room(tokenizer: Any, data: Data) -> None:
+def require_prompt_room(chat: ChatTokenizer, data: Data) -> None:
     """Raises ConfigError where prompts are to be cut to a limit that leaves nothing of them."""
     if data.long_prompts != "drop":
-        chat = ChatTokenizer(tokenizer)
         [shortest] = chat.prompts([([Message(role="user", content="?")], None)])
         chat.closing_within(shortest, data.max_prompt_tokens)
 
@@ -81,10 +80,14 @@ class ChatTokenizer:
     """A tokenizer and its chat template: dialogues → ids, many at a time.
 
     Control tokens in a dialogue's own words are taken as text: only the template opens and ends turns.
+
+    Args:
+        template_arguments: given to the template by name, beside the messages and the tools.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, template_arguments: Mapping[str, Any] | None = None):
         self.tokenizer = tokenizer
+        self.template_arguments = dict(template_arguments or {})
         # Anew for each instance: it is slow to ask for.
         control = _control_tokens(tokenizer)
         self.control_ids = frozenset(control.values())
@@ -102,6 +105,13 @@ class ChatTokenizer:
         texts = [self._render(messages, tools, add_generation_prompt=True) for messages, tools in dialogues]
         ids = self._encode(texts)
         return [Prompt(*dialogue, text, i) for dialogue, text, i in zip(dialogues, texts, ids, strict=True)]
+
+    def dialogues(self, dialogues: Sequence[tuple[Sequence[Message], list[Any] | None]]) -> list[list[int]]:
+        """The ids of whole dialogues, each with its tools or None, as the template writes them.
+
+        Raises DataError where the template refuses one.
+        """
+        return self._encode([self._render(messages, tools, add_generation_prompt=False) for messages, tools in dialogues])
 
     def completions(self, answers: Sequence[tuple[Prompt, str]]) -> list[Completion]:
         """Answers to prompts, each with its end-of-turn token.
@@ -193,6 +203,7 @@ class ChatTokenizer:
                 tools=None if tools is None else self._guarded_json(tools),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                **self.template_arguments,
             )
             return rendered
         except TemplateError as error:

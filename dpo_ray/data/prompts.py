@@ -13,13 +13,19 @@ import pyarrow.parquet as pq
 from dpo_ray.data.canonical import canonical_prompt
 from dpo_ray.data.rules import BadRow
 from dpo_ray.errors import DataError
-from dpo_ray.pairs import PROMPTS, prompt_id, split_of
+from dpo_ray.pairs import PROMPTS, Message, prompt_id, split_of
 from dpo_ray.storage.location import Location
 from dpo_ray.storage.packaged import PACKAGE, package_file
 
 
-def read_prompts(uri: str, held_out_fraction: float, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """A file of prompts (JSON lines or Parquet, column `prompt`), by side of the split, without duplicates.
+def read_prompts(
+    uri: str, held_out_fraction: float, seed: int, system_prompt: str | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """A file of prompts (JSON lines or Parquet; columns `prompt` and, if there is one, `answer`), by side of the split,
+    without duplicates.
+
+    Args:
+        system_prompt: put before prompts without a system turn of their own.
 
     Raises DataError naming the file and the first bad line.
     """
@@ -42,11 +48,16 @@ def read_prompts(uri: str, held_out_fraction: float, seed: int) -> dict[str, lis
                 f"{uri}, row {number}: not a prompt ({error.reason}). A row holds `prompt`: text, or "
                 "messages that end with the user's turn."
             ) from error
+        if system_prompt is not None and prompt[0]["role"] != "system":
+            prompt = [Message(role="system", content=system_prompt), *prompt]
         identifier = prompt_id(prompt)
         if identifier not in seen:
             seen.add(identifier)
             split = split_of(identifier, held_out_fraction, seed)
-            sides[split].append({"prompt_id": identifier, "split": split, "prompt": prompt})
+            answer = row.get("answer")
+            if answer is not None and not isinstance(answer, str):
+                answer = json.dumps(answer)  # of a number, what it is written as
+            sides[split].append({"prompt_id": identifier, "split": split, "prompt": prompt, "answer": answer})
     if not seen:
         raise DataError(f"generate.prompts is {uri}, and there is no prompt in it.")
     return sides

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from dpo_ray.data import duplicates, rules
 from dpo_ray.data.tally import Tally
-from dpo_ray.estimates import wilson
+from dpo_ray.estimates import proportion
 
 MEASURES = pa.schema([("measure", pa.string()), ("value", pa.int64()), ("count", pa.int64())])
 """How many rows of a shard have a value of a measure. Measures that have no value but their name have 0."""
@@ -225,7 +225,7 @@ def _share(outcomes: dict[str, int]) -> dict[str, Any] | None:
     if not n:
         return None
     apart = {name: outcomes[name] for name in ("tie", "not_finite") if outcomes.get(name)}
-    return {**wilson(chosen / n, n).as_dict(), **apart}
+    return {**proportion(chosen, n).as_dict(), **apart}
 
 
 def _listed(counts: Mapping[str, Any], into: str) -> str:

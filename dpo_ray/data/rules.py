@@ -32,6 +32,10 @@ Reason = Literal[
     "bad_scores",
     "too_few_distinct",
     "tie",
+    "small_gap",
+    "length_ratio",
+    "near_identical",
+    "echo",
     "bad_tools",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
@@ -57,7 +61,11 @@ MEANING: dict[Reason, str] = {
     "bad_label": "the label is neither true, false, 1 nor 0",
     "bad_scores": "not one finite number for each completion",
     "too_few_distinct": "less than two different completions",
-    "tie": "no two scores differ by data.pairing.min_score_gap",
+    "tie": "all scores are equal",
+    "small_gap": "no two scores differ by data.pairing.min_score_gap",
+    "length_ratio": "one answer is longer than the other by more than data.pairing.max_length_ratio",
+    "near_identical": "two answers are more alike than data.pairing.max_similarity",
+    "echo": "an answer begins by saying the prompt again; data.pairing.drop_echoes=false takes it",
     "bad_tools": "the tools are not a list of named functions, or not JSON",
 }
 """What is wrong with a row, in the words of an error message."""

@@ -22,7 +22,7 @@ NOTED = {
 }
 """Counters of kept rows that are worth a look, and why. Each counts a row once, whichever of its sides is concerned."""
 
-_NO_REASONS = {"read", "kept", "more_pairs", "other_split", "tokens", *NOTED}
+_NO_REASONS = {"read", "kept", "more_pairs", "other_split", "tokens", "completions", "truncated_samples", *NOTED}
 
 
 @dataclass(frozen=True)

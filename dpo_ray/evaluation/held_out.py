@@ -1,9 +1,10 @@
-"""Margins of the held-out pairs: scores of policy and reference, joined by the pairs' ids."""
+"""What the held-out pairs tell: scores of policy and reference, joined by the pairs' ids."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import repeat
 from typing import NamedTuple
 
@@ -19,8 +20,24 @@ from dpo_ray.storage.artifact import Artifact, read_shard
 _ROWS_AT_ONCE = 4096
 
 
-def held_out_margins(loss: Loss, scores: Artifact, rows: Artifact, eval_fraction: float = 1.0) -> np.ndarray:
-    """Margins [n] of the held-out pairs as the loss sees them, without its scale beta, joined by pair_id.
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out pairs."""
+
+    margins: np.ndarray
+    """[n] as the loss sees them, without its scale beta, in nats."""
+    chosen_logps: np.ndarray
+    """[n] summed log-probs of the chosen completions under the policy, in nats."""
+    chosen_ref_logps: np.ndarray | None
+    """[n] the same under the reference; None for a loss without one."""
+    chosen_tokens: np.ndarray
+    """[n]"""
+    rejected_tokens: np.ndarray
+    """[n]"""
+
+
+def held_out_pairs(loss: Loss, scores: Artifact, rows: Artifact, eval_fraction: float = 1.0) -> HeldOut:
+    """The held-out pairs, joined by pair_id, in the order of the rows.
 
     Unpaired rows have no margin of their own: where no row has both sides, the i-th desirable and the i-th
     undesirable row, each in the order of their pair_id, make a couple, and its margin is the difference of their
@@ -69,7 +86,15 @@ def held_out_margins(loss: Loss, scores: Artifact, rows: Artifact, eval_fraction
             f"{len(wrong)} held-out pairs have margins that are not finite, the first: {', '.join(wrong[:5])}. The "
             "policy's weights are damaged: look at the loss in metrics.jsonl, and train with a lower learning rate."
         )
-    return margins
+    return HeldOut(
+        margins=margins,
+        chosen_logps=np.array([row.policy[0].sum(dtype=float) for row in couples.values()]),
+        chosen_ref_logps=np.array([row.reference[0].sum(dtype=float) for row in couples.values() if row.reference])
+        if loss.needs_reference
+        else None,
+        chosen_tokens=np.array([len(row.policy[0]) for row in couples.values()]),
+        rejected_tokens=np.array([len(row.policy[1]) for row in couples.values()]),
+    )
 
 
 _Sides = tuple[np.ndarray, np.ndarray]

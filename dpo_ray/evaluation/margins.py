@@ -1,4 +1,4 @@
-"""Held-out accuracy, margins, win rate, and how sure they are."""
+"""Held-out accuracy, and who wins on each prompt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_ray.estimates import Estimate, wilson
+from dpo_ray.estimates import Estimate, proportion
 
 
 def preference_accuracy(margins: np.ndarray, noise: float = 0.0) -> Estimate | None:
@@ -17,17 +17,25 @@ def preference_accuracy(margins: np.ndarray, noise: float = 0.0) -> Estimate | N
     """
     if len(margins) == 0 or float(np.max(np.abs(margins))) <= noise:
         return None
-    return wilson(float(np.mean(margins > 0)), len(margins))
+    return proportion(int(np.sum(margins > 0)), len(margins))
 
 
-def win_rate(tuned: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> Estimate | None:
-    """How often a tuned sample scores above a base sample of the same prompt; ties count one half.
+def mean_wins(shares: Sequence[Sequence[float]]) -> np.ndarray:
+    """How often a tuned sample wins on each prompt [n], where a judge has compared each with base samples.
+
+    shares: prompt → for each tuned sample the share of its comparisons that it wins, ties as halves.
+    """
+    return np.array([float(np.mean(of_prompt)) for of_prompt in shares])
+
+
+def win_shares(tuned: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> np.ndarray:
+    """How often a tuned sample scores above a base sample of the same prompt [n]; ties count one half.
 
     tuned, base: prompt → scores of its samples. Each prompt counts once, as the mean over all pairings of its
-    samples, for samples of one prompt are not independent. None without prompts.
+    samples, for samples of one prompt are not independent.
     """
     per_prompt = []
     for mine, theirs in zip(tuned, base, strict=True):
         difference = np.subtract.outer(np.asarray(mine, dtype=float), np.asarray(theirs, dtype=float))
         per_prompt.append(float(np.mean((difference > 0) + 0.5 * (difference == 0))))
-    return wilson(float(np.mean(per_prompt)), len(per_prompt)) if per_prompt else None
+    return np.array(per_prompt)

@@ -18,5 +18,10 @@ def render(template: str, *, autoescape: bool = False, **values: Any) -> str:
 
 
 def named_estimates(evaluation: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    names = {"accuracy": "preference accuracy", "win_rate": "win rate against the base model"}
+    names = {
+        "accuracy": "preference accuracy",
+        "win_rate": "win rate against the base model",
+        "length_controlled_win_rate": "win rate at equal lengths",
+        "kl_per_token": "KL from the base model, nats a token",
+    }
     return [(label, evaluation[name]) for name, label in names.items() if evaluation.get(name)]

@@ -9,10 +9,10 @@ import fcntl
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,13 @@ class ModelFolder:
     path: Path
     trust_remote_code: bool = False
     """Run the Python code that comes with the model."""
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Given to the chat template."""
 
     @classmethod
     def of(cls, model: Model) -> ModelFolder:
         """Found, fetched, converted or merged, as resolve does. Raises ConfigError."""
-        return cls(resolve(model.path, model.revision), model.trust_remote_code)
+        return cls(resolve(model.path, model.revision), model.trust_remote_code, model.template_arguments)
 
     def tokenizer(self) -> Any:
         """Raises ConfigError where none can be loaded."""
@@ -58,8 +60,9 @@ class ModelFolder:
         return weights_hash(self.path)
 
     def tokenizer_hash(self) -> str:
-        """Digest of what turns a dialogue into ids: tokenizer and chat template, by content."""
-        return tokenizer_hash(self.path)
+        """Digest of what turns a dialogue into ids: tokenizer, chat template and its arguments, by content."""
+        found = tokenizer_hash(self.path)
+        return digest([found, self.template_arguments]) if self.template_arguments else found
 
     def config(self) -> dict[str, Any]:
         """What stands in config.json; defaults of the model's class are not in it."""

@@ -9,10 +9,11 @@ import numpy as np
 
 from dpo_ray.bins import batches
 from dpo_ray.config import VLLM, Config, Model, Sampling
-from dpo_ray.errors import EngineDied
+from dpo_ray.data.chat import ChatTokenizer
+from dpo_ray.errors import DataError, EngineDied
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.pool import Pool
-from dpo_ray.pairs import TokenizedPair
+from dpo_ray.pairs import Message, TokenizedPair
 from dpo_ray.shards.generate import Completion
 
 # Pairs of so many tokens are given to vLLM at once: enough to keep it busy, and their outputs, which hold an object or
@@ -122,23 +123,73 @@ class VLLMSampler:
             import torch
 
             torch.manual_seed(sum(seeds) % 2**63)
-        inputs = [{"prompt_token_ids": ids} for ids in prompts]
-        outputs = self.llm.generate(inputs, [self._params(seed) for seed in seeds], use_tqdm=False)
+        requests = [self._params(seed) for seed in seeds]
+        inputs = [{"prompt_token_ids": ids} for ids, params in zip(prompts, requests, strict=True) for _ in params]
+        outputs = iter(self.llm.generate(inputs, [one for params in requests for one in params], use_tqdm=False))
         return [
-            [Completion(c.text, c.finish_reason == "stop", len(c.token_ids)) for c in output.outputs]
-            for output in outputs
+            [
+                Completion(c.text, tuple(c.token_ids), c.finish_reason, c.cumulative_logprob)
+                for _ in params
+                for c in next(outputs).outputs
+            ]
+            for params in requests
         ]
 
-    def _params(self, seed: int) -> Any:
+    def _params(self, seed: int) -> list[Any]:
+        """The requests of one prompt: the greedy one, if it is to be a candidate, and the others."""
         import vllm
 
-        return vllm.SamplingParams(
-            n=self.sampling.samples,
-            temperature=self.sampling.temperature,
-            top_p=self.sampling.top_p,
-            max_tokens=self.sampling.max_tokens,
+        sampling = self.sampling
+        common = {
+            "max_tokens": sampling.max_tokens,
+            "stop": list(sampling.stop),
+            "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
+            "repetition_penalty": sampling.repetition_penalty,
+            "logprobs": 0,  # of the sampled tokens alone
+        }
+        drawn = vllm.SamplingParams(
+            n=sampling.samples - sampling.include_greedy,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or 0,
+            min_p=sampling.min_p,
             seed=seed if self.on_gpu else None,
+            **common,
         )
+        return [vllm.SamplingParams(n=1, temperature=0.0, **common), drawn] if sampling.include_greedy else [drawn]
+
+
+class VLLMChat:
+    """Replies as a judge does: dialogues in, text out.
+
+    Args:
+        max_model_len: tokens of a dialogue and its reply.
+    """
+
+    def __init__(self, model: Model, options: VLLM, max_model_len: int, max_tokens: int, temperature: float):
+        self.chat = ChatTokenizer(ModelFolder.of(model).tokenizer(), model.template_arguments)
+        self.llm = _engine(model, model.dtype, options, max_model_len, False)
+        self.room = max_model_len - max_tokens
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+
+    def replies(self, dialogues: Sequence[list[Message]], schema: dict[str, Any] | None) -> list[str]:
+        """Raises DataError where a dialogue has no room."""
+        import vllm
+        from vllm.sampling_params import StructuredOutputsParams
+
+        prompts = self.chat.prompts([(dialogue, None) for dialogue in dialogues])
+        longest = max((len(prompt.ids) for prompt in prompts), default=0)
+        if longest > self.room:
+            raise DataError(
+                f"A question to the judge has {longest} tokens, and its max_model_len leaves {self.room} beside the "
+                f"{self.max_tokens} of the reply: raise the judge's max_model_len, or sample shorter completions."
+            )
+        held = {} if schema is None else {"structured_outputs": StructuredOutputsParams(json=schema)}
+        params = vllm.SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens, seed=0, **held)
+        inputs = [{"prompt_token_ids": prompt.ids} for prompt in prompts]
+        return [output.outputs[0].text for output in self.llm.generate(inputs, params, use_tqdm=False)]
 
 
 def vllm_pool(config: Config, build: Any, arguments: dict[str, Any]) -> Pool:

@@ -20,9 +20,21 @@ class Completion(NamedTuple):
     """What a model answered."""
 
     text: str
-    finished: bool
-    """It ended of itself, and was not cut at sampling.max_tokens."""
-    num_tokens: int
+    token_ids: Sequence[int]
+    finish_reason: str
+    """stop: it ended of itself, or by one of sampling.stop; length: it was cut at sampling.max_tokens."""
+    logprob: float | None = None
+    """Its summed log-prob, in nats, at temperature 1; None where the engine tells none."""
+
+    def row(self, model: str) -> dict[str, Any]:
+        """As an entry of CANDIDATES. model: hash of the model."""
+        return {
+            **self._asdict(),
+            "token_ids": list(self.token_ids),
+            "num_tokens": len(self.token_ids),
+            "finished": self.finish_reason == "stop",
+            "model": model,
+        }
 
 
 class Sampler(Protocol):
@@ -53,11 +65,16 @@ def identity(
 
 
 class GenerateShard:
-    """Prompts → sampled completions of each; those of too many tokens are dropped."""
+    """Prompts → sampled completions of each; those of too many tokens are dropped.
 
-    def __init__(self, chat: ChatTokenizer, sampler: Sampler, max_prompt_tokens: int, seed: int):
+    Args:
+        model: hash of the model that samples.
+    """
+
+    def __init__(self, chat: ChatTokenizer, sampler: Sampler, max_prompt_tokens: int, seed: int, model: str):
         self.chat = chat
         self.sampler = sampler
+        self.model = model
         self.max_prompt_tokens = max_prompt_tokens
         self.seed = seed
 
@@ -71,6 +88,8 @@ class GenerateShard:
         seeds = [(self.seed + int(rows[i]["prompt_id"], 16)) % 2**63 for i in kept]
         out = []
         for i, completions in zip(kept, self.sampler.sample([encoded[i] for i in kept], seeds), strict=True):
-            counters["tokens"] += sum(c.num_tokens for c in completions)
-            out.append({**rows[i], "completions": [c._asdict() for c in completions]})
+            counters["completions"] += len(completions)
+            counters["tokens"] += sum(len(c.token_ids) for c in completions)
+            counters["truncated_samples"] += sum(c.finish_reason == "length" for c in completions)
+            out.append({**rows[i], "completions": [c.row(self.model) for c in completions]})
         return ShardOutput(pa.Table.from_pylist(out, schema=CANDIDATES), counters)

@@ -49,10 +49,11 @@ class TokenizeShard:
     """
 
     def __init__(self, model: Model, data: Data):
-        tokenizer = ModelFolder.of(model).tokenizer()
+        folder = ModelFolder.of(model)
+        tokenizer = folder.tokenizer()
         require_chat_template(tokenizer, model.path)
-        require_prompt_room(tokenizer, data)
-        self.chat = ChatTokenizer(tokenizer)
+        self.chat = ChatTokenizer(tokenizer, folder.template_arguments)
+        require_prompt_room(self.chat, data)
         self.data = data
 
     def __call__(self, source: PairsShard) -> ShardOutput:

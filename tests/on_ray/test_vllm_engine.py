@@ -138,24 +138,47 @@ class Samples:
     def generate(self, inputs: list[dict[str, list[int]]], params: list[dict[str, Any]], **_: Any) -> list[Any]:
         self.generator.append(torch.initial_seed())
         self.asked += [(i["prompt_token_ids"], p) for i, p in zip(inputs, params, strict=True)]
-        ended = SimpleNamespace(text="Yes.", finish_reason="stop", token_ids=[1, 2])
-        cut = SimpleNamespace(text="No, for", finish_reason="length", token_ids=[3, 4, 5])
-        return [SimpleNamespace(outputs=[ended, cut]) for _ in inputs]
+        ended = SimpleNamespace(text="Yes.", finish_reason="stop", token_ids=[1, 2], cumulative_logprob=-0.5)
+        cut = SimpleNamespace(text="No, for", finish_reason="length", token_ids=[3, 4, 5], cumulative_logprob=-9.0)
+        return [SimpleNamespace(outputs=[ended, cut][: p["n"]]) for p in params]
 
 
-def vllm_sampler(monkeypatch: pytest.MonkeyPatch, llm: Samples, **options: Any) -> VLLMSampler:
+def vllm_sampler(
+    monkeypatch: pytest.MonkeyPatch, llm: Samples, sampling: Sampling | None = None, **options: Any
+) -> VLLMSampler:
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **given: given))
     monkeypatch.setattr(vllm_engine, "_engine", lambda *_: llm)
-    return VLLMSampler(Model(path="m"), Sampling(samples=2, max_tokens=3), VLLM(**options), 16)
+    return VLLMSampler(Model(path="m"), sampling or Sampling(samples=2, max_tokens=3), VLLM(**options), 16)
 
 
 def test_completions_are_as_vllm_gives_them(monkeypatch: pytest.MonkeyPatch):
     llm = Samples()
     found = vllm_sampler(monkeypatch, llm).sample([[7, 8], [9]], [5, 6])
-    assert found == [[Completion("Yes.", True, 2), Completion("No, for", False, 3)]] * 2
+    assert found == [[Completion("Yes.", (1, 2), "stop", -0.5), Completion("No, for", (3, 4, 5), "length", -9.0)]] * 2
     assert [ids for ids, _ in llm.asked] == [[7, 8], [9]]
     assert {(params["n"], params["max_tokens"]) for _, params in llm.asked} == {(2, 3)}
     assert vllm_sampler(monkeypatch, llm).sample([], []) == []
+
+
+def test_every_option_of_sampling_goes_to_vllm(monkeypatch: pytest.MonkeyPatch):
+    llm = Samples()
+    given = {
+        "temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "presence_penalty": 0.1,
+        "frequency_penalty": -0.2, "repetition_penalty": 1.1, "stop": ["\n\n"], "max_tokens": 3,
+    }  # fmt: skip
+    vllm_sampler(monkeypatch, llm, Sampling(samples=2, **given)).sample([[7]], [5])
+    [(_, params)] = llm.asked
+    assert params == {**given, "n": 2, "seed": None, "logprobs": 0}
+    assert set(given) == set(Sampling.model_fields) - {"samples", "include_greedy", "dtype"}
+
+
+def test_the_greedy_completion_comes_first_on_request(monkeypatch: pytest.MonkeyPatch):
+    llm = Samples()
+    sampling = Sampling(samples=3, include_greedy=True, max_tokens=3)
+    found = vllm_sampler(monkeypatch, llm, sampling).sample([[7], [9]], [5, 6])
+    assert [[c.text for c in of_prompt] for of_prompt in found] == [["Yes.", "Yes.", "No, for"]] * 2
+    asked = [(ids, params["n"], params["temperature"]) for ids, params in llm.asked]
+    assert asked == [([7], 1, 0.0), ([7], 2, 1.0), ([9], 1, 0.0), ([9], 2, 1.0)]
 
 
 def test_seeds_go_with_requests_on_gpu_and_into_the_generator_on_cpu(monkeypatch: pytest.MonkeyPatch):

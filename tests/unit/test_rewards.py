@@ -1,20 +1,14 @@
-"""The demo reward, loading rewards by name, and what becomes of those that fail."""
+"""The library of rules."""
 
 from __future__ import annotations
 
-import functools
-import json
-import pickle
-from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
-from dpo_ray.errors import ConfigError, RewardError
-from dpo_ray.rewards import brief_answer, load_reward, score_completions, split_sentences, topic_overlap
+from dpo_ray import rewards
+from dpo_ray.errors import ConfigError
+from dpo_ray.rewards import brief_answer, split_sentences, topic_overlap
 
 QUESTION = "Why do cats purr when they are petted?"
 GOOD = "Cats purr when petted because they feel content and safe."
@@ -143,131 +137,116 @@ def test_a_prompt_without_content_words_asks_for_no_topic():
     assert topic_overlap("Why is it so?", "Anything.") == 1.0
 
 
-def test_a_reward_is_loaded_by_name():
-    assert load_reward("dpo_ray.rewards:brief_answer") is brief_answer
+def given(rule: str, completion: str, **arguments: Any) -> float:
+    """What a rule gives to a finished completion."""
+    value: float = getattr(rewards, rule)("What is it?", completion, True, **arguments)
+    return value
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("completion", "arguments", "expected"),
     [
-        ("no_such_module_anywhere:f", "no_such_module_anywhere"),
-        ("dpo_ray.no_such_module:f", "cannot be imported"),
-        ("dpo_ray.rewards:no_such_function", "no_such_function"),
-        ("dpo_ray.rewards:_STOP_WORDS", "not a function but frozenset"),
+        ("one two three", {"at_least": 3, "at_most": 3}, 1.0),
+        ("one two", {"at_least": 4}, 0.5),
+        ("", {"at_least": 4}, 0.0),
+        ("", {}, 1.0),
+        ("one two three four", {"at_most": 1}, 0.25),
+        (" abcd ", {"at_most": 4, "unit": "characters"}, 1.0),
+        ("One. Two. Three.", {"at_most": 2, "unit": "sentences"}, 2 / 3),
     ],
 )
-def test_a_reward_that_cannot_be_loaded_says_why(name: str, said: str):
-    with pytest.raises(ConfigError) as caught:
-        load_reward(name)
-    assert said in str(caught.value) and name in str(caught.value)
+def test_a_length_outside_of_the_window_counts_in_proportion(completion: str, arguments: Any, expected: float):
+    assert given("length_window", completion, **arguments) == pytest.approx(expected)
 
 
-ROW = {
-    "prompt_id": "00ff",
-    "prompt": [{"role": "user", "content": "First."}, {"role": "user", "content": f"Why{'?' * 100}"}],
-    "completions": [{"text": "{}", "finished": True}, {"text": f"{{{'x' * 100}", "finished": False}],
-}
-
-
-def parses(prompt: str, completion: str, finished: bool) -> float:
-    return measured(completion)
-
-
-def measured(text: str) -> float:
-    return float(len(json.loads(text)))
-
-
-def line_of(code: str) -> int:
-    return next(n for n, line in enumerate(Path(__file__).read_text().splitlines(), 1) if line.strip() == code)
-
-
-def failure(reward: Any) -> RewardError:
-    with pytest.raises(RewardError) as caught:
-        score_completions("my_rewards:mine", reward, ROW)
-    return caught.value
-
-
-def test_each_completion_is_scored_by_the_last_turn():
-    seen: list[tuple[str, str, bool]] = []
-
-    def reward(prompt: str, completion: str, finished: bool) -> float:
-        seen.append((prompt, completion, finished))
-        return float(len(seen))
-
-    assert score_completions("any:name", reward, ROW) == [1.0, 2.0]
-    question = f"Why{'?' * 100}"
-    assert seen == [(question, "{}", True), (question, f"{{{'x' * 100}", False)]
-
-
-def test_a_reward_that_raises_is_told_with_the_completion_and_the_lines_of_its_code():
-    error = failure(parses)
-    here = str(Path(__file__))
-    inner, outer = line_of("return float(len(json.loads(text)))"), line_of("return measured(completion)")
-    assert str(error).startswith("The reward my_rewards:mine failed on completion 2 of the prompt 00ff ('Why???")
-    assert f"→ '{{{'x' * 79}')" in str(error) and "?" * 78 not in str(error)
-    assert "JSONDecodeError: Expecting property name" in str(error)
-    assert f", at {here}:{inner} in measured, called at {here}:{outer} in parses. Mend it" in str(error)
-    assert "\n" not in str(error)
-    assert isinstance(error.__cause__, json.JSONDecodeError)
-    copy = pickle.loads(pickle.dumps(error))
-    assert (type(copy), str(copy)) == (RewardError, str(error))
-
-
-def test_a_message_of_several_lines_stays_one_paragraph():
-    def reward(prompt: str, completion: str, finished: bool) -> float:
-        raise ValueError("first.\nsecond.\n")
-
-    assert "ValueError: first. second, at " in str(failure(reward))
-
-
-def test_a_reward_without_code_of_its_own_is_told_all_the_same():
-    assert "TypeError" in str(failure(functools.partial(len, "a", "b"))) and " at " not in str(failure(len))
-
-
-@pytest.mark.parametrize("value", [1, True, 0.5, np.float32(0.5), np.float64(0.5), np.int64(2), Fraction(1, 2)])
-def test_any_real_number_is_a_score(value: Any):
-    [score, _] = score_completions("any:name", lambda p, c, f: value, ROW)
-    assert type(score) is float and score == value
+def test_a_unit_that_is_not_known_is_refused():
+    with pytest.raises(ConfigError, match="unit='tokens' is not known"):
+        given("length_window", "a", unit="tokens")
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
-    [
-        (None, "gave None (NoneType)"),
-        ("0.5", "gave '0.5' (str)"),
-        (torch.tensor(0.5), "gave tensor(0.5000) (Tensor)"),
-        (torch.tensor([0.5]), "(Tensor)"),
-        (np.array([0.5]), "(ndarray)"),
-        (float("nan"), "gave nan (float)"),
-        (float("-inf"), "gave -inf (float)"),
-    ],
+    ("completion", "n", "expected"),
+    # a b c a b c: the two-word sequences are ab bc ca ab bc, of which 3 of 5 are no repeats.
+    [("a b c a b c", 2, 0.6), ("a b c", 3, 1.0), ("a b", 3, 1.0), ("a a a a", 1, 0.25)],
 )
-def test_what_is_no_finite_number_is_refused(value: Any, said: str):
-    error = failure(lambda p, c, f: value)
-    assert said in str(error)
-    assert "to completion 1 of the prompt 00ff" in str(error) and "It must give a finite number" in str(error)
-
-
-MODULES = ["syntax", "name", "file", "end", "library"]
+def test_repeats_cost_their_share(completion: str, n: int, expected: float):
+    assert given("fresh", completion, n=n) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("completion", "arguments", "expected"),
     [
-        ("def score(p, c, f)\n    return 1.0\n", r"SyntaxError: expected ':'"),
-        ("LIMIT = undefined\n", r"NameError: name 'undefined' is not defined, at .*failing_reward_1\.py:1"),
-        ("WORDS = open('no_such_words.txt')\n", r"FileNotFoundError: .*no_such_words\.txt', at .*_reward_2\.py:1"),
-        ("import sys\nsys.exit(2)\n", r"SystemExit: 2, at .*_reward_3\.py:2"),
-        ("import no_such_library\n", r"ModuleNotFoundError: No module .*, at .*_reward_4\.py:1"),
+        (' {"a": 1} ', {}, 1.0),
+        ("[1, 2]", {}, 1.0),
+        ('{"a": 1} and more', {}, 0.0),
+        ('{"a": 1}', {"keys": ["a"]}, 1.0),
+        ('{"a": 1}', {"keys": ["a", "b"]}, 0.0),
+        ('["a"]', {"keys": ["a"]}, 0.0),
+        ('```json\n{"a": 1}\n```', {}, 0.0),
+        ('```json\n{"a": 1}\n```', {"fenced": True}, 1.0),
+        ("", {}, 0.0),
     ],
-    ids=MODULES,
 )
-def test_a_module_that_fails_is_told_with_its_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, source: str, said: str
-):
-    module = f"failing_reward_{MODULES.index(request.node.callspec.id)}"
-    (tmp_path / f"{module}.py").write_text(source)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    expected = f"The reward {module}:score cannot be imported, for its module fails: .*{said}"
-    with pytest.raises(ConfigError, match=expected):
-        load_reward(f"{module}:score")
+def test_json_is_one_value_and_nothing_else(completion: str, arguments: Any, expected: float):
+    assert given("is_json", completion, **arguments) == expected
+
+
+def test_a_pattern_is_found_or_is_the_whole():
+    assert given("matches", "It is 42.", pattern=r"\d+") == 1.0
+    assert given("matches", "It is 42.", pattern=r"\d+", whole=True) == 0.0
+    assert given("matches", " 42\n", pattern=r"\d+", whole=True) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [("As an AI, I cannot.", 0.0), ("I CANNOT say", 0.0), ("A cannot-do: no", 0.0), ("Cannotation is fine.", 1.0)],
+)
+def test_forbidden_words_are_found_as_words(completion: str, expected: float):
+    assert given("without_words", completion, words=["cannot", "as an ai"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "arguments", "expected"),
+    [
+        (" Paris. ", "paris", {}, 1.0),
+        ("It is Paris", "Paris", {}, 0.0),
+        ("First A, then Answer: B", "B", {"pattern": r"\b[A-D]\b"}, 1.0),
+        ("Answer: B, not C", "B", {"pattern": r"Answer: (\w)"}, 1.0),
+        ("No idea", "B", {"pattern": r"Answer: (\w)"}, 0.0),
+    ],
+)
+def test_an_exact_answer(completion: str, answer: str, arguments: Any, expected: float):
+    assert given("exact_answer", completion, answer=answer, **arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "arguments", "expected"),
+    [
+        ("3 and 4 make 7.", "so it is #### 7", {}, 1.0),
+        ("7 is 3 and 4", "7", {}, 0.0),
+        ("It costs $1,234.50.", "1234.5", {}, 1.0),
+        ("about 3.14", "3.14159", {"tolerance": 0.01}, 1.0),
+        ("-2", "2", {}, 0.0),
+        ("none", "2", {}, 0.0),
+    ],
+)
+def test_a_numeric_answer_is_the_last_number(completion: str, answer: str, arguments: Any, expected: float):
+    assert given("numeric_answer", completion, answer=answer, **arguments) == expected
+
+
+@pytest.mark.parametrize("rule", ["exact_answer", "numeric_answer"])
+def test_a_prompt_without_an_answer_is_told(rule: str):
+    with pytest.raises(ConfigError, match=r"'What is it\?' has no answer"):
+        given(rule, "7", answer=None)
+    if rule == "numeric_answer":
+        with pytest.raises(ConfigError, match="no number in the answer 'seven'"):
+            given(rule, "7", answer="seven")
+
+
+def test_the_language_of_a_text():
+    pytest.importorskip("py3langid", reason="dpo-ray[language] is not installed")
+    german = "Die Katze liegt auf dem Dach und schläft in der warmen Sonne."
+    assert given("in_language", german, language="de") > 0.9
+    assert given("in_language", german, language="en") < 0.1
+    with pytest.raises(ConfigError, match="language='xx' is not known"):
+        given("in_language", german, language="xx")

@@ -143,7 +143,7 @@ def test_a_run_name_that_is_no_folder_name_fails(name: str):
 
 @pytest.mark.parametrize("reward", ["module", "module:", ":f", "a b:f", "m:f()"])
 def test_a_reward_that_is_not_module_colon_function_fails(reward: str):
-    assert "generate.reward" in message(tree(data={}, generate={"prompts": "p.jsonl", "reward": reward}))
+    assert "generate.reward[0].function=" in message(tree(data={}, generate={"prompts": "p.jsonl", "reward": reward}))
 
 
 def test_pairs_need_exactly_one_origin():

@@ -225,7 +225,8 @@ def test_a_ranked_answer_without_text_or_for_the_second_time_is_passed_over():
         (ranked(completions=[], scores=[]), "empty_response"),
         (ranked(completions=["a", "a ", ""]), "too_few_distinct"),
         (ranked(completions=["a"], scores=[1]), "too_few_distinct"),
-        (ranked(scores=[2, 2, 2.05]), "tie"),
+        (ranked(scores=[2, 2, 2.05]), "small_gap"),
+        (ranked(scores=[2, 2, 2]), "tie"),
     ],
 )
 def test_a_ranked_row_without_a_pair_is_bad_for_the_rule_that_it_breaks(raw: dict[str, Any], reason: Reason):

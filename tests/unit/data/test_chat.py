@@ -196,10 +196,10 @@ def test_a_template_that_hides_the_users_words_cannot_be_cut(own_tokenizer: Any)
 @pytest.mark.parametrize("policy", ["keep_start", "keep_end"])
 def test_a_limit_that_leaves_nothing_of_a_prompt_is_a_configuration_error(tokenizer: Any, policy: Any):
     smallest = 1 + 1 + len(CLOSING)
-    require_prompt_room(tokenizer, Data(max_prompt_tokens=smallest, long_prompts=policy))
-    require_prompt_room(tokenizer, Data(max_prompt_tokens=1, long_prompts="drop"))
+    require_prompt_room(ChatTokenizer(tokenizer), Data(max_prompt_tokens=smallest, long_prompts=policy))
+    require_prompt_room(ChatTokenizer(tokenizer), Data(max_prompt_tokens=1, long_prompts="drop"))
     with pytest.raises(ConfigError, match=f"max_prompt_tokens is {smallest - 1}, .* Set it to {smallest} at"):
-        require_prompt_room(tokenizer, Data(max_prompt_tokens=smallest - 1, long_prompts=policy))
+        require_prompt_room(ChatTokenizer(tokenizer), Data(max_prompt_tokens=smallest - 1, long_prompts=policy))
     assert len(fitted(tokenizer, [USER], smallest, policy) or []) == smallest
 
 

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from dpo_ray.config.losses import Loss
 from dpo_ray.errors import DataError
-from dpo_ray.evaluation.held_out import held_out_margins
+from dpo_ray.evaluation.held_out import held_out_pairs
 from dpo_ray.pairs import REFERENCE, SCORES, TOKENIZED, steers
 from dpo_ray.storage.artifact import Artifact, publish, write_shard
 from dpo_ray.storage.location import Location
@@ -58,6 +58,19 @@ POLICY: dict[str, Sides] = {"a": ([-1.0, -2.0], [-4.0]), "b": ([-1.0], [-0.5, -0
 
 
 BASE: dict[str, Sides] = {"a": ([-2.0, -2.0], [-3.0]), "b": ([-0.5], [-1.0, -1.0, -1.0])}
+
+
+def held_out_margins(*given: Any) -> Any:
+    return held_out_pairs(*given).margins
+
+
+def test_the_chosen_answers_have_their_log_probs_under_both_and_all_have_their_lengths(tmp_path: Path):
+    found = held_out_pairs(loss(type="sigmoid"), scores(tmp_path, POLICY), reference(tmp_path, BASE))
+    assert found.chosen_ref_logps is not None
+    assert (found.chosen_logps.tolist(), found.chosen_ref_logps.tolist()) == ([-3.0, -1.0], [-4.0, -0.5])
+    assert (found.chosen_tokens.tolist(), found.rejected_tokens.tolist()) == ([2, 1], [1, 3])
+    alone = held_out_pairs(loss(type="simpo"), scores(tmp_path, POLICY), reference(tmp_path, BASE))
+    assert alone.chosen_ref_logps is None
 
 
 def test_margins_of_dpo_are_differences_of_summed_log_ratios(tmp_path: Path):

@@ -1,22 +1,22 @@
-"""Accuracy and win rate by hand."""
+"""Accuracy and wins by hand."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from dpo_ray.estimates import wilson
+from dpo_ray.estimates import proportion
 from dpo_ray.evaluation.agreement import margin_noise
-from dpo_ray.evaluation.margins import preference_accuracy, win_rate
+from dpo_ray.evaluation.margins import mean_wins, preference_accuracy, win_shares
 
 
 def test_accuracy_is_the_share_of_positive_margins():
     estimate = preference_accuracy(np.array([1.0, 0.5, -2.0, 1e-9]))
-    assert estimate == wilson(0.75, 4)
+    assert estimate == proportion(3, 4)
 
 
 def test_a_margin_of_zero_among_others_is_no_preference_for_chosen():
-    assert preference_accuracy(np.array([0.0, 1.0])) == wilson(0.5, 2)
+    assert preference_accuracy(np.array([0.0, 1.0])) == proportion(1, 2)
 
 
 @pytest.mark.parametrize("margins", [[], [0.0], [0.0, 0.0, -0.0]])
@@ -32,30 +32,32 @@ def test_margins_within_the_noise_of_the_engines_are_no_preference():
     assert margin_noise(metrics, per_token=True) == 0.02
     assert preference_accuracy(np.array([0.5, -0.5, 0.1]), noise) is None
     # One margin beyond it is a policy that prefers something; then every pair counts.
-    assert preference_accuracy(np.array([0.5, -0.6, 0.1]), noise) == wilson(2 / 3, 3)
+    assert preference_accuracy(np.array([0.5, -0.6, 0.1]), noise) == proportion(2, 3)
 
 
-def test_the_win_rate_counts_each_prompt_once_and_ties_one_half():
-    # Prompt 1: (2 > 1), (2 > 3) no, (2 = 2) half: 1.5/3. Prompt 2: 1/1. Mean .75 over 2 prompts.
-    assert win_rate([[2.0], [5.0]], [[1.0, 3.0, 2.0], [4.0]]) == wilson(0.75, 2)
+def test_each_prompt_has_the_mean_of_its_pairings_ties_as_halves():
+    # Prompt 1: (2 > 1), (2 > 3) no, (2 = 2) half: 1.5/3. Prompt 2: 1/1.
+    assert win_shares([[2.0], [5.0]], [[1.0, 3.0, 2.0], [4.0]]).tolist() == [0.5, 1.0]
 
 
 def test_equal_models_win_half_the_time():
     scores = [[0.1, 0.9, 0.5], [1.0], [0.3, 0.3]]
-    assert win_rate(scores, scores) == wilson(0.5, 3)
+    assert win_shares(scores, scores).tolist() == [0.5] * 3
 
 
-def test_swapping_the_models_mirrors_the_win_rate():
+def test_swapping_the_models_mirrors_the_wins():
     tuned, base = [[0.1, 0.9], [0.4]], [[0.2, 0.3], [0.4]]
-    one, other = win_rate(tuned, base), win_rate(base, tuned)
-    assert one is not None and other is not None
-    assert one.value + other.value == pytest.approx(1.0, abs=1e-12)
+    assert (win_shares(tuned, base) + win_shares(base, tuned)).tolist() == pytest.approx([1.0, 1.0], abs=1e-12)
 
 
-def test_without_prompts_there_is_no_win_rate():
-    assert win_rate([], []) is None
+def test_where_a_judge_compared_the_wins_are_what_it_said():
+    assert mean_wins([[1.0, 0.5], [0.25, 0.25]]).tolist() == [0.75, 0.25]
+
+
+def test_without_prompts_there_are_no_wins():
+    assert len(win_shares([], [])) == len(mean_wins([])) == 0
 
 
 def test_prompts_must_match():
     with pytest.raises(ValueError, match="zip"):
-        win_rate([[1.0]], [])
+        win_shares([[1.0]], [])

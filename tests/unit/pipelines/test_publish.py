@@ -15,9 +15,10 @@ from dpo_ray.model.resolve import resolve
 from dpo_ray.storage import artifact
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.published import CARD, LATEST, latest, move, rollback
 from dpo_ray.training.files import KIND, MODEL_FOLDER
 from pipelines.context import RunContext
-from pipelines.publish import LATEST, publish
+from pipelines.publish import publish
 from tests.object_store import BUCKET, object_store
 
 
@@ -71,7 +72,7 @@ def test_every_file_of_the_model_arrives_with_its_card_and_the_pointer(context: 
     assert "first" in (version / "README.md").read_bytes().decode()
     latest = json.loads((context.output / "models" / "n" / LATEST).read_bytes())
     assert (latest["path"], latest["version"]) == (version.uri, trained.fingerprint)
-    assert {f.name for f in (context.output / "models" / "n").children()} == {LATEST, trained.fingerprint}
+    assert {f.name for f in (context.output / "models" / "n").children()} == {LATEST, "history", trained.fingerprint}
 
 
 def test_cut_off_before_its_end_it_is_copied_again(
@@ -88,6 +89,18 @@ def test_cut_off_before_its_end_it_is_copied_again(
     assert not (context.output / "models" / "n" / LATEST).exists()
     version = publish(context, trained, measured)
     assert {f.name for f in version.children()} == {f.name for f in small_model.iterdir()} | {"README.md"}
+
+
+def test_the_same_model_made_again_does_not_undo_a_rollback(context: RunContext, small_model: Path):
+    name = context.output / "models" / "n"
+    (name / "earlier" / CARD).write_bytes(b"card")
+    move(name, "earlier", action="publish", why="")
+    trained, measured = policy(context, small_model), evaluation(context, low=0.7)
+    publish(context, trained, measured)
+    rollback(context.output, "n", "it swears")
+    assert publish(context, trained, measured).name == trained.fingerprint
+    standing = latest(name)
+    assert standing is not None and (standing.version, standing.why) == ("earlier", "it swears")
 
 
 def test_below_the_gate_nothing_is_there(context: RunContext, small_model: Path):

@@ -1,4 +1,4 @@
-"""Editing a reward makes anew what was made with it: pairs and win rates."""
+"""Editing a reward makes anew what was made with it: scores, pairs and win rates; another weight only what it changes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from dpo_ray import reward_source
-from dpo_ray.config import load_config
+from dpo_ray.config import CandidatePairing, Rule, load_config
+from dpo_ray.on_ray.reward import pair_candidates
 from dpo_ray.pairs import CANDIDATES, REFERENCE, SCORES
+from dpo_ray.scoring import rule_source
+from dpo_ray.shards.output import Shard
+from dpo_ray.shards.reward import RuleShard, rule_identity
 from dpo_ray.storage.artifact import Artifact, publish, write_shard
 from dpo_ray.storage.location import Location
 from pipelines.context import RunContext
-from pipelines.evaluate import _evaluate
-from pipelines.generate import _pair
+from pipelines.evaluate import _Drawn, _evaluate
+from pipelines.generate import _pair, score
 from tests.command_line import CONFIGS
 
 REWARD = """
@@ -35,7 +38,7 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def forget() -> None:
         sys.modules.pop("edited_reward", None)
         importlib.invalidate_caches()
-        reward_source._identity.cache_clear()
+        rule_source._identity.cache_clear()
 
     def write(factor: str) -> None:
         (tmp_path / "edited_reward.py").write_text(REWARD.format(factor))
@@ -58,41 +61,65 @@ def artifact(folder: Path, kind: str, rows: list[dict], schema: pa.Schema) -> Ar
     return publish(location, kind, identity={"at": folder.name}, inputs={}, files=files)
 
 
-def test_pairs_are_made_again(context: RunContext, tmp_path: Path, edit: Callable[[str], None]):
+def judged(candidates: Artifact, folder: Path) -> Artifact:
+    """Their scores by the reward, as the stage makes them on a worker."""
+    rule = Rule(function="edited_reward:score")
+    identity = rule_identity(rule)
+    location = Location.of(folder / identity["reward_source"])
+    [shard] = candidates.shards()
+    table = RuleShard(rule, identity["reward_source"])(Shard(shard.uri)).table
+    files = [write_shard(location / "0.parquet", table, {})]
+    return publish(location, "rewards", identity=identity, inputs={"c": candidates.fingerprint}, files=files)
+
+
+def test_scores_and_pairs_are_made_again(context: RunContext, tmp_path: Path, edit: Callable[[str], None]):
     options = context.config.generate
     assert options is not None
     candidates = artifact(tmp_path, "candidates", [], CANDIDATES)
 
-    # There is no shard, and so no worker.
+    def made() -> tuple[Artifact, bool]:
+        # There is no shard, and so no worker.
+        return _pair(context, options, candidates, score(context, "reward", options.reward, candidates))
+
     edit("1")
-    first, reused = _pair(context, options, candidates)
+    first, reused = made()
     assert not reused
     edit("(1)")
-    assert _pair(context, options, candidates) == (first, True)
+    assert made() == (first, True)
     edit("-1")
-    second, reused = _pair(context, options, candidates)
+    second, reused = made()
     assert not reused and second.fingerprint != first.fingerprint
+
+
+def test_another_weight_or_rule_scores_nothing_anew(context: RunContext, tmp_path: Path, edit: Callable[[str], None]):
+    edit("1")
+    candidates = artifact(tmp_path, "candidates", [], CANDIDATES)
+    fingerprints = set()
+    for weight, gap in ((1.0, 0.1), (2.0, 0.1), (2.0, 0.3)):
+        reward = (Rule(function="edited_reward:score", weight=weight),)
+        scores = score(context, "reward", reward, candidates)
+        assert context.stages["reward"]["reused"] == bool(fingerprints)
+        rules = CandidatePairing(min_score_gap=gap)
+        fingerprints.add(pair_candidates(context.output, rules, reward, candidates, scores)[0].fingerprint)
+    assert len(fingerprints) == 3
 
 
 def test_a_win_rate_is_measured_again(context: RunContext, tmp_path: Path, edit: Callable[[str], None]):
     options = context.config.evaluate.win_rate
     assert options is not None
-    answers = {"base": "Yes.", "tuned": "Yes, it is."}
-    base, tuned = (
-        artifact(
-            tmp_path / side,
-            "candidates",
-            [
-                {
-                    "prompt_id": "00ff",
-                    "split": "eval",
-                    "prompt": [{"role": "user", "content": "Is it?"}],
-                    "completions": [{"text": text, "finished": True, "num_tokens": 3}],
-                }
-            ],
-            CANDIDATES,
-        )
-        for side, text in answers.items()
+    texts = ["Yes."] * 4 + ["Yes, it is."] * 4
+    merged = artifact(
+        tmp_path,
+        "merged_candidates",
+        [
+            {
+                "prompt_id": "00ff",
+                "split": "eval",
+                "prompt": [{"role": "user", "content": "Is it?"}],
+                "completions": [{"text": text, "finished": True, "num_tokens": 3} for text in texts],
+            }
+        ],
+        CANDIDATES,
     )
     sides = {"chosen_logprobs": [-1.0], "rejected_logprobs": [-2.0]}
     scores = artifact(tmp_path, "policy_scores", [{"pair_id": "0", **sides}], SCORES)
@@ -103,7 +130,9 @@ def test_a_win_rate_is_measured_again(context: RunContext, tmp_path: Path, edit:
     )
 
     def measured() -> tuple[float, float, bool]:
-        made, reused = _evaluate(context, scores, rows, None, (base, tuned, options))
+        scored = judged(merged, tmp_path / "rewards")
+        drawn = _Drawn(merged, {"score": scored}, scored, options)
+        made, reused = _evaluate(context, scores, rows, None, drawn)
         metrics = made.manifest.metrics
         return metrics["win_rate"]["value"], metrics["mean_reward"]["tuned"], reused
 

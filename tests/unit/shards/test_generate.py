@@ -29,7 +29,7 @@ class Echo:
     def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[list[Completion]]:
         self.prompts += prompts
         return [
-            [Completion(str(len(ids)), True, 2), Completion(str(seed), False, 5)]
+            [Completion(str(len(ids)), [1, 2], "stop", -1.5), Completion(str(seed), [1] * 5, "length")]
             for ids, seed in zip(prompts, seeds, strict=True)
         ]
 
@@ -54,19 +54,29 @@ def test_each_prompt_has_its_completions_and_prompts_over_the_limit_are_dropped(
     short, long, other = (prompt.ids for prompt in chat.prompts([(dialogue, None) for dialogue in dialogues]))
     sampler = Echo()
     shard = prompts_shard(tmp_path, [dialogue[0]["content"] for dialogue in dialogues])
-    output = GenerateShard(chat, sampler, max_prompt_tokens=len(long) - 1, seed=0)(shard)
+    output = GenerateShard(chat, sampler, max_prompt_tokens=len(long) - 1, seed=0, model="m0")(shard)
     assert sampler.prompts == [short, other]
     assert output.table.schema.equals(CANDIDATES)
     assert output.table["prompt"].to_pylist() == [dialogues[0], dialogues[2]]
     first = output.table["completions"].to_pylist()[0]
-    assert first[0] == {"text": str(len(short)), "finished": True, "num_tokens": 2}
-    assert (first[1]["finished"], first[1]["num_tokens"]) == (False, 5)
-    assert output.counters == {"read": 3, "prompt_too_long": 1, "tokens": 14}
+    assert first[0] == {
+        "text": str(len(short)),
+        "finished": True,
+        "num_tokens": 2,
+        "token_ids": [1, 2],
+        "finish_reason": "stop",
+        "logprob": -1.5,
+        "model": "m0",
+    }
+    assert [first[1][name] for name in ("finished", "finish_reason", "num_tokens", "logprob")] == [
+        False, "length", 5, None,
+    ]  # fmt: skip
+    assert output.counters == {"read": 3, "prompt_too_long": 1, "completions": 4, "tokens": 14, "truncated_samples": 2}
 
 
 def test_a_seed_is_the_prompts_own_whatever_else_is_in_the_shard(tmp_path: Path, chat: ChatTokenizer):
     def seeds(texts: list[str], seed: int) -> list[int]:
-        table = GenerateShard(chat, Echo(), 64, seed)(prompts_shard(tmp_path, texts)).table
+        table = GenerateShard(chat, Echo(), 64, seed, "m0")(prompts_shard(tmp_path, texts)).table
         return [int(completions[1]["text"]) for completions in table["completions"].to_pylist()]
 
     together = seeds(["Why?", "How?"], 3)

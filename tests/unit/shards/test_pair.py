@@ -1,4 +1,4 @@
-"""Candidates → pairs, a shard at a time."""
+"""Scored candidates → pairs, a shard at a time."""
 
 from __future__ import annotations
 
@@ -9,70 +9,68 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from dpo_ray.errors import ConfigError, RewardError
-from dpo_ray.pairs import CANDIDATES, PreferencePair, pair_row, prompt_id
-from dpo_ray.reward_source import reward_identity
-from dpo_ray.shards.output import Shard
-from dpo_ray.shards.pair import PairShard
+from dpo_ray.config import CandidatePairing
+from dpo_ray.errors import DataError
+from dpo_ray.pairs import CANDIDATES, GENERATED_PAIRS, REWARDS, PreferencePair, pair_row, prompt_id
+from dpo_ray.shards.output import ShardOutput
+from dpo_ray.shards.pair import PairShard, ScoredShard
 from dpo_ray.storage.artifact import read_shard, write_shard
 from dpo_ray.storage.location import Location
+
+Samples = dict[str, list[tuple[str, bool, dict[str, float]]]]
+"""Prompt → its completions, whether each is finished, and its scores by source."""
 
 
 def question(text: str) -> tuple[Any, ...]:
     return ({"role": "user", "content": text},)
 
 
-def candidates_shard(
-    folder: Path, samples: dict[str, list[tuple[str, bool]]], tools: dict[str, str] | None = None
-) -> Shard:
-    """Prompt → its completions, and whether each is finished. tools: of some of the prompts."""
+def scored_shard(folder: Path, samples: Samples, tools: dict[str, str] | None = None) -> ScoredShard:
+    """tools: of some of the prompts."""
     of_prompts = tools or {}
+    ids = {text: prompt_id(list(question(text)), of_prompts.get(text)) for text in samples}
     rows = [
         {
-            "prompt_id": prompt_id(list(question(text)), of_prompts.get(text)),
+            "prompt_id": ids[text],
             "split": "eval",
             "prompt": list(question(text)),
             "tools": of_prompts.get(text),
-            "completions": [{"text": t, "finished": finished, "num_tokens": 3} for t, finished in of_prompt],
+            "completions": [{"text": t, "finished": finished, "num_tokens": 3} for t, finished, _ in of_prompt],
         }
         for text, of_prompt in samples.items()
     ]
     location = Location.of(folder) / "candidates.parquet"
     write_shard(location, pa.Table.from_pylist(rows, schema=CANDIDATES), {})
-    return Shard(location.uri)
+    sources = {name: 0 for of_prompt in samples.values() for *_, scores in of_prompt for name in scores}
+    files = {}
+    for name in sources:
+        scores = [{"prompt_id": ids[text], "scores": [s[name] for *_, s in of_one]} for text, of_one in samples.items()]
+        file = Location.of(folder) / f"{name}.parquet"
+        write_shard(file, pa.Table.from_pylist(scores, schema=REWARDS), {})
+        files[name] = file.uri
+    return ScoredShard(location.uri, files)
 
 
-BY_LENGTH = """
-def by_length(prompt, completion, finished):
-    assert prompt.startswith("Say")
-    return len(completion) if finished else -1.0
-"""
-"""A reward that shows what it was given."""
+def paired(shard: ScoredShard, weights: dict[str, float] | None = None, **rules: Any) -> ShardOutput:
+    return PairShard(CandidatePairing(**rules), weights or {"length": 1.0}, {"candidates": "c0"})(shard)
 
 
-@pytest.fixture
-def reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What a PairShard is told of a reward."""
-    (tmp_path / "reward_by_length.py").write_text(BY_LENGTH)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    name = "reward_by_length:by_length"
-    return {"reward": name, "reward_source": str(reward_identity(name)["reward_source"])}
+def by_length(*texts: str) -> list[tuple[str, bool, dict[str, float]]]:
+    return [(text, True, {"length": float(len(text))}) for text in texts]
 
 
-def test_scored_candidates_become_pairs(tmp_path: Path, reward: dict[str, str]):
-    shard = candidates_shard(
-        tmp_path,
-        {
-            "Say a": [("aa", True), ("aaaa", True), ("aaaaaa", False), ("aa ", True)],
-            "Say b": [("b", True), ("c", True)],
-            "Say c": [("c", True), ("", True)],
-        },
-    )
-    output = PairShard(**reward, min_score_gap=1.0, pairs_per_prompt=1)(shard)
-    # The longest answer was cut off, and so is the worst.
+def test_scored_candidates_become_pairs(tmp_path: Path):
+    samples = {"Say a": by_length("aa", "aaaa", "aaaaaa", "aa "), "Say b": by_length("b", "c"), "Say c": by_length("c", "")}
+    output = paired(scored_shard(tmp_path, samples), min_score_gap=1.0)
     [pair] = output.table.to_pylist()
-    assert (pair["chosen"], pair["rejected"]) == ("aaaa", "aaaaaa")
-    assert pair == pair_row(PreferencePair(question("Say a"), "aaaa", "aaaaaa"), "eval")
+    lineage = json.loads(pair.pop("lineage"))
+    assert pair == pair_row(PreferencePair(question("Say a"), "aaaaaa", "aa"), "eval")
+    assert output.table.schema.equals(GENERATED_PAIRS)
+    assert lineage == {
+        "candidates": "c0",
+        "chosen": {"sample": 2, "scores": {"length": 6.0}},
+        "rejected": {"sample": 0, "scores": {"length": 2.0}},
+    }
     assert output.counters == {
         "read": 3,
         "duplicate": 1,
@@ -83,29 +81,38 @@ def test_scored_candidates_become_pairs(tmp_path: Path, reward: dict[str, str]):
     }
 
 
-def test_generated_pairs_keep_the_tools_that_the_model_was_shown(tmp_path: Path, reward: dict[str, str]):
-    answers, tools = [("a", True), ("aaa", True)], json.dumps([{"name": "look_up"}])
-    shard = candidates_shard(tmp_path, {"Say a": answers, "Say b": answers}, tools={"Say a": tools})
-    table = PairShard(**reward, min_score_gap=1.0, pairs_per_prompt=1)(shard).table
+def test_generated_pairs_keep_the_tools_that_the_model_was_shown(tmp_path: Path):
+    answers, tools = by_length("a", "aaa"), json.dumps([{"name": "look_up"}])
+    shard = scored_shard(tmp_path, {"Say a": answers, "Say b": answers}, tools={"Say a": tools})
+    table = paired(shard).table
     assert table["tools"].to_pylist() == [tools, None]
     with_tools = PreferencePair(question("Say a"), "aaa", "a", tools)
     assert table["pair_id"].to_pylist() == [with_tools.pair_id, PreferencePair(question("Say b"), "aaa", "a").pair_id]
-    assert table["prompt_id"].to_pylist() == read_shard(Location(shard.file))["prompt_id"].to_pylist()
+    assert table["prompt_id"].to_pylist() == read_shard(Location(shard.candidates))["prompt_id"].to_pylist()
 
 
-def test_a_reward_that_does_not_exist_fails_before_any_shard():
-    with pytest.raises(ConfigError, match="no_such_reward"):
-        PairShard("dpo_ray.rewards:no_such_reward", "", 0.1, 1)
+def test_weights_decide_and_below_zero_less_is_better(tmp_path: Path):
+    sides = [("kind", True, {"good": 1.0, "words": 9.0}), ("short", True, {"good": 0.5, "words": 1.0})]
+    shard = scored_shard(tmp_path, {"Say a": sides})
+    chosen = {
+        weights: paired(shard, dict(zip(("good", "words"), weights, strict=True))).table["chosen"].to_pylist()
+        for weights in ((1.0, 0.0), (1.0, -1.0), (0.0, 1.0))
+    }
+    assert chosen == {(1.0, 0.0): ["kind"], (1.0, -1.0): ["short"], (0.0, 1.0): ["kind"]}
 
 
-def test_a_reward_that_is_another_one_on_the_worker_fails_before_any_shard(reward: dict[str, str]):
-    with pytest.raises(ConfigError, match=r"reward_by_length:by_length has another source"):
-        PairShard(reward["reward"], "0123456789abcdef", 0.1, 1)
+def test_sources_that_disagree_make_no_pair_where_they_must_agree(tmp_path: Path):
+    sides = [("kind", True, {"good": 1.0, "words": 9.0}), ("short", True, {"good": 0.5, "words": 1.0})]
+    shard = scored_shard(tmp_path, {"Say a": sides})
+    # More words are worse: the sources disagree, also under the sum, unless words do not count.
+    output = paired(shard, {"good": 20.0, "words": -1.0}, sources_agree=True)
+    assert output.table.num_rows == 0 and output.counters["sources_disagree"] == 1
+    assert paired(shard, {"good": 20.0, "words": 0.0}, sources_agree=True).table.num_rows == 1
+    assert paired(shard, {"good": 20.0, "words": 1.0}, sources_agree=True).table.num_rows == 1
 
 
-def test_a_reward_that_fails_is_told_with_prompt_and_completion(tmp_path: Path, reward: dict[str, str]):
-    shard = candidates_shard(tmp_path, {"Say a": [("aa", True)], "Name b": [("b", True)]})
-    with pytest.raises(
-        RewardError, match=r"completion 1 of the prompt \w+ \('Name b' → 'b'\): AssertionError, at .*:3 in"
-    ):
-        PairShard(**reward, min_score_gap=1.0, pairs_per_prompt=1)(shard)
+def test_scores_of_other_rows_are_refused(tmp_path: Path):
+    shard = scored_shard(tmp_path / "one", {"Say a": by_length("a", "aaa")})
+    other = scored_shard(tmp_path / "two", {"Say b": by_length("a", "aaa")})
+    with pytest.raises(DataError, match=r"length\.parquet holds the scores of other prompts"):
+        paired(ScoredShard(shard.candidates, other.rewards))

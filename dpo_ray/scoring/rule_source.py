@@ -21,7 +21,7 @@ from functools import cache
 from typing import Any
 
 from dpo_ray.errors import ConfigError
-from dpo_ray.rewards import load_reward
+from dpo_ray.scoring.rule import load_function
 from dpo_ray.storage.artifact import digest
 
 VERSION = "REWARD_VERSION"
@@ -52,7 +52,7 @@ def require_same_source(name: str, source: str) -> None:
 
 @cache
 def _identity(name: str) -> dict[str, str | int]:
-    load_reward(name)
+    load_function(name)
     module, _, function = name.partition(":")
     source, function = _definition(module, function, name)
     found: dict[str, str | int] = {"reward": name, "reward_source": digest([function, *_reached(source, function)])}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_ray import reward_source
+from dpo_ray.scoring import rule_source
 from dpo_ray.errors import ConfigError
-from dpo_ray.reward_source import require_same_source, reward_identity
+from dpo_ray.scoring.rule_source import require_same_source, reward_identity
 
 SOURCE = '''"""A module of rewards."""
 
@@ -90,7 +90,7 @@ def identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             if name.startswith("my_"):
                 del sys.modules[name]
         importlib.invalidate_caches()
-        reward_source._identity.cache_clear()
+        rule_source._identity.cache_clear()
 
     def build(source: str = SOURCE, function: str = "score", **others: str) -> dict[str, str | int]:
         (tmp_path / "my_rewards.py").write_text(source)

@@ -1,0 +1,50 @@
+"""Whether what was measured lets a model be published: every condition by the interval, and not by the value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpo_ray.config import Gate
+
+
+def failed_conditions(gate: Gate, metrics: dict[str, Any]) -> list[str]:
+    """Each condition that does not hold, in words; empty where all hold.
+
+    metrics: of an evaluation artifact. What it does not have fails the condition that asks for it.
+    """
+    drift, change = metrics.get("drift") or {}, (metrics.get("chosen_logps") or {}).get("change")
+    fall = change and {"value": -change["value"], "low": -change["high"], "high": -change["low"], "n": change["n"]}
+    within = gate.length_ratio_within or (None, None)
+    conditions = [
+        ("accuracy", metrics.get("accuracy"), gate.accuracy_above, None, "accuracy_above"),
+        ("win_rate", metrics.get("win_rate"), gate.win_rate_above, None, "win_rate_above"),
+        (
+            "length_controlled_win_rate",
+            metrics.get("length_controlled_win_rate"),
+            gate.length_controlled_win_rate_above,
+            None,
+            "length_controlled_win_rate_above",
+        ),
+        ("kl_per_token", metrics.get("kl_per_token"), None, gate.kl_below, "kl_below"),
+        ("the fall of chosen answers' log-probs", fall, None, gate.chosen_drop_below, "chosen_drop_below"),
+        ("length_ratio", drift.get("length_ratio"), *within, "length_ratio_within"),
+    ]
+    return [said for condition in conditions for said in _failed(*condition)]
+
+
+def _failed(name: str, found: dict[str, Any] | None, above: float | None, below: float | None, key: str) -> list[str]:
+    if above is None and below is None:
+        return []
+    limits = [
+        *([f"above {above:g}"] if above is not None else []),
+        *([f"below {below:g}"] if below is not None else []),
+    ]
+    asked = f"publish.gate.{key} asks for {' and '.join(limits)}"
+    if found is None:
+        return [f"{name} is undefined, and {asked}"]
+    if (above is None or found["low"] > above) and (below is None or found["high"] < below):
+        return []
+    return [
+        f"{name} is {found['value']:.3f} with a 95% interval from {found['low']:.3f} to {found['high']:.3f} "
+        f"(n={found['n']}), and {asked}"
+    ]

@@ -1,0 +1,60 @@
+"""The implicit reward of a policy trained by DPO: beta·(log π(y|x) − log π_ref(y|x)) (arXiv:2305.18290, section 4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from dpo_ray.config import ImplicitReward, Model
+from dpo_ray.data.chat import ChatTokenizer, parse_tools, require_chat_template
+from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.model.pair_scorer import TorchScorer
+from dpo_ray.model.resolve import ModelFolder
+from dpo_ray.pairs import TokenizedPair
+from dpo_ray.scoring.models import model_of
+from dpo_ray.scoring.scorer import Row, Scored
+
+
+class ImplicitScorer:
+    """Scores by the difference of two models' log-probs, as the trainer's own forward gives them.
+
+    Raises ConfigError where the two do not have the same tokenizer.
+    """
+
+    def __init__(self, source: ImplicitReward, reference: Model):
+        policy = model_of(source)
+        folders = [ModelFolder.of(model) for model in (policy, reference)]
+        if folders[0].tokenizer_hash() != folders[1].tokenizer_hash():
+            raise ConfigError(
+                f"The policy {source.policy} and the reference {reference.path} have other tokenizers or chat "
+                "templates, so their log-probs are of other tokens. Name the model that the policy was trained from."
+            )
+        tokenizer = folders[0].tokenizer()
+        require_chat_template(tokenizer, source.policy)
+        self._chat = ChatTokenizer(tokenizer, reference.template_arguments)
+        self._source = source
+        self._models = [TorchScorer(policy), TorchScorer(reference)]
+
+    def score(self, rows: Sequence[Row]) -> list[list[Scored]]:
+        """Raises DataError on log-probs that are not finite, or where the template refuses a dialogue."""
+        prompts = self._chat.prompts([(row["prompt"], parse_tools(row.get("tools"))) for row in rows])
+        answers = [(p, c["text"]) for p, row in zip(prompts, rows, strict=True) for c in row["completions"]]
+        completions = self._chat.completions(answers)
+        pairs = [
+            TokenizedPair("", prompt.ids, completion.ids, [])
+            for (prompt, _), completion in zip(answers, completions, strict=True)
+        ]
+        policy, reference = (model.score(pairs)[0] for model in self._models)
+        scored = iter([self._scored(*both) for both in zip(policy, reference, strict=True)])
+        return [[next(scored) for _ in row["completions"]] for row in rows]
+
+    def _scored(self, policy: list[float], reference: list[float]) -> Scored:
+        count = len(policy) if self._source.per_token else 1
+        logps = {"policy": math.fsum(policy) / count, "reference": math.fsum(reference) / count}
+        score = self._source.beta * (logps["policy"] - logps["reference"])
+        if not math.isfinite(score):
+            raise DataError(
+                f"The implicit reward of {self._source.policy} is not finite: the weights of the policy or of the "
+                "reference are damaged, or dtype is too narrow: try float32."
+            )
+        return Scored(score, logps)

@@ -1,0 +1,173 @@
+"""Published models of one name: versions, which of them is the latest, and the record of how it came to be.
+
+    <output>/models/<name>/<version>/        a whole Hugging Face folder; its README.md, written last, completes it
+    <output>/models/<name>/latest.json       the pointer, moved atomically
+    <output>/models/<name>/history/*.json    every move of the pointer, oldest first by name; written before the move
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import platform
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.storage.location import Location
+
+LATEST = "latest.json"
+CARD = "README.md"
+_HISTORY = "history"
+
+
+class Move(BaseModel):
+    """A move of the pointer; latest.json holds the last one."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    version: str
+    path: str
+    published: str
+    """When the pointer was moved, in UTC."""
+    run_id: str | None = None
+    """The run that trained the version."""
+    data: dict[str, Any] = {}
+    """What it was trained on: fingerprints of artifacts."""
+    by: str = ""
+    """Who moved it: user and machine."""
+    action: Literal["publish", "promote", "rollback"] = "publish"
+    why: str = ""
+    previous: str | None = None
+    """The version that was the latest before."""
+
+
+def published_folder(output: Location, name: str) -> Location:
+    """Where the versions of a name lie."""
+    return output / "models" / name
+
+
+def is_complete(version: Location) -> bool:
+    """Whether a version is there as a whole."""
+    return (version / CARD).exists()
+
+
+def latest(folder: Location) -> Move | None:
+    """What the pointer of a name says; None where nothing was published. Raises DataError where it is damaged."""
+    try:
+        return Move.model_validate_json((folder / LATEST).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise DataError(
+            f"{folder / LATEST} is damaged ({error.error_count()} errors). `dpo-ray promote` writes it anew; the versions "
+            f"are the folders of {folder}."
+        ) from error
+
+
+def history(folder: Location) -> list[Move]:
+    """Every move of the pointer, oldest first."""
+    files = sorted((folder / _HISTORY).children(), key=lambda file: file.name)
+    return [Move.model_validate_json(file.read_bytes()) for file in files]
+
+
+def was_latest(folder: Location, version: str) -> bool:
+    """Whether the pointer named a version at some time."""
+    return any(one.version == version for one in history(folder))
+
+
+def move(
+    folder: Location,
+    version: str,
+    *,
+    action: Literal["publish", "promote", "rollback"],
+    why: str,
+    run_id: str | None = None,
+    data: dict[str, Any] | None = None,
+) -> Move:
+    """Make a version the latest one, and record it.
+
+    Raises ConfigError where the version is not there as a whole.
+    """
+    if not is_complete(folder / version):
+        known = ", ".join(complete_versions(folder)) or "none"
+        raise ConfigError(f"{folder / version} is no published model (versions of {folder.name}: {known}).")
+    try:
+        before = latest(folder)
+    except DataError:  # it is written anew, and what it said is lost
+        before = None
+    now = datetime.now(UTC)
+    made = Move(
+        version=version,
+        path=(folder / version).uri,
+        published=now.isoformat(timespec="seconds"),
+        run_id=run_id,
+        data=data or {},
+        by=_who(),
+        action=action,
+        why=why,
+        previous=before.version if before is not None else None,
+    )
+    content = made.model_dump_json(indent=1).encode()
+    # A kill between the two leaves a record of a move that did not happen, and never a move without a record.
+    (folder / _HISTORY / f"{now:%Y%m%dT%H%M%S.%fZ}-{action}.json").write_bytes(content)
+    (folder / LATEST).write_bytes(content)
+    return made
+
+
+def complete_versions(folder: Location) -> list[str]:
+    """Names of the versions that are there as a whole."""
+    return sorted(child.name for child in folder.children() if is_complete(child))
+
+
+def promote(output: Location, name: str, version: str, why: str) -> Move:
+    """Make a version of a name the latest one by hand. Raises ConfigError where there is no such version."""
+    folder = published_folder(output, name)
+    _require_any(folder)
+    known = [one for one in history(folder) if one.version == version]
+    origin = known[-1] if known else None
+    run_id, data = (origin.run_id, origin.data) if origin is not None else (None, {})
+    return move(folder, version, action="promote", why=why, run_id=run_id, data=data)
+
+
+def rollback(output: Location, name: str, why: str) -> Move:
+    """Make the version the latest one that was so before the present one.
+
+    A second rollback goes one further back, and not to where the first one came from. Raises ConfigError where there is
+    none.
+    """
+    folder = published_folder(output, name)
+    _require_any(folder)
+    now = latest(folder)
+    standing: list[Move] = []
+    for one in history(folder):
+        if one.action == "rollback":
+            while standing and standing[-1].version != one.version:
+                standing.pop()
+        elif not standing or standing[-1].version != one.version:
+            standing.append(one)
+    before = [one for one in standing if now is not None and one.version != now.version and is_complete(folder / one.version)]
+    if not before:
+        raise ConfigError(
+            f"There is no earlier version of {name} to go back to (versions of {name}: "
+            f"{', '.join(complete_versions(folder)) or 'none'}): name one with `dpo-ray promote`."
+        )
+    target = before[-1]
+    return move(folder, target.version, action="rollback", why=why, run_id=target.run_id, data=target.data)
+
+
+def _require_any(folder: Location) -> None:
+    if not complete_versions(folder):
+        others = [child.name for child in (Location(folder.uri.rpartition("/")[0])).children()]
+        named = f"names there: {', '.join(others)}" if others else "nothing was published there"
+        raise ConfigError(f"{folder} holds no published model ({named}).")
+
+
+def _who() -> str:
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container's user may have no name
+        user = f"user {os.getuid()}"
+    return f"{user}@{platform.node()}"

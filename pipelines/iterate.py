@@ -1,0 +1,155 @@
+"""Rounds: sample with the current policy, score, pair, train, measure; the best round's policy is published."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from dpo_ray.config import Config, Iterate
+from dpo_ray.errors import DpoRayError
+from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage, shard_tasks
+from dpo_ray.on_ray.session import expect_training
+from dpo_ray.progress import say
+from dpo_ray.shards.replay import Earlier, ReplayShard, identity
+from dpo_ray.storage.artifact import Artifact, read_shard
+from dpo_ray.training.files import MODEL_FOLDER
+from pipelines.context import RunContext
+from pipelines.evaluate import evaluate
+from pipelines.generate import generate
+from pipelines.publish import publish
+from pipelines.reference import reference
+from pipelines.tokenize import tokenize
+from pipelines.train import train
+
+STAGE = "iterate"
+
+
+@dataclass(frozen=True)
+class Round:
+    """What came of a round."""
+
+    number: int
+    """From 1."""
+    pairs: Artifact
+    policy: Artifact
+    evaluation: Artifact
+
+    @property
+    def win_rate(self) -> dict[str, Any]:
+        """Against the first model, on held-out prompts: value, low, high, n."""
+        found: dict[str, Any] | None = self.evaluation.manifest.metrics["win_rate"]
+        if found is None:
+            raise DpoRayError("A round's win rate is undefined: no held-out prompt was short enough to be answered.")
+        return found
+
+
+def iterate(context: RunContext) -> None:
+    """Run the rounds, and publish the best one's policy past the gate. Raises GateFailed."""
+    expect_training()
+    options = context.config.iterate
+    assert options is not None
+    done: list[Round] = []
+    for number in range(1, options.rounds + 1):
+        done.append(_round(context, options, number, done))
+        best = _best(done)
+        _record(context, done, best)
+        if number > 1 and not improves(done[-1].win_rate, _best(done[:-1]).win_rate):
+            say(STAGE, f"round {number} does not improve the win rate beyond its interval: no further round")
+            break
+    context.results["eval"] = {k: v for k, v in best.evaluation.manifest.metrics.items() if k != "samples"}
+    context.results["samples"] = best.evaluation.manifest.metrics["samples"]
+    publish(context, best.policy, best.evaluation)
+
+
+def improves(found: dict[str, Any], best: dict[str, Any]) -> bool:
+    """Whether a round's win rate lies above the best one's value with the whole of its interval."""
+    return bool(found["low"] > best["value"])
+
+
+def _best(done: list[Round]) -> Round:
+    """The first of those with the highest win rate."""
+    return max(done, key=lambda one: one.win_rate["value"])
+
+
+def _round(context: RunContext, options: Iterate, number: int, earlier: list[Round]) -> Round:
+    config = context.config
+    current = config if not earlier else _with_policy(config, earlier[-1].policy)
+    mine = context.other(current, f"round {number}")
+    fresh = options.prompts == "fresh"
+    made = generate(mine, (lambda prompt: part_of(prompt, options.rounds) == number) if fresh else None)
+    pairs = _with_replay(mine, options, number, made, [one.pairs for one in earlier])
+    tokenized = tokenize(mine, pairs, None)
+    compared = mine if options.reference == "current" else context.other(config, f"round {number}")
+    rows, calibration = reference(compared, tokenized)
+    policy = train(mine, rows)
+    # Always against the first model, so that rounds can be compared.
+    evaluation = evaluate(context.other(config, f"round {number}"), pairs, rows, calibration, policy)
+    return Round(number, made, policy, evaluation)
+
+
+def _with_policy(config: Config, policy: Artifact) -> Config:
+    """The configuration with a trained policy as its model."""
+    model = config.model.model_copy(update={"path": (policy.location / MODEL_FOLDER).uri, "revision": None})
+    return config.model_copy(update={"model": model})
+
+
+def part_of(prompt_id: str, parts: int) -> int:
+    """Which part of the training prompts a prompt is in, from 1: by a hash of its own."""
+    return 1 + int(hashlib.sha256(f"round:{prompt_id}".encode()).hexdigest()[:12], 16) % parts
+
+
+def _with_replay(
+    context: RunContext, options: Iterate, number: int, pairs: Artifact, earlier: list[Artifact]
+) -> Artifact:
+    """The round's pairs, and as many earlier ones as make up the share."""
+    if options.replay == 0 or not earlier:
+        return pairs
+    there = sum(map(_training_pairs, earlier))
+    wanted = _training_pairs(pairs) * options.replay / (1 - options.replay)
+    share = min(1.0, wanted / there) if there else 0.0
+    # 1 would keep held-out rows too.
+    share = min(share, 1 - 2**-40)
+    salt = f"round {number}"
+    tasks = [
+        ShardTask(Earlier(task.source.file, kept, salt), f"{task.content}: {kept:g} {salt if kept < 1 else ''}", task.rows)
+        for artifact, kept in ((pairs, 1.0), *((one, share) for one in earlier))
+        for task in shard_tasks(artifact)
+    ]
+    stage = partial(
+        shard_stage,
+        context.output,
+        "pairs",
+        identity=identity(share, number),
+        inputs={"pairs": pairs.fingerprint, **{f"round {n}": one.fingerprint for n, one in enumerate(earlier, start=1)}},
+        tasks=tasks,
+        pool=Pool(ReplayShard, {}, stateless=True),
+        unit="pairs",
+    )
+    return context.stage("replay", stage)
+
+
+def _training_pairs(pairs: Artifact) -> int:
+    return sum(read_shard(shard, columns=["split"])["split"].to_pylist().count("train") for shard in pairs.shards())
+
+
+def _record(context: RunContext, done: list[Round], best: Round) -> None:
+    context.results["rounds"] = [
+        {
+            "round": one.number,
+            "pairs": one.pairs.manifest.rows,
+            "policy": one.policy.fingerprint,
+            "accuracy": one.evaluation.manifest.metrics["accuracy"],
+            "win_rate": one.win_rate,
+            "best": one is best,
+        }
+        for one in done
+    ]
+    last = done[-1]
+    rate = last.win_rate
+    say(
+        STAGE,
+        f"round {last.number}: win rate against the first model {rate['value']:.3f} [{rate['low']:.3f}, "
+        f"{rate['high']:.3f}] (n={rate['n']}), of {last.pairs.manifest.rows} pairs; the best is round {best.number}",
+    )

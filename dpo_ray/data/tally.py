@@ -19,10 +19,16 @@ NOTED = {
     "inner_control_token": "an answer spells a control token of the model, which is taken as plain text, or has one "
     "that the chat template did not write",
     "tools_ignored": "the pair has tools, but the chat template writes nothing for them",
+    "truncated_samples": "completions that were cut at sampling.max_tokens",
+    "reward_cut": "dialogues over the reward model's max_tokens, which lost their beginning",
+    "judge_unparseable": "questions to the judge of which no attempt's reply could be read; they count as ties, or 5.5",
+    "orders_disagree": "comparisons in which the judge prefers the same place in both orders, or one of the two is a tie",
+    "same_text": "comparisons of two equal texts, which the judge was not asked about",
 }
-"""Counters of kept rows that are worth a look, and why. Each counts a row once, whichever of its sides is concerned."""
+"""Counters of kept rows that are worth a look, and why. Of pairs each counts a row once, whichever of its sides is
+concerned."""
 
-_NO_REASONS = {"read", "kept", "more_pairs", "other_split", "tokens", "completions", "truncated_samples", *NOTED}
+_NO_REASONS = {"read", "kept", "more_pairs", "other_split", "tokens", "completions", *NOTED}
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,14 @@ def test_a_hundred_in_the_middle_have_wilsons_interval_by_hand():
 
 def test_scores_that_vary_less_count_for_more_observations():
     # 50 ties, 25 wins and 25 losses: squares 50·.25 = 12.5, variance (12.5 + .5)/100 = .13, so .25/.13·100 = 192.3077
-    # observations: half the width is z·sqrt(.25/192.3077 + z²/(4·192.3077²)) / (1 + z²/192.3077) = .0699711.
+    # observations: half the width is z·sqrt(.25/192.3077 + z²/(4·192.3077²)) / (1 + z²/192.3077) = .0699721.
     found = rate(np.repeat([0.5, 0.0, 1.0], [50, 25, 25]))
-    assert interval(found) == pytest.approx((0.430029, 0.569971), abs=5e-7)
+    assert interval(found) == pytest.approx((0.430028, 0.569972), abs=5e-7)
 
 
 def test_scores_that_are_all_alike_are_not_taken_for_certain():
     # Variance .5/100 = .005: as good as 5000 observations.
-    assert interval(rate(np.full(100, 0.5))) == pytest.approx((0.486147, 0.513853), abs=5e-7)
+    assert interval(rate(np.full(100, 0.5))) == pytest.approx((0.486146, 0.513854), abs=5e-7)
 
 
 def test_few_observations_have_clopper_and_pearsons_interval():

@@ -76,8 +76,8 @@ ROOMS = {
     "training": {"bins", "config", "data", "errors", "losses", "model", "pairs", "progress", "storage"},
     "evaluation": {"config", "errors", "estimates", "losses", "pairs", "storage"},
     "on_ray": {
-        "bins", "config", "data", "errors", "evaluation", "losses", "model", "origin", "pairs", "progress", "shards",
-        "storage", "training",
+        "bins", "config", "data", "errors", "evaluation", "losses", "model", "origin", "pairs", "progress",
+        "scoring", "shards", "storage", "training",
     },
 }  # fmt: skip
 """Room of dpo_ray → the rooms that it may import. A room is a folder, or a file at the top of the library."""

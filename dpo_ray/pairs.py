@@ -101,8 +101,8 @@ _COMPLETION = pa.struct(
         ("model", pa.string()),
     ]
 )
-"""`finished`: it ended of itself; `logprob`: its summed log-prob in nats under the model that sampled it, at temperature
-1; `model`: hash of that model."""
+"""`finished`: it ended of itself; `logprob`: its summed log-prob in nats under the model that sampled it, at
+temperature 1; `model`: hash of that model."""
 
 CANDIDATES = pa.schema([*PROMPTS, ("completions", pa.list_(_COMPLETION))])
 

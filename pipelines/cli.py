@@ -173,9 +173,7 @@ def promote(
 
 
 @app.command()
-def rollback(
-    output: Annotated[str, typer.Argument(help="The output folder.")], name: Published, why: Why = ""
-) -> None:
+def rollback(output: Annotated[str, typer.Argument(help="The output folder.")], name: Published, why: Why = "") -> None:
     """Make the version the latest one that was so before the present one."""
     from dpo_ray.storage.location import Location
     from dpo_ray.storage.published import rollback

@@ -112,7 +112,9 @@ def score(
     found = {}
     for source in reward:
         name = stage if len(reward) == 1 else f"{stage}: {source.label}"
-        found[source.label] = context.stage(name, partial(score_candidates, context.output, context.config, source, candidates, across))
+        found[source.label] = context.stage(
+            name, partial(score_candidates, context.output, context.config, source, candidates, across)
+        )
     return found
 
 

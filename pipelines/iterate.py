@@ -113,7 +113,9 @@ def _with_replay(
     share = min(share, 1 - 2**-40)
     salt = f"round {number}"
     tasks = [
-        ShardTask(Earlier(task.source.file, kept, salt), f"{task.content}: {kept:g} {salt if kept < 1 else ''}", task.rows)
+        ShardTask(
+            Earlier(task.source.file, kept, salt), f"{task.content}: {kept:g} {salt if kept < 1 else ''}", task.rows
+        )
         for artifact, kept in ((pairs, 1.0), *((one, share) for one in earlier))
         for task in shard_tasks(artifact)
     ]
@@ -122,7 +124,10 @@ def _with_replay(
         context.output,
         "pairs",
         identity=identity(share, number),
-        inputs={"pairs": pairs.fingerprint, **{f"round {n}": one.fingerprint for n, one in enumerate(earlier, start=1)}},
+        inputs={
+            "pairs": pairs.fingerprint,
+            **{f"round {n}": one.fingerprint for n, one in enumerate(earlier, start=1)},
+        },
         tasks=tasks,
         pool=Pool(ReplayShard, {}, stateless=True),
         unit="pairs",

@@ -45,7 +45,10 @@ def require_consistent(config: Config, until: Stage) -> None:
 
 
 def require_reward(reward: Reward) -> None:
-    """Rules that can be imported and called, and whose source can be read; models that are there. Raises ConfigError."""
+    """Rules that can be imported and called, and whose source can be read; models that are there.
+
+    Raises ConfigError.
+    """
     from dpo_ray.model.resolve import resolve
     from dpo_ray.on_ray.vllm_version import require_vllm
     from dpo_ray.scoring.endpoint import require_endpoint

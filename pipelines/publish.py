@@ -33,8 +33,11 @@ def publish(context: RunContext, policy: Artifact, evaluation: Artifact) -> Loca
     standing = latest(folder)
     if standing is not None and standing.action != "publish" and was_latest(folder, version.name):
         # A run that makes the same model again, as a nightly one without new data does, undoes nobody's decision.
-        say("publish", f"{version} was published before, and the latest stays {standing.version}: {standing.action} by "
-            f"{standing.by}. `dpo-ray promote` moves it.")
+        say(
+            "publish",
+            f"{version} was published before, and the latest stays {standing.version}: {standing.action} by "
+            f"{standing.by}. `dpo-ray promote` moves it.",
+        )
         return version
     data = {"policy": policy.fingerprint, **policy.manifest.inputs, "evaluation": evaluation.fingerprint}
     move(folder, version.name, action="publish", why="it passed its gate", run_id=context.run_id, data=data)

@@ -112,8 +112,8 @@ def iterate_lines(config: Config) -> list[str]:
     reference = "the policy that it begins with" if options.reference == "current" else "the first model"
     replay = f", {options.replay:g} of its pairs from earlier rounds" if options.replay else ""
     return [
-        f"iterate: at most {options.rounds} rounds, each with {prompts} and with {reference} as reference{replay}; until "
-        "the win rate against the first model no longer improves beyond its interval",
+        f"iterate: at most {options.rounds} rounds, each with {prompts} and with {reference} as reference{replay}; "
+        "until the win rate against the first model no longer improves beyond its interval",
         *(f"  {line}" for line in plan_lines(config, "evaluate")),
         f"publish: {config.run.output}/models/{config.run.name}, the best round, if the gate holds",
     ]
@@ -132,8 +132,8 @@ def closing_lines(context: RunContext, summary: dict[str, Any], log: Path) -> li
     for found in summary.get("rounds", []):
         rate = found["win_rate"]
         lines.append(
-            f"Round {found['round']}: win rate {rate['value']:.3f}, 95% interval {rate['low']:.3f} to {rate['high']:.3f}"
-            f"{', the best' if found['best'] else ''}"
+            f"Round {found['round']}: win rate {rate['value']:.3f}, 95% interval {rate['low']:.3f} to "
+            f"{rate['high']:.3f}{', the best' if found['best'] else ''}"
         )
     if samples := summary.get("samples"):
         first = samples[0]

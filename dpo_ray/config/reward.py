@@ -38,7 +38,7 @@ class Rule(_Source):
     type: Literal["rule"] = "rule"
     function: str = Field(pattern=r"^[\w.]+:\w+$")
     """module:function."""
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
     """Given to the function by name, in each call."""
     batch: bool = False
     """The function takes lists, all completions of a shard at once, and gives a list."""
@@ -59,8 +59,8 @@ class RewardModel(_Source):
     """As model.trust_remote_code."""
     dtype: Dtype = "float32"
     """Precision of its forward."""
-    label: int | None = Field(None, ge=0)
-    """Which of its logits, where it has several."""
+    logit: int | None = Field(None, ge=0)
+    """Which of its logits is the score, where it has several."""
     max_tokens: int = Field(2048, ge=1)
     """A longer dialogue loses its beginning, and is counted as `reward_cut`."""
 
@@ -186,4 +186,6 @@ Reward = Annotated[tuple[Source, ...], BeforeValidator(_as_sources), AfterValida
 
 def compares(reward: Reward) -> bool:
     """Whether the reward is nothing but a judge's comparisons, so that a score is a share of wins."""
-    return len(reward) == 1 and isinstance(reward[0], Judge) and reward[0].compare == "pairwise" and reward[0].weight > 0
+    return (
+        len(reward) == 1 and isinstance(reward[0], Judge) and reward[0].compare == "pairwise" and reward[0].weight > 0
+    )

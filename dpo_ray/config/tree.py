@@ -68,7 +68,7 @@ class Model(Section):
     """Precision of the trainer's forward and of the reference scores: the two must be equal to agree."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model. Only for models whose code you have read."""
-    template_arguments: dict[str, Any] = {}
+    template_arguments: dict[str, Any] = Field(default_factory=dict)
     """Given to the chat template by name wherever it is rendered, for training and for sampling alike, such as
     {enable_thinking: false}."""
     lora: LoRA | None = None
@@ -239,7 +239,7 @@ class SampledModel(Section):
     """As model.revision."""
     trust_remote_code: bool = False
     """As model.trust_remote_code."""
-    template_arguments: dict[str, Any] = {}
+    template_arguments: dict[str, Any] = Field(default_factory=dict)
     """As model.template_arguments."""
     samples: int = Field(ge=1)
     """Its completions of each prompt."""
@@ -499,8 +499,8 @@ class Gate(Section):
     def _ordered(self) -> Gate:
         if self.length_ratio_within is not None and not 0 < self.length_ratio_within[0] < self.length_ratio_within[1]:
             raise ValueError(
-                f"publish.gate.length_ratio_within={list(self.length_ratio_within)} holds no ratio: name two, the smaller "
-                "first, such as [0.5, 1.5]"
+                f"publish.gate.length_ratio_within={list(self.length_ratio_within)} holds no ratio: name two, the "
+                "smaller first, such as [0.5, 1.5]"
             )
         return self
 
@@ -552,8 +552,8 @@ class Config(Section):
         if self.iterate is not None and (self.generate is None or self.evaluate.win_rate is None):
             lacking = "generate" if self.generate is None else "evaluate.win_rate"
             raise ValueError(
-                f"iterate has the policy sample its own pairs, and goes by its win rate, but there is no {lacking}: add "
-                "it, or leave iterate out"
+                f"iterate has the policy sample its own pairs, and goes by its win rate, but there is no {lacking}: "
+                "add it, or leave iterate out"
             )
         if self.iterate is not None and self.generate is not None and self.generate.models:
             raise ValueError(
@@ -566,7 +566,7 @@ class Config(Section):
             )
         if self.publish.gate.chosen_drop_below is not None and not self.train.loss.needs_reference:
             raise ValueError(
-                f"publish.gate.chosen_drop_below compares with the reference, and train.loss.type={self.train.loss.type} "
-                "has none: set it to null"
+                "publish.gate.chosen_drop_below compares with the reference, and train.loss.type="
+                f"{self.train.loss.type} has none: set it to null"
             )
         return self

@@ -111,7 +111,9 @@ class ChatTokenizer:
 
         Raises DataError where the template refuses one.
         """
-        return self._encode([self._render(messages, tools, add_generation_prompt=False) for messages, tools in dialogues])
+        return self._encode(
+            [self._render(messages, tools, add_generation_prompt=False) for messages, tools in dialogues]
+        )
 
     def completions(self, answers: Sequence[tuple[Prompt, str]]) -> list[Completion]:
         """Answers to prompts, each with its end-of-turn token.

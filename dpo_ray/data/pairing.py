@@ -132,8 +132,8 @@ def _refused_candidates(couple: Couple, rules: CandidatePairing) -> str | None:
     if rules.max_logprob_margin is not None and chosen.model == rejected.model:
         if chosen.logprob is None or rejected.logprob is None:
             raise DataError(
-                f"pairing.max_logprob_margin={rules.max_logprob_margin:g} needs the log-probs of the samples, and these "
-                "candidates have none: sample them anew, or leave the rule out."
+                f"pairing.max_logprob_margin={rules.max_logprob_margin:g} needs the log-probs of the samples, and "
+                "these candidates have none: sample them anew, or leave the rule out."
             )
         if chosen.logprob - rejected.logprob > rules.max_logprob_margin:
             return "already_likely"

@@ -22,7 +22,7 @@ NOTED = {
     "truncated_samples": "completions that were cut at sampling.max_tokens",
     "reward_cut": "dialogues over the reward model's max_tokens, which lost their beginning",
     "judge_unparseable": "questions to the judge of which no attempt's reply could be read; they count as ties, or 5.5",
-    "orders_disagree": "comparisons in which the judge prefers the same place in both orders, or one of the two is a tie",
+    "orders_disagree": "comparisons in which the judge prefers the same place in both orders, or ties in one of them",
     "same_text": "comparisons of two equal texts, which the judge was not asked about",
 }
 """Counters of kept rows that are worth a look, and why. Of pairs each counts a row once, whichever of its sides is

@@ -51,11 +51,11 @@ def samples_drift(base: Sequence[Answers], tuned: Sequence[Answers]) -> dict[str
 
 def _share(name: str, answers: Answers) -> float:
     """Over a prompt's answers."""
-    of_each = {
+    of_each: dict[str, list[float]] = {
         "repetition": [repetition(text) for text in answers.texts],
-        "refusals": [is_refusal(text) for text in answers.texts],
-        "empty": [not text.strip() for text in answers.texts],
-        "truncated": [not finished for finished in answers.finished],
+        "refusals": [float(is_refusal(text)) for text in answers.texts],
+        "empty": [float(not text.strip()) for text in answers.texts],
+        "truncated": [float(not finished) for finished in answers.finished],
     }
     return float(np.mean(of_each[name]))
 

@@ -27,8 +27,8 @@ def repetition(text: str, n: int = 3) -> float:
 
 
 def distinct(texts: Iterable[str], n: int) -> float:
-    """distinct-n (Li et al. 2016, arXiv:1510.03055): of all sequences of n words of the texts, the share that are different
-    ones. It falls with the number of texts, so that only as many texts may be compared. 0 without sequences.
+    """distinct-n (Li et al. 2016, arXiv:1510.03055): of all sequences of n words of the texts, the share that are
+    different ones. It falls with the number of texts, so that only as many texts may be compared. 0 without sequences.
     """
     counts = Counter(sequence for text in texts for sequence in _sequences(text, n))
     total = sum(counts.values())

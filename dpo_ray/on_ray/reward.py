@@ -88,7 +88,9 @@ def pair_candidates(
         identity=pairs_identity(rules, weights),
         inputs={"candidates": candidates.fingerprint, **{f"rewards/{n}": a.fingerprint for n, a in scores.items()}},
         tasks=_tasks(candidates, scores),
-        pool=Pool(PairShard, {"rules": rules, "weights": weights, "made_by": _made_by(candidates, scores)}, stateless=True),
+        pool=Pool(
+            PairShard, {"rules": rules, "weights": weights, "made_by": _made_by(candidates, scores)}, stateless=True
+        ),
         unit="prompts",
     )
 

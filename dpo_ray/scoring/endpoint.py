@@ -90,7 +90,9 @@ class EndpointChat:
         match error:
             case openai.AuthenticationError() | openai.PermissionDeniedError():
                 named = f"the key in {endpoint.api_key_env}" if endpoint.api_key_env else "a request without a key"
-                return ConfigError(f"{where} refuses {named} ({said}): set endpoint.api_key_env to what holds the right one.")
+                return ConfigError(
+                    f"{where} refuses {named} ({said}): set endpoint.api_key_env to what holds the right one."
+                )
             case openai.NotFoundError():
                 return ConfigError(f"{where} is not known there ({said}): check endpoint.base_url and endpoint.model.")
             case openai.BadRequestError() | openai.UnprocessableEntityError():
@@ -100,9 +102,9 @@ class EndpointChat:
                 )
             case openai.APIError():
                 return EndpointError(
-                    f"{where} failed {endpoint.max_retries + 1} times ({type(error).__name__}: {said}). Look at the server "
-                    "and run the same command again: what is finished is kept. With a server that is only slow, raise "
-                    "endpoint.timeout_seconds or lower endpoint.concurrent_requests."
+                    f"{where} failed {endpoint.max_retries + 1} times ({type(error).__name__}: {said}). Look at the "
+                    "server and run the same command again: what is finished is kept. With a server that is only slow, "
+                    "raise endpoint.timeout_seconds or lower endpoint.concurrent_requests."
                 )
         return error
 

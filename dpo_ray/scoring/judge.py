@@ -70,8 +70,8 @@ def require_template(judge: Judge) -> None:
     for name, mark in marks.items():
         if mark not in rendered:
             raise ConfigError(
-                f"The judge's template {judge.template} does not show {{{{ {name} }}}}, so that the judge would not see "
-                "what it judges: write it where it belongs."
+                f"The judge's template {judge.template} does not show {{{{ {name} }}}}, so that the judge would not "
+                "see what it judges: write it where it belongs."
             )
 
 

@@ -40,7 +40,7 @@ class RewardModelScorer:
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         self._pad = model.config.pad_token_id
-        self._label = _label(source, model.config.num_labels)
+        self._logit = _logit(source, model.config.num_labels)
 
     def score(self, rows: Sequence[Row]) -> list[list[Scored]]:
         """Raises DataError on a logit that is not finite, or where the template refuses a dialogue."""
@@ -74,7 +74,7 @@ class RewardModelScorer:
                 input_ids=torch.tensor(padded, device=self._device),
                 attention_mask=torch.tensor(mask, device=self._device),
             )
-            for i, logit in zip(group, output.logits[:, self._label].float().tolist(), strict=True):
+            for i, logit in zip(group, output.logits[:, self._logit].float().tolist(), strict=True):
                 found[i] = logit
         return found
 
@@ -103,7 +103,9 @@ def _load(source: RewardModel, folder: ModelFolder) -> Any:
             output_loading_info=True,
         )
     except ValueError as error:
-        raise ConfigError(f"The reward model {source.path} cannot be loaded as a sequence classifier: {error}.") from error
+        raise ConfigError(
+            f"The reward model {source.path} cannot be loaded as a sequence classifier: {error}."
+        ) from error
     if missing := sorted(told["missing_keys"]):
         raise ConfigError(
             f"The reward model {source.path} lacks {', '.join(missing[:3])}: it is no sequence classifier, and its "
@@ -113,12 +115,12 @@ def _load(source: RewardModel, folder: ModelFolder) -> Any:
     return model
 
 
-def _label(source: RewardModel, count: int) -> int:
-    if source.label is None and count > 1:
+def _logit(source: RewardModel, count: int) -> int:
+    if source.logit is None and count > 1:
         raise ConfigError(
-            f"The reward model {source.path} has {count} logits, and it is not said which one is the score: set `label` "
-            f"to one of 0 to {count - 1}."
+            f"The reward model {source.path} has {count} logits, and it is not said which one is the score: set "
+            f"`logit` to one of 0 to {count - 1}."
         )
-    if source.label is not None and source.label >= count:
-        raise ConfigError(f"The reward model {source.path} has {count} logits, and `label` is {source.label}.")
-    return source.label or 0
+    if source.logit is not None and source.logit >= count:
+        raise ConfigError(f"The reward model {source.path} has {count} logits, and `logit` is {source.logit}.")
+    return source.logit or 0

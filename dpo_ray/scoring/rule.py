@@ -88,11 +88,11 @@ class RuleScorer:
         extra = {"answer": place.answer} if self._takes_answer else {}
         try:
             value = self._function(place.prompt, place.completion, place.finished, **extra, **self._rule.arguments)
-            return self._scored(value, place)
-        except ConfigError:
+        except ConfigError:  # of a rule of the library, which says what is wrong with its arguments
             raise
         except Exception as error:
             raise self._failed(error, str(place)) from error
+        return self._scored(value, place)
 
     def _batch(self, places: list[_Place]) -> list[Scored]:
         if not places:
@@ -122,7 +122,7 @@ class RuleScorer:
                 "must give a finite number, or named parts that are; of a tensor or an array with one element that is "
                 "its .item()."
             )
-        return Scored(math.fsum(finite), dict(zip(parts, finite, strict=True)))
+        return Scored(math.fsum(finite), dict(zip(parts, finite, strict=True)) if parts else {})
 
     def _failed(self, error: Exception, where: str) -> RewardError:
         what = short("".join(traceback.format_exception_only(error))).rstrip(".")
@@ -144,8 +144,7 @@ class _Place(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"completion {self.number} of the prompt {self.prompt_id} "
-            f"({self.prompt[:80]!r} → {self.completion[:80]!r})"
+            f"completion {self.number} of the prompt {self.prompt_id} ({self.prompt[:80]!r} → {self.completion[:80]!r})"
         )
 
 

@@ -1,8 +1,8 @@
 """Published models of one name: versions, which of them is the latest, and the record of how it came to be.
 
-    <output>/models/<name>/<version>/        a whole Hugging Face folder; its README.md, written last, completes it
-    <output>/models/<name>/latest.json       the pointer, moved atomically
-    <output>/models/<name>/history/*.json    every move of the pointer, oldest first by name; written before the move
+<output>/models/<name>/<version>/        a whole Hugging Face folder; its README.md, written last, completes it
+<output>/models/<name>/latest.json       the pointer, moved atomically
+<output>/models/<name>/history/*.json    every move of the pointer, oldest first by name; written before the move
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def latest(folder: Location) -> Move | None:
         return None
     except ValidationError as error:
         raise DataError(
-            f"{folder / LATEST} is damaged ({error.error_count()} errors). `dpo-ray promote` writes it anew; the versions "
-            f"are the folders of {folder}."
+            f"{folder / LATEST} is damaged ({error.error_count()} errors). `dpo-ray promote` writes it anew; the "
+            f"versions are the folders of {folder}."
         ) from error
 
 
@@ -148,7 +148,9 @@ def rollback(output: Location, name: str, why: str) -> Move:
                 standing.pop()
         elif not standing or standing[-1].version != one.version:
             standing.append(one)
-    before = [one for one in standing if now is not None and one.version != now.version and is_complete(folder / one.version)]
+    before = [
+        one for one in standing if now is not None and one.version != now.version and is_complete(folder / one.version)
+    ]
     if not before:
         raise ConfigError(
             f"There is no earlier version of {name} to go back to (versions of {name}: "

@@ -43,7 +43,8 @@ def forever(attempt):
         metrics = {"first_step_loss": 0.7, "num_steps": 3, "published_step": 3, "final": {"loss": 0.6}}
         policy = artifact.publish(location, KIND, identity={"attempt": [attempt, number]}, inputs={}, files=[],
                                   metrics=metrics)
-        measured = artifact.publish(context.output / "artifacts" / "eval" / "e", "eval", identity={}, inputs={}, files=[])
+        place = context.output / "artifacts" / "eval" / "e"
+        measured = artifact.publish(place, "eval", identity={}, inputs={}, files=[])
         publish(context, policy, measured)
 
 for attempt, _ in enumerate(sys.stdin):
@@ -85,9 +86,9 @@ def test_the_pointer_never_names_what_is_half_written(tmp_path: Path):
             assert is_whole(folder / found.version), found.version
             published.add(found.version)
         publisher.stdin.close()
-    # Kills hit different places: many publications came through, and many were cut off.
+    # Kills hit different places, and many publications came through in between.
     assert len(published) > KILLS / 5
-    assert [one for one in folder.iterdir() if one.name.endswith(".partial")] or len(published) < KILLS
     moves = history(Location.of(folder))
-    assert moves[-1].version == latest(Location.of(folder)).version or moves[-2].version == latest(Location.of(folder)).version  # type: ignore[union-attr]
+    standing = latest(Location.of(folder))
+    assert standing is not None and standing.version in {one.version for one in moves[-2:]}
     assert all(is_whole(folder / one.version) for one in moves)

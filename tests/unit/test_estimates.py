@@ -50,7 +50,11 @@ def test_clopper_and_pearsons_ends_are_where_the_tails_have_their_chance(success
     def tail(of: range, p: float) -> float:
         return math.fsum(
             math.exp(
-                math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(p) + (n - k) * math.log1p(-p)
+                math.lgamma(n + 1)
+                - math.lgamma(k + 1)
+                - math.lgamma(n - k + 1)
+                + k * math.log(p)
+                + (n - k) * math.log1p(-p)
             )
             for k in of
         )

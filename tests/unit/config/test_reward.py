@@ -60,7 +60,10 @@ def test_a_source_is_called_by_what_it_is_unless_it_has_a_name():
         ([], "generate.reward: a reward needs one source at least"),
         ([{"function": "m:f"}, {"function": "n:f"}], "two sources are called f: give each a `name`"),
         ([{"function": "m:f", "weight": 0}], "all sources have weight 0"),
-        ([{"type": "magic"}], r"generate.reward[0].type='magic' is not known here (known here: rule, reward_model, judge"),
+        (
+            [{"type": "magic"}],
+            r"generate.reward[0].type='magic' is not known here (known here: rule, reward_model, judge",
+        ),
         ([{"type": "reward_model"}], "generate.reward[0].path is missing"),
         ([{"function": "m"}], "generate.reward[0].function='m'"),
         ([{"type": "judge"}], "a judge is a model that is served here or an endpoint, but neither is given"),
@@ -142,7 +145,7 @@ def test_a_rule_out_of_range_is_refused(pairing: dict[str, Any], said: str):
 
 
 def test_ranked_rows_know_no_rule_of_candidates():
-    with pytest.raises(ConfigError, match="data.pairing.truncated is not a known key"):
+    with pytest.raises(ConfigError, match=r"data\.pairing\.truncated is not a known key"):
         parse_config(
             {
                 "run": {"name": "n", "output": "o"},

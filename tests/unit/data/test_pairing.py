@@ -138,7 +138,7 @@ def test_what_the_model_prefers_already_makes_no_pair():
     assert pairs_of(candidates, max_logprob_margin=1.9) == ([], {"already_likely": 1})
     other = [candidates[0], Candidate("b", 0.0, logprob=-5.0, model="n")]
     assert len(pairs_of(other, max_logprob_margin=1.9)[0]) == 1
-    with pytest.raises(DataError, match="max_logprob_margin=1.9 needs the log-probs"):
+    with pytest.raises(DataError, match=r"max_logprob_margin=1\.9 needs the log-probs"):
         pairs_of([candidates[0], Candidate("b", 0.0, model="m")], max_logprob_margin=1.9)
 
 

@@ -10,7 +10,10 @@ from dpo_ray.evaluation.drift import Answers, accuracy_by_length, chosen_change,
 
 
 def test_samples_are_described_for_both_models():
-    base = [Answers(["It is so.", "I cannot say."], [4, 6], [True, True]), Answers(["a b a b a b", ""], [9, 1], [False, True])]
+    base = [
+        Answers(["It is so.", "I cannot say."], [4, 6], [True, True]),
+        Answers(["a b a b a b", ""], [9, 1], [False, True]),
+    ]
     tuned = [Answers(["Yes.", "No."], [2, 2], [True, True]), Answers(["It is.", "So."], [3, 3], [True, True])]
     found = samples_drift(base, tuned)
     assert found["length_ratio"]["value"] == pytest.approx(0.5)  # 10 of 20 tokens

@@ -38,10 +38,11 @@ METRICS = {
         ({"kl_below": 0.03}, "kl_per_token is 0.020 with a 95% interval from 0.010 to 0.030 (n=40), and "
          "publish.gate.kl_below asks for below 0.03"),
         ({"chosen_drop_below": 2.6}, None),
-        ({"chosen_drop_below": 2.5}, "the fall of chosen answers' log-probs is 2.000 with a 95% interval from 1.500 to 2.500"),
+        ({"chosen_drop_below": 2.5}, "the fall of chosen answers' log-probs is 2.000 with a 95% interval from 1.500 to "
+         "2.500"),
         ({"length_ratio_within": [0.8, 1.4]}, None),
-        ({"length_ratio_within": [0.9, 1.4]}, "length_ratio is 1.100 with a 95% interval from 0.900 to 1.300 (n=40), and "
-         "publish.gate.length_ratio_within asks for above 0.9 and below 1.4"),
+        ({"length_ratio_within": [0.9, 1.4]}, "length_ratio is 1.100 with a 95% interval from 0.900 to 1.300 "
+         "(n=40), and publish.gate.length_ratio_within asks for above 0.9 and below 1.4"),
         ({"length_ratio_within": [0.8, 1.2]}, "asks for above 0.8 and below 1.2"),
     ],
 )  # fmt: skip

@@ -29,7 +29,10 @@ def test_each_prompt_is_in_one_part_and_parts_are_about_equal():
 
 @pytest.mark.parametrize(("low", "better"), [(0.61, True), (0.6, False), (0.5, False)])
 def test_a_round_improves_where_its_whole_interval_lies_above_the_best(low: float, better: bool):
-    assert improves({"value": 0.7, "low": low, "high": 0.8, "n": 9}, {"value": 0.6, "low": 0.5, "high": 0.7, "n": 9}) == better
+    assert (
+        improves({"value": 0.7, "low": low, "high": 0.8, "n": 9}, {"value": 0.6, "low": 0.5, "high": 0.7, "n": 9})
+        == better
+    )
 
 
 @pytest.mark.parametrize(

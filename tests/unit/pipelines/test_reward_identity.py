@@ -1,4 +1,4 @@
-"""Editing a reward makes anew what was made with it: scores, pairs and win rates; another weight only what it changes."""
+"""Editing a reward makes anew what was made with it: scores, pairs, win rates; another weight changes no scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from dpo_ray.config import CandidatePairing, Rule, load_config
-from dpo_ray.on_ray.reward import pair_candidates
+from dpo_ray.on_ray.reward import pair_candidates, score_candidates
 from dpo_ray.pairs import CANDIDATES, REFERENCE, SCORES
 from dpo_ray.scoring import rule_source
 from dpo_ray.shards.output import Shard
@@ -20,7 +20,7 @@ from dpo_ray.storage.artifact import Artifact, publish, write_shard
 from dpo_ray.storage.location import Location
 from pipelines.context import RunContext
 from pipelines.evaluate import _Drawn, _evaluate
-from pipelines.generate import _pair, score
+from pipelines.generate import _pair
 from tests.command_line import CONFIGS
 
 REWARD = """
@@ -79,7 +79,9 @@ def test_scores_and_pairs_are_made_again(context: RunContext, tmp_path: Path, ed
 
     def made() -> tuple[Artifact, bool]:
         # There is no shard, and so no worker.
-        return _pair(context, options, candidates, score(context, "reward", options.reward, candidates))
+        [source] = options.reward
+        scores, _ = score_candidates(context.output, context.config, source, candidates)
+        return _pair(context, options, candidates, {"score": scores})
 
     edit("1")
     first, reused = made()
@@ -97,10 +99,10 @@ def test_another_weight_or_rule_scores_nothing_anew(context: RunContext, tmp_pat
     fingerprints = set()
     for weight, gap in ((1.0, 0.1), (2.0, 0.1), (2.0, 0.3)):
         reward = (Rule(function="edited_reward:score", weight=weight),)
-        scores = score(context, "reward", reward, candidates)
-        assert context.stages["reward"]["reused"] == bool(fingerprints)
+        scores, reused = score_candidates(context.output, context.config, reward[0], candidates)
+        assert reused == bool(fingerprints)
         rules = CandidatePairing(min_score_gap=gap)
-        fingerprints.add(pair_candidates(context.output, rules, reward, candidates, scores)[0].fingerprint)
+        fingerprints.add(pair_candidates(context.output, rules, reward, candidates, {"score": scores})[0].fingerprint)
     assert len(fingerprints) == 3
 
 

@@ -98,7 +98,10 @@ def test_each_dialogue_has_its_reply_in_order(server: Server):
 
 
 def test_a_reply_without_text_is_empty_text(server: Server):
-    server.reply = lambda body: (200, {**completion(None), "choices": []} if body["messages"][0]["content"] == "a" else completion(None))
+    server.reply = lambda body: (
+        200,
+        {**completion(None), "choices": []} if body["messages"][0]["content"] == "a" else completion(None),
+    )
     assert chat(server).replies(ask("a", "b"), None) == ["", ""]
 
 

@@ -20,7 +20,7 @@ from dpo_ray.config.reward import Rule
 from dpo_ray.errors import ConfigError, RewardError
 from dpo_ray.rewards import brief_answer
 from dpo_ray.scoring.rule import RuleScorer, load_function, require_fitting
-from dpo_ray.scoring.scorer import Scored, weighted
+from dpo_ray.scoring.scorer import weighted
 
 
 def test_a_reward_is_loaded_by_name():
@@ -61,13 +61,14 @@ def line_of(code: str) -> int:
     return next(n for n, line in enumerate(Path(__file__).read_text().splitlines(), 1) if line.strip() == code)
 
 
-def scored(reward: Any, row: Any = ROW, **options: Any) -> list[Scored]:
-    """What a function gives to the completions of a row, as the rule my_rewards:mine."""
+def scored(reward: Any, row: Any = ROW, **options: Any) -> list[tuple[float, Any]]:
+    """Score and parts that a function gives to the completions of a row, as the rule my_rewards:mine."""
     module = types.ModuleType("my_rewards")
     module.mine = reward  # type: ignore[attr-defined]
     with mock.patch.dict(sys.modules, my_rewards=module):
         [found] = RuleScorer(Rule(function="my_rewards:mine", **options)).score([row])
-    return found
+    assert all(one.noted == () for one in found)
+    return [(one.score, one.parts) for one in found]
 
 
 def failure(reward: Any, **options: Any) -> RewardError:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_ray.scoring import rule_source
 from dpo_ray.errors import ConfigError
+from dpo_ray.scoring import rule_source
 from dpo_ray.scoring.rule_source import require_same_source, reward_identity
 
 SOURCE = '''"""A module of rewards."""

@@ -96,11 +96,11 @@ def test_the_model_is_shown_the_tools_of_a_prompt_and_they_stay_with_it(
         return prompts(dialogues)
 
     monkeypatch.setattr(chat, "prompts", showing)
-    output = GenerateShard(chat, Echo(), 64, 0)(prompts_shard(tmp_path, ["Why?"], TOOLS))
+    output = GenerateShard(chat, Echo(), 64, 0, "m0")(prompts_shard(tmp_path, ["Why?"], TOOLS))
     assert shown == [json.loads(TOOLS)]
     assert output.table["tools"].to_pylist() == [TOOLS]
 
 
 def test_a_shard_without_prompts_gives_none(tmp_path: Path, chat: ChatTokenizer):
-    output = GenerateShard(chat, Echo(), 64, 0)(prompts_shard(tmp_path, []))
+    output = GenerateShard(chat, Echo(), 64, 0, "m0")(prompts_shard(tmp_path, []))
     assert output.table.num_rows == 0 and output.table.schema.equals(CANDIDATES)

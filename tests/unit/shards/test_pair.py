@@ -60,7 +60,11 @@ def by_length(*texts: str) -> list[tuple[str, bool, dict[str, float]]]:
 
 
 def test_scored_candidates_become_pairs(tmp_path: Path):
-    samples = {"Say a": by_length("aa", "aaaa", "aaaaaa", "aa "), "Say b": by_length("b", "c"), "Say c": by_length("c", "")}
+    samples = {
+        "Say a": by_length("aa", "aaaa", "aaaaaa", "aa "),
+        "Say b": by_length("b", "c"),
+        "Say c": by_length("c", ""),
+    }
     output = paired(scored_shard(tmp_path, samples), min_score_gap=1.0)
     [pair] = output.table.to_pylist()
     lineage = json.loads(pair.pop("lineage"))
@@ -68,8 +72,8 @@ def test_scored_candidates_become_pairs(tmp_path: Path):
     assert output.table.schema.equals(GENERATED_PAIRS)
     assert lineage == {
         "candidates": "c0",
-        "chosen": {"sample": 2, "scores": {"length": 6.0}},
-        "rejected": {"sample": 0, "scores": {"length": 2.0}},
+        "chosen": {"sample": 2, "model": None, "scores": {"length": 6.0}},
+        "rejected": {"sample": 0, "model": None, "scores": {"length": 2.0}},
     }
     assert output.counters == {
         "read": 3,

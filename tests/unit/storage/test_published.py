@@ -24,7 +24,14 @@ def output(tmp_path: Path) -> Location:
 
 
 def publish(output: Location, version: str) -> None:
-    move(output / "models/n", version, action="publish", why="past the gate", run_id=f"run-{version}", data={"d": version})
+    move(
+        output / "models/n",
+        version,
+        action="publish",
+        why="past the gate",
+        run_id=f"run-{version}",
+        data={"d": version},
+    )
 
 
 def now(output: Location) -> str | None:
@@ -99,7 +106,9 @@ def test_a_damaged_pointer_is_told_and_written_anew(output: Location):
     assert now(output) == "a"
 
 
-@given(st.lists(st.sampled_from(["publish a", "publish b", "publish c", "promote a", "promote b", "back"]), max_size=12))
+@given(
+    st.lists(st.sampled_from(["publish a", "publish b", "publish c", "promote a", "promote b", "back"]), max_size=12)
+)
 def test_after_any_moves_the_pointer_names_a_whole_version_and_the_last_record(tmp_path_factory, moves: list[str]):
     folder = tmp_path_factory.mktemp("moves")
     for version in "abc":

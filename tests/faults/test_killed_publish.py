@@ -76,7 +76,7 @@ def test_the_pointer_never_names_what_is_half_written(tmp_path: Path):
             publisher.stdin.write("go\n")
             publisher.stdin.flush()
             child = int(publisher.stdout.readline())
-            time.sleep(chance.uniform(0.0, 0.2))
+            time.sleep(chance.uniform(0.0, 0.4))
             os.kill(child, signal.SIGKILL)
             assert publisher.stdout.readline() == "dead\n"
             if not (folder / LATEST).exists():
@@ -87,7 +87,7 @@ def test_the_pointer_never_names_what_is_half_written(tmp_path: Path):
             published.add(found.version)
         publisher.stdin.close()
     # Kills hit different places, and many publications came through in between.
-    assert len(published) > KILLS / 5
+    assert len(published) > KILLS / 10
     moves = history(Location.of(folder))
     standing = latest(Location.of(folder))
     assert standing is not None and standing.version in {one.version for one in moves[-2:]}

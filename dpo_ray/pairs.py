@@ -99,10 +99,12 @@ _COMPLETION = pa.struct(
         ("finish_reason", pa.string()),
         ("logprob", pa.float64()),
         ("model", pa.string()),
+        ("system_prompt", pa.string()),
     ]
 )
 """`finished`: it ended of itself; `logprob`: its summed log-prob in nats under the model that sampled it, at
-temperature 1; `model`: hash of that model."""
+temperature 1; `model`: hash of that model; `system_prompt`: what it was asked with in place of the prompt's own, null
+where with nothing else."""
 
 CANDIDATES = pa.schema([*PROMPTS, ("completions", pa.list_(_COMPLETION))])
 

@@ -6,6 +6,7 @@ How a rule is called is told in dpo_ray.scoring.rule. Unless its docstring says 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from decimal import Decimal
@@ -106,6 +107,16 @@ def fresh(prompt: str, completion: str, finished: bool, *, n: int = 3) -> float:
     words = _words(completion)
     sequences = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(sequences)) / len(sequences) if sequences else 1.0
+
+
+def likely(prompt: str, completion: str, finished: bool, num_tokens: int, logprob: float | None) -> float:
+    """The geometric mean of its tokens' probabilities under the model that drew it: fluent nonsense is unlikely.
+
+    For candidates of one model. Raises ConfigError where the log-prob is not known.
+    """
+    if logprob is None:
+        raise ConfigError(f"likely: the completion {completion[:80]!r} has no log-prob. Only what vLLM drew has one.")
+    return math.exp(logprob / num_tokens) if num_tokens else 0.0
 
 
 def is_json(prompt: str, completion: str, finished: bool, *, keys: Sequence[str] = (), fenced: bool = False) -> float:

@@ -11,17 +11,18 @@ import numpy as np
 
 from dpo_ray.config import Config, ImplicitReward, WinRate
 from dpo_ray.config.reward import compares
-from dpo_ray.estimates import quantiles, rate, verdict
+from dpo_ray.estimates import Estimate, quantiles
 from dpo_ray.evaluation.agreement import margin_noise
-from dpo_ray.evaluation.drift import Answers, accuracy_by_length, chosen_change, kl_per_token, samples_drift
+from dpo_ray.evaluation.comparison import Answered, compare
+from dpo_ray.evaluation.drift import accuracy_by_length, chosen_change
 from dpo_ray.evaluation.held_out import held_out_pairs
-from dpo_ray.evaluation.length_control import length_controlled_win_rate
-from dpo_ray.evaluation.margins import mean_wins, preference_accuracy, win_shares
+from dpo_ray.evaluation.margins import preference_accuracy
 from dpo_ray.on_ray.generate import merge_candidates
 from dpo_ray.on_ray.reward import score_candidates
 from dpo_ray.on_ray.score import score_policy
 from dpo_ray.progress import say
 from dpo_ray.scoring.scorer import weighted
+from dpo_ray.shards.generate import Ask
 from dpo_ray.storage.artifact import Artifact, Contents, make, read_shard
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import MODEL_FOLDER
@@ -29,8 +30,7 @@ from pipelines.context import RunContext
 from pipelines.generate import held_out_prompts, sample, score
 
 KIND = "evaluation"
-_SHOWN = 5
-_MEASURES = 2
+_MEASURES = 3
 """Raised when there are other measures than before, or they are computed in another way."""
 
 
@@ -63,12 +63,14 @@ class _Drawn:
     """What the implicit reward of the tuned model, with beta 1, gives to its own: log π − log π_ref."""
     options: WinRate
 
-    def rows(self) -> Iterator[tuple[dict[str, Any], list[float]]]:
-        """The candidates, each with the rewards of its completions."""
+    def answered(self) -> Iterator[Answered]:
+        """Prompt by prompt; one that was too long for one of the two models has no completions of it."""
         sources = [list(_rows(self.scores[source.label])) for source in self.options.reward]
         weights = [source.weight for source in self.options.reward]
+        log_ratios = {row["prompt_id"]: row["scores"] for row in _rows(self.log_ratios)}
         for n, row in enumerate(_rows(self.candidates)):
-            yield row, weighted([of_source[n]["scores"] for of_source in sources], weights)
+            rewards = weighted([of_source[n]["scores"] for of_source in sources], weights)
+            yield Answered(row, rewards, log_ratios.get(row["prompt_id"], []))
 
 
 def _draw(context: RunContext, options: WinRate, pairs: Artifact, policy: Artifact) -> _Drawn:
@@ -77,8 +79,9 @@ def _draw(context: RunContext, options: WinRate, pairs: Artifact, policy: Artifa
         update={"path": (policy.location / MODEL_FOLDER).uri, "revision": None, "lora": None}
     )
     prompts = held_out_prompts(context, pairs, options.max_prompts)
+    asks = [Ask(options.sampling.samples)]
     of_models = [
-        context.stage(f"sample_{side}", partial(sample, context, model, options.sampling, prompts))
+        context.stage(f"sample_{side}", partial(sample, context, model, options.sampling, asks, prompts))
         for side, model in (("base", base_model), ("tuned", tuned_model))
     ]
     merged = context.stage("merge_samples", partial(merge_candidates, context.output, of_models))
@@ -137,50 +140,16 @@ def _held_out(config: Config, scores: Artifact, rows: Artifact, calibration: Art
 
 
 def _compare(drawn: _Drawn) -> dict[str, Any]:
-    samples, reward = drawn.options.sampling.samples, drawn.options.reward
-    # A prompt that was too long for one of the two has no completions of it.
-    found = [(row, rewards) for row, rewards in drawn.rows() if len(rewards) == 2 * samples]
-    base, tuned = [rewards[:samples] for _, rewards in found], [rewards[samples:] for _, rewards in found]
-    # A judge has said who wins; of other sources the higher reward does.
-    wins = mean_wins(tuned) if compares(reward) else win_shares(tuned, base)
-    win_rate = rate(wins) if found else None
-    say(KIND, f"win rate against the base model {win_rate or 'undefined: no prompt'}")
-    if not found:
+    options = drawn.options
+    answered = [one for one in drawn.answered() if len(one.rewards) == 2 * options.sampling.samples]
+    if not answered:
+        say(KIND, "win rate against the base model undefined: no prompt was short enough to be answered")
         return {}
-    answers = [[_answers(row["completions"][side]) for row, _ in found] for side in _sides(samples)]
-    lengths = [np.array([np.mean(prompt.tokens) for prompt in side]) for side in answers]
-    log_ratios = {row["prompt_id"]: sum(row["scores"]) for row in _rows(drawn.log_ratios)}
-    controlled = length_controlled_win_rate(wins, lengths[1], lengths[0])
-    assert win_rate is not None and controlled is not None
-    return {
-        "win_rate": win_rate.as_dict(),
-        "verdict": verdict(win_rate, 0.5),
-        "length_controlled_win_rate": controlled.as_dict(),
-        "mean_reward": {
-            "base": float(np.mean([s for row in base for s in row])),
-            "tuned": float(np.mean([s for row in tuned for s in row])),
-        },
-        "kl_per_token": kl_per_token(
-            np.array([log_ratios[row["prompt_id"]] for row, _ in found]), samples * lengths[1]
-        ).as_dict(),
-        "drift": samples_drift(*answers),
-        "samples": [
-            {
-                "prompt": row["prompt"][-1]["content"],
-                "before": row["completions"][0]["text"].strip(),
-                "after": row["completions"][samples]["text"].strip(),
-            }
-            for row, _ in found[:_SHOWN]
-        ],
-    }
-
-
-def _sides(samples: int) -> tuple[slice, slice]:
-    return slice(0, samples), slice(samples, 2 * samples)
-
-
-def _answers(completions: list[dict[str, Any]]) -> Answers:
-    return Answers(*([completion[name] for completion in completions] for name in ("text", "num_tokens", "finished")))
+    found = compare(answered, options.sampling, in_pairs=compares(options.reward))
+    for name, label in (("win_rate", "win rate"), ("greedy_win_rate", "win rate of greedy answers")):
+        if (rate := found[name]) is not None:
+            say(KIND, f"{label} against the base model {Estimate(**rate)}")
+    return found
 
 
 def _rows(artifact: Artifact) -> Iterator[dict[str, Any]]:

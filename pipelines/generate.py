@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import PurePath
 from typing import Any
@@ -16,6 +16,7 @@ from dpo_ray.errors import DataError
 from dpo_ray.on_ray.generate import merge_candidates, sample_completions
 from dpo_ray.on_ray.reward import pair_candidates, score_candidates
 from dpo_ray.pairs import PAIRS, PROMPTS, steers
+from dpo_ray.shards.generate import Ask
 from dpo_ray.storage.artifact import Artifact, Contents, digest, make, read_shard, write_shard
 from dpo_ray.storage.location import Location
 from pipelines.context import RunContext
@@ -47,22 +48,39 @@ def _prompts(config: Config, options: Generate) -> dict[str, list[dict[str, Any]
 
 
 def _candidates(context: RunContext, options: Generate, prompts: Artifact) -> Artifact:
-    if not options.models:
-        policy = context.config.model
-        return context.stage("generate", lambda: sample(context, policy, options.sampling, prompts))
     found = []
-    for number, one in enumerate(options.models):
-        model = Model(**one.model_dump(exclude={"samples"}))
-        sampling = options.sampling.model_copy(update={"samples": one.samples})
-        name = f"generate: {PurePath(one.path).name}" if len(options.models) > 1 else "generate"
+    asked = asks_of(options, context.config.model)
+    for number, (model, asks) in enumerate(asked, start=1):
+        name = f"generate: {PurePath(model.path).name}" if len(asked) > 1 else "generate"
         name = f"{name} ({number})" if name in context.stages else name
-        found.append(context.stage(name, partial(sample, context, model, sampling, prompts)))
+        found.append(context.stage(name, partial(sample, context, model, options.sampling, asks, prompts)))
     return found[0] if len(found) == 1 else context.stage("merge", partial(merge_candidates, context.output, found))
 
 
-def sample(context: RunContext, model: Model, sampling: Sampling, prompts: Artifact) -> tuple[Artifact, bool]:
+def asks_of(options: Generate, policy: Model) -> list[tuple[Model, list[Ask]]]:
+    """Who candidates are drawn from, each model once with all the ways in which it is asked: one engine serves them.
+
+    Args:
+        policy: the section `model`.
+    """
+    if not options.models:
+        return [(policy, [Ask(options.sampling.samples)])]
+    found: list[tuple[Model, list[Ask]]] = []
+    for one in options.models:
+        model, ask = one.model(policy), Ask(one.samples, one.system_prompt)
+        same = next((asks for other, asks in found if other == model), None)
+        if same is None:
+            found.append((model, [ask]))
+        else:
+            same.append(ask)
+    return found
+
+
+def sample(
+    context: RunContext, model: Model, sampling: Sampling, asks: Sequence[Ask], prompts: Artifact
+) -> tuple[Artifact, bool]:
     """Sampled completions of each prompt by a model."""
-    return sample_completions(context.output, context.config, model, sampling, prompts)
+    return sample_completions(context.output, context.config, model, sampling, asks, prompts)
 
 
 def held_out_prompts(context: RunContext, pairs: Artifact, max_prompts: int) -> Artifact:

@@ -29,7 +29,11 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
     beta = getattr(loss, "beta", None)  # a few losses have none
     if config.generate is not None:
         generate = config.generate
-        by = ", ".join(f"{m.samples} of {m.path}" for m in generate.models) or f"{generate.samples} samples"
+        told = {True: "", False: " told otherwise"}
+        by = " and ".join(
+            f"{m.samples} of {m.path or 'the model'}{told[m.system_prompt is None]}" for m in generate.models
+        )
+        by = by or f"{generate.samples} samples"
         first = [
             (
                 "generate",

@@ -40,4 +40,5 @@ class CandidatePairing(Pairing):
     """`sources_disagree`: where several sources score, none may prefer the rejected answer to the chosen one."""
     max_logprob_margin: float | None = None
     """`already_likely`: the model that sampled both answers prefers the chosen one by more than so many nats of summed
-    log-probs already, and there is little left to learn. null: any. Answers of two models are not compared."""
+    log-probs already, and there is little left to learn. null: any. Answers of two models, or with two
+    system prompts, are not compared."""

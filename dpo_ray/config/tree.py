@@ -230,11 +230,14 @@ class Sampling(Section):
 _BRIEF_ANSWER: Reward = (Rule(function="dpo_ray.rewards:brief_answer"),)
 
 
-class SampledModel(Section):
-    """A model that candidates are drawn from."""
+_OF_MODEL = ("revision", "trust_remote_code", "template_arguments")
 
-    path: str
-    """As model.path."""
+
+class SampledModel(Section):
+    """A model that candidates are drawn from, or one of the ways in which it is asked for them."""
+
+    path: str | None = None
+    """As model.path; left out: `model` itself, and its other options."""
     revision: str | None = None
     """As model.revision."""
     trust_remote_code: bool = False
@@ -243,6 +246,24 @@ class SampledModel(Section):
     """As model.template_arguments."""
     samples: int = Field(ge=1)
     """Its completions of each prompt."""
+    system_prompt: str | None = Field(None, min_length=1)
+    """What it is asked with in place of the prompt's own system turn. The pairs are without: so a model learns to do
+    unasked what it does when it is told (context distillation, arXiv:2112.00861)."""
+
+    def model(self, policy: Model) -> Model:
+        """As the section `model` would name it. policy: that section itself."""
+        if self.path is None:
+            return policy
+        return Model(path=self.path, **self.model_dump(include=set(_OF_MODEL)))
+
+    @model_validator(mode="after")
+    def _of_the_model(self) -> SampledModel:
+        if self.path is None and (given := [name for name in _OF_MODEL if name in self.model_fields_set]):
+            raise ValueError(
+                f"{given[0]} is an option of a model, but this entry names none and so draws from `model`: set it "
+                "there, or name a `path`"
+            )
+        return self
 
 
 class Generate(Section):
@@ -555,9 +576,11 @@ class Config(Section):
                 f"iterate has the policy sample its own pairs, and goes by its win rate, but there is no {lacking}: "
                 "add it, or leave iterate out"
             )
-        if self.iterate is not None and self.generate is not None and self.generate.models:
+        others = [one.path for one in self.generate.models if one.path is not None] if self.generate else []
+        if self.iterate is not None and others:
             raise ValueError(
-                "generate.models says who samples, and with iterate that is the policy of each round: leave one out"
+                f"generate.models names {others[0]}, but with iterate the policy of each round samples: leave its `path` "
+                "out, or leave iterate out"
             )
         if self.evaluate.win_rate is None and (asked := self.publish.gate.asks_for_samples):
             raise ValueError(

@@ -32,6 +32,8 @@ class Candidate:
     """Its summed log-prob, in nats, under the model that sampled it."""
     model: str = ""
     """Hash of that model."""
+    system_prompt: str | None = None
+    """What it was asked with in place of the prompt's own."""
     by_source: Mapping[str, float] = field(default_factory=dict)
     """Source → its share in the score."""
     origin: Mapping[str, Any] = field(default_factory=dict)
@@ -129,7 +131,7 @@ def _refused_candidates(couple: Couple, rules: CandidatePairing) -> str | None:
         return "truncated"
     if rules.sources_agree and any(chosen.by_source[s] < rejected.by_source[s] for s in chosen.by_source):
         return "sources_disagree"
-    if rules.max_logprob_margin is not None and chosen.model == rejected.model:
+    if rules.max_logprob_margin is not None and _same_source(chosen, rejected):
         if chosen.logprob is None or rejected.logprob is None:
             raise DataError(
                 f"pairing.max_logprob_margin={rules.max_logprob_margin:g} needs the log-probs of the samples, and "
@@ -138,6 +140,10 @@ def _refused_candidates(couple: Couple, rules: CandidatePairing) -> str | None:
         if chosen.logprob - rejected.logprob > rules.max_logprob_margin:
             return "already_likely"
     return None
+
+
+def _same_source(one: Candidate, other: Candidate) -> bool:
+    return (one.model, one.system_prompt) == (other.model, other.system_prompt)
 
 
 def _similarity(one: str, other: str) -> float:

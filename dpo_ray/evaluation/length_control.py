@@ -17,17 +17,13 @@ _PENALTY = 0.001
 """Of the squared coefficients, for each comparison: so that comparisons that lengths part wholly have a finite fit."""
 
 
-def length_controlled_win_rate(wins: np.ndarray, lengths: np.ndarray, base_lengths: np.ndarray) -> Estimate | None:
+def length_controlled_win_rate(wins: np.ndarray, lengths: np.ndarray, base_lengths: np.ndarray) -> Estimate:
     """The win rate of n prompts at equal lengths, with an interval by the bootstrap over prompts.
 
     Args:
         wins: [n] how often the tuned model wins on a prompt, in [0, 1].
         lengths, base_lengths: [n] mean length of its answers to the prompt, and of the base model's, in any unit.
-
-    None without prompts.
     """
-    if len(wins) == 0:
-        return None
     longer = lengths - base_lengths
     spread = float(np.std(longer))
     # Bounded, so that one answer that runs on and on does not make the slope.

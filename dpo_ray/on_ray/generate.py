@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from dpo_ray.config import VLLM, Config, Model, Sampling
 from dpo_ray.data.chat import ChatTokenizer, require_chat_template
@@ -10,22 +12,28 @@ from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage, shard_tasks
 from dpo_ray.on_ray.vllm_engine import VLLMSampler, vllm_pool
 from dpo_ray.on_ray.vllm_version import require_vllm
-from dpo_ray.shards.generate import GenerateShard, identity
+from dpo_ray.shards.generate import Ask, GenerateShard, identity
 from dpo_ray.shards.merge import MergeShard, OfModels
 from dpo_ray.shards.merge import identity as merge_identity
 from dpo_ray.storage.artifact import Artifact, digest
 from dpo_ray.storage.location import Location
 
+# Sequences that an engine is given at once, for each that it runs side by side: it ends with few of them one time in so
+# many, and who kills it loses no more than these.
+_ROUNDS_AT_ONCE = 8
+
 
 def sample_completions(
-    output: Location, config: Config, model: Model, sampling: Sampling, prompts: Artifact
+    output: Location, config: Config, model: Model, sampling: Sampling, asks: Sequence[Ask], prompts: Artifact
 ) -> tuple[Artifact, bool]:
-    """Sampled completions of each prompt by a model."""
+    """Sampled completions of each prompt by a model, which is asked in one way or in several."""
     version = require_vllm("Generating completions")
     folder = ModelFolder.of(model)
+    tasks = shard_tasks(prompts)
     arguments = {
         "model": model,
         "sampling": sampling,
+        "asks": tuple(asks),
         "options": config.vllm,
         "max_prompt_tokens": config.data.max_prompt_tokens,
         "seed": config.run.seed,
@@ -37,15 +45,22 @@ def sample_completions(
             folder.weights_hash(),
             folder.tokenizer_hash(),
             sampling,
+            asks,
             max_prompt_tokens=config.data.max_prompt_tokens,
             engine_version=version,
             seed=config.run.seed,
         ),
         inputs={"prompts": prompts.fingerprint},
-        tasks=shard_tasks(prompts),
-        pool=vllm_pool(config, vllm_generate_shard, arguments),
+        tasks=tasks,
+        pool=replace(vllm_pool(config, vllm_generate_shard, arguments), together=_together(config, asks, tasks)),
         unit="prompts",
     )
+
+
+def _together(config: Config, asks: Sequence[Ask], tasks: list[ShardTask[Any]]) -> int:
+    """Shards that an engine is given at once."""
+    largest = max((task.rows for task in tasks), default=0) * sum(ask.samples for ask in asks)
+    return max(2, _ROUNDS_AT_ONCE * config.vllm.max_num_seqs // max(1, largest))
 
 
 def merge_candidates(output: Location, of_models: Sequence[Artifact]) -> tuple[Artifact, bool]:
@@ -70,7 +85,7 @@ def merge_candidates(output: Location, of_models: Sequence[Artifact]) -> tuple[A
 
 
 def vllm_generate_shard(
-    model: Model, sampling: Sampling, options: VLLM, max_prompt_tokens: int, seed: int
+    model: Model, sampling: Sampling, asks: Sequence[Ask], options: VLLM, max_prompt_tokens: int, seed: int
 ) -> GenerateShard:
     """The worker of this stage, with vLLM."""
     folder = ModelFolder.of(model)
@@ -78,4 +93,4 @@ def vllm_generate_shard(
     require_chat_template(tokenizer, model.path)
     chat = ChatTokenizer(tokenizer, folder.template_arguments)
     sampler = VLLMSampler(model, sampling, options, max_prompt_tokens)
-    return GenerateShard(chat, sampler, max_prompt_tokens, seed, folder.weights_hash())
+    return GenerateShard(chat, sampler, asks, max_prompt_tokens, seed, folder.weights_hash())

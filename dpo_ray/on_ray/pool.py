@@ -6,13 +6,14 @@ killed loses the shards in flight and no others, and a stage over more input com
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import pickle
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -73,6 +74,9 @@ class Pool:
     num_actors: int | None = None
     """At most: Ray Data starts with one, and adds more while tasks wait and the cluster has room. None: as many as
     there is room for, on an embedded Ray one a core."""
+    together: int = 1
+    """Shards that a worker is given at once, at most. Above 1 its `stream` takes their sources, and yields the number
+    and the output of each as it is finished: an engine then runs half empty at the end of many, and not of each."""
     isolates: bool = False
     """The worker finds the rows that it cannot do and quarantines them, also those that kill its process."""
     num_cpus: float = 1.0
@@ -205,29 +209,31 @@ def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask[A
         "location": location,
         "build": pool.build,
         "arguments": pool.arguments,
+        "streams": pool.together > 1,
         "isolates": pool.isolates,
     }
+    workers = min(most, len(tasks))
+    together = min(pool.together, math.ceil(len(tasks) / workers))
     # A worker that dies is started again and its shards with it. Ray Data would do so for ever, also with a process
     # that dies of loading its model.
     if pool.stateless:
         carried = {
             "fn": write_shards,
             "fn_kwargs": worker,
-            "compute": ray.data.TaskPoolStrategy(size=min(most, len(tasks))),
+            "compute": ray.data.TaskPoolStrategy(size=workers),
             "max_retries": _TASK_RETRIES,
         }
     else:
         carried = {
             "fn": ShardWorker,
             "fn_constructor_kwargs": worker,
-            "compute": ray.data.ActorPoolStrategy(
-                min_size=1, max_size=min(most, len(tasks)), max_tasks_in_flight_per_actor=2
-            ),
+            "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=workers, max_tasks_in_flight_per_actor=2),
             "max_restarts": MAX_ATTEMPTS,
         }
-    results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-        **carried, batch_size=1, batch_format="pyarrow", **resources
+    results = ray.data.from_items(tasks, override_num_blocks=math.ceil(len(tasks) / together)).map_batches(
+        **carried, batch_size=None, batch_format="pyarrow", **resources
     )
+    results.context.target_max_block_size = 1  # byte: what is finished is told at once, and not with the whole batch
     progress = Progress(kind, sum(task.rows for _, task in missing), unit)
     rows = {name: task.rows for name, task in missing}
     say(kind, f"computing {len(missing)} shards, {progress.total} {unit}")
@@ -240,21 +246,27 @@ def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask[A
         raise_ours(error, kind)
 
 
-def write_shards(batch: pa.Table, **worker: Any) -> pa.Table:
+def write_shards(batch: pa.Table, **worker: Any) -> Iterator[pa.Table]:
     """A task of a stateless pool: the arguments are ShardWorker's."""
-    return ShardWorker(**worker)(batch)
+    yield from ShardWorker(**worker)(batch)
 
 
 class ShardWorker:
-    """A worker of the pool: builds its function once, then writes one shard a task.
+    """A worker of the pool: builds its function once, then writes the shards of each batch of tasks.
 
     Of each task it gives back the `name`, and the `failure` where there was one (dpo_ray.on_ray.failures).
     """
 
     def __init__(
-        self, location: Location, build: Callable[..., ShardFunction], arguments: dict[str, Any], isolates: bool = False
+        self,
+        location: Location,
+        build: Callable[..., Any],
+        arguments: dict[str, Any],
+        streams: bool = False,
+        isolates: bool = False,
     ):
         self.location = location
+        self.streams = streams
         self.isolates = isolates
         self.failure: bytes | None = None
         try:
@@ -262,13 +274,24 @@ class ShardWorker:
         except Exception as error:
             self.failure = carried(error)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        names, failures = [], []
-        for pickled in batch["task"].to_pylist():
-            name, source = pickle.loads(pickled)
-            names.append(name)
-            failures.append(self.failure or self._try(name, source))
-        return pa.table({"name": names, "failure": pa.array(failures, pa.binary())})
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        tasks = [pickle.loads(pickled) for pickled in batch["task"].to_pylist()]
+        if self.streams and self.failure is None:
+            yield from self._stream(tasks)
+            return
+        for name, source in tasks:
+            yield _told(name, self.failure or self._try(name, source))
+
+    def _stream(self, tasks: list[tuple[str, Any]]) -> Iterator[pa.Table]:
+        unfinished = {n: name for n, (name, _) in enumerate(tasks)}
+        try:
+            for n, output in self.work.stream([source for _, source in tasks]):
+                self._write(unfinished[n], output)
+                yield _told(unfinished.pop(n), None)
+        except Exception as error:
+            failure = carried(error)
+            for name in unfinished.values():
+                yield _told(name, failure)
 
     def _try(self, name: str, source: Any) -> bytes | None:
         try:
@@ -303,6 +326,10 @@ class ShardWorker:
         else:
             quarantine.remove()  # of an attempt that died just after it had written this
         write_shard(self.location / name, output.table, dict(output.counters))
+
+
+def _told(name: str, failure: bytes | None) -> pa.Table:
+    return pa.table({"name": [name], "failure": pa.array([failure], pa.binary())})
 
 
 def torch_pool(config: Config, build: Any, arguments: dict[str, Any]) -> Pool:

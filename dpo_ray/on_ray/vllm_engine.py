@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from dpo_ray.errors import DataError, EngineDied
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.pool import Pool
 from dpo_ray.pairs import Message, TokenizedPair
-from dpo_ray.shards.generate import Completion
+from dpo_ray.shards.generate import Completion, Request
 
 # Pairs of so many tokens are given to vLLM at once: enough to keep it busy, and their outputs, which hold an object or
 # two for every token of the prompt, stay small whatever the size of a shard.
@@ -116,27 +117,36 @@ class VLLMSampler:
         self.on_gpu = options.gpus_per_actor > 0
         self.llm = _engine(model, sampling.dtype, options, max_prompt_tokens + sampling.max_tokens, False)
 
-    def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[list[Completion]]:
-        if not prompts:
-            return []
+    def sample(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Completion]]]:
         if not self.on_gpu:
             import torch
 
-            torch.manual_seed(sum(seeds) % 2**63)
-        requests = [self._params(seed) for seed in seeds]
-        inputs = [{"prompt_token_ids": ids} for ids, params in zip(prompts, requests, strict=True) for _ in params]
-        outputs = iter(self.llm.generate(inputs, [one for params in requests for one in params], use_tqdm=False))
-        return [
-            [
-                Completion(c.text, tuple(c.token_ids), c.finish_reason, c.cumulative_logprob)
-                for _ in params
-                for c in next(outputs).outputs
-            ]
-            for params in requests
-        ]
+            torch.manual_seed(sum(request.seed for request in requests) % 2**63)
+        inputs, params, number_of = [], [], []
+        for number, request in enumerate(requests):
+            for one in self._params(request):
+                inputs.append({"prompt_token_ids": request.prompt_ids})
+                params.append(one)
+                number_of.append(number)
+        waiting = Counter(number_of)
+        ids = self.llm.enqueue(inputs, params, use_tqdm=False)
+        place = {request_id.partition("-")[0]: n for n, request_id in enumerate(ids)}
+        outputs: dict[int, dict[int, Any]] = defaultdict(dict)
+        engine = self.llm.llm_engine
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if not output.finished:
+                    continue
+                n = place[output.request_id]
+                number = number_of[n]
+                outputs[number][n] = output.outputs
+                waiting[number] -= 1
+                if not waiting[number]:
+                    found = outputs.pop(number)
+                    yield number, [_completion(c) for m in sorted(found) for c in found[m]]
 
-    def _params(self, seed: int) -> list[Any]:
-        """The requests of one prompt: the greedy one, if it is to be a candidate, and the others."""
+    def _params(self, request: Request) -> list[Any]:
+        """What vLLM is asked for: the greedy completion, if it is to be one of them, and the others."""
         import vllm
 
         sampling = self.sampling
@@ -148,16 +158,23 @@ class VLLMSampler:
             "repetition_penalty": sampling.repetition_penalty,
             "logprobs": 0,  # of the sampled tokens alone
         }
+        greedy = [vllm.SamplingParams(n=1, temperature=0.0, **common)] if sampling.include_greedy else []
+        if request.samples == len(greedy):
+            return greedy
         drawn = vllm.SamplingParams(
-            n=sampling.samples - sampling.include_greedy,
+            n=request.samples - len(greedy),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k or 0,
             min_p=sampling.min_p,
-            seed=seed if self.on_gpu else None,
+            seed=request.seed if self.on_gpu else None,
             **common,
         )
-        return [vllm.SamplingParams(n=1, temperature=0.0, **common), drawn] if sampling.include_greedy else [drawn]
+        return [*greedy, drawn]
+
+
+def _completion(output: Any) -> Completion:
+    return Completion(output.text, tuple(output.token_ids), output.finish_reason, output.cumulative_logprob)
 
 
 class VLLMChat:

@@ -2,8 +2,9 @@
 
 A rule is called for each completion with the prompt, which is the text of the user's last turn, the completion, and
 whether it is finished: whether the model ended it by itself instead of running into sampling.max_tokens. A parameter
-named `answer` is given the prompt's answer, text or None; the configuration's `arguments` are given by name. It returns
-a finite number, larger being better, or named parts, whose sum is the score:
+of one of these names is given it, too: `answer`, the prompt's answer, text or None; `num_tokens` of the completion;
+`logprob`, its summed log-prob in nats under the model that drew it, or None. The configuration's `arguments` are given
+by name. It returns a finite number, larger being better, or named parts, whose sum is the score:
 
     def rule(prompt: str, completion: str, finished: bool, **arguments) -> float | dict[str, float]
 
@@ -27,6 +28,9 @@ from dpo_ray.origin import own, places, short
 from dpo_ray.scoring.scorer import Row, Scored
 
 Function = Callable[..., Any]
+
+_ALWAYS = ("prompt", "completion", "finished")
+_ON_REQUEST = ("answer", "num_tokens", "logprob")
 
 
 def load_function(name: str) -> Function:
@@ -52,9 +56,9 @@ def require_fitting(rule: Rule) -> None:
     except (TypeError, ValueError):  # of what is built in nothing is known
         return
     for name in rule.arguments:
-        if name in {"prompt", "completion", "finished", "answer"}:
+        if name in {*_ALWAYS, *_ON_REQUEST}:
             raise ConfigError(f"The reward {rule.function} is given `{name}` by each call: take it out of `arguments`.")
-    given = dict(rule.arguments) | ({"answer": None} if "answer" in signature.parameters else {})
+    given = dict(rule.arguments) | dict.fromkeys(_asked_for(function))
     try:
         signature.bind("", "", True, **given)
     except TypeError as error:
@@ -74,7 +78,7 @@ class RuleScorer:
     def __init__(self, rule: Rule):
         self._rule = rule
         self._function = load_function(rule.function)
-        self._takes_answer = _takes_answer(self._function)
+        self._asked_for = _asked_for(self._function)
 
     def score(self, rows: Sequence[Row]) -> list[list[Scored]]:
         """Raises RewardError where the function raises, naming the completion and the line of its code, and where it
@@ -85,7 +89,7 @@ class RuleScorer:
         return [[next(values) for _ in row["completions"]] for row in rows]
 
     def _one(self, place: _Place) -> Scored:
-        extra = {"answer": place.answer} if self._takes_answer else {}
+        extra = {name: getattr(place, name) for name in self._asked_for}
         try:
             value = self._function(place.prompt, place.completion, place.finished, **extra, **self._rule.arguments)
         except ConfigError:  # of a rule of the library, which says what is wrong with its arguments
@@ -97,8 +101,8 @@ class RuleScorer:
     def _batch(self, places: list[_Place]) -> list[Scored]:
         if not places:
             return []
-        given = [[getattr(place, name) for place in places] for name in ("prompt", "completion", "finished")]
-        extra = {"answer": [place.answer for place in places]} if self._takes_answer else {}
+        given = [[getattr(place, name) for place in places] for name in _ALWAYS]
+        extra = {name: [getattr(place, name) for place in places] for name in self._asked_for}
         try:
             values = list(self._function(*given, **extra, **self._rule.arguments))
         except ConfigError:
@@ -141,6 +145,8 @@ class _Place(NamedTuple):
     completion: str
     finished: bool
     answer: str | None
+    num_tokens: int
+    logprob: float | None
 
     def __str__(self) -> str:
         return (
@@ -157,14 +163,17 @@ def _places(row: Row) -> Iterator[_Place]:
             completion["text"],
             completion["finished"],
             row.get("answer"),
+            completion["num_tokens"],
+            completion["logprob"],
         )
 
 
-def _takes_answer(function: Function) -> bool:
+def _asked_for(function: Function) -> list[str]:
+    """What else it is given, by its parameters."""
     try:
-        return "answer" in inspect.signature(function).parameters
+        return [name for name in _ON_REQUEST if name in inspect.signature(function).parameters]
     except (TypeError, ValueError):
-        return False
+        return []
 
 
 def _line(error: Exception, function: Function) -> str:

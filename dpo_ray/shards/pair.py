@@ -69,10 +69,12 @@ class PairShard:
                 finished=completion["finished"],
                 logprob=completion["logprob"],
                 model=completion["model"] or "",
+                system_prompt=completion["system_prompt"],
                 by_source={name: self.weights[name] * of_source[n] for name, of_source in scores.items()},
                 origin={
                     "sample": n,
                     "model": completion["model"],
+                    "system_prompt": completion["system_prompt"],
                     "scores": {name: of_source[n] for name, of_source in scores.items()},
                 },
             )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from dpo_ray.errors import DataError
 from dpo_ray.on_ray import pool
 from dpo_ray.on_ray.pool import Pool, ShardTask, ShardWorker, shard_stage
 from dpo_ray.shards.output import ShardOutput
@@ -86,7 +88,44 @@ def test_a_worker_writes_the_quarantine_and_forgets_the_attempts(tmp_path: Path)
     output = Location.of(tmp_path / "out")
     worker = ShardWorker(output, MismatchShard, {"scorer": Broken(1)}, isolates=True)
     batch = pa.table({"task": [pickle.dumps(("x.parquet", source))]})
-    assert worker(batch)["name"].to_pylist() == ["x.parquet"]
+    assert [told["name"].to_pylist() for told in worker(batch)] == [["x.parquet"]]
     assert read_shard(output / "x.parquet").num_rows == 3
     assert read_shard(output / "quarantine" / "x.parquet").num_rows == 1
     assert (output / "attempts").children() == []
+
+
+class Streaming:
+    """Rows of several sources at once: the last is finished first, and one of 0 rows fails."""
+
+    def stream(self, sources: list[dict[str, Any]]) -> Iterator[tuple[int, ShardOutput]]:
+        for n, source in reversed(list(enumerate(sources))):
+            if not source["rows"]:
+                raise DataError("no rows")
+            yield n, ShardOutput(pa.table({"x": [source["rows"]] * source["rows"]}), Counter(read=source["rows"]))
+
+
+@pytest.mark.parametrize(("rows", "failed"), [([3, 1, 2], []), ([3, 1, 0, 2], ["0.parquet", "1.parquet", "2.parquet"])])
+def test_shards_given_together_are_written_and_told_as_each_is_finished(tmp_path: Path, rows: list[int], failed: list):
+    output = Location.of(tmp_path)
+    worker = ShardWorker(output, Streaming, {}, streams=True)
+    tasks = [pickle.dumps((f"{n}.parquet", {"rows": count})) for n, count in enumerate(rows)]
+    told: dict[str, Any] = {}
+    for table in worker(pa.table({"task": tasks})):
+        [row] = table.to_pylist()
+        assert (output / row["name"]).exists() == (row["failure"] is None)
+        told[row["name"]] = row["failure"]
+    assert len(told) == len(rows)
+    assert [name for name, failure in told.items() if failure is not None] == failed
+    for name in failed:
+        assert str(pickle.loads(told[name])) == "no rows"
+    for n, count in enumerate(rows):
+        if f"{n}.parquet" not in failed:
+            assert read_shard(output / f"{n}.parquet")["x"].to_pylist() == [count] * count
+
+
+def test_a_streaming_worker_that_cannot_be_built_says_so_of_each_task(tmp_path: Path):
+    worker = ShardWorker(Location.of(tmp_path), MismatchShard, {"no_such": 1}, streams=True)
+    tasks = [pickle.dumps((f"{n}.parquet", {})) for n in range(2)]
+    told = [table.to_pylist()[0] for table in worker(pa.table({"task": tasks}))]
+    assert [row["name"] for row in told] == ["0.parquet", "1.parquet"]
+    assert all(row["failure"] is not None for row in told)

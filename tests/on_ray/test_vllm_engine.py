@@ -17,7 +17,7 @@ from dpo_ray.model import resolve
 from dpo_ray.on_ray import vllm_engine
 from dpo_ray.on_ray.vllm_engine import VLLMSampler, VLLMScorer
 from dpo_ray.pairs import TokenizedPair
-from dpo_ray.shards.generate import Completion
+from dpo_ray.shards.generate import Completion, Request
 
 
 def test_pairs_go_to_vllm_in_groups_bounded_by_what_both_sides_have_with_their_prompt(monkeypatch):
@@ -129,18 +129,37 @@ def test_vllm_that_breaks_off_in_a_step_is_not_used_again(monkeypatch: pytest.Mo
 
 
 class Samples:
-    """Answers each request with two completions, of which the second was cut."""
+    """Answers each request with two completions, of which the second was cut; what came last is finished first."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[list[int], dict[str, Any]]] = []
         self.generator: list[int] = []
+        self.waiting: list[tuple[str, dict[str, Any]]] = []
+        self.llm_engine = self
 
-    def generate(self, inputs: list[dict[str, list[int]]], params: list[dict[str, Any]], **_: Any) -> list[Any]:
+    def enqueue(self, inputs: list[dict[str, list[int]]], params: list[dict[str, Any]], use_tqdm: bool) -> list[str]:
         self.generator.append(torch.initial_seed())
+        first = len(self.asked)
         self.asked += [(i["prompt_token_ids"], p) for i, p in zip(inputs, params, strict=True)]
+        names = [str(n) for n in range(first, len(self.asked))]
+        self.waiting = list(zip(names, params, strict=True))
+        return [f"{name}-a1b2c3d4" for name in names]
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.waiting)
+
+    def step(self) -> list[Any]:
+        name, params = self.waiting.pop()
         ended = SimpleNamespace(text="Yes.", finish_reason="stop", token_ids=[1, 2], cumulative_logprob=-0.5)
         cut = SimpleNamespace(text="No, for", finish_reason="length", token_ids=[3, 4, 5], cumulative_logprob=-9.0)
-        return [SimpleNamespace(outputs=[ended, cut][: p["n"]]) for p in params]
+        running = [SimpleNamespace(request_id=other, finished=False, outputs=[ended]) for other, _ in self.waiting]
+        return [*running, SimpleNamespace(request_id=name, finished=True, outputs=[ended, cut][: params["n"]])]
+
+
+def sampled(sampler: VLLMSampler, prompts: list[list[int]], samples: int = 2) -> list[list[Completion]]:
+    """By prompt; their seeds are 5, 6, …"""
+    found = dict(sampler.sample([Request(ids, samples, 5 + n) for n, ids in enumerate(prompts)]))
+    return [found[n] for n in range(len(prompts))]
 
 
 def vllm_sampler(
@@ -153,11 +172,22 @@ def vllm_sampler(
 
 def test_completions_are_as_vllm_gives_them(monkeypatch: pytest.MonkeyPatch):
     llm = Samples()
-    found = vllm_sampler(monkeypatch, llm).sample([[7, 8], [9]], [5, 6])
+    found = sampled(vllm_sampler(monkeypatch, llm), [[7, 8], [9]])
     assert found == [[Completion("Yes.", (1, 2), "stop", -0.5), Completion("No, for", (3, 4, 5), "length", -9.0)]] * 2
     assert [ids for ids, _ in llm.asked] == [[7, 8], [9]]
     assert {(params["n"], params["max_tokens"]) for _, params in llm.asked} == {(2, 3)}
-    assert vllm_sampler(monkeypatch, llm).sample([], []) == []
+    assert sampled(vllm_sampler(monkeypatch, llm), []) == []
+
+
+def test_a_prompts_completions_are_given_as_soon_as_they_are_all_there(monkeypatch: pytest.MonkeyPatch):
+    sampling = Sampling(samples=3, include_greedy=True, max_tokens=3)
+    llm = Samples()
+    sampler = vllm_sampler(monkeypatch, llm, sampling)
+    for _ in range(2):  # the engine's numbers go on from call to call
+        order = []
+        for number, _ in sampler.sample([Request([7], 3, 5), Request([9], 1, 6), Request([8], 2, 7)]):
+            order.append((number, len(llm.waiting)))
+        assert order == [(2, 3), (1, 2), (0, 0)]
 
 
 def test_every_option_of_sampling_goes_to_vllm(monkeypatch: pytest.MonkeyPatch):
@@ -166,7 +196,7 @@ def test_every_option_of_sampling_goes_to_vllm(monkeypatch: pytest.MonkeyPatch):
         "temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "presence_penalty": 0.1,
         "frequency_penalty": -0.2, "repetition_penalty": 1.1, "stop": ["\n\n"], "max_tokens": 3,
     }  # fmt: skip
-    vllm_sampler(monkeypatch, llm, Sampling(samples=2, **given)).sample([[7]], [5])
+    sampled(vllm_sampler(monkeypatch, llm, Sampling(samples=2, **given)), [[7]])
     [(_, params)] = llm.asked
     assert params == {**given, "n": 2, "seed": None, "logprobs": 0}
     assert set(given) == set(Sampling.model_fields) - {"samples", "include_greedy", "dtype"}
@@ -175,19 +205,23 @@ def test_every_option_of_sampling_goes_to_vllm(monkeypatch: pytest.MonkeyPatch):
 def test_the_greedy_completion_comes_first_on_request(monkeypatch: pytest.MonkeyPatch):
     llm = Samples()
     sampling = Sampling(samples=3, include_greedy=True, max_tokens=3)
-    found = vllm_sampler(monkeypatch, llm, sampling).sample([[7], [9]], [5, 6])
+    found = sampled(vllm_sampler(monkeypatch, llm, sampling), [[7], [9]], 3)
     assert [[c.text for c in of_prompt] for of_prompt in found] == [["Yes.", "Yes.", "No, for"]] * 2
     asked = [(ids, params["n"], params["temperature"]) for ids, params in llm.asked]
     assert asked == [([7], 1, 0.0), ([7], 2, 1.0), ([9], 1, 0.0), ([9], 2, 1.0)]
+    llm.asked.clear()
+    assert sampled(vllm_sampler(monkeypatch, llm, sampling), [[7]], 1) == [[Completion("Yes.", (1, 2), "stop", -0.5)]]
+    assert [(params["n"], params["temperature"]) for _, params in llm.asked] == [(1, 0.0)]
 
 
 def test_seeds_go_with_requests_on_gpu_and_into_the_generator_on_cpu(monkeypatch: pytest.MonkeyPatch):
     seeds = [2**62, 2**62 + 5]
     with torch.random.fork_rng():
         on_cpu, on_gpu = Samples(), Samples()
-        vllm_sampler(monkeypatch, on_cpu).sample([[7], [9]], seeds)
+        requests = [Request([7], 2, seeds[0]), Request([9], 2, seeds[1])]
+        list(vllm_sampler(monkeypatch, on_cpu).sample(requests))
         torch.manual_seed(11)
-        vllm_sampler(monkeypatch, on_gpu, gpus_per_actor=1).sample([[7], [9]], seeds)
+        list(vllm_sampler(monkeypatch, on_gpu, gpus_per_actor=1).sample(requests))
     assert [params["seed"] for _, params in on_cpu.asked] == [None, None]
     assert on_cpu.generator == [5]  # their sum, modulo 2**63
     assert [params["seed"] for _, params in on_gpu.asked] == seeds

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
 from dpo_ray import rewards
 from dpo_ray.errors import ConfigError
-from dpo_ray.rewards import brief_answer, split_sentences, topic_overlap
+from dpo_ray.rewards import brief_answer, likely, split_sentences, topic_overlap
 
 QUESTION = "Why do cats purr when they are petted?"
 GOOD = "Cats purr when petted because they feel content and safe."
@@ -250,3 +251,10 @@ def test_the_language_of_a_text():
     assert given("in_language", german, language="en") < 0.1
     with pytest.raises(ConfigError, match="language='xx' is not known"):
         given("in_language", german, language="xx")
+
+
+def test_likely_is_the_mean_probability_of_a_token():
+    assert likely("p", "Two tokens", True, num_tokens=2, logprob=math.log(0.5 * 0.125)) == pytest.approx(0.25)
+    assert likely("p", "", True, num_tokens=0, logprob=0.0) == 0.0
+    with pytest.raises(ConfigError, match="likely: the completion 'It is.' has no log-prob"):
+        likely("p", "It is.", True, num_tokens=3, logprob=None)

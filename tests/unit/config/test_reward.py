@@ -131,6 +131,11 @@ def test_each_of_several_models_has_its_share_of_the_samples():
     assert "generate.models[0].samples is missing" in message(models=[{"path": "a"}])
 
 
+def test_an_entry_that_names_no_model_has_no_options_of_one():
+    models = [{"samples": 2, "trust_remote_code": True}]
+    assert "trust_remote_code is an option of a model, but this entry names none" in message(models=models)
+
+
 @pytest.mark.parametrize(
     ("pairing", "said"),
     [

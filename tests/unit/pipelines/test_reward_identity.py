@@ -109,7 +109,7 @@ def test_another_weight_or_rule_scores_nothing_anew(context: RunContext, tmp_pat
 def test_a_win_rate_is_measured_again(context: RunContext, tmp_path: Path, edit: Callable[[str], None]):
     options = context.config.evaluate.win_rate
     assert options is not None
-    texts = ["Yes."] * 4 + ["Yes, it is."] * 4
+    texts = ["Yes."] * 3 + ["Yes, it is."] * 3
     merged = artifact(
         tmp_path,
         "merged_candidates",

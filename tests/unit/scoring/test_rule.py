@@ -45,7 +45,10 @@ def test_a_reward_that_cannot_be_loaded_says_why(name: str, said: str):
 ROW = {
     "prompt_id": "00ff",
     "prompt": [{"role": "user", "content": "First."}, {"role": "user", "content": f"Why{'?' * 100}"}],
-    "completions": [{"text": "{}", "finished": True}, {"text": f"{{{'x' * 100}", "finished": False}],
+    "completions": [
+        {"text": "{}", "finished": True, "num_tokens": 1, "logprob": -0.5},
+        {"text": f"{{{'x' * 100}", "finished": False, "num_tokens": 3, "logprob": None},
+    ],
 }
 
 
@@ -178,6 +181,14 @@ def test_arguments_and_the_prompts_answer_are_given_by_name():
 
     assert scored(reward, {**ROW, "answer": "{}"}, arguments={"worth": 3}) == [(3.0, {})] * 2
     assert scored(reward, ROW, arguments={"worth": 3}) == [(0.0, {})] * 2
+
+
+def test_what_a_rule_asks_for_by_its_parameters_is_given():
+    def reward(prompt: str, completion: str, finished: bool, logprob: float | None, num_tokens: int) -> float:
+        return num_tokens + (logprob or 0.0)
+
+    assert scored(reward) == [(0.5, {}), (3.0, {})]
+    assert scored(lambda p, c, f, num_tokens: num_tokens, batch=True) == [(1.0, {}), (3.0, {})]
 
 
 def test_a_batch_rule_is_called_once_with_lists():

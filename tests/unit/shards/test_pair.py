@@ -72,8 +72,8 @@ def test_scored_candidates_become_pairs(tmp_path: Path):
     assert output.table.schema.equals(GENERATED_PAIRS)
     assert lineage == {
         "candidates": "c0",
-        "chosen": {"sample": 2, "model": None, "scores": {"length": 6.0}},
-        "rejected": {"sample": 0, "model": None, "scores": {"length": 2.0}},
+        "chosen": {"sample": 2, "model": None, "system_prompt": None, "scores": {"length": 6.0}},
+        "rejected": {"sample": 0, "model": None, "system_prompt": None, "scores": {"length": 2.0}},
     }
     assert output.counters == {
         "read": 3,

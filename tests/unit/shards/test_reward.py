@@ -29,7 +29,7 @@ def candidates(folder: Path, prompts: dict[str, list[tuple[str, bool]]]) -> Shar
             "prompt_id": f"{n:016x}",
             "split": "train",
             "prompt": [{"role": "user", "content": prompt}],
-            "completions": [{"text": text, "finished": finished} for text, finished in samples],
+            "completions": [{"text": text, "finished": end, "num_tokens": 1} for text, end in samples],
         }
         for n, (prompt, samples) in enumerate(prompts.items())
     ]

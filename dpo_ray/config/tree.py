@@ -579,8 +579,8 @@ class Config(Section):
         others = [one.path for one in self.generate.models if one.path is not None] if self.generate else []
         if self.iterate is not None and others:
             raise ValueError(
-                f"generate.models names {others[0]}, but with iterate the policy of each round samples: leave its `path` "
-                "out, or leave iterate out"
+                f"generate.models names {others[0]}, but with iterate the policy of each round samples: leave its "
+                "`path` out, or leave iterate out"
             )
         if self.evaluate.win_rate is None and (asked := self.publish.gate.asks_for_samples):
             raise ValueError(

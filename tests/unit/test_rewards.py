@@ -256,5 +256,5 @@ def test_the_language_of_a_text():
 def test_likely_is_the_mean_probability_of_a_token():
     assert likely("p", "Two tokens", True, num_tokens=2, logprob=math.log(0.5 * 0.125)) == pytest.approx(0.25)
     assert likely("p", "", True, num_tokens=0, logprob=0.0) == 0.0
-    with pytest.raises(ConfigError, match="likely: the completion 'It is.' has no log-prob"):
+    with pytest.raises(ConfigError, match=r"likely: the completion 'It is\.' has no log-prob"):
         likely("p", "It is.", True, num_tokens=3, logprob=None)

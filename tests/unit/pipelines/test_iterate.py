@@ -40,7 +40,10 @@ def test_a_round_improves_where_its_whole_interval_lies_above_the_best(low: floa
     [
         ({"evaluate": {}}, "goes by its win rate, but there is no evaluate.win_rate"),
         ({"generate": None, "data": {"train": "t"}}, "but there is no generate"),
-        ({"generate": {"prompts": "p", "models": [{"path": "a", "samples": 2}]}}, "with iterate that is the policy"),
+        (
+            {"generate": {"prompts": "p", "models": [{"path": "a", "samples": 2}]}},
+            "with iterate the policy of each round samples",
+        ),
         ({"iterate": {"rounds": 0}}, "iterate.rounds=0"),
         ({"iterate": {"replay": 1.0}}, "iterate.replay=1.0"),
     ],

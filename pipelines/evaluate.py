@@ -19,7 +19,6 @@ from dpo_ray.evaluation.held_out import held_out_pairs
 from dpo_ray.evaluation.margins import preference_accuracy
 from dpo_ray.on_ray.generate import merge_candidates
 from dpo_ray.on_ray.reward import score_candidates
-from dpo_ray.on_ray.score import score_policy
 from dpo_ray.progress import say
 from dpo_ray.scoring.scorer import weighted
 from dpo_ray.shards.generate import Ask
@@ -27,10 +26,11 @@ from dpo_ray.storage.artifact import Artifact, Contents, make, read_shard
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
-from pipelines.generate import held_out_prompts, sample, score
+from pipelines.generate import held_out_prompts, sample, score_by
+from pipelines.held_out_sets import ScoredSet, measure_sets, score, score_sets
 
 KIND = "evaluation"
-_MEASURES = 3
+_MEASURES = 4
 """Raised when there are other measures than before, or they are computed in another way."""
 
 
@@ -42,10 +42,11 @@ def evaluate(
     Args:
         rows, calibration: what pipelines.reference made of the pairs.
     """
-    scores = context.stage("score", lambda: score_policy(context.output, context.config, policy, rows))
+    scores = score(context, "score", policy.fingerprint, policy.location / MODEL_FOLDER, rows)
+    sets = score_sets(context, policy, rows, scores)
     options = context.config.evaluate.win_rate
     drawn = _draw(context, options, pairs, policy) if options is not None else None
-    artifact = context.stage("evaluate", lambda: _evaluate(context, scores, rows, calibration, drawn))
+    artifact = context.stage("evaluate", lambda: _evaluate(context, scores, rows, calibration, sets, drawn))
     metrics = artifact.manifest.metrics
     context.results["eval"] = {k: v for k, v in metrics.items() if k != "samples"}
     context.results["samples"] = metrics["samples"]
@@ -85,7 +86,7 @@ def _draw(context: RunContext, options: WinRate, pairs: Artifact, policy: Artifa
         for side, model in (("base", base_model), ("tuned", tuned_model))
     ]
     merged = context.stage("merge_samples", partial(merge_candidates, context.output, of_models))
-    scores = score(context, "judge", options.reward, merged, options.sampling.samples)
+    scores = score_by(context, "judge", options.reward, merged, options.sampling.samples)
     ratio = ImplicitReward(policy=tuned_model.path, beta=1.0, dtype=base_model.dtype)
     log_ratios = context.stage(
         "log_ratios", partial(score_candidates, context.output, context.config, ratio, of_models[1])
@@ -98,6 +99,7 @@ def _evaluate(
     scores: Artifact,
     rows: Artifact,
     calibration: Artifact | None,
+    sets: dict[str, ScoredSet],
     drawn: _Drawn | None,
 ) -> tuple[Artifact, bool]:
     inputs = {"scores": scores.fingerprint, rows.manifest.kind: rows.fingerprint}
@@ -108,10 +110,13 @@ def _evaluate(
         inputs |= {"samples": drawn.candidates.fingerprint, "log_ratios": drawn.log_ratios.fingerprint}
         inputs |= {f"rewards/{name}": artifact.fingerprint for name, artifact in drawn.scores.items()}
         identity = {"reward": {source.label: source.weight for source in drawn.options.reward}}
+    for name, one in sets.items():
+        inputs |= one.inputs(name)
     identity |= {"eval_fraction": context.config.train.eval_fraction, "measures": _MEASURES}
 
     def measure(_: Location) -> Contents:
         metrics = _held_out(context.config, scores, rows, calibration)
+        metrics["sets"] = measure_sets(context.config, sets)
         return Contents(metrics=metrics if drawn is None else metrics | _compare(drawn))
 
     return make(context.output, KIND, identity, inputs, measure)

@@ -38,7 +38,7 @@ def generate(context: RunContext, wanted: Callable[[str], bool] | None = None) -
     tables = [t for side in ("train", "eval") for t in _tables(sides[side], options.prompts_per_shard)]
     prompts = publish_prompts(context.output, tables)
     candidates = _candidates(context, options, prompts)
-    scores = score(context, "reward", options.reward, candidates)
+    scores = score_by(context, "reward", options.reward, candidates)
     return context.stage("pair", lambda: _pair(context, options, candidates, scores))
 
 
@@ -123,7 +123,7 @@ def _tables(rows: list[dict[str, Any]], rows_per_shard: int) -> list[pa.Table]:
     return [prompt_table(rows[i : i + rows_per_shard]) for i in range(0, len(rows), rows_per_shard)]
 
 
-def score(
+def score_by(
     context: RunContext, stage: str, reward: Reward, candidates: Artifact, across: int | None = None
 ) -> dict[str, Artifact]:
     """Source → what it gives to the candidates; each is a stage of the run. across: see score_candidates."""

@@ -23,9 +23,19 @@ FILES = "artifacts/files"
 """Below run.output: what was found out about the input files."""
 
 
+_Side = tuple[str, list[Location], Split | None]
+"""Key of the configuration, its files, and the side of the split that they are; None: it is cut from them."""
+
+
 def ingest(context: RunContext) -> Artifact:
     """The pairs of data.train and data.eval. Raises DataError on unreadable files and on too many bad rows."""
-    return context.stage("ingest", lambda: _ingest(context))
+    return context.stage("ingest", lambda: _ingest(context, _sides(context.config)))
+
+
+def ingest_set(context: RunContext, key: str, paths: Paths) -> Artifact:
+    """Files of preferences as held-out pairs. Raises as `ingest` does. key: of the configuration, for messages."""
+    side: _Side = (key, input_files(paths, key, context.output), "eval")
+    return context.stage("ingest", lambda: _ingest(context, [side]))
 
 
 def check_inputs(config: Config) -> None:
@@ -48,8 +58,7 @@ def _known(file: Location, config: Config) -> tuple[Peek | FileRecord, Layout | 
     return found, _layout(found, str(file), config)
 
 
-def _sides(config: Config) -> list[tuple[str, list[Location], Split | None]]:
-    """Key of the configuration, its files, and the side of the split that they are; None: it is cut from them."""
+def _sides(config: Config) -> list[_Side]:
     data, output = config.data, Location.of(config.run.output)
     assert data.train is not None
     train = input_files(data.train, "data.train", output)
@@ -105,9 +114,8 @@ def _require_rows(found: Sequence[Peek | FileRecord], key: str) -> None:
         raise DataError(f"{key} names {len(found)} readable files, but not a single row is in them.")
 
 
-def _ingest(context: RunContext) -> tuple[Artifact, bool]:
+def _ingest(context: RunContext, sides: list[_Side]) -> tuple[Artifact, bool]:
     data, seed = context.config.data, context.config.run.seed
-    sides = _sides(context.config)
     folder = context.output / FILES
     records = scan_files(folder, [file for _, files, _ in sides for file in files], data.rows_per_shard)
     found = map_files(lambda record: (record, _layout(record, record.uri, context.config)), records)

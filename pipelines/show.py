@@ -6,21 +6,22 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_ray.config import Config, Paths, Reward
+from dpo_ray.config import Config, Paths
+from dpo_ray.config.reward import named
 from dpo_ray.errors import ConfigError
+from dpo_ray.evaluation.render import judged_by
 
 if TYPE_CHECKING:
     from pipelines import Stage
     from pipelines.context import RunContext
 
 
+_SHOWN = 4
+"""Prompts whose answers the terminal shows; the report has more."""
+
+
 def _listed(paths: Paths) -> str:
     return paths if isinstance(paths, str) else ", ".join(paths)
-
-
-def _named(reward: Reward) -> str:
-    """The sources, with their weights where these differ from 1."""
-    return " + ".join(f"{f'{s.weight:g} ' if s.weight != 1 else ''}{s.label}" for s in reward)
 
 
 def plan_lines(config: Config, until: Stage) -> list[str]:
@@ -37,7 +38,7 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
         first = [
             (
                 "generate",
-                f"{by} a prompt of {generate.prompts} by vLLM, scored by {_named(generate.reward)}, paired",
+                f"{by} a prompt of {generate.prompts} by vLLM, scored by {named(generate.reward)}, paired",
             )
         ]
     else:
@@ -73,7 +74,7 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
         (
             "evaluate",
             "held-out accuracy"
-            + (f" and win rate against the base model, judged by {_named(win_rate.reward)}" if win_rate else ""),
+            + (f" and win rate against the base model, judged by {named(win_rate.reward)}" if win_rate else ""),
         ),
         ("publish", f"{config.run.output}/models/{config.run.name}, if the gate holds"),
     ]
@@ -125,14 +126,7 @@ def iterate_lines(config: Config) -> list[str]:
 
 def closing_lines(context: RunContext, summary: dict[str, Any], log: Path) -> list[str]:
     """The last words of a run that ended well."""
-    lines = [""]
-    evaluation = summary.get("eval") or {}
-    for name, label in (("accuracy", "Held-out accuracy"), ("win_rate", "Win rate against the base model")):
-        if found := evaluation.get(name):
-            lines.append(
-                f"{label}: {found['value']:.3f}, 95% interval {found['low']:.3f} to {found['high']:.3f} "
-                f"(n={found['n']})"
-            )
+    lines = ["", *_measured(context.config, summary.get("eval") or {})]
     for found in summary.get("rounds", []):
         rate = found["win_rate"]
         lines.append(
@@ -140,8 +134,9 @@ def closing_lines(context: RunContext, summary: dict[str, Any], log: Path) -> li
             f"{rate['high']:.3f}{', the best' if found['best'] else ''}"
         )
     if samples := summary.get("samples"):
-        first = samples[0]
-        lines += [f"Prompt: {first['prompt']}", f"  before: {first['before']}", f"  after:  {first['after']}"]
+        lines.append("The first held-out prompts:")
+        for sample in samples[:_SHOWN]:
+            lines += [f"  {sample['prompt']}", f"    before: {sample['before']}", f"    after:  {sample['after']}"]
     if sweep := summary.get("sweep"):
         lines += ["Trials, best first:", *(f"  {line}" for line in sweep["ranking"])]
     reused = sum(s["reused"] for s in summary["stages"].values())
@@ -152,6 +147,38 @@ def closing_lines(context: RunContext, summary: dict[str, Any], log: Path) -> li
         lines += [f"Best:    {sweep['best_yaml']}", f"Sweep:   {context.folder / 'sweep.html'}, {sweep['results']}"]
     lines += [f"Report:  {context.folder / 'report.html'}", f"Summary: {context.folder / 'summary.json'}"]
     return [*lines, f"Log:     {log}"]
+
+
+def _measured(config: Config, evaluation: dict[str, Any]) -> list[str]:
+    """What an evaluation tells, a line each."""
+    lines = []
+    if found := evaluation.get("accuracy"):
+        lines.append(f"Held-out accuracy: {_interval(found)}")
+    if found := evaluation.get("win_rate"):
+        lines.append(f"Win rate against the base model, {judged_by(config)}: {_interval(found)}")
+        if greedy := evaluation.get("greedy_win_rate"):
+            lines.append(f"  of greedy answers: {_interval(greedy)}")
+        controlled, drift = evaluation["length_controlled_win_rate"], evaluation["drift"]
+        lines.append(f"  at equal lengths: {_interval(controlled)}")
+        lines.append(
+            f"Answers: {drift['tuned']['tokens']:.0f} tokens, before {drift['base']['tokens']:.0f}; cut short "
+            f"{drift['tuned']['truncated']['value']:.0%}, before {drift['base']['truncated']['value']:.0%}"
+        )
+        lines.append(f"KL from the base model, nats a token: {_interval(evaluation['kl_per_token'])}")
+    if found := evaluation.get("chosen_logps"):
+        lines.append(
+            f"Log-likelihood of a held-out chosen answer: {found['after']:.2f} nats, before {found['before']:.2f}"
+        )
+    for name, found in (evaluation.get("sets") or {}).items():
+        if found["accuracy"]:
+            lines.append(f"Accuracy on {name}: {_interval(found['accuracy'])}")
+        if change := found.get("change"):
+            lines.append(f"  change from the published version {found['version']}: {_interval(change)}")
+    return lines
+
+
+def _interval(found: dict[str, Any]) -> str:
+    return f"{found['value']:.3f}, 95% interval {found['low']:.3f} to {found['high']:.3f} (n={found['n']})"
 
 
 def show_output(output: str) -> None:

@@ -184,6 +184,17 @@ Reward = Annotated[tuple[Source, ...], BeforeValidator(_as_sources), AfterValida
 """The sources, whose weighted sum is the reward: larger is better."""
 
 
+def named(reward: Reward) -> str:
+    """The sources in words, with their weights where these differ from 1."""
+    return " + ".join(f"{f'{s.weight:g} ' if s.weight != 1 else ''}{s.label}" for s in reward)
+
+
+def shared(one: Reward, other: Reward) -> list[str]:
+    """Labels of the sources of `one` that are sources of `other` too, whatever their names and weights."""
+    theirs = [source.identity() for source in other]
+    return [source.label for source in one if source.identity() in theirs]
+
+
 def compares(reward: Reward) -> bool:
     """Whether the reward is nothing but a judge's comparisons, so that a score is a share of wins."""
     return (

@@ -479,6 +479,10 @@ class Train(Section):
         return self
 
 
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+"""How a set of held-out pairs is called."""
+
+
 class WinRate(Section):
     sampling: Sampling = Sampling()
     """How completions are drawn from the base and from the tuned model."""
@@ -489,6 +493,9 @@ class WinRate(Section):
 
 
 class Evaluate(Section):
+    sets: dict[SetName, Paths] = Field(default_factory=dict)
+    """Further held-out preference data by names of your own, such as the files of RewardBench: on each the accuracy is
+    measured. Named like data.train; read by their own columns (prompt, chosen, rejected and so on)."""
     win_rate: WinRate | None = None
     """Tuned against base on held-out prompts; left out: not measured."""
 
@@ -509,6 +516,11 @@ class Gate(Section):
     length_ratio_within: tuple[float, float] | None = None
     """Tokens of sampled answers for each token of the base model's: the interval must lie within these two; null: not
     required."""
+
+    no_regression: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default_factory=dict)
+    """Set → by how much its accuracy may be below that of the model that is published now: the lower end of the
+    interval of the change must lie above minus this. A set of evaluate.sets, or held_out, the run's own. Where nothing
+    is published yet the condition holds."""
 
     @property
     def asks_for_samples(self) -> list[str]:
@@ -581,6 +593,14 @@ class Config(Section):
             raise ValueError(
                 f"generate.models names {others[0]}, but with iterate the policy of each round samples: leave its "
                 "`path` out, or leave iterate out"
+            )
+        known = ["held_out", *self.evaluate.sets]
+        if len(set(known)) < len(known):
+            raise ValueError("evaluate.sets names a set held_out, which is the run's own: call it otherwise")
+        if unknown := [name for name in self.publish.gate.no_regression if name not in known]:
+            raise ValueError(
+                f"publish.gate.no_regression names the set {unknown[0]}, which is not known ({', '.join(known)}): add "
+                "it to evaluate.sets"
             )
         if self.evaluate.win_rate is None and (asked := self.publish.gate.asks_for_samples):
             raise ValueError(

@@ -29,6 +29,12 @@ def failed_conditions(gate: Gate, metrics: dict[str, Any]) -> list[str]:
         ("the fall of chosen answers' log-probs", fall, None, gate.chosen_drop_below, "chosen_drop_below"),
         ("length_ratio", drift.get("length_ratio"), *within, "length_ratio_within"),
     ]
+    sets = metrics.get("sets") or {}
+    for name, limit in gate.no_regression.items():
+        measured = sets.get(name, {})
+        if measured.get("version", "") is not None:  # else nothing is published that it could be worse than
+            label = f"the change of accuracy on {name} from the published version {measured.get('version')}"
+            conditions.append((label, measured.get("change"), -limit, None, f"no_regression.{name}"))
     return [said for condition in conditions for said in _failed(*condition)]
 
 

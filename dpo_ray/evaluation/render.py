@@ -6,6 +6,9 @@ from typing import Any
 
 import jinja2
 
+from dpo_ray.config import Config
+from dpo_ray.config.reward import named, shared
+
 
 def render(template: str, *, autoescape: bool = False, **values: Any) -> str:
     environment = jinja2.Environment(
@@ -17,10 +20,20 @@ def render(template: str, *, autoescape: bool = False, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
+def judged_by(config: Config) -> str:
+    """Who the win rate is by, and which of them made the pairs that were trained on: they are no independent judges."""
+    assert config.evaluate.win_rate is not None
+    judges = config.evaluate.win_rate.reward
+    trained_on = shared(judges, config.generate.reward) if config.generate is not None else []
+    note = f" ({', '.join(trained_on)} made the pairs, too)" if trained_on else ""
+    return f"judged by {named(judges)}{note}"
+
+
 def named_estimates(evaluation: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     names = {
         "accuracy": "preference accuracy",
         "win_rate": "win rate against the base model",
+        "greedy_win_rate": "win rate of greedy answers",
         "length_controlled_win_rate": "win rate at equal lengths",
         "kl_per_token": "KL from the base model, nats a token",
     }

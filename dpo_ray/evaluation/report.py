@@ -8,16 +8,19 @@ from typing import Any
 from markupsafe import Markup
 
 from dpo_ray.config import Config, dump_config
-from dpo_ray.evaluation.render import named_estimates, render
+from dpo_ray.evaluation.render import judged_by, named_estimates, render
 
 
 def html_report(config: Config, summary: dict[str, Any], history: list[dict[str, Any]]) -> str:
     """The report of a run, one page that needs nothing else."""
+    win_rate = config.evaluate.win_rate
     return render(
         "report.html",
         autoescape=True,
         summary=summary,
         estimates=named_estimates(summary.get("eval") or {}),
+        judged_by=judged_by(config) if win_rate is not None else None,
+        greedy=win_rate is not None and win_rate.sampling.include_greedy,
         data_shares=_data_shares(summary.get("data") or {}),
         figure=Markup(_figure(history)) if any("loss" in m for m in history) else None,
         config=dump_config(config),

@@ -25,7 +25,6 @@ from dpo_ray.shards.score import (
 )
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
-from dpo_ray.training.files import MODEL_FOLDER
 
 
 def score_reference(output: Location, config: Config, tokenized: Artifact) -> tuple[Artifact, bool]:
@@ -80,15 +79,21 @@ def _score(
     )
 
 
-def score_policy(output: Location, config: Config, policy: Artifact, rows: Artifact) -> tuple[Artifact, bool]:
-    """A trained policy's log-probs of the held-out pairs of a tokenized, reference or mismatched artifact."""
-    folder = (policy.location / MODEL_FOLDER).uri
-    model = Model(path=folder, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code)
+def score_policy(
+    output: Location, config: Config, policy: str, folder: Location, rows: Artifact
+) -> tuple[Artifact, bool]:
+    """A trained policy's log-probs of the held-out pairs of a tokenized, reference or mismatched artifact.
+
+    Args:
+        policy: fingerprint of its artifact, which is also its version where it was published.
+        folder: where its model lies, in either place.
+    """
+    model = Model(path=folder.uri, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code)
     return shard_stage(
         output,
         "policy_scores",
-        identity=policy_identity(policy.fingerprint, model.dtype),
-        inputs={"policy": policy.fingerprint, rows.manifest.kind: rows.fingerprint},
+        identity=policy_identity(policy, model.dtype),
+        inputs={"policy": policy, rows.manifest.kind: rows.fingerprint},
         tasks=shard_tasks(rows),
         pool=torch_pool(config, PolicyScoreShard, {"model": model}),
         unit="pairs",

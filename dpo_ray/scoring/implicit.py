@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from dpo_ray.config import ImplicitReward, Model
 from dpo_ray.data.chat import ChatTokenizer, parse_tools, require_chat_template
@@ -23,13 +24,13 @@ class ImplicitScorer:
 
     def __init__(self, source: ImplicitReward, reference: Model):
         policy = model_of(source)
-        folders = [ModelFolder.of(model) for model in (policy, reference)]
-        if folders[0].tokenizer_hash() != folders[1].tokenizer_hash():
+        tokenizer, other = (ModelFolder.of(model).tokenizer() for model in (policy, reference))
+        # Not by their files: a tokenizer that is loaded and saved again writes others.
+        if _writes(tokenizer) != _writes(other):
             raise ConfigError(
                 f"The policy {source.policy} and the reference {reference.path} have other tokenizers or chat "
                 "templates, so their log-probs are of other tokens. Name the model that the policy was trained from."
             )
-        tokenizer = folders[0].tokenizer()
         require_chat_template(tokenizer, source.policy)
         self._chat = ChatTokenizer(tokenizer, reference.template_arguments)
         self._source = source
@@ -58,3 +59,8 @@ class ImplicitScorer:
                 "reference are damaged, or dtype is too narrow: try float32."
             )
         return Scored(score, logps)
+
+
+def _writes(tokenizer: Any) -> tuple[dict[str, int], Any]:
+    """What a dialogue's tokens are made by: the vocabulary and the chat template."""
+    return tokenizer.get_vocab(), tokenizer.chat_template

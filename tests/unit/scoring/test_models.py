@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,15 @@ def test_the_implicit_reward_is_beta_times_the_log_ratio(tiny_model: Path, tuned
 
 def test_a_policy_that_is_its_reference_has_no_reward(tiny_model: Path):
     source = ImplicitReward(policy=str(tiny_model))
+    [[one]] = ImplicitScorer(source, reference_of(source, Model(path=str(tiny_model)))).score([row("Why?", "So.")])
+    assert one.score == 0.0
+
+
+def test_a_tokenizer_that_was_saved_again_is_the_same(tiny_model: Path, tmp_path: Path):
+    saved = shutil.copytree(tiny_model, tmp_path / "saved")
+    config = json.loads((saved / "tokenizer_config.json").read_text())
+    (saved / "tokenizer_config.json").write_text(json.dumps({**config, "local_files_only": True}))
+    source = ImplicitReward(policy=str(saved))
     [[one]] = ImplicitScorer(source, reference_of(source, Model(path=str(tiny_model)))).score([row("Why?", "So.")])
     assert one.score == 0.0
 

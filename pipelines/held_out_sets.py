@@ -1,0 +1,106 @@
+"""Named sets of held-out pairs, and on each the policy beside the model that is published now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dpo_ray.config import Columns, Config
+from dpo_ray.estimates import Estimate, bootstrap
+from dpo_ray.evaluation.held_out import held_out_pairs
+from dpo_ray.evaluation.margins import preference_accuracy
+from dpo_ray.on_ray.score import score_policy
+from dpo_ray.storage.artifact import Artifact
+from dpo_ray.storage.location import Location
+from dpo_ray.storage.published import latest, published_folder
+from dpo_ray.training.files import MODEL_FOLDER
+from pipelines.context import RunContext
+from pipelines.ingest import ingest_set
+from pipelines.reference import reference
+from pipelines.tokenize import tokenize
+
+HELD_OUT = "held_out"
+"""What the run's own held-out pairs are called among the sets."""
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """A set, and what the models give to it."""
+
+    rows: Artifact
+    scores: Artifact
+    published: Artifact | None
+    """The scores of the model that is published now; None where there is none, or nothing asks for it."""
+    version: str | None
+    """Of that model."""
+    eval_fraction: float
+    """Of the set's prompts, those that training was steered by: they do not count."""
+
+    def inputs(self, name: str) -> dict[str, str]:
+        """What an evaluation of the set depends on."""
+        found = {f"{name}/rows": self.rows, f"{name}/scores": self.scores, f"{name}/published": self.published}
+        return {key: artifact.fingerprint for key, artifact in found.items() if artifact is not None}
+
+
+def score_sets(context: RunContext, policy: Artifact, rows: Artifact, scores: Artifact) -> dict[str, ScoredSet]:
+    """The sets of evaluate.sets, and the run's own held-out pairs where the gate compares them.
+
+    Args:
+        rows, scores: of the run's own pairs, and what the policy gives to them.
+    """
+    gate, named = context.config.publish.gate.no_regression, context.config.evaluate.sets
+    found = {}
+    if HELD_OUT in gate:
+        version, published = _published(context, rows)
+        found[HELD_OUT] = ScoredSet(rows, scores, published, version, context.config.train.eval_fraction)
+    for name, paths in named.items():
+        mine = context.other(_of_set(context.config), f"set {name}")
+        tokenized = tokenize(mine, ingest_set(mine, f"evaluate.sets.{name}", paths), None)
+        of_set, _ = reference(mine, tokenized)
+        of_policy = score(mine, "score", policy.fingerprint, policy.location / MODEL_FOLDER, of_set)
+        version, published = _published(mine, of_set) if name in gate else (None, None)
+        found[name] = ScoredSet(of_set, of_policy, published, version, 1.0)
+    return found
+
+
+def measure_sets(config: Config, sets: dict[str, ScoredSet]) -> dict[str, Any]:
+    """Set → its `accuracy`; and, where there is a published model to compare with, that model's `version`, its
+    accuracy as `published`, and the `change` from it to the policy's on the same pairs.
+    """
+    measured = {}
+    for name, one in sets.items():
+        margins = held_out_pairs(config.train.loss, one.scores, one.rows, one.eval_fraction).margins
+        accuracy = preference_accuracy(margins)
+        measured[name] = {"accuracy": accuracy and accuracy.as_dict(), "version": one.version, "published": None}
+        if one.published is None or accuracy is None:
+            continue
+        before = held_out_pairs(config.train.loss, one.published, one.rows, one.eval_fraction).margins
+        of_published = preference_accuracy(before)
+        measured[name]["published"] = of_published and of_published.as_dict()
+        measured[name]["change"] = _mean((margins > 0).astype(float) - (before > 0)).as_dict()
+    return measured
+
+
+def _mean(values: np.ndarray) -> Estimate:
+    return bootstrap(lambda of: float(values[of].mean()), len(values))
+
+
+def _of_set(config: Config) -> Config:
+    """Its files are read by their own columns, whatever those of the training data are called."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"columns": Columns(), "layout": "auto"})})
+
+
+def _published(context: RunContext, rows: Artifact) -> tuple[str | None, Artifact | None]:
+    """The version that is the latest now, and its scores of these rows."""
+    folder = published_folder(context.output, context.config.run.name)
+    standing = latest(folder)
+    if standing is None:
+        return None, None
+    return standing.version, score(context, "score_published", standing.version, folder / standing.version, rows)
+
+
+def score(context: RunContext, stage: str, policy: str, folder: Location, rows: Artifact) -> Artifact:
+    """A policy's log-probs of held-out pairs. policy: its fingerprint; folder: where its model lies."""
+    return context.stage(stage, lambda: score_policy(context.output, context.config, policy, folder, rows))

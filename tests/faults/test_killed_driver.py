@@ -56,6 +56,8 @@ def command(output, demo_model) -> list[str]:
         "generate__prompts": str(prompts),
         "generate__prompts_per_shard": 6,
         "generate__sampling": sampling,
+        "generate__models": [],
+        "vllm__max_num_seqs": 24,  # a shard at a time
         "evaluate__win_rate__sampling": sampling,
         "reference__calibration_pairs": 4,
         "train__global_batch_size": 4,

@@ -135,7 +135,7 @@ def pairing(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, c
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Name a number."}\n')
 
     def run(*completions: str) -> Finished:
-        def drawn(context: Any, model: Any, sampling: Any, prompts: Artifact) -> tuple[Artifact, bool]:
+        def drawn(context: Any, model: Any, sampling: Any, asks: Any, prompts: Artifact) -> tuple[Artifact, bool]:
             row = {
                 "prompt_id": "00ff",
                 "split": "train",

@@ -56,8 +56,11 @@ def iterate(context: RunContext) -> None:
         best = _best(done)
         _record(context, done, best)
         if number > 1 and not improves(done[-1].win_rate, _best(done[:-1]).win_rate):
-            say(STAGE, f"round {number} does not improve the win rate beyond its interval: no further round")
-            break
+            stops = options.stop_early and number < options.rounds
+            said = ": no further round" if stops else ""
+            say(STAGE, f"round {number} does not improve the win rate beyond its interval{said}")
+            if stops:
+                break
     context.results["eval"] = {k: v for k, v in best.evaluation.manifest.metrics.items() if k != "samples"}
     context.results["samples"] = best.evaluation.manifest.metrics["samples"]
     publish(context, best.policy, best.evaluation)

@@ -117,8 +117,10 @@ def iterate_lines(config: Config) -> list[str]:
     reference = "the policy that it begins with" if options.reference == "current" else "the first model"
     replay = f", {options.replay:g} of its pairs from earlier rounds" if options.replay else ""
     return [
-        f"iterate: at most {options.rounds} rounds, each with {prompts} and with {reference} as reference{replay}; "
-        "until the win rate against the first model no longer improves beyond its interval",
+        f"iterate: {'at most ' * options.stop_early}{options.rounds} rounds, each with {prompts} and with {reference} "
+        f"as reference{replay}"
+        + "; until the win rate against the first model no longer improves beyond its interval"
+        * options.stop_early,
         *(f"  {line}" for line in plan_lines(config, "evaluate")),
         f"publish: {config.run.output}/models/{config.run.name}, the best round, if the gate holds",
     ]

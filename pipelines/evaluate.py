@@ -17,6 +17,7 @@ from dpo_ray.evaluation.drift import Answers, accuracy_by_length, chosen_change,
 from dpo_ray.evaluation.held_out import held_out_pairs
 from dpo_ray.evaluation.length_control import length_controlled_win_rate
 from dpo_ray.evaluation.margins import mean_wins, preference_accuracy, win_shares
+from dpo_ray.evaluation.tasks import beside, task_line
 from dpo_ray.on_ray.generate import merge_candidates
 from dpo_ray.on_ray.reward import score_candidates
 from dpo_ray.on_ray.score import score_policy
@@ -27,6 +28,7 @@ from dpo_ray.storage.location import Location
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
 from pipelines.generate import held_out_prompts, sample, score
+from pipelines.tasks import measure_both
 
 KIND = "evaluation"
 _SHOWN = 5
@@ -37,7 +39,8 @@ _MEASURES = 2
 def evaluate(
     context: RunContext, pairs: Artifact, rows: Artifact, calibration: Artifact | None, policy: Artifact
 ) -> Artifact:
-    """Measure the policy. The artifact's metrics hold `accuracy`, `margin`, `win_rate` and `samples`.
+    """Measure the policy. The artifact's metrics hold `accuracy`, `margin`, `win_rate` and `samples`; `tasks` too
+    where they are measured.
 
     Args:
         rows, calibration: what pipelines.reference made of the pairs.
@@ -45,7 +48,9 @@ def evaluate(
     scores = context.stage("score", lambda: score_policy(context.output, context.config, policy, rows))
     options = context.config.evaluate.win_rate
     drawn = _draw(context, options, pairs, policy) if options is not None else None
-    artifact = context.stage("evaluate", lambda: _evaluate(context, scores, rows, calibration, drawn))
+    tasks = context.config.evaluate.tasks
+    of_tasks = measure_both(context, tasks, policy) if tasks is not None else None
+    artifact = context.stage("evaluate", lambda: _evaluate(context, scores, rows, calibration, drawn, of_tasks))
     metrics = artifact.manifest.metrics
     context.results["eval"] = {k: v for k, v in metrics.items() if k != "samples"}
     context.results["samples"] = metrics["samples"]
@@ -96,6 +101,7 @@ def _evaluate(
     rows: Artifact,
     calibration: Artifact | None,
     drawn: _Drawn | None,
+    of_tasks: dict[str, Artifact] | None = None,
 ) -> tuple[Artifact, bool]:
     inputs = {"scores": scores.fingerprint, rows.manifest.kind: rows.fingerprint}
     if calibration is not None:
@@ -105,11 +111,17 @@ def _evaluate(
         inputs |= {"samples": drawn.candidates.fingerprint, "log_ratios": drawn.log_ratios.fingerprint}
         inputs |= {f"rewards/{name}": artifact.fingerprint for name, artifact in drawn.scores.items()}
         identity = {"reward": {source.label: source.weight for source in drawn.options.reward}}
+    if of_tasks is not None:
+        inputs |= {f"tasks/{side}": artifact.fingerprint for side, artifact in of_tasks.items()}
     identity |= {"eval_fraction": context.config.train.eval_fraction, "measures": _MEASURES}
 
     def measure(_: Location) -> Contents:
         metrics = _held_out(context.config, scores, rows, calibration)
-        return Contents(metrics=metrics if drawn is None else metrics | _compare(drawn))
+        if drawn is not None:
+            metrics |= _compare(drawn)
+        if of_tasks is not None:
+            metrics |= {"tasks": _tasks(context.config, of_tasks)}
+        return Contents(metrics=metrics)
 
     return make(context.output, KIND, identity, inputs, measure)
 
@@ -173,6 +185,14 @@ def _compare(drawn: _Drawn) -> dict[str, Any]:
             for row, _ in found[:_SHOWN]
         ],
     }
+
+
+def _tasks(config: Config, of_tasks: dict[str, Artifact]) -> list[dict[str, Any]]:
+    assert config.evaluate.tasks is not None
+    found = beside(_rows(of_tasks["base"]), _rows(of_tasks["tuned"]), config.evaluate.tasks.names)
+    for row in found:
+        say(KIND, task_line(row))
+    return found
 
 
 def _sides(samples: int) -> tuple[slice, slice]:

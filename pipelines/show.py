@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_ray.config import Config, Paths, Reward
 from dpo_ray.errors import ConfigError
+from dpo_ray.evaluation.tasks import task_line
 
 if TYPE_CHECKING:
     from pipelines import Stage
     from pipelines.context import RunContext
+
+
+_TASKS_SHOWN = 6
+"""Rows of benchmark tasks that the closing lines have at most; the report has all."""
 
 
 def _listed(paths: Paths) -> str:
@@ -25,7 +30,7 @@ def _named(reward: Reward) -> str:
 
 def plan_lines(config: Config, until: Stage) -> list[str]:
     """What a run would do, stage by stage."""
-    train, loss, win_rate = config.train, config.train.loss, config.evaluate.win_rate
+    train, loss, win_rate, tasks = config.train, config.train.loss, config.evaluate.win_rate, config.evaluate.tasks
     beta = getattr(loss, "beta", None)  # a few losses have none
     if config.generate is not None:
         generate = config.generate
@@ -69,7 +74,8 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
         (
             "evaluate",
             "held-out accuracy"
-            + (f" and win rate against the base model, judged by {_named(win_rate.reward)}" if win_rate else ""),
+            + (f" and win rate against the base model, judged by {_named(win_rate.reward)}" if win_rate else "")
+            + (f"; base and tuned model on {', '.join(tasks.names)}" if tasks else ""),
         ),
         ("publish", f"{config.run.output}/models/{config.run.name}, if the gate holds"),
     ]
@@ -129,6 +135,8 @@ def closing_lines(context: RunContext, summary: dict[str, Any], log: Path) -> li
                 f"{label}: {found['value']:.3f}, 95% interval {found['low']:.3f} to {found['high']:.3f} "
                 f"(n={found['n']})"
             )
+    if 0 < len(tasks := evaluation.get("tasks", [])) <= _TASKS_SHOWN:
+        lines += [task_line(row) for row in tasks]
     for found in summary.get("rounds", []):
         rate = found["win_rate"]
         lines.append(

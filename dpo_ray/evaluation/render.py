@@ -6,6 +6,8 @@ from typing import Any
 
 import jinja2
 
+from dpo_ray.evaluation.tasks import documents, with_stderr
+
 
 def render(template: str, *, autoescape: bool = False, **values: Any) -> str:
     environment = jinja2.Environment(
@@ -14,6 +16,7 @@ def render(template: str, *, autoescape: bool = False, **values: Any) -> str:
         undefined=jinja2.ChainableUndefined,
         keep_trailing_newline=True,
     )
+    environment.globals.update(with_stderr=with_stderr, documents=documents)
     return environment.get_template(template).render(**values)
 
 

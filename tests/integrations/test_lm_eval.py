@@ -190,7 +190,7 @@ def test_the_figures_of_both_models_are_those_that_the_harness_has_by_itself(job
 def test_what_a_person_sees_is_the_figures_and_nothing_of_the_harness(job, done):
     _, folder = job
     shown = done.lines("card_colours, acc:")
-    assert any(line.startswith("[evaluate]") for line in shown)  # while it runs
+    assert any(line.startswith("[evaluation]") for line in shown)  # while it runs
     assert any(line.startswith("card_colours, acc: base 0.") and "(± standard error, n=40)" in line for line in shown)
     for noise in ("lm_eval", "Running loglikelihood", "it/s]", "num_fewshot"):
         assert noise not in done.log

@@ -12,6 +12,10 @@ TRL_VENV ?= .venv-trl
 TRL_READY := $(TRL_VENV)/.ready
 TRL_PYTHON ?= $(TRL_VENV)/bin/python
 TRL_PIP := $(TRL_VENV)/bin/python $(PIP_OPTIONS)
+# The project with the libraries of extras that its own environment does without.
+LM_EVAL_VENV ?= .venv-lm-eval
+LM_EVAL_READY := $(LM_EVAL_VENV)/.ready
+LM_EVAL_PIP := $(LM_EVAL_VENV)/bin/python $(PIP_OPTIONS)
 # Further arguments of benchmarks.speed.
 BENCH ?=
 # Processes of pytest that run side by side, each a file of tests at a time. Most of them wait for Ray; memory bounds them.
@@ -25,7 +29,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-r
 MEASURED := $(CURDIR)/.coverage-data
 COVERED := DPO_RAY_COVERAGE=$(MEASURED)/.coverage PYTHONPATH=$(CURDIR)/tests/every_process$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test chaos lint style types tests env bench clean
+.PHONY: demo test test-integrations chaos lint style types tests env bench clean
 
 # PyTorch's CPU build into the environment whose pip is $(1): from where pip looks, or else from PyTorch's own index.
 define install_torch
@@ -44,6 +48,9 @@ test: $(READY) style
 
 tests: $(READY)
 	$(COVERED) $(PYTEST)
+
+test-integrations: $(LM_EVAL_READY)
+	$(LM_EVAL_VENV)/bin/python -m pytest -m integration tests/integrations
 
 # The same faults again and again, and many more examples: for a machine that has the time.
 chaos: $(READY)
@@ -64,8 +71,13 @@ env: $(READY)
 bench: $(READY) $(if $(filter $(TRL_VENV)/bin/python,$(TRL_PYTHON)),$(TRL_READY))
 	$(BIN)/python -m benchmarks.speed --trl-python $(TRL_PYTHON) $(BENCH)
 
+# Refuses a Python that is not supported.
+define require_python
+@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} is not supported: name one from 3.11 to 3.13, as in: make PYTHON=python3.11 $(1)")'
+endef
+
 $(READY): requirements-cpu.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} is not supported: name one from 3.11 to 3.13, as in: make PYTHON=python3.11 env")'
+	$(call require_python,env)
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing PyTorch (CPU build), then the pinned packages: a few minutes the first time."
 	$(call install_torch,$(PIP),env)
@@ -81,5 +93,15 @@ $(TRL_READY): benchmarks/requirements-trl.txt | $(READY)
 	$(TRL_PIP) install --no-deps -r benchmarks/requirements-trl.txt
 	touch $(TRL_READY)
 
+$(LM_EVAL_READY): requirements-cpu.txt requirements-lm-eval.txt pyproject.toml
+	$(call require_python,test-integrations)
+	$(PYTHON) -m venv $(LM_EVAL_VENV)
+	@echo "Installing PyTorch (CPU build), the project's pinned packages, then lm-evaluation-harness: some minutes the first time."
+	$(call install_torch,$(LM_EVAL_PIP),test-integrations)
+	$(LM_EVAL_PIP) install --no-deps -r requirements-cpu.txt
+	$(LM_EVAL_PIP) install --no-deps -r requirements-lm-eval.txt
+	$(LM_EVAL_PIP) install --no-deps --no-build-isolation --editable .
+	touch $(LM_EVAL_READY)
+
 clean:
-	rm -rf $(VENV) $(TRL_VENV) $(MEASURED) .coverage .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(TRL_VENV) $(LM_EVAL_VENV) $(MEASURED) .coverage .pytest_cache .ruff_cache .mypy_cache

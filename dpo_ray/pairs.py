@@ -117,6 +117,21 @@ REWARDS = pa.schema(
 )
 """What a source gives to the completions of a row of candidates, one entry for each."""
 
+TASK_MEASURES = pa.schema(
+    [
+        ("asked", pa.string()),
+        ("task", pa.string()),
+        ("num_fewshot", pa.int64()),
+        ("metric", pa.string()),
+        ("higher_is_better", pa.bool_()),
+        ("value", pa.float64()),
+        ("stderr", pa.float64()),
+        ("n", pa.int64()),
+    ]
+)
+"""What a model measures on a benchmark task: a row for each metric of the task that was asked for, or of each of those
+that it stands for. Null: where lm-evaluation-harness tells none."""
+
 PAIRS = pa.schema(
     [
         ("pair_id", pa.string()),

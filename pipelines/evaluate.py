@@ -17,6 +17,7 @@ from dpo_ray.evaluation.comparison import Answered, compare
 from dpo_ray.evaluation.drift import accuracy_by_length, chosen_change
 from dpo_ray.evaluation.held_out import held_out_pairs
 from dpo_ray.evaluation.margins import preference_accuracy
+from dpo_ray.evaluation.tasks import beside, task_line
 from dpo_ray.on_ray.generate import merge_candidates
 from dpo_ray.on_ray.reward import score_candidates
 from dpo_ray.progress import say
@@ -28,6 +29,7 @@ from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
 from pipelines.generate import held_out_prompts, sample, score_by
 from pipelines.held_out_sets import ScoredSet, measure_sets, score, score_sets
+from pipelines.tasks import measure_both
 
 KIND = "evaluation"
 _MEASURES = 4
@@ -37,7 +39,8 @@ _MEASURES = 4
 def evaluate(
     context: RunContext, pairs: Artifact, rows: Artifact, calibration: Artifact | None, policy: Artifact
 ) -> Artifact:
-    """Measure the policy. The artifact's metrics hold `accuracy`, `margin`, `win_rate` and `samples`.
+    """Measure the policy. The artifact's metrics hold `accuracy`, `margin`, `win_rate` and `samples`; `tasks` too
+    where they are measured.
 
     Args:
         rows, calibration: what pipelines.reference made of the pairs.
@@ -46,7 +49,9 @@ def evaluate(
     sets = score_sets(context, policy, rows, scores)
     options = context.config.evaluate.win_rate
     drawn = _draw(context, options, pairs, policy) if options is not None else None
-    artifact = context.stage("evaluate", lambda: _evaluate(context, scores, rows, calibration, sets, drawn))
+    tasks = context.config.evaluate.tasks
+    of_tasks = measure_both(context, tasks, policy) if tasks is not None else None
+    artifact = context.stage("evaluate", lambda: _evaluate(context, scores, rows, calibration, sets, drawn, of_tasks))
     metrics = artifact.manifest.metrics
     context.results["eval"] = {k: v for k, v in metrics.items() if k != "samples"}
     context.results["samples"] = metrics["samples"]
@@ -101,6 +106,7 @@ def _evaluate(
     calibration: Artifact | None,
     sets: dict[str, ScoredSet],
     drawn: _Drawn | None,
+    of_tasks: dict[str, Artifact] | None = None,
 ) -> tuple[Artifact, bool]:
     inputs = {"scores": scores.fingerprint, rows.manifest.kind: rows.fingerprint}
     if calibration is not None:
@@ -112,12 +118,18 @@ def _evaluate(
         identity = {"reward": {source.label: source.weight for source in drawn.options.reward}}
     for name, one in sets.items():
         inputs |= one.inputs(name)
+    if of_tasks is not None:
+        inputs |= {f"tasks/{side}": artifact.fingerprint for side, artifact in of_tasks.items()}
     identity |= {"eval_fraction": context.config.train.eval_fraction, "measures": _MEASURES}
 
     def measure(_: Location) -> Contents:
         metrics = _held_out(context.config, scores, rows, calibration)
         metrics["sets"] = measure_sets(context.config, sets)
-        return Contents(metrics=metrics if drawn is None else metrics | _compare(drawn))
+        if drawn is not None:
+            metrics |= _compare(drawn)
+        if of_tasks is not None:
+            metrics |= {"tasks": _tasks(context.config, of_tasks)}
+        return Contents(metrics=metrics)
 
     return make(context.output, KIND, identity, inputs, measure)
 
@@ -154,6 +166,14 @@ def _compare(drawn: _Drawn) -> dict[str, Any]:
     for name, label in (("win_rate", "win rate"), ("greedy_win_rate", "win rate of greedy answers")):
         if (rate := found[name]) is not None:
             say(KIND, f"{label} against the base model {Estimate(**rate)}")
+    return found
+
+
+def _tasks(config: Config, of_tasks: dict[str, Artifact]) -> list[dict[str, Any]]:
+    assert config.evaluate.tasks is not None
+    found = beside(_rows(of_tasks["base"]), _rows(of_tasks["tuned"]), config.evaluate.tasks.names)
+    for row in found:
+        say(KIND, task_line(row))
     return found
 
 

@@ -16,6 +16,10 @@ def preflight(config: Config, until: Stage = "publish") -> None:
         check_inputs(config)
     if until != "ingest":
         require_model(config)
+    if config.evaluate.tasks is not None and STAGES.index(until) >= STAGES.index("evaluate"):
+        from dpo_ray.scoring.task_source import require_tasks
+
+        require_tasks(config.evaluate.tasks)
 
 
 def require_consistent(config: Config, until: Stage) -> None:

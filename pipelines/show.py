@@ -10,6 +10,7 @@ from dpo_ray.config import Config, Paths
 from dpo_ray.config.reward import named
 from dpo_ray.errors import ConfigError
 from dpo_ray.evaluation.render import judged_by
+from dpo_ray.evaluation.tasks import task_line
 
 if TYPE_CHECKING:
     from pipelines import Stage
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 4
 """Prompts whose answers the terminal shows; the report has more."""
+_TASKS_SHOWN = 6
+"""Rows of benchmark tasks that the closing lines have at most; the report has all."""
 
 
 def _listed(paths: Paths) -> str:
@@ -26,7 +29,7 @@ def _listed(paths: Paths) -> str:
 
 def plan_lines(config: Config, until: Stage) -> list[str]:
     """What a run would do, stage by stage."""
-    train, loss, win_rate = config.train, config.train.loss, config.evaluate.win_rate
+    train, loss, win_rate, tasks = config.train, config.train.loss, config.evaluate.win_rate, config.evaluate.tasks
     beta = getattr(loss, "beta", None)  # a few losses have none
     if config.generate is not None:
         generate = config.generate
@@ -74,7 +77,8 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
         (
             "evaluate",
             "held-out accuracy"
-            + (f" and win rate against the base model, judged by {named(win_rate.reward)}" if win_rate else ""),
+            + (f" and win rate against the base model, judged by {named(win_rate.reward)}" if win_rate else "")
+            + (f"; base and tuned model on {', '.join(tasks.names)}" if tasks else ""),
         ),
         ("publish", f"{config.run.output}/models/{config.run.name}, if the gate holds"),
     ]
@@ -171,6 +175,8 @@ def _measured(config: Config, evaluation: dict[str, Any]) -> list[str]:
         lines.append(
             f"Log-likelihood of a held-out chosen answer: {found['after']:.2f} nats, before {found['before']:.2f}"
         )
+    if 0 < len(tasks := evaluation.get("tasks", [])) <= _TASKS_SHOWN:
+        lines += [task_line(row) for row in tasks]
     for name, found in (evaluation.get("sets") or {}).items():
         if found["accuracy"]:
             lines.append(f"Accuracy on {name}: {_interval(found['accuracy'])}")

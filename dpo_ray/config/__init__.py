@@ -28,6 +28,7 @@ from dpo_ray.config.tree import (
     Run,
     SampledModel,
     Sampling,
+    Tasks,
     Train,
     WinRate,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "SampledModel",
     "Sampling",
     "Source",
+    "Tasks",
     "Train",
     "Tune",
     "WinRate",

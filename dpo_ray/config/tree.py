@@ -6,6 +6,7 @@ A default stands here and nowhere else.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -492,12 +493,35 @@ class WinRate(Section):
     """At most so many held-out prompts, the first by prompt id."""
 
 
+class Tasks(Section):
+    """Benchmark tasks of lm-evaluation-harness (the extra `tasks`)."""
+
+    names: tuple[str, ...] = Field(min_length=1)
+    """Its tasks, tags and groups, as `lm-eval ls tasks` lists them, or those of include_path."""
+    include_path: str | None = None
+    """A folder with task files (YAML) of your own, seen by every node; null: the library's tasks alone."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Examples before each question; null: each task's own number. A task whose own is 0 keeps it."""
+    limit: int | None = Field(None, ge=1)
+    """Only the first so many documents of a task, or of each task of a group; null: all."""
+    batch_size: int = Field(8, ge=1)
+    """Sequences that the model computes at once."""
+
+    @model_validator(mode="after")
+    def _once(self) -> Tasks:
+        if twice := [name for name, count in Counter(self.names).items() if count > 1]:
+            raise ValueError(f"evaluate.tasks.names has {twice[0]} twice: name each task once")
+        return self
+
+
 class Evaluate(Section):
     sets: dict[SetName, Paths] = Field(default_factory=dict)
     """Further held-out preference data by names of your own, such as the files of RewardBench: on each the accuracy is
     measured. Named like data.train; read by their own columns (prompt, chosen, rejected and so on)."""
     win_rate: WinRate | None = None
     """Tuned against base on held-out prompts; left out: not measured."""
+    tasks: Tasks | None = None
+    """Base and tuned model on benchmark tasks; left out: not measured."""
 
 
 class Gate(Section):

@@ -10,4 +10,11 @@ from dpo_ray.evaluation.render import named_estimates, render
 
 def model_card(config: Config, run_id: str, train: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """The README.md of a published model."""
-    return render("model_card.md", config=config, run_id=run_id, train=train, estimates=named_estimates(evaluation))
+    return render(
+        "model_card.md",
+        config=config,
+        run_id=run_id,
+        train=train,
+        estimates=named_estimates(evaluation),
+        tasks=evaluation.get("tasks"),
+    )

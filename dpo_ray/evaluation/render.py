@@ -8,6 +8,7 @@ import jinja2
 
 from dpo_ray.config import Config
 from dpo_ray.config.reward import named, shared
+from dpo_ray.evaluation.tasks import documents, with_stderr
 
 
 def render(template: str, *, autoescape: bool = False, **values: Any) -> str:
@@ -17,6 +18,7 @@ def render(template: str, *, autoescape: bool = False, **values: Any) -> str:
         undefined=jinja2.ChainableUndefined,
         keep_trailing_newline=True,
     )
+    environment.globals.update(with_stderr=with_stderr, documents=documents)
     return environment.get_template(template).render(**values)
 
 

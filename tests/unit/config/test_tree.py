@@ -361,3 +361,12 @@ def test_a_part_of_a_gpu_is_for_one_worker():
     for train in ({"gpus_per_worker": 0.5}, {"gpus_per_worker": 0.5, "use_gpu": True, "num_workers": 2}):
         with pytest.raises(ConfigError, match=r"train\.gpus_per_worker is 0\.5.*cannot share a GPU"):
             parse_config(tree(train=train))
+
+
+def test_benchmark_tasks_are_named_once_each():
+    tasks = parse_config(tree(evaluate={"tasks": {"names": ["arc_easy", "mmlu"]}})).evaluate.tasks
+    assert tasks is not None and tasks.names == ("arc_easy", "mmlu") and tasks.num_fewshot is tasks.limit is None
+    assert "arc_easy twice" in message(tree(evaluate={"tasks": {"names": ["arc_easy", "mmlu", "arc_easy"]}}))
+    assert "evaluate.tasks.names" in message(tree(evaluate={"tasks": {"names": []}}))
+    assert "evaluate.tasks.limit" in message(tree(evaluate={"tasks": {"names": ["mmlu"], "limit": 0}}))
+    assert "num_fewshot" in message(tree(evaluate={"tasks": {"names": ["mmlu"], "num_fewshots": 5}}))

@@ -53,6 +53,24 @@ DATA: dict[str, Any] = {
     "scripts": {"Latin": 40, "Han": 1},
     "reference_prefers_chosen": {"sum": {**ESTIMATE, "value": 0.625}, "mean": {**ESTIMATE, "value": 0.375}},
 }
+TASKS: list[dict[str, Any]] = [
+    {
+        "task": "arc_easy",
+        "num_fewshot": 25,
+        "metric": "acc_norm",
+        "higher_is_better": True,
+        "base": {"value": 0.5, "stderr": 0.0103, "n": 2376},
+        "tuned": {"value": 0.625, "stderr": 0.0099, "n": 2376},
+    },
+    {
+        "task": "<wikitext>",
+        "num_fewshot": None,
+        "metric": "bits_per_byte",
+        "higher_is_better": False,
+        "base": {"value": 1.25, "stderr": None, "n": 62},
+        "tuned": {"value": None, "stderr": None, "n": 0},
+    },
+]
 EMPTY: dict[str, Any] = {
     "run_id": "run-2",
     "exit_code": 3,
@@ -153,3 +171,22 @@ def test_the_card_of_a_loss_without_beta_names_none():
     orpo = parse_config({**tree, "train": {"loss": {"type": "orpo"}}})
     assert "orpo" in model_card(orpo, "run-1", train, {}) and "β" not in model_card(orpo, "run-1", train, {})
     assert "(β = 0.1," in model_card(parse_config(tree), "run-1", train, {})
+
+
+def test_benchmark_tasks_are_a_table_of_both_models(config: Config):
+    html = html_report(config, {**FULL, "eval": {**FULL["eval"], "tasks": TASKS}}, [])
+    section = html[html.index("<h2>Benchmark tasks</h2>") : html.index("<h2>Reference log-probs")]
+    assert "<td>arc_easy</td><td>25</td><td>acc_norm</td><td>higher is better</td>" in section
+    assert "<td>0.5000 ± 0.0103</td><td>0.6250 ± 0.0099</td><td>2376</td>" in section
+    assert "<td>&lt;wikitext&gt;</td><td></td><td>bits_per_byte</td><td>lower is better</td>" in section
+    assert "<td>1.2500</td><td>none</td><td>62 and 0</td>" in section
+    assert "Benchmark tasks" not in html_report(config, FULL, [])
+
+
+def test_the_card_has_benchmark_tasks_where_they_are_measured(config: Config):
+    train = {"first_step_loss": 0.693147, "final": {"loss": 0.51234}}
+    card = model_card(config, "run-1", train, {"accuracy": ESTIMATE, "tasks": TASKS})
+    assert "| preference accuracy | 0.750 | 0.509 to 0.894 | 16 |\n\n| benchmark task" in card
+    assert "| arc_easy | acc_norm | 25 | 0.5000 ± 0.0103 | 0.6250 ± 0.0099 | 2376 |\n" in card
+    assert "62 and 0 |\n\nLoss: 0.6931" in card
+    assert "benchmark" not in model_card(config, "run-1", train, {"accuracy": ESTIMATE})

@@ -134,7 +134,7 @@ def test_a_win_rate_is_measured_again(context: RunContext, tmp_path: Path, edit:
     def measured() -> tuple[float, float, bool]:
         scored = judged(merged, tmp_path / "rewards")
         drawn = _Drawn(merged, {"score": scored}, scored, options)
-        made, reused = _evaluate(context, scores, rows, None, drawn)
+        made, reused = _evaluate(context, scores, rows, None, {}, drawn)
         metrics = made.manifest.metrics
         return metrics["win_rate"]["value"], metrics["mean_reward"]["tuned"], reused
 

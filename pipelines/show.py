@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 from dpo_ray.config import Config, Paths
 from dpo_ray.config.reward import named
 from dpo_ray.errors import ConfigError
-from dpo_ray.evaluation.render import judged_by
-from dpo_ray.evaluation.tasks import task_line
 
 if TYPE_CHECKING:
     from pipelines import Stage
@@ -157,6 +155,10 @@ def closing_lines(context: RunContext, summary: dict[str, Any], log: Path) -> li
 
 def _measured(config: Config, evaluation: dict[str, Any]) -> list[str]:
     """What an evaluation tells, a line each."""
+    # Not above: a plan is shown without what draws reports.
+    from dpo_ray.evaluation.render import judged_by
+    from dpo_ray.evaluation.tasks import task_line
+
     lines = []
     if found := evaluation.get("accuracy"):
         lines.append(f"Held-out accuracy: {_interval(found)}")

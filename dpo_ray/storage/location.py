@@ -106,9 +106,17 @@ class Location:
         """The whole of a file. Raises FileNotFoundError."""
         fs, path = self.filesystem()
         with self.asked():
-            for _ in range(_READS):
-                with fs.open_input_file(path) as file:
-                    data: bytes = file.read()
+            for attempt in range(1, _READS + 1):
+                try:
+                    with fs.open_input_file(path) as file:
+                        data: bytes = file.read()
+                except FileNotFoundError:
+                    raise
+                except OSError:
+                    # A server may break off a response whose object is replaced meanwhile.
+                    if self.is_local or attempt == _READS:
+                        raise
+                    continue
                 # An object that is replaced between the request for its size and that for its bytes comes cut off.
                 if self.is_local or len(data) == self.size():
                     return data

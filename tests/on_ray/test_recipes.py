@@ -172,17 +172,17 @@ def _answers(address: str) -> bool:
 def test_a_recipe_with_a_judge_behind_a_server(run, demo_model, tmp_path):
     with served(demo_model, tmp_path / "server.log") as address:
         judge = {
-            "type": "judge", "name": "judge", "endpoint": {"base_url": address, "model": "judge"}, "max_tokens": 64,
+            "type": "judge", "name": "judge", "endpoint": {"base_url": address, "model": "judge"}, "max_tokens": 48,
             "attempts": 2,
         }  # fmt: skip
         rule = {"function": "dpo_ray.rewards:length_window", "arguments": {"at_most": 4}, "weight": 0.1}
-        done, output = run("judge_cpu", generate__reward=[judge, rule])
+        few = {**SAMPLING, "samples": 2}  # two questions a prompt, for the judge takes its time
+        done, output = run("judge_cpu", generate__reward=[judge, rule], generate__sampling=few)
     assert done.code == 0, done.log
     scored = summary_of(output)["stages"]["reward: judge"]
     shares = scores(output, "judge")
-    # Three answers to a prompt are three comparisons; each answer is in two of them, and may win, lose or tie.
-    assert shares and all(4 * share == int(4 * share) and 0 <= share <= 1 for of_row in shares for share in of_row)
-    assert all(sum(of_row) == pytest.approx(1.5) for of_row in shares)
+    # Two answers to a prompt are one comparison, which one wins and the other loses, or a tie.
+    assert shares and all(sorted(of_row) in ([0.0, 1.0], [0.5, 0.5]) for of_row in shares)
     assert scored["rows"]["kept"] == len(shares)
     assert Path(summary_of(output)["published"]).is_dir()
 

@@ -21,6 +21,11 @@ METRICS = {
     "kl_per_token": estimate(0.01, 0.02, 0.03),
     "chosen_logps": {"before": -20.0, "after": -22.0, "change": estimate(-2.5, -2.0, -1.5)},
     "drift": {"length_ratio": estimate(0.9, 1.1, 1.3)},
+    "sets": {
+        "bench": {"version": "v1", "change": estimate(-0.03, 0.0, 0.03)},
+        "first": {"version": None},
+        "undefined": {"version": "v1"},
+    },
 }
 
 
@@ -44,6 +49,12 @@ METRICS = {
         ({"length_ratio_within": [0.9, 1.4]}, "length_ratio is 1.100 with a 95% interval from 0.900 to 1.300 "
          "(n=40), and publish.gate.length_ratio_within asks for above 0.9 and below 1.4"),
         ({"length_ratio_within": [0.8, 1.2]}, "asks for above 0.8 and below 1.2"),
+        ({"no_regression": {"bench": 0.031, "first": 0.01}}, None),
+        ({"no_regression": {"bench": 0.03}}, "the change of accuracy on bench from the published version v1 is 0.000 "
+         "with a 95% interval from -0.030 to 0.030 (n=40), and publish.gate.no_regression.bench asks for above -0.03"),
+        ({"no_regression": {"undefined": 0.5}}, "the change of accuracy on undefined from the published version v1 is "
+         "undefined"),
+        ({"no_regression": {"other": 0.5}}, "the change of accuracy on other"),
     ],
 )  # fmt: skip
 def test_a_condition_holds_where_the_whole_interval_does(gate: dict[str, Any], failed: str | None):
@@ -68,7 +79,7 @@ def test_every_condition_that_fails_is_named():
 def test_every_option_of_the_gate_is_a_condition():
     strict = {
         "accuracy_above": 0.99, "win_rate_above": 0.99, "length_controlled_win_rate_above": 0.99, "kl_below": 1e-6,
-        "chosen_drop_below": 1e-6, "length_ratio_within": (1.0, 1.01),
+        "chosen_drop_below": 1e-6, "length_ratio_within": (1.0, 1.01), "no_regression": {"bench": 0.01},
     }  # fmt: skip
     assert set(strict) == set(Gate.model_fields)
     assert len(failed_conditions(Gate(**strict), METRICS)) == len(strict)

@@ -54,14 +54,14 @@ def test_the_evaluation_has_both_models_and_is_made_again_for_other_figures(cont
 
     def evaluated(tuned: dict[str, float], name: str) -> tuple[list[Any], bool]:
         of_tasks = {"base": base, "tuned": measured(tmp_path, name, tuned)}
-        made, reused = _evaluate(context, scores, rows, None, None, of_tasks)
+        made, reused = _evaluate(context, scores, rows, None, {}, None, of_tasks)
         return [(t["task"], t["base"]["value"], t["tuned"]["value"]) for t in made.manifest.metrics["tasks"]], reused
 
     first = [("colours", 0.5, 0.75), ("sums", 0.25, 0.125)]
     assert evaluated({"colours": 0.75, "sums": 0.125}, "first") == (first, False)
     assert evaluated({"colours": 0.75, "sums": 0.125}, "first") == (first, True)
     assert evaluated({"colours": 0.5, "sums": 0.5}, "second") == ([("colours", 0.5, 0.5), ("sums", 0.25, 0.5)], False)
-    without, _ = _evaluate(context, scores, rows, None, None)
+    without, _ = _evaluate(context, scores, rows, None, {}, None)
     assert "tasks" not in without.manifest.metrics
 
 

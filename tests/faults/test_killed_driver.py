@@ -57,6 +57,8 @@ def command(output, demo_model) -> list[str]:
         "generate__prompts_per_shard": 6,
         "generate__sampling": sampling,
         "generate__models": [],
+        "generate__reward": "dpo_ray.rewards:likely",  # of any two answers it prefers one, however few tokens they have
+        "generate__pairing": {"min_score_gap": 1e-6},
         "vllm__max_num_seqs": 24,  # a shard at a time
         "evaluate__win_rate__sampling": sampling,
         "reference__calibration_pairs": 4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,18 +25,23 @@ pytestmark = [
     pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed: make test-integrations has it"),
 ]
 
-DOCUMENTS = 40
-COLOURS = ("red", "green", "blue", "white")
+DOCUMENTS = 120
+COLOURS = (
+    *("red", "green", "blue", "white", "black", "yellow", "orange", "purple", "brown", "pink", "grey", "gold"),
+    *("silver", "violet", "crimson", "olive", "navy", "teal", "beige", "ivory"),
+)
 
 
 def write_tasks(folder: Path) -> Path:
     """A folder with a task of each kind: choices, answers that the model writes, texts; and a tag and groups."""
     folder.mkdir()
     with (folder / "colours.jsonl").open("w") as file:
+        draw = random.Random(0)
         for n in range(DOCUMENTS):
-            answer = n % len(COLOURS)
-            row = {"question": f"Which colour has card {n}?", "choices": COLOURS, "label": answer}
-            file.write(json.dumps({**row, "answer": COLOURS[answer]}) + "\n")
+            # Other choices each time: a model that always favours the same words is not right equally often by chance.
+            choices, label = draw.sample(COLOURS, 4), draw.randrange(4)
+            row = {"question": f"Which colour has card {n}?", "choices": choices, "label": label}
+            file.write(json.dumps({**row, "answer": choices[label]}) + "\n")
     common = {
         "tag": "card_tasks",
         "dataset_path": "json",
@@ -144,19 +150,21 @@ import json, sys
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-model, folder, shots, names = sys.argv[1:]
+model, folder, shots, names, template = sys.argv[1:]
 found = simple_evaluate(
     model="hf", model_args={"pretrained": model, "dtype": "float32"}, tasks=names.split(","), batch_size=8,
-    num_fewshot=int(shots), device="cpu", apply_chat_template=True, fewshot_as_multiturn=True,
-    task_manager=TaskManager(include_path=folder),
+    num_fewshot=int(shots), device="cpu", apply_chat_template=template == "True",
+    fewshot_as_multiturn=template == "True", task_manager=TaskManager(include_path=folder),
 )
 print("RESULTS", json.dumps(found["results"]))
 """
 
 
-def by_itself(model: str | Path, folder: Path, shots: int, names: list[str]) -> dict[str, dict[str, Any]]:
+def by_itself(
+    model: str | Path, folder: Path, shots: int, names: list[str], template: bool = True
+) -> dict[str, dict[str, Any]]:
     """What the harness tells in a process that has nothing of ours."""
-    command = [sys.executable, "-c", BY_ITSELF, str(model), str(folder), str(shots), ",".join(names)]
+    command = [sys.executable, "-c", BY_ITSELF, str(model), str(folder), str(shots), ",".join(names), str(template)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
     assert done.returncode == 0, done.stderr
     [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULTS ")]
@@ -185,13 +193,15 @@ def test_the_figures_of_both_models_are_those_that_the_harness_has_by_itself(job
             assert figures["n"] == DOCUMENTS and row["num_fewshot"] == 2
     assert rows[0]["base"]["stderr"] > 0 and rows[3]["base"]["stderr"] is None
     assert rows[3]["base"]["value"] != pytest.approx(rows[3]["tuned"]["value"], rel=1e-3), "training moves it"
+    plain = by_itself(tiny_model, folder / "tasks", 2, ["card_colours"], template=False)["card_colours"]
+    assert plain["acc,none"] != rows[0]["base"]["value"], "the chat template shows in the figures"
 
 
 def test_what_a_person_sees_is_the_figures_and_nothing_of_the_harness(job, done):
     _, folder = job
     shown = done.lines("card_colours, acc:")
     assert any(line.startswith("[evaluation]") for line in shown)  # while it runs
-    assert any(line.startswith("card_colours, acc: base 0.") and "(± standard error, n=40)" in line for line in shown)
+    assert any(line.startswith("card_colours, acc: base 0.") and "(± standard error, n=120)" in line for line in shown)
     for noise in ("lm_eval", "Running loglikelihood", "it/s]", "num_fewshot"):
         assert noise not in done.log
     [run] = (folder / "out" / "runs").iterdir()

@@ -47,7 +47,7 @@ BREAKS = line_of('return json.loads(source["file"])')
 
 def failure_of(worker: ShardWorker) -> Exception:
     batch = pa.table({"task": [pickle.dumps(("x.parquet", {"file": "{"}))]})
-    [row] = worker(batch).to_pylist()
+    [row] = [row for table in worker(batch) for row in table.to_pylist()]
     assert row["name"] == "x.parquet"
     return pickle.loads(row["failure"])
 

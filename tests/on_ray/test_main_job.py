@@ -128,7 +128,7 @@ def test_a_gate_that_does_not_hold_publishes_nothing_and_exits_4(first_run, job,
     done = run(by=one_ray, publish__gate__accuracy_above=0.999, run__name="never")
     assert done.code == 4
     paragraph = done.log.strip().splitlines()[-1]
-    assert paragraph.startswith("GateFailed") and "publish.gate.accuracy_above=0.999" in paragraph
+    assert paragraph.startswith("GateFailed") and "publish.gate.accuracy_above asks for above 0.999" in paragraph
     assert summary_of(folder / "out")["published"] is None
     assert not (folder / "out" / "models" / "never").exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -140,9 +141,7 @@ def test_a_recipe_with_a_reward_model(run, reward_model):
 @contextlib.contextmanager
 def served(folder: Path, log: Path) -> Iterator[str]:
     """The address of a model behind `vllm serve`, on loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     # What `vllm serve` runs; that command itself asks for a package named vllm, and the CPU build has another name.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", "judge", "--port", str(port)]
@@ -159,6 +158,15 @@ def served(folder: Path, log: Path) -> Iterator[str]:
         finally:
             server.terminate()
             server.wait(120)
+
+
+def _free_port() -> int:
+    """One that nobody is given who asks for any, as Ray does, while the server starts."""
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def _answers(address: str) -> bool:

@@ -110,7 +110,8 @@ def test_vllms_reference_agrees_with_the_trainers_forward(logs, output):
 
 def test_a_run_says_its_own_lines_and_the_rest_to_its_log(logs, output):
     during, _, closing = logs["finished"].log.partition("\n\n")
-    assert all(re.match(r"\[[a-z_]+\] ", line) for line in during.splitlines()), during
+    # A machine whose disk is nearly full is told so, and may be.
+    assert all(re.match(r"\[[a-z_]+\] |\(raylet\).* is over 95% full", line) for line in during.splitlines()), during
     assert not [noise for noise in NOISE if noise in logs["finished"].log]
     log = output / "runs" / summary_of(output)["run_id"] / LOG
     assert f"Log:     {log}" in closing

@@ -16,7 +16,7 @@ from tests.command_line import CONFIGS, DPO_RAY, LONGEST, dpo_ray, overrides, su
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm]
 
-ROUNDS = 3
+ROUNDS = 2
 RULE = [{"function": "dpo_ray.rewards:length_window", "arguments": {"at_most": 4, "unit": "words"}}]
 SAMPLING = {"samples": 4, "max_tokens": 12, "dtype": "float32"}
 

@@ -91,5 +91,5 @@ def test_pairs_say_what_made_them(done, rounds):
             for row in pq.read_table(file).to_pylist():
                 lineage = json.loads(row["lineage"])
                 assert lineage["chosen"]["scores"]["length_window"] > lineage["rejected"]["scores"]["length_window"]
-                assert len(lineage["chosen"]["model"]) == 16 and lineage["sampling"]["sampling"]["samples"] == 4
+                assert len(lineage["chosen"]["model"]) == 16 and lineage["sampling"]["asks"][0]["samples"] == 4
                 assert (Path(rounds[1]) / "artifacts/candidates" / lineage["candidates"] / "manifest.json").exists()

@@ -1,4 +1,4 @@
-"""Held-out accuracy and margin of the tuned policy, and its win rate against the base model."""
+"""Held-out accuracy and margin of the tuned policy, and its win rate against the base model or another one."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Completions of base and tuned model, and what the judges give to them."""
+    """Completions of the tuned model and of the one that it is compared with, and what the judges give to them."""
 
     candidates: Artifact
-    """Of each prompt those of the base model, sampling.samples of them, and then as many of the tuned one."""
+    """Of each prompt those of the other model, sampling.samples of them, and then as many of the tuned one."""
     scores: dict[str, Artifact]
     log_ratios: Artifact
     """What the implicit reward of the tuned model, with beta 1, gives to its own: log π − log π_ref."""
@@ -86,9 +86,10 @@ def _draw(context: RunContext, options: WinRate, pairs: Artifact, policy: Artifa
     )
     prompts = held_out_prompts(context, pairs, options.max_prompts)
     asks = [Ask(options.sampling.samples)]
+    other = ("base", base_model) if options.against is None else ("other", options.against.model())
     of_models = [
         context.stage(f"sample_{side}", partial(sample, context, model, options.sampling, asks, prompts))
-        for side, model in (("base", base_model), ("tuned", tuned_model))
+        for side, model in (other, ("tuned", tuned_model))
     ]
     merged = context.stage("merge_samples", partial(merge_candidates, context.output, of_models))
     scores = score_by(context, "judge", options.reward, merged, options.sampling.samples)
@@ -116,6 +117,8 @@ def _evaluate(
         inputs |= {"samples": drawn.candidates.fingerprint, "log_ratios": drawn.log_ratios.fingerprint}
         inputs |= {f"rewards/{name}": artifact.fingerprint for name, artifact in drawn.scores.items()}
         identity = {"reward": {source.label: source.weight for source in drawn.options.reward}}
+        if drawn.options.against is not None:
+            identity["against"] = drawn.options.opponent
     for name, one in sets.items():
         inputs |= one.inputs(name)
     if of_tasks is not None:
@@ -160,13 +163,13 @@ def _compare(drawn: _Drawn) -> dict[str, Any]:
     options = drawn.options
     answered = [one for one in drawn.answered() if len(one.rewards) == 2 * options.sampling.samples]
     if not answered:
-        say(KIND, "win rate against the base model undefined: no prompt was short enough to be answered")
+        say(KIND, f"win rate against {options.opponent} undefined: no prompt was short enough to be answered")
         return {}
     found = compare(answered, options.sampling, in_pairs=compares(options.reward))
     for name, label in (("win_rate", "win rate"), ("greedy_win_rate", "win rate of greedy answers")):
         if (rate := found[name]) is not None:
-            say(KIND, f"{label} against the base model {Estimate(**rate)}")
-    return found
+            say(KIND, f"{label} against {options.opponent} {Estimate(**rate)}")
+    return {**found, "against": options.opponent}
 
 
 def _tasks(config: Config, of_tasks: dict[str, Artifact]) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ class Round:
 
     @property
     def win_rate(self) -> dict[str, Any]:
-        """Against the first model, on held-out prompts: value, low, high, n."""
+        """Against evaluate.win_rate.against or the first model, on held-out prompts: value, low, high, n."""
         found: dict[str, Any] | None = self.evaluation.manifest.metrics["win_rate"]
         if found is None:
             raise DpoRayError("A round's win rate is undefined: no held-out prompt was short enough to be answered.")
@@ -87,7 +87,7 @@ def _round(context: RunContext, options: Iterate, number: int, earlier: list[Rou
     compared = mine if options.reference == "current" else context.other(config, f"round {number}")
     rows, calibration = reference(compared, tokenized)
     policy = train(mine, rows)
-    # Always against the first model, so that rounds can be compared.
+    # Never against the round's own beginning, so that rounds can be compared.
     evaluation = evaluate(context.other(config, f"round {number}"), pairs, rows, calibration, policy)
     return Round(number, made, policy, evaluation)
 
@@ -154,10 +154,12 @@ def _record(context: RunContext, done: list[Round], best: Round) -> None:
         }
         for one in done
     ]
+    win_rate = context.config.evaluate.win_rate
+    assert win_rate is not None
     last = done[-1]
     rate = last.win_rate
     say(
         STAGE,
-        f"round {last.number}: win rate against the first model {rate['value']:.3f} [{rate['low']:.3f}, "
+        f"round {last.number}: win rate against {win_rate.opponent} {rate['value']:.3f} [{rate['low']:.3f}, "
         f"{rate['high']:.3f}] (n={rate['n']}), of {last.pairs.manifest.rows} pairs; the best is round {best.number}",
     )

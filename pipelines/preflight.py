@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_ray.config import Config, Judge, Reward, Rule
+from dpo_ray.config import Config, Judge, Reward, RewardModel, Rule
 from dpo_ray.errors import ConfigError
 from pipelines import STAGES, Stage
 
@@ -15,7 +15,7 @@ def preflight(config: Config, until: Stage = "publish") -> None:
 
         check_inputs(config)
     if until != "ingest":
-        require_model(config)
+        require_models(config, until)
     if config.evaluate.tasks is not None and STAGES.index(until) >= STAGES.index("evaluate"):
         from dpo_ray.scoring.task_source import require_tasks
 
@@ -72,6 +72,8 @@ def require_reward(reward: Reward) -> None:
                 require_endpoint(source.endpoint)
                 continue
             require_vllm("A judge that is served here")
+        if isinstance(source, RewardModel) and source.engine == "vllm":
+            require_vllm(f"The reward {source.label} with engine=vllm")
         model = model_of(source)
         resolve(model.path, model.revision)
 
@@ -86,11 +88,21 @@ def require_reference_use(config: Config) -> None:
         )
 
 
-def require_model(config: Config) -> None:
-    """A model that can be found, with a tokenizer and a chat template. Raises ConfigError."""
+def require_models(config: Config, until: Stage = "publish") -> None:
+    """Models that can be found, each with a tokenizer and a chat template: that of `model`, and those that are sampled.
+
+    Raises ConfigError.
+    """
     from dpo_ray.data.chat import missing_template
     from dpo_ray.model.resolve import resolve
     from dpo_ray.model.tokenizer_files import has_template
 
-    if not has_template(resolve(config.model.path, config.model.revision)):
-        raise missing_template(config.model.path)
+    models = [config.model]
+    if config.generate is not None:
+        models += [one.model(config.model) for one in config.generate.models]
+    win_rate = config.evaluate.win_rate
+    if win_rate is not None and win_rate.against is not None and STAGES.index(until) >= STAGES.index("evaluate"):
+        models.append(win_rate.against.model())
+    for path, revision in dict.fromkeys((one.path, one.revision) for one in models):
+        if not has_template(resolve(path, revision)):
+            raise missing_template(path)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_ray.config import Config, Paths
+from dpo_ray.config import BASE_MODEL, Config, Paths
 from dpo_ray.config.reward import named
 from dpo_ray.errors import ConfigError
 
@@ -75,7 +75,7 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
         (
             "evaluate",
             "held-out accuracy"
-            + (f" and win rate against the base model, judged by {named(win_rate.reward)}" if win_rate else "")
+            + (f" and win rate against {win_rate.opponent}, judged by {named(win_rate.reward)}" if win_rate else "")
             + (f"; base and tuned model on {', '.join(tasks.names)}" if tasks else ""),
         ),
         ("publish", f"{config.run.output}/models/{config.run.name}, if the gate holds"),
@@ -113,15 +113,15 @@ def sweep_lines(config: Config) -> list[str]:
 
 def iterate_lines(config: Config) -> list[str]:
     """What `dpo-ray iterate` would do."""
-    options = config.iterate
-    assert options is not None
+    options, win_rate = config.iterate, config.evaluate.win_rate
+    assert options is not None and win_rate is not None
     prompts = "a part of the prompts of its own" if options.prompts == "fresh" else "all prompts"
     reference = "the policy that it begins with" if options.reference == "current" else "the first model"
     replay = f", {options.replay:g} of its pairs from earlier rounds" if options.replay else ""
     return [
         f"iterate: {'at most ' * options.stop_early}{options.rounds} rounds, each with {prompts} and with {reference} "
         f"as reference{replay}"
-        + "; until the win rate against the first model no longer improves beyond its interval"
+        + f"; until the win rate against {win_rate.opponent} no longer improves beyond its interval"
         * options.stop_early,
         *(f"  {line}" for line in plan_lines(config, "evaluate")),
         f"publish: {config.run.output}/models/{config.run.name}, the best round, if the gate holds",
@@ -163,14 +163,16 @@ def _measured(config: Config, evaluation: dict[str, Any]) -> list[str]:
     if found := evaluation.get("accuracy"):
         lines.append(f"Held-out accuracy: {_interval(found)}")
     if found := evaluation.get("win_rate"):
-        lines.append(f"Win rate against the base model, {judged_by(config)}: {_interval(found)}")
+        against = evaluation.get("against", BASE_MODEL)
+        lines.append(f"Win rate against {against}, {judged_by(config)}: {_interval(found)}")
         if greedy := evaluation.get("greedy_win_rate"):
             lines.append(f"  of greedy answers: {_interval(greedy)}")
         controlled, drift = evaluation["length_controlled_win_rate"], evaluation["drift"]
         lines.append(f"  at equal lengths: {_interval(controlled)}")
+        theirs = "before" if against == BASE_MODEL else against
         lines.append(
-            f"Answers: {drift['tuned']['tokens']:.0f} tokens, before {drift['base']['tokens']:.0f}; cut short "
-            f"{drift['tuned']['truncated']['value']:.0%}, before {drift['base']['truncated']['value']:.0%}"
+            f"Answers: {drift['tuned']['tokens']:.0f} tokens, {theirs} {drift['base']['tokens']:.0f}; cut short "
+            f"{drift['tuned']['truncated']['value']:.0%}, {theirs} {drift['base']['truncated']['value']:.0%}"
         )
         lines.append(f"KL from the base model, nats a token: {_interval(evaluation['kl_per_token'])}")
     if found := evaluation.get("chosen_logps"):

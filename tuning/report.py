@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from dpo_ray.config import Config, Tune, dump_config
+from dpo_ray.config import BASE_MODEL, Config, Tune, dump_config
 from dpo_ray.config.tune import ASHA, Choice, Measure, MedianStopping, Range
 from tuning.plots import (
     ShownObjective,
@@ -81,7 +81,7 @@ def sweep_page(
         run_id=run_id,
         published=chosen["published"] if chosen is not None else None,
         reasons=reasons,
-        chosen=_chosen(tune, trials, ranking, chosen) if chosen is not None else None,
+        chosen=_chosen(config, trials, ranking, chosen) if chosen is not None else None,
         ties=_ties(tune, ranking),
         front=_front(tune, ranking),
         space=[(path, _described(found)) for path, found in tune.searched().items()],
@@ -95,13 +95,16 @@ def sweep_page(
 
 
 def _chosen(
-    tune: Tune, trials: Sequence[Trial], ranking: Sequence[Ranked], chosen: Mapping[str, Any]
+    config: Config, trials: Sequence[Trial], ranking: Sequence[Ranked], chosen: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the page says of the trial that was chosen."""
+    tune, win_rate = config.tune, config.evaluate.win_rate
+    assert tune is not None
+    opponent = win_rate.opponent if win_rate is not None else BASE_MODEL
     number = chosen["number"]
     trial = next(trial for trial in trials if trial.number == number)
     place = next((one for one in ranking if one.trial.number == number), None)
-    finals = [("preference accuracy", chosen["accuracy"]), ("win rate against the base model", chosen["win_rate"])]
+    finals = [("preference accuracy", chosen["accuracy"]), (f"win rate against {opponent}", chosen["win_rate"])]
     return {
         "number": number,
         "values": [(path, shown(value)) for path, value in shown_values(tune, trial).items()],

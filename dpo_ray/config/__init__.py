@@ -9,6 +9,7 @@ from dpo_ray.config.load import dump_config, load_config, parse_config
 from dpo_ray.config.pairing import CandidatePairing, Pairing
 from dpo_ray.config.reward import Dtype, Endpoint, ImplicitReward, Judge, Reward, RewardModel, Rule, Source
 from dpo_ray.config.tree import (
+    BASE_MODEL,
     VLLM,
     Columns,
     Config,
@@ -35,6 +36,7 @@ from dpo_ray.config.tree import (
 from dpo_ray.config.tune import Tune
 
 __all__ = [
+    "BASE_MODEL",
     "VLLM",
     "CandidatePairing",
     "Columns",

@@ -13,8 +13,8 @@ class Iterate(Section):
     rounds: int = Field(3, ge=1)
     """At most so many."""
     stop_early: bool = True
-    """No further round after one that does not improve the held-out win rate against the first model: where the lower
-    end of its interval does not lie above the best round's value. false: all rounds."""
+    """No further round after one that does not improve the held-out win rate: where the lower end of its interval does
+    not lie above the best round's value. false: all rounds."""
     prompts: Literal["fresh", "repeated"] = "fresh"
     """fresh: each round has its own part of the prompts. repeated: each round has all of them."""
     reference: Literal["current", "first"] = "current"

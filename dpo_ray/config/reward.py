@@ -59,6 +59,9 @@ class RewardModel(_Source):
     """As model.trust_remote_code."""
     dtype: Dtype = "float32"
     """Precision of its forward."""
+    engine: Literal["vllm", "torch", "auto"] = "auto"
+    """Who computes it: vLLM's pooling runner, or transformers. auto: transformers on CPU; on GPUs (vllm.gpus_per_actor)
+    vLLM, where it serves the model and gives the same scores, decided once for a model."""
     logit: int | None = Field(None, ge=0)
     """Which of its logits is the score, where it has several."""
     max_tokens: int = Field(2048, ge=1)

@@ -7,6 +7,7 @@ A default stands here and nowhere else.
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -480,17 +481,44 @@ class Train(Section):
         return self
 
 
+BASE_MODEL = "the base model"
+"""What `model` is called where others are compared with it."""
+
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 """How a set of held-out pairs is called."""
 
 
+class Opponent(Section):
+    """A model that the tuned one is compared with."""
+
+    path: str
+    """As model.path."""
+    revision: str | None = None
+    """As model.revision."""
+    trust_remote_code: bool = False
+    """As model.trust_remote_code."""
+    template_arguments: dict[str, Any] = Field(default_factory=dict)
+    """As model.template_arguments."""
+
+    def model(self) -> Model:
+        """As the section `model` would name it."""
+        return Model(**dict(self))
+
+
 class WinRate(Section):
+    against: Opponent | None = None
+    """Whose answers the tuned model's are compared with; left out: the base model's, `model` itself."""
     sampling: Sampling = Sampling()
-    """How completions are drawn from the base and from the tuned model."""
+    """How completions are drawn from the tuned model and from the other one."""
     reward: Reward = _BRIEF_ANSWER
     """Who judges: module:function, a source, or a list of sources with weights."""
     max_prompts: int = Field(256, ge=1)
     """At most so many held-out prompts, the first by prompt id."""
+
+    @property
+    def opponent(self) -> str:
+        """What the other model is called."""
+        return PurePath(self.against.path).name if self.against is not None else BASE_MODEL
 
 
 class Tasks(Section):
@@ -519,7 +547,7 @@ class Evaluate(Section):
     """Further held-out preference data by names of your own, such as the files of RewardBench: on each the accuracy is
     measured. Named like data.train; read by their own columns (prompt, chosen, rejected and so on)."""
     win_rate: WinRate | None = None
-    """Tuned against base on held-out prompts; left out: not measured."""
+    """Tuned against base, or another model, on held-out prompts; left out: not measured."""
     tasks: Tasks | None = None
     """Base and tuned model on benchmark tasks; left out: not measured."""
 
@@ -538,8 +566,8 @@ class Gate(Section):
     """Nats by which the summed log-probs of held-out chosen answers may have fallen: the upper end of the interval of
     their mean fall must lie below this; null: not required."""
     length_ratio_within: tuple[float, float] | None = None
-    """Tokens of sampled answers for each token of the base model's: the interval must lie within these two; null: not
-    required."""
+    """Tokens of sampled answers for each token of the other model's (evaluate.win_rate.against): the interval must lie
+    within these two; null: not required."""
 
     no_regression: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default_factory=dict)
     """Set → by how much its accuracy may be below that of the model that is published now: the lower end of the

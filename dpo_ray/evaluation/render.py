@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from dpo_ray.config import Config
+from dpo_ray.config import BASE_MODEL, Config
 from dpo_ray.config.reward import named, shared
 from dpo_ray.evaluation.tasks import documents, with_stderr
 
@@ -34,7 +34,7 @@ def judged_by(config: Config) -> str:
 def named_estimates(evaluation: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     names = {
         "accuracy": "preference accuracy",
-        "win_rate": "win rate against the base model",
+        "win_rate": f"win rate against {evaluation.get('against', BASE_MODEL)}",
         "greedy_win_rate": "win rate of greedy answers",
         "length_controlled_win_rate": "win rate at equal lengths",
         "kl_per_token": "KL from the base model, nats a token",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from dpo_ray.config import VLLM, Config, Model
@@ -11,11 +10,10 @@ from dpo_ray.errors import DataError, ReferenceMismatch
 from dpo_ray.evaluation.agreement import calibration
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.model.version import own_forward
+from dpo_ray.on_ray.engine_choice import alone, choice, choose, tried
 from dpo_ray.on_ray.failures import raise_ours
-from dpo_ray.on_ray.pool import Pool, torch_pool
-from dpo_ray.on_ray.session import connect
+from dpo_ray.on_ray.pool import torch_pool
 from dpo_ray.on_ray.vllm_engine import VLLMScorer, vllm_pool
-from dpo_ray.on_ray.vllm_version import has_vllm, require_vllm
 from dpo_ray.pairs import TokenizedPair, tokenized_pair
 from dpo_ray.progress import say
 from dpo_ray.shards.score import Engine
@@ -38,70 +36,38 @@ def choose_engine(output: Location, config: Config, tokenized: Artifact) -> Engi
     """
     if config.reference.engine != "auto":
         return config.reference.engine
-    installed = has_vllm()
     identity = {
         "weights": ModelFolder.of(config.model).weights_hash(),
         "tokenizer": tokenized.manifest.identity["tokenizer"],
         "dtype": config.model.dtype,
-        "vllm": require_vllm("reference.engine=auto") if installed else None,
         "torch": own_forward(),
         "tolerance": config.reference.tolerance,
         "pairs": config.reference.calibration_pairs,
     }
-
-    def compare(_: Location) -> Contents:
-        found = _compare_engines(config, tokenized) if installed else _choice("torch", "vLLM is not installed")
-        return Contents(metrics=found)
-
-    try:
-        artifact, _ = make(output, "reference_engine", identity, {}, compare)
-    except _Undecided as undecided:
-        say("reference", f"reference.engine=auto: torch for this run, for {undecided}")
-        return "torch"
-    choice = artifact.manifest.metrics
-    engine: Engine = choice["engine"]
-    say(
+    return choose(
+        output,
+        "reference_engine",
         "reference",
-        f"reference.engine=auto: {engine}, for {choice['why']} (decided {artifact.manifest.created}; "
-        f"to decide anew, remove {artifact.location})",
+        "reference.engine",
+        identity,
+        lambda: _compare_engines(config, tokenized),
     )
-    return engine
-
-
-class _Undecided(Exception):
-    """Says why this run cannot tell whether vLLM can score the model; the next one may."""
 
 
 def _compare_engines(config: Config, tokenized: Artifact) -> dict[str, Any]:
     pairs = _sample(tokenized, config.reference.calibration_pairs)
     say("reference", f"reference.engine=auto: scoring {len(pairs)} pairs with vLLM and with the trainer's forward")
     arguments = {"model": config.model, "options": config.vllm, "max_model_len": max_pair_tokens(config)}
-    try:
-        by_vllm = _scored(vllm_pool(config, _score_by_vllm, {**arguments, "pairs": pairs}))
-    except Exception as error:
-        from ray.exceptions import RayError, RayTaskError
-
-        if not isinstance(error, RayError):
-            raise
-        # What vLLM does not know of a model, the trainer's forward still computes.
-        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        why = f"vLLM cannot score this model: {last[:500]}"
-        if not isinstance(error, RayTaskError):  # a lost node or a killed process says nothing of the model
-            raise _Undecided(why) from error
-        return _choice("torch", why)
+    by_vllm: _Scores = tried(vllm_pool(config, _score_by_vllm, {**arguments, "pairs": pairs}), "score this model")
     metrics = _agreement(by_vllm, _scored_by_trainer(config, pairs))
     worst, limit = metrics["sequence"]["max"], config.reference.tolerance
     if not math.isfinite(worst):
-        return _choice("torch", "there are log-probs that are not finite, vLLM's or the trainer's")
+        return choice("torch", "there are log-probs that are not finite, vLLM's or the trainer's")
     measured = (
         f"on {len(pairs)} pairs vLLM and the trainer's forward differ by up to {worst:.1e} nats on a completion "
         f"(p50 {metrics['sequence']['p50']:.1e}; reference.tolerance={limit:g})"
     )
-    return {**_choice("vllm" if worst <= limit else "torch", measured), "calibration": metrics}
-
-
-def _choice(engine: Engine, why: str) -> dict[str, Any]:
-    return {"engine": engine, "why": why}
+    return {**choice("vllm" if worst <= limit else "torch", measured), "calibration": metrics}
 
 
 def calibrate(output: Location, config: Config, reference: Artifact) -> tuple[Artifact, bool]:
@@ -168,21 +134,10 @@ def _agreement(scored: _Scores, rescored: _Scores) -> dict[str, Any]:
 
 def _scored_by_trainer(config: Config, pairs: list[TokenizedPair]) -> _Scores:
     try:
-        return _scored(torch_pool(config, _score_by_trainer, {"model": config.model, "pairs": pairs}))
+        scores: _Scores = alone(torch_pool(config, _score_by_trainer, {"model": config.model, "pairs": pairs}))
+        return scores
     except Exception as error:
         raise_ours(error, "calibration")
-
-
-def _scored(pool: Pool) -> _Scores:
-    """What the function of a pool returns, in a process of its own that ends with it, and its engine's memory too."""
-    connect(pool.num_cpus, pool.num_gpus, why=pool.why, one_process=(pool.num_cpus, pool.num_gpus))
-    import ray
-
-    function: Callable[..., Any] = pool.build
-    task = ray.remote(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, max_calls=1)(function)
-    environment = {"runtime_env": {"env_vars": pool.env}} if pool.env else {}
-    scores: _Scores = ray.get(task.options(**environment).remote(**pool.arguments))
-    return scores
 
 
 def _score_by_vllm(model: Model, options: VLLM, max_model_len: int, pairs: list[TokenizedPair]) -> _Scores:

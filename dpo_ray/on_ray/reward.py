@@ -6,6 +6,7 @@ from typing import Any
 
 from dpo_ray.config import VLLM, CandidatePairing, Config, ImplicitReward, Judge, Reward, RewardModel, Rule, Source
 from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage, shard_tasks, torch_pool
+from dpo_ray.on_ray.reward_model import reward_model_work
 from dpo_ray.on_ray.vllm_engine import VLLMChat, vllm_pool
 from dpo_ray.on_ray.vllm_version import require_vllm
 from dpo_ray.scoring.judge import JudgeScorer, template_of
@@ -15,12 +16,10 @@ from dpo_ray.shards.pair import identity as pairs_identity
 from dpo_ray.shards.reward import (
     EndpointJudgeShard,
     ImplicitShard,
-    RewardModelShard,
     RewardShard,
     RuleShard,
     implicit_identity,
     judge_identity,
-    reward_model_identity,
     rule_identity,
 )
 from dpo_ray.storage.artifact import Artifact, digest
@@ -35,7 +34,7 @@ def score_candidates(
     Args:
         across: of candidates of two models, the samples of the first; a judge compares none but these with the others.
     """
-    identity, pool = _worker(config, source, across)
+    identity, pool = _work(output, config, source, candidates, across)
     return shard_stage(
         output,
         "rewards",
@@ -47,7 +46,9 @@ def score_candidates(
     )
 
 
-def _worker(config: Config, source: Source, across: int | None) -> tuple[dict[str, Any], Pool]:
+def _work(
+    output: Location, config: Config, source: Source, candidates: Artifact, across: int | None
+) -> tuple[dict[str, Any], Pool]:
     """What changes a source's scores, and who computes them."""
     match source:
         case Rule():
@@ -55,7 +56,7 @@ def _worker(config: Config, source: Source, across: int | None) -> tuple[dict[st
             arguments = {"rule": source, "source": identity["reward_source"]}
             return identity, Pool(RuleShard, arguments, stateless=True)
         case RewardModel():
-            return reward_model_identity(source), torch_pool(config, RewardModelShard, {"source": source})
+            return reward_model_work(output, config, source, candidates)
         case Judge():
             arguments = {"judge": source, "template": template_of(source), "across": across}
             if source.endpoint is not None:

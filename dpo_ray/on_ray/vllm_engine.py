@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from dpo_ray.bins import batches
 from dpo_ray.config import VLLM, Config, Model, Sampling
 from dpo_ray.data.chat import ChatTokenizer
-from dpo_ray.errors import DataError, EngineDied
+from dpo_ray.errors import ConfigError, DataError, EngineDied
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.pool import Pool
 from dpo_ray.pairs import Message, TokenizedPair
@@ -177,6 +178,55 @@ def _completion(output: Any) -> Completion:
     return Completion(output.text, tuple(output.token_ids), output.finish_reason, output.cumulative_logprob)
 
 
+class VLLMClassifier:
+    """Logits of whole dialogues by vLLM's pooling runner: a sequence classifier of Hugging Face. Completions of one
+    prompt find its keys and values in vLLM's prefix cache.
+
+    Args:
+        max_model_len: tokens of a dialogue.
+
+    Raises ConfigError where the model is no sequence classifier.
+    """
+
+    def __init__(self, model: Model, options: VLLM, max_model_len: int):
+        self.llm = _engine(model, model.dtype, options, max_model_len, False, runner="pooling")
+        found = self.llm.llm_engine.vllm_config.model_config
+        # vLLM serves a model that lacks the weights of its head with a head drawn at random.
+        lacks_head = found.convert_type == "classify" and not _has_tensor(ModelFolder.of(model).path, "score.weight")
+        if "classify" not in self.llm.supported_tasks or lacks_head:
+            lacking = " and its weights hold no score.weight" * lacks_head
+            raise ConfigError(
+                f"The reward model {model.path} is no sequence classifier that vLLM serves: its config.json names "
+                f"{', '.join(found.architectures)}{lacking}. Name a model that was trained as a reward model, or "
+                "leave `engine` out; for a policy trained by DPO use a source of type implicit."
+            )
+        self.num_logits: int = found.hf_config.num_labels
+
+    def logits(self, dialogues: Sequence[list[int]]) -> list[list[float]]:
+        """Token ids of each dialogue → [dialogues, num_logits], not normalised."""
+        import vllm
+
+        self.llm.reset_prefix_cache()  # as in VLLMScorer.score
+        outputs = self.llm.encode(
+            [{"prompt_token_ids": ids} for ids in dialogues],
+            pooling_params=vllm.PoolingParams(use_activation=False),
+            pooling_task="classify",
+            use_tqdm=False,
+        )
+        return [output.outputs.data.float().tolist() for output in outputs]
+
+
+def _has_tensor(folder: Path, name: str) -> bool:
+    from safetensors import safe_open
+
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "np") as tensors:
+            names = tensors.keys()
+        if any(key == name or key.endswith(f".{name}") for key in names):
+            return True
+    return False
+
+
 class VLLMChat:
     """Replies as a judge does: dialogues in, text out.
 
@@ -256,7 +306,7 @@ def _sequence_tokens(pair: TokenizedPair) -> int:
     return pair.num_tokens + len(pair.prompt_ids)
 
 
-def _engine(model: Model, dtype: str, options: VLLM, max_model_len: int, scores: bool) -> Any:
+def _engine(model: Model, dtype: str, options: VLLM, max_model_len: int, scores: bool, **runner: str) -> Any:
     import vllm
     from transformers import AutoConfig
 
@@ -279,6 +329,7 @@ def _engine(model: Model, dtype: str, options: VLLM, max_model_len: int, scores:
         enforce_eager=on_cpu,
         tensor_parallel_size=max(1, options.gpus_per_actor),
         seed=0,
+        **runner,
         **batch,
         **({} if on_cpu else {"gpu_memory_utilization": options.gpu_memory_utilization}),
     )

@@ -14,6 +14,7 @@ from dpo_ray.pairs import REWARDS
 from dpo_ray.scoring.endpoint import EndpointChat
 from dpo_ray.scoring.judge import JudgeScorer, template_of
 from dpo_ray.scoring.models import model_of
+from dpo_ray.scoring.reward_model import RewardModelScorer
 from dpo_ray.scoring.rule import RuleScorer
 from dpo_ray.scoring.rule_source import require_same_source, reward_identity
 from dpo_ray.scoring.scorer import Scorer
@@ -27,14 +28,14 @@ def rule_identity(rule: Rule) -> dict[str, Any]:
     return {**rule.identity(), **reward_identity(rule.function)}
 
 
-def reward_model_identity(source: RewardModel) -> dict[str, Any]:
+def reward_model_identity(source: RewardModel, engine_version: str) -> dict[str, Any]:
     """The same of a reward model's: its weights and its tokenizer by content, wherever they lie."""
     folder = ModelFolder.of(model_of(source))
     return {
-        **_without(source.identity(), "path", "revision", "trust_remote_code"),
+        **_without(source.identity(), "path", "revision", "trust_remote_code", "engine"),
         "weights": folder.weights_hash(),
         "tokenizer": folder.tokenizer_hash(),
-        "engine_version": f"torch {library_versions()['torch']}, transformers {library_versions()['transformers']}",
+        "engine_version": engine_version,
     }
 
 
@@ -106,13 +107,13 @@ class RuleShard(RewardShard):
 
 
 class RewardModelShard(RewardShard):
-    """The same with a reward model."""
+    """The same with a reward model, as transformers runs it."""
 
     def __init__(self, source: RewardModel):
         # Not above: who only names these classes does without torch.
-        from dpo_ray.scoring.reward_model import RewardModelScorer
+        from dpo_ray.scoring.classifier import TorchClassifier
 
-        super().__init__(RewardModelScorer(source))
+        super().__init__(RewardModelScorer(source, TorchClassifier(source)))
 
 
 class EndpointJudgeShard(RewardShard):

@@ -13,7 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError
-from dpo_ray.on_ray import calibrate
+from dpo_ray.on_ray import calibrate, engine_choice
 from dpo_ray.on_ray.calibrate import choose_engine
 from dpo_ray.pairs import TOKENIZED
 from dpo_ray.storage.artifact import Artifact, publish, write_shard
@@ -29,8 +29,8 @@ def auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
-    monkeypatch.setattr(calibrate, "has_vllm", lambda: True)
-    monkeypatch.setattr(calibrate, "require_vllm", lambda _: "0.32.0")
+    monkeypatch.setattr(engine_choice, "has_vllm", lambda: True)
+    monkeypatch.setattr(engine_choice, "require_vllm", lambda _: "0.32.0")
 
     def config(**options: Any) -> Config:
         return Config.model_validate(
@@ -67,7 +67,8 @@ def engines_that_say(monkeypatch: pytest.MonkeyPatch, vllm: Any, torch: Sequence
             raise vllm
         return [[vllm[0]]] * 2, [[vllm[1]]] * 2
 
-    monkeypatch.setattr(calibrate, "_scored", scored)
+    monkeypatch.setattr(calibrate, "alone", scored)
+    monkeypatch.setattr(engine_choice, "alone", scored)
     return asked
 
 
@@ -127,7 +128,7 @@ def test_auto_does_not_remember_what_a_lost_node_did(tmp_path, auto: Settings, m
 
 def test_auto_takes_torch_where_vllm_is_not_installed(tmp_path, auto: Settings, monkeypatch):
     asked = engines_that_say(monkeypatch, (-1.0, -2.0), (-1.0, -2.0))
-    monkeypatch.setattr(calibrate, "has_vllm", lambda: False)
+    monkeypatch.setattr(engine_choice, "has_vllm", lambda: False)
     assert choose_engine(Location.of(tmp_path / "out"), auto(), tokenized_rows(tmp_path)) == "torch"
     assert asked == []
 

@@ -22,6 +22,7 @@ import torch
 
 from dpo_ray.config import RewardModel
 from dpo_ray.estimates import Estimate, proportion
+from dpo_ray.scoring.classifier import TorchClassifier
 from dpo_ray.scoring.reward_model import RewardModelScorer
 from tests.command_line import CONFIGS, LONGEST, Finished, overrides, summary_of
 
@@ -109,7 +110,8 @@ def test_the_reward_model_has_learnt_what_is_better(reward_model, preferences):
 
 
 def held_out_accuracy(folder: Path, rows: list[dict[str, str]]) -> Estimate:
-    scorer = RewardModelScorer(RewardModel(path=str(folder)))
+    source = RewardModel(path=str(folder))
+    scorer = RewardModelScorer(source, TorchClassifier(source))
     candidates = [
         {
             "prompt_id": str(n),
@@ -121,10 +123,24 @@ def held_out_accuracy(folder: Path, rows: list[dict[str, str]]) -> Estimate:
     return proportion(sum(chosen.score > rejected.score for chosen, rejected in scorer.score(candidates)), len(rows))
 
 
-def test_a_recipe_with_a_reward_model(run, reward_model):
+@pytest.fixture
+def other_model(servable_model: Path, tmp_path: Path) -> Path:
+    """Another one than the recipe begins with."""
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    folder = tmp_path / "stranger"
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        LlamaForCausalLM(AutoConfig.from_pretrained(servable_model)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(servable_model).save_pretrained(folder)
+    return folder
+
+
+def test_a_recipe_with_a_reward_model(run, reward_model, other_model):
     done, output = run(
         "reward_model_cpu",
         generate__reward=[{"type": "reward_model", "path": str(reward_model), "name": "reward model"}],
+        evaluate__win_rate__against={"path": str(other_model)},
     )
     assert done.code == 0, done.log
     rows = pairs(output)
@@ -134,7 +150,10 @@ def test_a_recipe_with_a_reward_model(run, reward_model):
         assert lineage["chosen"]["scores"]["reward model"] - lineage["rejected"]["scores"]["reward model"] >= 0.1
     summary = summary_of(output)
     assert summary["eval"]["win_rate"]["n"] > 0 and summary["eval"]["greedy_win_rate"]["n"] > 0
-    assert "judged by brief_answer:" in done.log  # not by what made the pairs
+    assert "Win rate against stranger, judged by brief_answer:" in done.log  # not by what made the pairs
+    assert summary["eval"]["against"] == "stranger" and "sample_other" in summary["stages"]
+    assert len(list((output / "artifacts" / "candidates").iterdir())) == 3  # of the pairs, the stranger's, the tuned's
+    assert "win rate against stranger" in (output / "runs" / summary["run_id"] / "report.html").read_text()
     assert Path(summary["published"]).is_dir()
 
 

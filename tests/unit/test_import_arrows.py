@@ -244,7 +244,7 @@ def test_a_model_is_looked_at_without_the_libraries_that_compute_with_it(tiny_mo
         "import dpo_ray.config, pipelines.preflight as p\n"
         f"tree = {{'run': {{'name': 'x', 'output': 'x'}}, 'model': {{'path': {str(tiny_model)!r}}}, "
         "'data': {'train': 'x'}}\n"
-        "p.require_model(dpo_ray.config.parse_config(tree))\n"
+        "p.require_models(dpo_ray.config.parse_config(tree))\n"
         "from dpo_ray.model import folders, tokenizer_files\n"
         "from pathlib import Path\n"
         f"tokenizer_files.tokenizer_hash(Path({str(tiny_model)!r})), folders.weights_hash(Path({str(tiny_model)!r}))"

@@ -93,6 +93,17 @@ def test_a_full_report_shows_what_was_measured(config: Config):
     assert "Nothing was published" not in html
 
 
+def test_a_win_rate_names_the_model_that_it_is_against(config: Config):
+    side = {"tokens": 9, "distinct_1": 0.5, "distinct_2": 0.5}
+    side |= dict.fromkeys(("repetition", "refusals", "empty", "truncated"), ESTIMATE)
+    measured = {"win_rate": ESTIMATE, "verdict": "better", "drift": {"base": side, "tuned": side}}
+    for against, named, column in (("the base model",) * 2 + ("base",), ("rival", "rival", "rival")):
+        html = html_report(config, FULL | {"eval": measured | {"against": against}}, [])
+        assert f"win rate against {named}" in html and f"better than</b> {named}" in html
+        assert html.count(f"<th>{column}</th><th>tuned</th>") == 2  # of the answers' measures, and of the answers
+    assert "the base model" not in html
+
+
 def test_what_was_not_measured_is_absent_and_never_a_number(config: Config):
     assert "preference accuracy" in html_report(config, FULL, HISTORY)
     assert "win rate" not in html_report(config, FULL, HISTORY)

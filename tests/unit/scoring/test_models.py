@@ -13,7 +13,8 @@ import torch
 from dpo_ray.config import ImplicitReward, Judge, Model, RewardModel
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.model.folders import load_tokenizer
-from dpo_ray.scoring import reward_model
+from dpo_ray.scoring import classifier as classifiers
+from dpo_ray.scoring.classifier import TorchClassifier
 from dpo_ray.scoring.implicit import ImplicitScorer
 from dpo_ray.scoring.models import model_of, reference_of
 from dpo_ray.scoring.reward_model import RewardModelScorer
@@ -43,6 +44,10 @@ def saved_classifier(tiny_model: Path, folder: Path, **options: Any) -> Path:
     return folder
 
 
+def scorer_of(source: RewardModel) -> RewardModelScorer:
+    return RewardModelScorer(source, TorchClassifier(source))
+
+
 def plain(folder: Path, question: str, answer: str) -> list[float]:
     """The logits as transformers' documentation has it, one dialogue at a time."""
     from transformers import AutoModelForSequenceClassification
@@ -59,8 +64,8 @@ def plain(folder: Path, question: str, answer: str) -> list[float]:
 def test_scores_are_those_of_plain_transformers_however_they_are_batched(
     classifier: Path, monkeypatch: pytest.MonkeyPatch, batch_tokens: int
 ):
-    monkeypatch.setattr(reward_model, "_BATCH_TOKENS", batch_tokens)
-    found = RewardModelScorer(RewardModel(path=str(classifier))).score(ROWS)
+    monkeypatch.setattr(classifiers, "_BATCH_TOKENS", batch_tokens)
+    found = scorer_of(RewardModel(path=str(classifier))).score(ROWS)
     assert [len(of_row) for of_row in found] == [2, 1, 0]
     for given, of_row in zip(ROWS, found, strict=True):
         for completion, one in zip(given["completions"], of_row, strict=True):
@@ -70,17 +75,19 @@ def test_scores_are_those_of_plain_transformers_however_they_are_batched(
 
 
 def test_without_padding_token_no_dialogue_is_padded(classifier: Path, monkeypatch: pytest.MonkeyPatch):
-    scorer = RewardModelScorer(RewardModel(path=str(classifier)))
+    source = RewardModel(path=str(classifier))
+    model = TorchClassifier(source)
+    scorer = RewardModelScorer(source, model)
     expected = [[one.score for one in of_row] for of_row in scorer.score(ROWS)]
-    scorer._pad = scorer._model.config.pad_token_id = None
+    model._pad = model.model.config.pad_token_id = None
     assert [[one.score for one in of_row] for of_row in scorer.score(ROWS)] == [
         pytest.approx(of_row, abs=1e-5) for of_row in expected
     ]
 
 
 def test_a_long_dialogue_loses_its_beginning_and_is_counted(classifier: Path):
-    whole = RewardModelScorer(RewardModel(path=str(classifier))).score(ROWS)
-    cut = RewardModelScorer(RewardModel(path=str(classifier), max_tokens=80)).score(ROWS)
+    whole = scorer_of(RewardModel(path=str(classifier))).score(ROWS)
+    cut = scorer_of(RewardModel(path=str(classifier), max_tokens=80)).score(ROWS)
     assert cut[1][0].noted == ("reward_cut",) and cut[1][0].score != whole[1][0].score
     assert [one.score for one in cut[0]] == pytest.approx([one.score for one in whole[0]], abs=1e-5)
     assert all(one.noted == () for one in cut[0])
@@ -89,16 +96,16 @@ def test_a_long_dialogue_loses_its_beginning_and_is_counted(classifier: Path):
 def test_one_of_several_logits_is_the_score(tiny_model: Path, tmp_path: Path):
     folder = saved_classifier(tiny_model, tmp_path, num_labels=3)
     with pytest.raises(ConfigError, match="has 3 logits, and it is not said which"):
-        RewardModelScorer(RewardModel(path=str(folder)))
+        scorer_of(RewardModel(path=str(folder)))
     with pytest.raises(ConfigError, match="has 3 logits, and `logit` is 3"):
-        RewardModelScorer(RewardModel(path=str(folder), logit=3))
-    [[one]] = RewardModelScorer(RewardModel(path=str(folder), logit=2)).score([row("Why?", "So.")])
+        scorer_of(RewardModel(path=str(folder), logit=3))
+    [[one]] = scorer_of(RewardModel(path=str(folder), logit=2)).score([row("Why?", "So.")])
     assert one.score == pytest.approx(plain(folder, "Why?", "So.")[2], abs=1e-5)
 
 
 def test_a_model_without_a_head_for_scores_is_refused(tiny_model: Path):
     with pytest.raises(ConfigError, match=r"lacks score\.weight: it is no sequence classifier"):
-        RewardModelScorer(RewardModel(path=str(tiny_model)))
+        scorer_of(RewardModel(path=str(tiny_model)))
 
 
 def test_a_logit_that_is_not_finite_is_refused(tiny_model: Path, tmp_path: Path):
@@ -108,7 +115,7 @@ def test_a_logit_that_is_not_finite_is_refused(tiny_model: Path, tmp_path: Path)
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "score.weight": weights["score.weight"] * torch.nan}, folder / "model.safetensors")
     with pytest.raises(DataError, match="prompt 00ff a logit that is not finite"):
-        RewardModelScorer(RewardModel(path=str(folder))).score([row("Why?", "So.")])
+        scorer_of(RewardModel(path=str(folder))).score([row("Why?", "So.")])
 
 
 @pytest.fixture(scope="module")

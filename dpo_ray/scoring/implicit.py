@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from dpo_ray.config import ImplicitReward, Model
-from dpo_ray.data.chat import ChatTokenizer, parse_tools, require_chat_template
+from dpo_ray.data.chat import ChatTokenizer, Prompt, parse_tools, require_chat_template
 from dpo_ray.errors import ConfigError, DataError
-from dpo_ray.model.pair_scorer import TorchScorer
+from dpo_ray.model.pair_scorer import PairScorer, TorchScorer
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.scoring.models import model_of
@@ -40,14 +41,13 @@ class ImplicitScorer:
         """Raises DataError on log-probs that are not finite, or where the template refuses a dialogue."""
         prompts = self._chat.prompts([(row["prompt"], parse_tools(row.get("tools"))) for row in rows])
         answers = [(p, c["text"]) for p, row in zip(prompts, rows, strict=True) for c in row["completions"]]
-        completions = self._chat.completions(answers)
-        pairs = [
-            TokenizedPair("", prompt.ids, completion.ids, [])
-            for (prompt, _), completion in zip(answers, completions, strict=True)
+        completions = iter(self._chat.completions(answers))
+        of_rows = [[_said(next(completions).ids, one["finished"]) for one in row["completions"]] for row in rows]
+        policy, reference = (_logprobs(model, prompts, of_rows) for model in self._models)
+        return [
+            [self._scored(*both) for both in zip(*of_row, strict=True)]
+            for of_row in zip(policy, reference, strict=True)
         ]
-        policy, reference = (model.score(pairs)[0] for model in self._models)
-        scored = iter([self._scored(*both) for both in zip(policy, reference, strict=True)])
-        return [[next(scored) for _ in row["completions"]] for row in rows]
 
     def _scored(self, policy: list[float], reference: list[float]) -> Scored:
         count = len(policy) if self._source.per_token else 1
@@ -59,6 +59,27 @@ class ImplicitScorer:
                 "reference are damaged, or dtype is too narrow: try float32."
             )
         return Scored(score, logps)
+
+
+def _said(ids: list[int], finished: bool) -> list[int]:
+    """A completion's ids; of one that was cut, without the end of the turn, to which it did not come."""
+    return ids if finished or len(ids) == 1 else ids[:-1]
+
+
+def _logprobs(
+    model: PairScorer, prompts: Sequence[Prompt], completions: Sequence[list[list[int]]]
+) -> list[list[list[float]]]:
+    """Row → completion → log-probs of its tokens. Two completions of a prompt go as the sides of a pair, for which the
+    prompt is computed once.
+    """
+    pairs = []
+    for prompt, of_row in zip(prompts, completions, strict=True):
+        for n in range(0, len(of_row), 2):
+            second = of_row[n + 1] if n + 1 < len(of_row) else []
+            pairs.append(TokenizedPair("", prompt.ids, of_row[n], second))
+    chosen, rejected = model.score(pairs)
+    found = iter([side for both in zip(chosen, rejected, strict=True) for side in both])
+    return [list(islice(found, len(of_row) + len(of_row) % 2))[: len(of_row)] for of_row in completions]
 
 
 def _writes(tokenizer: Any) -> tuple[dict[str, int], Any]:

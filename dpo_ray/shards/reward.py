@@ -22,6 +22,9 @@ from dpo_ray.shards.output import Shard, ShardOutput
 from dpo_ray.storage.artifact import digest, library_versions, read_shard
 from dpo_ray.storage.location import Location
 
+_COUNTED = "the tokens that were sampled"
+"""What an implicit reward is summed over."""
+
 
 def rule_identity(rule: Rule) -> dict[str, Any]:
     """What changes a rule's scores, beside the candidates."""
@@ -62,6 +65,7 @@ def implicit_identity(source: ImplicitReward, reference: Model) -> dict[str, Any
         "reference_weights": ModelFolder.of(reference).weights_hash(),
         "tokenizer": policy.tokenizer_hash(),
         "engine_version": own_forward(),
+        "counted": _COUNTED,
     }
 
 

@@ -22,10 +22,16 @@ from dpo_ray.scoring.reward_model import RewardModelScorer
 
 def row(question: str, *answers: str) -> dict[str, Any]:
     prompt = [{"role": "user", "content": question}]
-    return {"prompt_id": "00ff", "prompt": prompt, "tools": None, "completions": [{"text": text} for text in answers]}
+    completions = [{"text": text, "finished": True} for text in answers]
+    return {"prompt_id": "00ff", "prompt": prompt, "tools": None, "completions": completions}
 
 
-ROWS = [row("Why?", "Because it is so, and was so for long.", "No idea."), row("How?" * 30, "So."), row("Who?")]
+ROWS = [
+    row("Why?", "Because it is so, and was so for long.", "No idea."),
+    row("How?" * 30, "So."),
+    row("Who?"),
+    row("When?", "Now.", "Never, as far as I can see.", "Soon."),
+]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +72,7 @@ def test_scores_are_those_of_plain_transformers_however_they_are_batched(
 ):
     monkeypatch.setattr(classifiers, "_BATCH_TOKENS", batch_tokens)
     found = scorer_of(RewardModel(path=str(classifier))).score(ROWS)
-    assert [len(of_row) for of_row in found] == [2, 1, 0]
+    assert [len(of_row) for of_row in found] == [2, 1, 0, 3]
     for given, of_row in zip(ROWS, found, strict=True):
         for completion, one in zip(given["completions"], of_row, strict=True):
             [expected] = plain(classifier, given["prompt"][0]["content"], completion["text"])
@@ -133,14 +139,14 @@ def tuned(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def summed_logprobs(folder: Path, question: str, answer: str) -> tuple[float, int]:
-    """Of the answer and its end-of-turn token, by plain transformers."""
+def summed_logprobs(folder: Path, question: str, answer: str, end: str = "<|im_end|>") -> tuple[float, int]:
+    """Of the answer and its end, by plain transformers; and of how many tokens."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(folder)
     asked = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
-    completion = tokenizer(f"{answer}<|im_end|>", add_special_tokens=False)["input_ids"]
+    completion = tokenizer(f"{answer}{end}", add_special_tokens=False)["input_ids"]
     ids = torch.tensor([prompt + completion])
     with torch.inference_mode():
         logprobs = AutoModelForCausalLM.from_pretrained(folder)(ids).logits[0].log_softmax(-1)
@@ -152,7 +158,7 @@ def summed_logprobs(folder: Path, question: str, answer: str) -> tuple[float, in
 def test_the_implicit_reward_is_beta_times_the_log_ratio(tiny_model: Path, tuned: Path, per_token: bool):
     source = ImplicitReward(policy=str(tuned), beta=0.5, per_token=per_token)
     found = ImplicitScorer(source, reference_of(source, Model(path=str(tiny_model)))).score(ROWS)
-    assert [len(of_row) for of_row in found] == [2, 1, 0]
+    assert [len(of_row) for of_row in found] == [2, 1, 0, 3]
     for given, of_row in zip(ROWS, found, strict=True):
         for completion, one in zip(given["completions"], of_row, strict=True):
             of_both = [
@@ -162,6 +168,16 @@ def test_the_implicit_reward_is_beta_times_the_log_ratio(tiny_model: Path, tuned
             policy, reference = (total / (count if per_token else 1) for total, count in of_both)
             assert one.score == pytest.approx(0.5 * (policy - reference), abs=1e-4)
             assert one.parts == pytest.approx({"policy": policy, "reference": reference}, abs=1e-4)
+
+
+def test_of_an_answer_that_was_cut_the_end_of_the_turn_does_not_count(tiny_model: Path, tuned: Path):
+    given = row("Why?", "Because it", "So.")
+    given["completions"][0]["finished"] = False
+    source = ImplicitReward(policy=str(tuned))
+    [found] = ImplicitScorer(source, reference_of(source, Model(path=str(tiny_model)))).score([given])
+    for one, (answer, end) in zip(found, (("Because it", ""), ("So.", "<|im_end|>")), strict=True):
+        policy, reference = (summed_logprobs(folder, "Why?", answer, end)[0] for folder in (tuned, tiny_model))
+        assert one.parts == pytest.approx({"policy": policy, "reference": reference}, abs=1e-4)
 
 
 def test_a_policy_that_is_its_reference_has_no_reward(tiny_model: Path):

@@ -73,6 +73,8 @@ class _Drawn:
         """Prompt by prompt; one that was too long for one of the two models has no completions of it."""
         sources = [list(_rows(self.scores[source.label])) for source in self.options.reward]
         weights = [source.weight for source in self.options.reward]
+        if compares(self.options.reward):
+            weights = [float(weight != 0) for weight in weights]  # a share of wins stays one
         log_ratios = {row["prompt_id"]: row["scores"] for row in _rows(self.log_ratios)}
         for n, row in enumerate(_rows(self.candidates)):
             rewards = weighted([of_source[n]["scores"] for of_source in sources], weights)
@@ -93,7 +95,9 @@ def _draw(context: RunContext, options: WinRate, pairs: Artifact, policy: Artifa
     ]
     merged = context.stage("merge_samples", partial(merge_candidates, context.output, of_models))
     scores = score_by(context, "judge", options.reward, merged, options.sampling.samples)
-    ratio = ImplicitReward(policy=tuned_model.path, beta=1.0, dtype=base_model.dtype)
+    ratio = ImplicitReward(
+        policy=tuned_model.path, beta=1.0, dtype=base_model.dtype, trust_remote_code=base_model.trust_remote_code
+    )
     log_ratios = context.stage(
         "log_ratios", partial(score_candidates, context.output, context.config, ratio, of_models[1])
     )

@@ -9,40 +9,44 @@ from typing import Any
 
 import pyarrow as pa
 
-from dpo_ray.config import Config, Generate, Model, Reward, Sampling
+from dpo_ray.config import Config, Generate, Judge, Model, Reward, Sampling, Source
 from dpo_ray.data.prompts import prompt_table, read_prompts
 from dpo_ray.data.tally import Tally
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.generate import merge_candidates, sample_completions
 from dpo_ray.on_ray.reward import pair_candidates, score_candidates
 from dpo_ray.pairs import PAIRS, PROMPTS, steers
+from dpo_ray.progress import say
 from dpo_ray.shards.generate import Ask
 from dpo_ray.storage.artifact import Artifact, Contents, digest, make, read_shard, write_shard
 from dpo_ray.storage.location import Location
 from pipelines.context import RunContext
 
 
-def generate(context: RunContext, wanted: Callable[[str], bool] | None = None) -> Artifact:
+def generate(
+    context: RunContext, wanted: Callable[[str], bool] | None = None, scoring: RunContext | None = None
+) -> Artifact:
     """The pairs made of sampled completions. Raises DataError where there is no usable prompt or pair.
 
     Args:
         wanted: which training prompts are sampled for, by their ids; None: all.
+        scoring: whose `model` an implicit reward compares with; left out: this one's.
     """
     config = context.config
     options = config.generate
     assert options is not None
-    sides = _prompts(config, options)
+    sides = prompts_by_side(config, options)
     if wanted is not None:
         sides["train"] = [row for row in sides["train"] if wanted(row["prompt_id"])]
     # Shards of one side only: the held-out candidates then serve the win rate without being drawn again.
     tables = [t for side in ("train", "eval") for t in _tables(sides[side], options.prompts_per_shard)]
     prompts = publish_prompts(context.output, tables)
     candidates = _candidates(context, options, prompts)
-    scores = score_by(context, "reward", options.reward, candidates)
+    scores = score_by(scoring or context, "reward", options.reward, candidates)
     return context.stage("pair", lambda: _pair(context, options, candidates, scores))
 
 
-def _prompts(config: Config, options: Generate) -> dict[str, list[dict[str, Any]]]:
+def prompts_by_side(config: Config, options: Generate) -> dict[str, list[dict[str, Any]]]:
     """Side of the split → its prompts."""
     return read_prompts(options.prompts, config.data.held_out_fraction, config.run.seed, options.system_prompt)
 
@@ -95,7 +99,7 @@ def held_out_prompts(context: RunContext, pairs: Artifact, max_prompts: int) -> 
         return row["split"] == "eval" and (fraction == 1 or not steers(row["prompt_id"], fraction))
 
     if config.generate is not None:
-        sides = _prompts(config, config.generate)
+        sides = prompts_by_side(config, config.generate)
         held_out = list(filter(judges, sides["eval"]))[:max_prompts]
         return publish_prompts(context.output, _tables(held_out, config.generate.prompts_per_shard))
     rows: dict[str, dict[str, Any]] = {}
@@ -130,10 +134,32 @@ def score_by(
     found = {}
     for source in reward:
         name = stage if len(reward) == 1 else f"{stage}: {source.label}"
-        found[source.label] = context.stage(
+        made = context.stage(
             name, partial(score_candidates, context.output, context.config, source, candidates, across)
         )
+        _tell_unread(source, made)
+        found[source.label] = made
     return found
+
+
+def _tell_unread(source: Source, scores: Artifact) -> None:
+    """Says of a judge how many of its verdicts told nothing. Raises DataError where none told anything."""
+    counters = scores.manifest.counters
+    asked, unread, torn = (counters.get(name, 0) for name in ("judged", "judge_unparseable", "orders_disagree"))
+    if not isinstance(source, Judge) or not unread + torn:
+        return
+    if unread == asked:
+        raise DataError(
+            f"Of {asked} verdicts asked of {source.label} none could be read, in {source.attempts} attempts each, so "
+            "all answers would count as equal. Look at what the judge replies: it may be too small a model for the "
+            f"template, or {source.label}.max_tokens={source.max_tokens} cuts its replies. The scores are in "
+            f"{scores.location}; remove that folder to have it asked again."
+        )
+    say(
+        "judge",
+        f"{source.label}: of {asked} verdicts {unread} could not be read and {torn} changed with the order of the "
+        "answers; these count as ties",
+    )
 
 
 def _pair(

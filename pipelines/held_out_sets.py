@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_ray.config import Columns, Config
+from dpo_ray.config import Config
 from dpo_ray.estimates import Estimate, bootstrap
 from dpo_ray.evaluation.held_out import held_out_pairs
 from dpo_ray.evaluation.margins import preference_accuracy
@@ -17,7 +17,7 @@ from dpo_ray.storage.location import Location
 from dpo_ray.storage.published import latest, published_folder
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
-from pipelines.ingest import ingest_set
+from pipelines.ingest import ingest_set, of_set
 from pipelines.reference import reference
 from pipelines.tokenize import tokenize
 
@@ -56,18 +56,19 @@ def score_sets(context: RunContext, policy: Artifact, rows: Artifact, scores: Ar
         version, published = _published(context, rows)
         found[HELD_OUT] = ScoredSet(rows, scores, published, version, context.config.train.eval_fraction)
     for name, paths in named.items():
-        mine = context.other(_of_set(context.config), f"set {name}")
+        mine = context.other(of_set(context.config), f"set {name}")
         tokenized = tokenize(mine, ingest_set(mine, f"evaluate.sets.{name}", paths), None)
-        of_set, _ = reference(mine, tokenized)
-        of_policy = score(mine, "score", policy.fingerprint, policy.location / MODEL_FOLDER, of_set)
-        version, published = _published(mine, of_set) if name in gate else (None, None)
-        found[name] = ScoredSet(of_set, of_policy, published, version, 1.0)
+        scored_rows, _ = reference(mine, tokenized)
+        of_policy = score(mine, "score", policy.fingerprint, policy.location / MODEL_FOLDER, scored_rows)
+        version, published = _published(mine, scored_rows) if name in gate else (None, None)
+        found[name] = ScoredSet(scored_rows, of_policy, published, version, 1.0)
     return found
 
 
 def measure_sets(config: Config, sets: dict[str, ScoredSet]) -> dict[str, Any]:
     """Set → its `accuracy`; and, where there is a published model to compare with, that model's `version`, its
-    accuracy as `published`, and the `change` from it to the policy's on the same pairs.
+    accuracy as `published`, and the `change` from it to the policy's on the same pairs. Where that model is the
+    reference itself, its accuracy is undefined, and so is the change.
     """
     measured = {}
     for name, one in sets.items():
@@ -78,18 +79,15 @@ def measure_sets(config: Config, sets: dict[str, ScoredSet]) -> dict[str, Any]:
             continue
         before = held_out_pairs(config.train.loss, one.published, one.rows, one.eval_fraction).margins
         of_published = preference_accuracy(before)
-        measured[name]["published"] = of_published and of_published.as_dict()
+        if of_published is None:  # its margins are 0: it is the reference, and what it prefers is not told by them
+            continue
+        measured[name]["published"] = of_published.as_dict()
         measured[name]["change"] = _mean((margins > 0).astype(float) - (before > 0)).as_dict()
     return measured
 
 
 def _mean(values: np.ndarray) -> Estimate:
     return bootstrap(lambda of: float(values[of].mean()), len(values))
-
-
-def _of_set(config: Config) -> Config:
-    """Its files are read by their own columns, whatever those of the training data are called."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"columns": Columns(), "layout": "auto"})})
 
 
 def _published(context: RunContext, rows: Artifact) -> tuple[str | None, Artifact | None]:

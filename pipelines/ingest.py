@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from dpo_ray.config import Config, Data, Paths
+from dpo_ray.config import Columns, Config, Data, Paths
 from dpo_ray.config.layouts import Layout, recognise, texts_of
 from dpo_ray.data.quarantine import require_enough_kept
 from dpo_ray.data.raw.files import SUFFIXES, Stamp
@@ -50,6 +50,18 @@ def check_inputs(config: Config) -> None:
         _require_rows([file for file, _ in found], key)
         layouts |= {layout for _, layout in found if layout is not None}
     config.data.require_used(layouts)
+
+
+def check_set(config: Config, name: str, paths: Paths) -> None:
+    """The same of a set of evaluate.sets, whose files are read by their own columns."""
+    key = f"evaluate.sets.{name}"
+    files = input_files(paths, key, Location.of(config.run.output))
+    _require_rows([file for file, _ in map_files(lambda file: _known(file, of_set(config)), files)], key)
+
+
+def of_set(config: Config) -> Config:
+    """The configuration for a set: its files are read by their own columns, whatever the training data's are called."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"columns": Columns(), "layout": "auto"})})
 
 
 def _known(file: Location, config: Config) -> tuple[Peek | FileRecord, Layout | None]:

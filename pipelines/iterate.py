@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from dpo_ray.config import Config, Iterate
-from dpo_ray.errors import DpoRayError
+from dpo_ray.errors import DataError, DpoRayError
 from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage, shard_tasks
 from dpo_ray.on_ray.session import expect_training
 from dpo_ray.progress import say
@@ -17,7 +18,7 @@ from dpo_ray.storage.artifact import Artifact, read_shard
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
 from pipelines.evaluate import evaluate
-from pipelines.generate import generate
+from pipelines.generate import generate, prompts_by_side
 from pipelines.publish import publish
 from pipelines.reference import reference
 from pipelines.tokenize import tokenize
@@ -46,10 +47,14 @@ class Round:
 
 
 def iterate(context: RunContext) -> None:
-    """Run the rounds, and publish the best one's policy past the gate. Raises GateFailed."""
+    """Run the rounds, and publish the best one's policy past the gate.
+
+    Raises DataError where a round would have no prompt, and GateFailed.
+    """
     expect_training()
     options = context.config.iterate
     assert options is not None
+    require_prompts(context.config)
     done: list[Round] = []
     for number in range(1, options.rounds + 1):
         done.append(_round(context, options, number, done))
@@ -71,6 +76,28 @@ def improves(found: dict[str, Any], best: dict[str, Any]) -> bool:
     return bool(found["low"] > best["value"])
 
 
+def require_prompts(config: Config) -> None:
+    """Raises DataError where a round would have no prompt to train on, or there is none to measure the win rate on."""
+    options, generate_options = config.iterate, config.generate
+    assert options is not None and generate_options is not None
+    sides = prompts_by_side(config, generate_options)
+    if not sides["eval"]:
+        raise DataError(
+            f"Of the prompts in {generate_options.prompts} none is held out "
+            f"(data.held_out_fraction={config.data.held_out_fraction:g}), and the rounds are compared on those: raise "
+            "the fraction, or add prompts."
+        )
+    if options.prompts == "repeated":
+        return
+    sizes = Counter(part_of(row["prompt_id"], options.rounds) for row in sides["train"])
+    if empty := [number for number in range(1, options.rounds + 1) if not sizes[number]]:
+        raise DataError(
+            f"{generate_options.prompts} has {len(sides['train'])} prompts to train on, and of the {options.rounds} "
+            f"rounds with prompts of their own (iterate.prompts=fresh) round {empty[0]} would have none: add prompts, "
+            "lower iterate.rounds, or set iterate.prompts=repeated."
+        )
+
+
 def _best(done: list[Round]) -> Round:
     """The first of those with the highest win rate."""
     return max(done, key=lambda one: one.win_rate["value"])
@@ -81,14 +108,16 @@ def _round(context: RunContext, options: Iterate, number: int, earlier: list[Rou
     current = config if not earlier else _with_policy(config, earlier[-1].policy)
     mine = context.other(current, f"round {number}")
     fresh = options.prompts == "fresh"
-    made = generate(mine, (lambda prompt: part_of(prompt, options.rounds) == number) if fresh else None)
+    of_first = context.other(config, f"round {number}")
+    # An implicit reward compares with the first model in all rounds, so that these learn the same.
+    made = generate(mine, (lambda prompt: part_of(prompt, options.rounds) == number) if fresh else None, of_first)
     pairs = _with_replay(mine, options, number, made, [one.pairs for one in earlier])
     tokenized = tokenize(mine, pairs, None)
-    compared = mine if options.reference == "current" else context.other(config, f"round {number}")
+    compared = mine if options.reference == "current" else of_first
     rows, calibration = reference(compared, tokenized)
     policy = train(mine, rows)
     # Never against the round's own beginning, so that rounds can be compared.
-    evaluation = evaluate(context.other(config, f"round {number}"), pairs, rows, calibration, policy)
+    evaluation = evaluate(of_first, pairs, rows, calibration, policy)
     return Round(number, made, policy, evaluation)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dpo_ray.config import Config, Judge, Reward, RewardModel, Rule
-from dpo_ray.errors import ConfigError
+from dpo_ray.config import Config, ImplicitReward, Judge, Model, Reward, RewardModel, Rule
+from dpo_ray.errors import ConfigError, DataError
 from pipelines import STAGES, Stage
 
 
@@ -14,12 +14,40 @@ def preflight(config: Config, until: Stage = "publish") -> None:
         from pipelines.ingest import check_inputs
 
         check_inputs(config)
+    if config.generate is not None:
+        require_prompts(config, until)
+    if config.evaluate.sets and STAGES.index(until) >= STAGES.index("evaluate"):
+        from pipelines.ingest import check_set
+
+        for name, paths in config.evaluate.sets.items():
+            check_set(config, name, paths)
     if until != "ingest":
         require_models(config, until)
     if config.evaluate.tasks is not None and STAGES.index(until) >= STAGES.index("evaluate"):
         from dpo_ray.scoring.task_source import require_tasks
 
         require_tasks(config.evaluate.tasks)
+
+
+def require_prompts(config: Config, until: Stage) -> None:
+    """Raises DataError where there is no prompt, or none is held out though a win rate is measured."""
+    from dpo_ray.data.prompts import read_prompts
+
+    options = config.generate
+    assert options is not None
+    sides = read_prompts(options.prompts, config.data.held_out_fraction, config.run.seed, options.system_prompt)
+    if not sides["train"]:
+        raise DataError(
+            f"All {len(sides['eval'])} prompts of {options.prompts} are held out "
+            f"(data.held_out_fraction={config.data.held_out_fraction:g}): lower the fraction, or add prompts."
+        )
+    measured = config.evaluate.win_rate is not None and STAGES.index(until) >= STAGES.index("evaluate")
+    if measured and not sides["eval"]:
+        raise DataError(
+            f"Of the {len(sides['train'])} prompts of {options.prompts} none is held out "
+            f"(data.held_out_fraction={config.data.held_out_fraction:g}), and evaluate.win_rate is measured on those: "
+            "raise the fraction, add prompts, or leave evaluate.win_rate out."
+        )
 
 
 def require_consistent(config: Config, until: Stage) -> None:
@@ -53,7 +81,6 @@ def require_reward(reward: Reward) -> None:
 
     Raises ConfigError.
     """
-    from dpo_ray.model.resolve import resolve
     from dpo_ray.on_ray.vllm_version import require_vllm
     from dpo_ray.scoring.endpoint import require_endpoint
     from dpo_ray.scoring.judge import require_template
@@ -74,8 +101,11 @@ def require_reward(reward: Reward) -> None:
             require_vllm("A judge that is served here")
         if isinstance(source, RewardModel) and source.engine == "vllm":
             require_vllm(f"The reward {source.label} with engine=vllm")
-        model = model_of(source)
-        resolve(model.path, model.revision)
+        models = [model_of(source)]
+        if isinstance(source, ImplicitReward) and source.reference is not None:
+            models.append(Model(path=source.reference))
+        for model in models:
+            _require_template(model.path, model.revision, f"the path of the reward {source.label}")
 
 
 def require_reference_use(config: Config) -> None:
@@ -93,16 +123,26 @@ def require_models(config: Config, until: Stage = "publish") -> None:
 
     Raises ConfigError.
     """
+    models = {"model.path": config.model}
+    if config.generate is not None:
+        for number, one in enumerate(config.generate.models):
+            if one.path is not None:
+                models[f"generate.models[{number}].path"] = one.model(config.model)
+    win_rate = config.evaluate.win_rate
+    if win_rate is not None and win_rate.against is not None and STAGES.index(until) >= STAGES.index("evaluate"):
+        models["evaluate.win_rate.against.path"] = win_rate.against.model()
+    for key, model in models.items():
+        _require_template(model.path, model.revision, key)
+
+
+def _require_template(path: str, revision: str | None, key: str) -> None:
+    """Args: key: who names the model, for the message."""
     from dpo_ray.data.chat import missing_template
     from dpo_ray.model.resolve import resolve
     from dpo_ray.model.tokenizer_files import has_template
 
-    models = [config.model]
-    if config.generate is not None:
-        models += [one.model(config.model) for one in config.generate.models]
-    win_rate = config.evaluate.win_rate
-    if win_rate is not None and win_rate.against is not None and STAGES.index(until) >= STAGES.index("evaluate"):
-        models.append(win_rate.against.model())
-    for path, revision in dict.fromkeys((one.path, one.revision) for one in models):
+    try:
         if not has_template(resolve(path, revision)):
             raise missing_template(path)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.path", key)) from error

@@ -199,7 +199,13 @@ def shared(one: Reward, other: Reward) -> list[str]:
 
 
 def compares(reward: Reward) -> bool:
-    """Whether the reward is nothing but a judge's comparisons, so that a score is a share of wins."""
+    """Whether the reward is nothing but a judge's comparisons, so that a score is a share of wins. What has the weight
+    0 does not count.
+    """
+    counted = [source for source in reward if source.weight != 0]
     return (
-        len(reward) == 1 and isinstance(reward[0], Judge) and reward[0].compare == "pairwise" and reward[0].weight > 0
+        len(counted) == 1
+        and isinstance(counted[0], Judge)
+        and counted[0].compare == "pairwise"
+        and counted[0].weight > 0
     )

@@ -6,6 +6,11 @@ from typing import Any
 
 from dpo_ray.config import Gate
 
+FEWEST = 30
+"""Observations that the gate asks for where an interval is the bootstrap's: of fewer it is too narrow."""
+
+_OWN_INTERVALS = ("accuracy", "win_rate")  # dpo_ray.estimates.rate holds of any number of observations
+
 
 def failed_conditions(gate: Gate, metrics: dict[str, Any]) -> list[str]:
     """Each condition that does not hold, in words; empty where all hold.
@@ -47,7 +52,16 @@ def _failed(name: str, found: dict[str, Any] | None, above: float | None, below:
     ]
     asked = f"publish.gate.{key} asks for {' and '.join(limits)}"
     if found is None:
-        return [f"{name} is undefined, and {asked}"]
+        why = (
+            " (the published model is this run's reference, or there is no pair: name a model.path that both were "
+            "trained from, or leave the set out)"
+        )
+        return [f"{name} is undefined{why * key.startswith('no_regression')}, and {asked}"]
+    if found["n"] < FEWEST and name not in _OWN_INTERVALS:
+        return [
+            f"{name} is {found['value']:.3f} over {found['n']} observations, whose interval is too narrow below "
+            f"{FEWEST}: hold out more prompts; {asked}"
+        ]
     if (above is None or found["low"] > above) and (below is None or found["high"] < below):
         return []
     return [

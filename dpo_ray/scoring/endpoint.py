@@ -79,7 +79,13 @@ class EndpointChat:
             max_tokens=self._judge.max_tokens,
             **held,
         )
-        return (done.choices[0].message.content or "") if done.choices else ""
+        try:
+            return (done.choices[0].message.content or "") if done.choices else ""
+        except (AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"The judge {self._endpoint.model} at {self._endpoint.base_url} answers with what is no chat "
+                f"completion ({short(str(done))}). Check endpoint.base_url, which mostly ends in /v1."
+            ) from error
 
     def _told(self, error: Exception) -> Exception:
         import openai

@@ -161,7 +161,9 @@ class JudgeScorer:
             for completion in row["completions"]
         ]
         scored = iter(
-            Scored(_MIDDLE, {}, ("judge_unparseable",)) if found is None else Scored(float(found))
+            Scored(_MIDDLE, {}, ("judged", "judge_unparseable"))
+            if found is None
+            else Scored(float(found), {}, ("judged",))
             for found in self._ask(questions, rating)
         )
         return [[next(scored) for _ in row["completions"]] for row in rows]
@@ -191,12 +193,12 @@ class JudgeScorer:
 def _both_orders(one: str | None, other: str | None) -> tuple[float, tuple[str, ...]]:
     """The share of the first answer's win, by the verdicts with it at the first place and at the second."""
     if one is None or other is None:
-        return 0.5, ("judge_unparseable",)
+        return 0.5, ("judged", "judge_unparseable")
     first = {"A": 1.0, "B": 0.0, "tie": 0.5}
     straight, swapped = first[one], 1 - first[other]
     if straight == swapped:
-        return straight, ()
-    return 0.5, ("orders_disagree",)
+        return straight, ("judged",)
+    return 0.5, ("judged", "orders_disagree")
 
 
 def verdict(reply: str) -> str | None:

@@ -45,7 +45,9 @@ class Move(BaseModel):
 
 
 def published_folder(output: Location, name: str) -> Location:
-    """Where the versions of a name lie."""
+    """Where the versions of a name lie. Raises ConfigError where it is no name of a folder."""
+    if "/" in name or name in {"", ".", ".."}:
+        raise ConfigError(f"{name!r} is no name of a published model: give run.name, without a path.")
     return output / "models" / name
 
 
@@ -73,9 +75,22 @@ def history(folder: Location) -> list[Move]:
     return [Move.model_validate_json(file.read_bytes()) for file in files]
 
 
+def moves(folder: Location) -> list[Move]:
+    """The moves of the pointer that came about, oldest first: a kill may leave the record of one that did not."""
+    now = latest(folder)
+    found: list[Move] = []
+    previous = now.version if now is not None else None
+    for one in reversed(history(folder)):
+        # A damaged pointer, which was written anew, says nothing of what was before.
+        if previous is None or one.version == previous:
+            found.append(one)
+            previous = one.previous
+    return found[::-1]
+
+
 def was_latest(folder: Location, version: str) -> bool:
     """Whether the pointer named a version at some time."""
-    return any(one.version == version for one in history(folder))
+    return any(one.version == version for one in moves(folder))
 
 
 def move(
@@ -91,7 +106,8 @@ def move(
 
     Raises ConfigError where the version is not there as a whole.
     """
-    if not is_complete(folder / version):
+    # A name of a folder there, and no path that leads out of it.
+    if "/" in version or not is_complete(folder / version):
         known = ", ".join(complete_versions(folder)) or "none"
         raise ConfigError(f"{folder / version} is no published model (versions of {folder.name}: {known}).")
     try:
@@ -142,7 +158,7 @@ def rollback(output: Location, name: str, why: str) -> Move:
     _require_any(folder)
     now = latest(folder)
     standing: list[Move] = []
-    for one in history(folder):
+    for one in moves(folder):
         if one.action == "rollback":
             while standing and standing[-1].version != one.version:
                 standing.pop()

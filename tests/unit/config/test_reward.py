@@ -158,3 +158,22 @@ def test_ranked_rows_know_no_rule_of_candidates():
                 "data": {"train": "t", "pairing": {"truncated": "drop"}},
             }
         )
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ([{"type": "judge", "model": "j"}], True),
+        ([{"type": "judge", "model": "j", "weight": 2.0}], True),
+        ([{"type": "judge", "model": "j"}, {"function": "a:b", "weight": 0.0}], True),
+        ([{"type": "judge", "model": "j"}, {"function": "a:b"}], False),
+        ([{"type": "judge", "model": "j", "compare": "pointwise"}], False),
+        ([{"type": "judge", "model": "j", "weight": -1.0}], False),
+        ([{"function": "a:b"}], False),
+    ],
+)
+def test_what_has_no_weight_does_not_change_how_a_win_is_counted(sources: list[dict[str, Any]], expected: bool):
+    tree = {"run": {"name": "n", "output": "o"}, "model": {"path": "m"}, "data": {"train": "t"}}
+    config = parse_config({**tree, "evaluate": {"win_rate": {"reward": sources}}})
+    assert config.evaluate.win_rate is not None
+    assert compares(config.evaluate.win_rate.reward) == expected

@@ -30,6 +30,33 @@ METRICS = {
 
 
 @pytest.mark.parametrize(
+    ("gate", "refused"),
+    [
+        ({"accuracy_above": 0.5}, False),
+        ({"length_controlled_win_rate_above": 0.5}, True),
+        ({"kl_below": 1.0}, True),
+        ({"chosen_drop_below": 9.0}, True),
+        ({"length_ratio_within": [0.1, 9.0]}, True),
+        ({"no_regression": {"bench": 0.5}}, True),
+    ],
+)
+def test_an_interval_of_the_bootstraps_needs_thirty_observations(gate: dict[str, Any], refused: bool):
+    def of(n: int) -> Any:
+        def counted(value: Any) -> Any:
+            if not isinstance(value, dict):
+                return value
+            return {key: n if key == "n" else counted(one) for key, one in value.items()}
+
+        return counted(METRICS)
+
+    given = Gate(**{"accuracy_above": None, **gate})
+    assert failed_conditions(given, of(30)) == []
+    reasons = failed_conditions(given, of(29))
+    assert bool(reasons) == refused
+    assert all("29 observations" in reason and "below 30: hold out more prompts" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
     ("gate", "failed"),
     [
         ({}, None),
@@ -53,7 +80,7 @@ METRICS = {
         ({"no_regression": {"bench": 0.03}}, "the change of accuracy on bench from the published version v1 is 0.000 "
          "with a 95% interval from -0.030 to 0.030 (n=40), and publish.gate.no_regression.bench asks for above -0.03"),
         ({"no_regression": {"undefined": 0.5}}, "the change of accuracy on undefined from the published version v1 is "
-         "undefined"),
+         "undefined (the published model is this run's reference, or there is no pair: name a model.path that both "),
         ({"no_regression": {"other": 0.5}}, "the change of accuracy on other"),
     ],
 )  # fmt: skip

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dpo_ray.config import parse_config
-from dpo_ray.errors import ConfigError
-from pipelines.iterate import improves, part_of
+from dpo_ray.config import Config, parse_config
+from dpo_ray.errors import ConfigError, DataError
+from pipelines.iterate import improves, part_of, require_prompts
 from pipelines.show import iterate_lines
 
 TREE: dict[str, Any] = {
@@ -60,3 +62,20 @@ def test_a_dry_run_tells_the_rounds():
     more = parse_config({**TREE, "iterate": {"prompts": "repeated", "reference": "first", "replay": 0.25}})
     text = "\n".join(iterate_lines(more))
     assert "all prompts and with the first model as reference, 0.25 of its pairs from earlier rounds" in text
+
+
+def rounds_over(tmp_path: Path, count: int, **options: Any) -> Config:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(count)))
+    held_out = options.pop("held_out_fraction", 0.4)
+    changes = {"generate": {"prompts": str(file)}, "data": {"held_out_fraction": held_out}, "iterate": options}
+    return parse_config({**TREE, **changes})
+
+
+def test_rounds_need_prompts_each(tmp_path: Path):
+    require_prompts(rounds_over(tmp_path, 60, rounds=3))
+    require_prompts(rounds_over(tmp_path, 6, rounds=20, prompts="repeated"))
+    with pytest.raises(DataError, match=r"of the 20 rounds with prompts of their own .* would have none: add prompts"):
+        require_prompts(rounds_over(tmp_path, 6, rounds=20))
+    with pytest.raises(DataError, match=r"none is held out \(data.held_out_fraction=0\)"):
+        require_prompts(rounds_over(tmp_path, 60, rounds=1, held_out_fraction=0.0))

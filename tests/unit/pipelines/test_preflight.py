@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dpo_ray.config import Config, parse_config
-from dpo_ray.errors import ConfigError
-from pipelines.preflight import require_models, require_reward
+from dpo_ray.config import Config, Judge, Rule, parse_config
+from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.storage.artifact import Artifact
+from pipelines.generate import _tell_unread
+from pipelines.preflight import preflight, require_models, require_reward
 
 
 def config(model: Path, **more: Any) -> Config:
@@ -28,7 +31,7 @@ def test_the_model_of_the_win_rate_is_looked_for_where_it_is_measured(tiny_model
     if not refused:
         require_models(found, until)
         return
-    with pytest.raises(ConfigError, match="/none"):
+    with pytest.raises(ConfigError, match=r"evaluate\.win_rate\.against\.path is .*/none, and there is no such folder"):
         require_models(found, until)
 
 
@@ -54,3 +57,59 @@ def test_a_reward_model_that_vllm_is_to_serve_needs_vllm(tiny_model: Path, monke
             continue
         with pytest.raises(ConfigError, match="The reward ours with engine=vllm needs vLLM"):
             require_reward(reward)
+
+
+@pytest.mark.parametrize("name", ["policy", "reference"])
+def test_models_that_score_are_looked_for_with_their_templates(tiny_model: Path, tmp_path: Path, name: str):
+    bare = shutil.copytree(tiny_model, tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template*"))
+    for path, said in ((tmp_path / "none", "no such folder"), (bare, "chat template")):
+        source = {"type": "implicit", "policy": str(tiny_model), "name": "ours", name: str(path)}
+        reward = config(tiny_model, evaluate={"win_rate": {"reward": [source]}}).evaluate.win_rate.reward
+        with pytest.raises(ConfigError, match=said):
+            require_reward(reward)
+
+
+def sampling(model: Path, tmp_path: Path, count: int, **more: Any) -> Config:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f'{{"prompt": "Say {n}."}}\n' for n in range(count)))
+    return config(model, **{"data": {}, "generate": {"prompts": str(file)}, "evaluate": {"win_rate": {}}, **more})
+
+
+def test_prompts_are_looked_at_before_anything_is_sampled(tiny_model: Path, tmp_path: Path):
+    preflight(sampling(tiny_model, tmp_path, 40))
+    with pytest.raises(DataError, match="there is no prompt in it"):
+        preflight(sampling(tiny_model, tmp_path, 0))
+    with pytest.raises(DataError, match=r"All 4 prompts of .* are held out \(data.held_out_fraction=0.999\)"):
+        preflight(sampling(tiny_model, tmp_path, 4, data={"held_out_fraction": 0.999}))
+    none_held_out = sampling(tiny_model, tmp_path, 40, data={"held_out_fraction": 0.0})
+    with pytest.raises(DataError, match=r"none is held out \(data.held_out_fraction=0\)"):
+        preflight(none_held_out)
+    preflight(none_held_out, "train")
+
+
+def test_sets_are_looked_at_before_anything_is_sampled(tiny_model: Path, tmp_path: Path, write_preferences):
+    file = write_preferences(tmp_path / "bench", [{"prompt": "Why?", "chosen": "So.", "rejected": "No."}])
+    preflight(sampling(tiny_model, tmp_path, 40, evaluate={"sets": {"bench": str(file)}}))
+    for name, columns in (("none", None), ("other", {"question": "Why?"})):
+        path = tmp_path / name if columns is None else write_preferences(tmp_path / name, [columns])
+        found = sampling(tiny_model, tmp_path, 40, evaluate={"sets": {"bench": str(path)}})
+        with pytest.raises((ConfigError, DataError)):
+            preflight(found)
+        preflight(found, "train")
+
+
+def test_a_judge_of_whom_nothing_can_be_read_is_told(capfd: pytest.CaptureFixture[str]):
+    judge = Judge(model="j", name="ours")
+
+    def scores(**counters: int) -> Artifact:
+        return SimpleNamespace(manifest=SimpleNamespace(counters=counters), location="out/rewards/0")
+
+    _tell_unread(judge, scores(judged=9, completions=6))
+    _tell_unread(Rule(function="a:b"), scores(judge_unparseable=9))
+    assert "".join(capfd.readouterr()) == ""
+    _tell_unread(judge, scores(judged=9, judge_unparseable=2, orders_disagree=4))
+    assert "ours: of 9 verdicts 2 could not be read and 4 changed with the order" in "".join(capfd.readouterr())
+    with pytest.raises(
+        DataError, match=r"Of 9 verdicts asked of ours none could be read, in 3 attempts .*out/rewards/0"
+    ):
+        _tell_unread(judge, scores(judged=9, judge_unparseable=9))

@@ -19,6 +19,9 @@ from dpo_ray.scoring.endpoint import EndpointChat, require_endpoint
 Reply = Callable[[dict[str, Any]], tuple[int, Any]]
 
 
+HTML = "<html>welcome</html>"
+
+
 class Server:
     """Answers each request by a function: body → status and JSON."""
 
@@ -165,3 +168,11 @@ def test_a_key_that_is_not_there_is_told_before_anything_is_asked(server: Server
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(ConfigError, match="there is no such environment variable here"):
         require_endpoint(Endpoint(base_url=server.url, model="j", api_key_env="JUDGE_KEY"))
+
+
+@pytest.mark.parametrize("answer", [HTML, {"choices": [{"index": 0}]}, [1]])
+def test_an_answer_that_is_no_chat_completion_names_the_address(server: Server, answer: Any):
+    server.reply = lambda body: (200, answer)
+    with pytest.raises(ConfigError, match=r"answers with what is no chat completion .*ends in /v1") as caught:
+        chat(server).replies(ask("Hello"), None)
+    assert server.url in str(caught.value)

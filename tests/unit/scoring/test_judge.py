@@ -66,7 +66,7 @@ def test_a_score_is_the_share_of_comparisons_won(template: str):
     [found] = scored(judge(template), replies, row("aa", "b", "cccc", "dd"))
     # cccc wins all three; aa and dd each win one of three and tie one; b wins none.
     assert [one.score for one in found] == pytest.approx([0.5, 0.0, 1.0, 0.5])
-    assert all(one.noted == () for one in found)
+    assert [one.noted for one in found] == [("judged",) * 3, ("judged",) * 2, ("judged",), ()]  # a couple once
     questions = [dialogue[0]["content"].splitlines() for dialogue in replies.dialogues]
     assert len(questions) == 12  # six couples, both orders
     assert {tuple(q[:2]) for q in questions} == {tuple(q[1::-1]) for q in questions}
@@ -125,8 +125,8 @@ def test_a_reply_that_cannot_be_read_is_asked_for_again_and_then_counted(templat
 
     replies = Replies(reply)
     [[a, b], [c, _]] = scored(judge(template, attempts=2), replies, row("aa", "b"), row("never", "b"))
-    assert (a.score, b.score, a.noted) == (1.0, 0.0, ())
-    assert (c.score, c.noted) == (0.5, ("judge_unparseable",))
+    assert (a.score, b.score, a.noted) == (1.0, 0.0, ("judged",))
+    assert (c.score, c.noted) == (0.5, ("judged", "judge_unparseable"))
     assert len(replies.dialogues) == 8  # two questions of each row, twice
     again = replies.dialogues[4]
     assert [m["role"] for m in again] == ["user", "assistant", "user"]
@@ -139,7 +139,11 @@ def test_answers_are_rated_one_by_one(template: str):
 
     replies = Replies(rate)
     [found] = scored(judge(template, "pointwise", structured=False), replies, row("good", "bad", "odd"))
-    assert [(one.score, one.noted) for one in found] == [(9.0, ()), (2.0, ()), (5.5, ("judge_unparseable",))]
+    assert [(one.score, one.noted) for one in found] == [
+        (9.0, ("judged",)),
+        (2.0, ("judged",)),
+        (5.5, ("judged", "judge_unparseable")),
+    ]
     assert set(map(str, replies.schemas)) == {"None"}
 
 

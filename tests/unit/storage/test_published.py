@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.storage.location import Location
-from dpo_ray.storage.published import CARD, LATEST, history, latest, move, promote, rollback
+from dpo_ray.storage.published import CARD, LATEST, history, latest, move, promote, rollback, was_latest
 
 
 @pytest.fixture
@@ -129,3 +129,41 @@ def test_after_any_moves_the_pointer_names_a_whole_version_and_the_last_record(t
         else:
             promote(output, "n", one[-1], "")
         assert latest(output / "models/n") == history(output / "models/n")[-1]
+
+
+@pytest.mark.parametrize("version", ["../n/a", "a/.", "/a", "partial"])
+def test_a_version_is_a_folder_of_the_name_and_no_path(output: Location, version: str):
+    publish(output, "b")
+    with pytest.raises(ConfigError, match="no published model"):
+        promote(output, "n", version, "by hand")
+    assert now(output) == "b"
+
+
+@pytest.mark.parametrize("name", ["../models/n", "..", "", "n/.."])
+def test_a_name_is_no_path(output: Location, name: str):
+    publish(output, "b")
+    for ask in (lambda: promote(output, name, "a", "by hand"), lambda: rollback(output, name, "by hand")):
+        with pytest.raises(ConfigError, match="is no name of a published model"):
+            ask()
+
+
+def test_a_move_that_was_recorded_and_never_made_is_no_move(output: Location, monkeypatch: pytest.MonkeyPatch):
+    publish(output, "a")
+    publish(output, "b")
+    write = Location.write_bytes
+
+    def killed(self: Location, data: bytes) -> None:
+        if self.name == LATEST:
+            raise KeyboardInterrupt
+        write(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Location, "write_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            publish(output, "c")
+    assert (now(output), len(history(output / "models/n"))) == ("b", 3)
+    assert not was_latest(output / "models/n", "c")
+    assert rollback(output, "n", "by hand").version == "a"
+    publish(output, "c")
+    assert was_latest(output / "models/n", "c") and was_latest(output / "models/n", "b")
+    assert rollback(output, "n", "by hand").version == "a"

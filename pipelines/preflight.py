@@ -36,7 +36,7 @@ def require_prompts(config: Config, until: Stage) -> None:
     options = config.generate
     assert options is not None
     sides = read_prompts(options.prompts, config.data.held_out_fraction, config.run.seed, options.system_prompt)
-    if not sides["train"]:
+    if not sides["train"] and STAGES.index(until) >= STAGES.index("train"):
         raise DataError(
             f"All {len(sides['eval'])} prompts of {options.prompts} are held out "
             f"(data.held_out_fraction={config.data.held_out_fraction:g}): lower the fraction, or add prompts."

@@ -81,6 +81,7 @@ def test_prompts_are_looked_at_before_anything_is_sampled(tiny_model: Path, tmp_
         preflight(sampling(tiny_model, tmp_path, 0))
     with pytest.raises(DataError, match=r"All 4 prompts of .* are held out \(data.held_out_fraction=0.999\)"):
         preflight(sampling(tiny_model, tmp_path, 4, data={"held_out_fraction": 0.999}))
+    preflight(sampling(tiny_model, tmp_path, 4, data={"held_out_fraction": 0.999}), "generate")
     none_held_out = sampling(tiny_model, tmp_path, 40, data={"held_out_fraction": 0.0})
     with pytest.raises(DataError, match=r"none is held out \(data.held_out_fraction=0\)"):
         preflight(none_held_out)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.scoring [--model <folder of a classifier>] [--rows 512] [--dtype float32] [--write]
 
-Both sides score the same dialogues with the same model in the same precision, by turns, after a first round that does
-not count. The plain loop takes them in their order, 16 at a time, padded to the longest of each batch, as examples of
-reward models do. Without --model it is SmolLM2-135M with a head of zeros. --write puts the table at the end of
-benchmarks/scoring.md.
+All sides score the same dialogues with the same model in the same precision, by turns, after a first round that does not
+count; vLLM is one of them where it is installed. The plain loop takes them in their order, 16 at a time, padded to the
+longest of each batch, as examples of reward models do. Without --model it is SmolLM2-135M with a head drawn at random.
+--write puts the table at the end of benchmarks/scoring.md.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def plain(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[fl
 
 
 def classifier(folder: Path) -> Path:
-    """SmolLM2 as a sequence classifier, with a head of zeros."""
+    """SmolLM2 as a sequence classifier, with a head drawn at random."""
+    import torch
     from transformers import AutoModelForSequenceClassification
 
     from dpo_ray.config import Model
@@ -72,7 +74,9 @@ def classifier(folder: Path) -> Path:
     tokenizer = base.tokenizer()
     model = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.score.weight.data.zero_()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.nn.init.normal_(model.score.weight, std=0.1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -98,24 +102,37 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
 
-    from dpo_ray.config import RewardModel
+    import torch
+
+    from dpo_ray.config import VLLM, RewardModel
+    from dpo_ray.model.folders import load_tokenizer
+    from dpo_ray.on_ray.vllm_engine import VLLMClassifier
+    from dpo_ray.on_ray.vllm_version import has_vllm
+    from dpo_ray.scoring.classifier import TorchClassifier
+    from dpo_ray.scoring.models import model_of
     from dpo_ray.scoring.reward_model import RewardModelScorer
 
+    def scores(scorer: RewardModelScorer) -> list[float]:
+        return [scored[0].score for scored in scorer.score(rows)]
+
+    rows = dialogues(arguments.rows)
     with tempfile.TemporaryDirectory() as folder:
         path = arguments.model or classifier(Path(folder))
-        scorer = RewardModelScorer(RewardModel(path=str(path), dtype=arguments.dtype))
-    rows = dialogues(arguments.rows)
-    tokenizer = scorer._chat.tokenizer
-    tokenizer.padding_side = "right"
-    ours = [scored[0].score for scored in scorer.score(rows)]
-    theirs = plain(scorer._model, tokenizer, rows)
-    difference = float(np.max(np.abs(np.subtract(ours, theirs))))
-    seconds = measure(
-        {
-            "plain loop": lambda: plain(scorer._model, tokenizer, rows),
-            "dpo_ray": lambda: [scored[0].score for scored in scorer.score(rows)],
+        source = RewardModel(path=str(path), dtype=arguments.dtype)
+        by_torch = TorchClassifier(source)
+        tokenizer = load_tokenizer(path)
+        tokenizer.padding_side = "right"
+        sides: dict[str, Callable[[], list[float]]] = {
+            "plain loop": lambda: plain(by_torch.model, tokenizer, rows),
+            "dpo_ray, transformers": partial(scores, RewardModelScorer(source, by_torch)),
         }
-    )
+        if has_vllm():
+            options = VLLM(gpus_per_actor=int(torch.cuda.is_available()))
+            by_vllm = VLLMClassifier(model_of(source), options, source.max_tokens)
+            sides["dpo_ray, vLLM"] = partial(scores, RewardModelScorer(source, by_vllm))
+    theirs, *ours = (run() for run in sides.values())
+    difference = float(np.max(np.abs(np.subtract(ours, theirs))))
+    seconds = measure(sides)
     lines = [
         [name, f"{found:.1f}", f"{len(rows) / found:.1f}", f"{seconds['plain loop'] / found:.2f}"]
         for name, found in seconds.items()
@@ -125,8 +142,8 @@ def main() -> None:
     said = "\n\n".join(
         [
             f"## {datetime.now(UTC):%Y-%m-%d}: {len(rows)} dialogues, {name}, {arguments.dtype}",
-            f"{versions(found)}; {found['hardware']}; commit {found['commit']}. Largest difference of a score between "
-            f"the two: {difference:.1e}. Medians of {_ROUNDS} rounds.",
+            f"{versions(found)}; {found['hardware']}; commit {found['commit']}. Largest difference of a score from "
+            f"the plain loop's: {difference:.1e}. Medians of {_ROUNDS} rounds.",
             table(["side", "seconds", "completions/s", "times the plain loop"], lines),
         ]
     )

@@ -2,10 +2,10 @@
 
     python -m benchmarks.scoring [--model <folder of a classifier>] [--rows 512] [--dtype float32] [--write]
 
-All sides score the same dialogues with the same model in the same precision, by turns, after a first round that does not
-count; vLLM is one of them where it is installed. The plain loop takes them in their order, 16 at a time, padded to the
-longest of each batch, as examples of reward models do. Without --model it is SmolLM2-135M with a head drawn at random.
---write puts the table at the end of benchmarks/scoring.md.
+All sides score the same dialogues with the same model in the same precision, by turns, after a first round that does
+not count; vLLM is one of them where it is installed. The plain loop takes them in their order, 16 at a time, padded to
+the longest of each batch, as examples of reward models do. Without --model it is SmolLM2-135M with a head drawn at
+random. --write puts the table at the end of benchmarks/scoring.md.
 """
 
 from __future__ import annotations

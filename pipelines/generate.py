@@ -146,13 +146,13 @@ def _tell_unread(source: Source, scores: Artifact) -> None:
     """Says of a judge how many of its verdicts told nothing. Raises DataError where none told anything."""
     counters = scores.manifest.counters
     asked, unread, torn = (counters.get(name, 0) for name in ("judged", "judge_unparseable", "orders_disagree"))
-    if not isinstance(source, Judge) or not unread + torn:
+    if not isinstance(source, Judge) or not asked or not unread + torn:
         return
     if unread == asked:
         raise DataError(
             f"Of {asked} verdicts asked of {source.label} none could be read, in {source.attempts} attempts each, so "
             "all answers would count as equal. Look at what the judge replies: it may be too small a model for the "
-            f"template, or {source.label}.max_tokens={source.max_tokens} cuts its replies. The scores are in "
+            f"template, or its max_tokens={source.max_tokens} cuts its replies. The scores are in "
             f"{scores.location}; remove that folder to have it asked again."
         )
     say(

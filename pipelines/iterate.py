@@ -77,23 +77,17 @@ def improves(found: dict[str, Any], best: dict[str, Any]) -> bool:
 
 
 def require_prompts(config: Config) -> None:
-    """Raises DataError where a round would have no prompt to train on, or there is none to measure the win rate on."""
-    options, generate_options = config.iterate, config.generate
-    assert options is not None and generate_options is not None
-    sides = prompts_by_side(config, generate_options)
-    if not sides["eval"]:
-        raise DataError(
-            f"Of the prompts in {generate_options.prompts} none is held out "
-            f"(data.held_out_fraction={config.data.held_out_fraction:g}), and the rounds are compared on those: raise "
-            "the fraction, or add prompts."
-        )
+    """Raises DataError where a round would have no prompt to train on."""
+    options, sampled = config.iterate, config.generate
+    assert options is not None and sampled is not None
     if options.prompts == "repeated":
         return
-    sizes = Counter(part_of(row["prompt_id"], options.rounds) for row in sides["train"])
+    prompts = prompts_by_side(config, sampled)["train"]
+    sizes = Counter(part_of(row["prompt_id"], options.rounds) for row in prompts)
     if empty := [number for number in range(1, options.rounds + 1) if not sizes[number]]:
         raise DataError(
-            f"{generate_options.prompts} has {len(sides['train'])} prompts to train on, and of the {options.rounds} "
-            f"rounds with prompts of their own (iterate.prompts=fresh) round {empty[0]} would have none: add prompts, "
+            f"{sampled.prompts} has {len(prompts)} prompts to train on, and of the {options.rounds} rounds "
+            f"with prompts of their own (iterate.prompts=fresh) round {empty[0]} would have none: add prompts, "
             "lower iterate.rounds, or set iterate.prompts=repeated."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
@@ -24,8 +25,9 @@ class _Source(Section):
         """Its name, or what it is."""
         return self.name or self._kind()
 
+    @abstractmethod
     def _kind(self) -> str:
-        raise NotImplementedError
+        """What it is, in a word or two."""
 
     def identity(self) -> dict[str, Any]:
         """The options that change its scores; neither its name nor its weight does."""

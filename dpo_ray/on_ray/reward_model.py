@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from dpo_ray.config import VLLM, Config, RewardModel
-from dpo_ray.on_ray.engine_choice import alone, choice, choose, tried
+from dpo_ray.on_ray.engine_choice import Undecided, alone, choice, choose, tried
 from dpo_ray.on_ray.failures import raise_ours
 from dpo_ray.on_ray.pool import Pool, torch_pool
 from dpo_ray.on_ray.vllm_engine import VLLMClassifier, vllm_pool
@@ -71,6 +72,8 @@ def _torch_version() -> str:
 
 def _compare_engines(config: Config, source: RewardModel, candidates: Artifact) -> dict[str, Any]:
     rows = [_asked(row) for row in islice(_rows(candidates), _ROWS)]
+    if not any(row["completions"] for row in rows):
+        raise Undecided("there is no completion to compare the two on")
     say("reward", f"{source.label}: scoring the completions of {len(rows)} prompts with vLLM and with transformers")
     given: dict[str, Any] = {"source": source, "rows": rows}
     by_vllm = tried(vllm_pool(config, _score_by_vllm, {**given, "options": config.vllm}), "serve this reward model")
@@ -94,7 +97,7 @@ def agreement(by_vllm: list[float], by_torch: list[float]) -> dict[str, Any]:
     return {**made, "largest_difference": worst, "standard_deviation": spread}
 
 
-def _rows(candidates: Artifact) -> Any:
+def _rows(candidates: Artifact) -> Iterator[Row]:
     for shard in candidates.shards():
         yield from read_shard(shard).to_pylist()
 

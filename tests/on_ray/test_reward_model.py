@@ -121,6 +121,15 @@ def test_auto_does_not_remember_what_a_lost_node_did(tmp_path, source, candidate
     assert engine(tmp_path, source, candidates) == "vllm"
 
 
+def test_auto_does_not_decide_on_no_completion(tmp_path, source, monkeypatch, capfd):
+    asked = engines_that_say(monkeypatch, TORCH)
+    location = Location.of(tmp_path) / "none"
+    files = [write_shard(location / "0.parquet", CANDIDATES.empty_table(), {})]
+    none = publish(location, "candidates", identity={}, inputs={}, files=files)
+    assert engine(tmp_path, source, none) == "torch"
+    assert asked == [] and "torch for this run, for there is no completion" in "".join(capfd.readouterr())
+
+
 def test_auto_is_transformers_on_cpu_and_nothing_is_tried(tmp_path, source, candidates, monkeypatch):
     asked = engines_that_say(monkeypatch, TORCH)
     assert engine(tmp_path, source, candidates, gpus=0) == "torch"

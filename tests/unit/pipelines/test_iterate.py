@@ -67,8 +67,7 @@ def test_a_dry_run_tells_the_rounds():
 def rounds_over(tmp_path: Path, count: int, **options: Any) -> Config:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(count)))
-    held_out = options.pop("held_out_fraction", 0.4)
-    changes = {"generate": {"prompts": str(file)}, "data": {"held_out_fraction": held_out}, "iterate": options}
+    changes = {"generate": {"prompts": str(file)}, "data": {"held_out_fraction": 0.4}, "iterate": options}
     return parse_config({**TREE, **changes})
 
 
@@ -77,5 +76,3 @@ def test_rounds_need_prompts_each(tmp_path: Path):
     require_prompts(rounds_over(tmp_path, 6, rounds=20, prompts="repeated"))
     with pytest.raises(DataError, match=r"of the 20 rounds with prompts of their own .* would have none: add prompts"):
         require_prompts(rounds_over(tmp_path, 6, rounds=20))
-    with pytest.raises(DataError, match=r"none is held out \(data.held_out_fraction=0\)"):
-        require_prompts(rounds_over(tmp_path, 60, rounds=1, held_out_fraction=0.0))

@@ -1,0 +1,78 @@
+"""What is compared with what: the published model on a set, and answers by a judge's shares of wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from dpo_ray.config import Judge, Reward, Rule, WinRate, parse_config
+from dpo_ray.evaluation.gate import failed_conditions
+from dpo_ray.pairs import CANDIDATES, REFERENCE, REWARDS, SCORES
+from dpo_ray.storage.artifact import Artifact, publish, write_shard
+from dpo_ray.storage.location import Location
+from pipelines.evaluate import _Drawn
+from pipelines.held_out_sets import ScoredSet, measure_sets
+
+PAIRS = 40
+
+
+def artifact(folder: Path, kind: str, rows: list[dict[str, Any]], schema: pa.Schema) -> Artifact:
+    location = Location.of(folder)
+    files = [write_shard(location / "0.parquet", pa.Table.from_pylist(rows, schema=schema), {})]
+    return publish(location, kind, identity={}, inputs={}, files=files)
+
+
+def scored(folder: Path, chosen: float, rejected: float) -> Artifact:
+    rows = [{"pair_id": f"{n}", "chosen_logprobs": [chosen], "rejected_logprobs": [rejected]} for n in range(PAIRS)]
+    return artifact(folder, "policy_scores", rows, SCORES)
+
+
+@pytest.mark.parametrize(("published", "change"), [((-1.5, -1.5), None), ((-2.0, -1.0), 1.0), ((-1.0, -2.0), 0.0)])
+def test_a_published_model_that_is_the_reference_is_compared_with_nothing(tmp_path, published, change):
+    gate = {"no_regression": {"held_out": 0.1}, "accuracy_above": None}
+    config = parse_config(
+        {"run": {"name": "n", "output": "o"}, "model": {"path": "m"}, "data": {"train": "t"}, "publish": {"gate": gate}}
+    )
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "split": "eval"}
+    reference = {"chosen_ref_logprobs": [-1.5], "rejected_ref_logprobs": [-1.5]}
+    rows = artifact(
+        tmp_path / "rows",
+        "reference",
+        [{"pair_id": f"{n}", "prompt_id": f"{n:016x}", **ids, **reference} for n in range(PAIRS)],
+        REFERENCE,
+    )
+    mine, theirs = scored(tmp_path / "mine", -1.0, -2.0), scored(tmp_path / "theirs", *published)
+    measured = measure_sets(config, {"held_out": ScoredSet(rows, mine, theirs, "v1", 1.0)})
+    assert measured["held_out"]["accuracy"]["value"] == 1.0
+    if change is not None:
+        assert measured["held_out"]["change"]["value"] == change
+        assert failed_conditions(config.publish.gate, {"sets": measured}) == []
+        return
+    assert measured["held_out"]["published"] is None and "change" not in measured["held_out"]
+    [reason] = failed_conditions(config.publish.gate, {"sets": measured})
+    assert "from the published version v1 is undefined (the published model is this run's reference" in reason
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("with_rule", [False, True])
+def test_a_share_of_wins_stays_one_whatever_the_judges_weight(tmp_path, weight: float, with_rule: bool):
+    prompt = [{"role": "user", "content": "Why?"}]
+    completions = [{"text": text, "finished": True, "num_tokens": 1} for text in "ab"]
+    row = {"prompt_id": "00ff", "split": "eval", "prompt": prompt, "completions": completions}
+    candidates = artifact(tmp_path / "candidates", "candidates", [row], CANDIDATES)
+
+    def rewards(name: str, values: list[float]) -> Artifact:
+        given = {"prompt_id": "00ff", "scores": values, "parts": [[] for _ in values]}
+        return artifact(tmp_path / name, "rewards", [given], REWARDS)
+
+    reward: Reward = (Judge(model="j", weight=weight),)
+    scores = {reward[0].label: rewards("judge", [0.25, 0.75])}
+    if with_rule:
+        reward = (*reward, Rule(function="a:b", weight=0.0))
+        scores[reward[1].label] = rewards("rule", [9.0, -9.0])
+    drawn = _Drawn(candidates, scores, rewards("ratios", [0.0]), WinRate(reward=reward))
+    [answered] = drawn.answered()
+    assert list(answered.rewards) == [0.25, 0.75]

@@ -404,7 +404,7 @@ class Train(Section):
     eval_every_steps: int | None = Field(None, ge=1)
     """Steps between evaluations on held-out pairs while training, and one at the end; left out: none."""
     eval_pairs: int = Field(512, ge=1)
-    """Held-out pairs of such an evaluation, at most: the first ones of the artifact."""
+    """Held-out pairs of such an evaluation, at most: drawn at random, the same ones each time."""
     eval_fraction: float = Field(1.0, gt=0.0, le=1.0)
     """Share of the held-out prompts, by their hash, that such an evaluation takes its pairs from. Below 1, the accuracy
     that a model is published by counts the others only, for nothing was chosen by these."""

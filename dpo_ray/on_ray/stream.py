@@ -121,7 +121,7 @@ class _Rows:
 
     def __init__(self, index: PlanIndex, rows: np.ndarray) -> None:
         """`rows`: ascending, none of them twice."""
-        shards = index.shard[rows]
+        shards = index.shard_of(rows)
         order = np.argsort(shards, kind="stable")
         parts = [
             _shard(index.shards[shard]).take(pa.array(index.row[rows[members]]))

@@ -21,7 +21,7 @@ from dpo_ray.on_ray.resume import state_of, whole_checkpoints
 from dpo_ray.progress import aside, say
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import KIND
-from dpo_ray.training.plan import PlanIndex, StepPlan
+from dpo_ray.training.plan import PlanIndex
 from dpo_ray.training.selection import higher_is_better
 
 if TYPE_CHECKING:
@@ -37,8 +37,12 @@ class TrainJob:
     model: Model
     options: Train
     seed: int
-    plan: StepPlan
-    held_out: PlanIndex
+    num_steps: int
+    pairs_per_epoch: int
+    hidden_size: int
+    """As in the step plan, which itself stays with the feed: it grows with the data."""
+    held_out: PlanIndex | None
+    """The pairs of the evaluations while training; None: there are none."""
     tokens_per_microbatch: int
     reference_tolerance: float
     run: Location
@@ -74,14 +78,14 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
     logging.getLogger().setLevel(logging.WARNING)
     context = ray.train.get_context()
     job = config["job"]
-    options, plan, index = job.options, job.plan, job.held_out
+    options = job.options
     if not options.use_gpu:
         torch.set_num_threads(max(1, int(options.cpus_per_worker)))
     me = Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     held_out = None
-    if options.eval_every_steps is not None:
-        rows = np.arange(min(options.eval_pairs, len(index)))
-        held_out = read_share(index, rows, me.rank, me.world_size, job.tokens_per_microbatch, plan.hidden_size)
+    if job.held_out is not None:
+        pairs = np.arange(len(job.held_out))
+        held_out = read_share(job.held_out, pairs, me.rank, me.world_size, job.tokens_per_microbatch, job.hidden_size)
     latest = ray.train.get_checkpoint()
     if latest is None and job.fallback is not None:
         filesystem, path = job.fallback.filesystem()
@@ -95,12 +99,12 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
                 job.model,
                 options,
                 seed=job.seed,
-                num_steps=plan.num_steps,
-                pairs_per_epoch=len(plan.index),
+                num_steps=job.num_steps,
+                pairs_per_epoch=job.pairs_per_epoch,
                 me=me,
-                steps_from=lambda start: received_steps(shard, me.rank, start, plan.num_steps),
+                steps_from=lambda start: received_steps(shard, me.rank, start, job.num_steps),
                 held_out=held_out,
-                checkpoints=RayCheckpoints(me, options.keep_best, plan.num_steps, job.run),
+                checkpoints=RayCheckpoints(me, options.keep_best, job.num_steps, job.run),
                 resume=Path(folder) if folder is not None else None,
                 reference_tolerance=job.reference_tolerance,
             )

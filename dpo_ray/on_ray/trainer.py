@@ -19,7 +19,7 @@ from dpo_ray.progress import aside, say
 from dpo_ray.storage.artifact import Artifact, Contents, describe_file, make, place
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import EXPORT, HISTORY, KIND, MODEL_FOLDER, num_skipped, read_history
-from dpo_ray.training.plan import PlanIndex, StepPlan, make_plan
+from dpo_ray.training.plan import ORDER, PlanIndex, StepPlan, make_plan
 from dpo_ray.training.selection import higher_is_better
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def _known_by(config: Config, rows: Artifact) -> tuple[dict[str, Any], dict[str,
         "lora": config.model.lora.model_dump(mode="json") if config.model.lora else None,
         "train": config.train.identity(),
         "seed": config.run.seed,
+        "order": ORDER,
     }
     return identity, {"pairs": rows.fingerprint}
 
@@ -147,8 +148,10 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
                 model=config.model,
                 options=options,
                 seed=config.run.seed,
-                plan=plan,
-                held_out=held_out,
+                num_steps=plan.num_steps,
+                pairs_per_epoch=len(plan.index),
+                hidden_size=plan.hidden_size,
+                held_out=held_out.drawn(options.eval_pairs) if options.eval_every_steps is not None else None,
                 tokens_per_microbatch=microbatch,
                 reference_tolerance=config.reference.tolerance,
                 run=runs / name,
@@ -216,7 +219,7 @@ def tokens_per_second(config: Config, index: PlanIndex) -> float | None:
         return None
     import ray
 
-    few = index.first(_TRIED_PAIRS)
+    few = index.drawn(_TRIED_PAIRS)
     task = ray.remote(num_cpus=options.cpus_per_worker, num_gpus=options.gpus, max_calls=1)(_speed_of_a_worker)
     try:
         found: float = ray.get(task.remote(config.model, options, few))

@@ -7,6 +7,7 @@ starting the plan at t.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -21,16 +22,19 @@ from dpo_ray.pairs import Split, steers
 from dpo_ray.storage.artifact import Artifact, read_shard
 from dpo_ray.storage.location import Location
 
+ORDER = 2
+"""Raised when a seed gives another order than before."""
+
 _SHARDS_PER_WINDOW = 16  # rows are shuffled within so many shards, so that a step reads few files
 
 
 @dataclass(frozen=True)
 class PlanIndex:
-    """Where each pair of one split lies, and its token counts. n pairs, in the order of the shards."""
+    """Where each pair of one split lies, and its token counts. n pairs, in the order of the shards: 16 bytes each."""
 
     shards: tuple[str, ...]
-    shard: np.ndarray
-    """[n] which of the shards"""
+    offsets: np.ndarray
+    """[shards + 1] pairs in the shards before"""
     row: np.ndarray
     """[n] row in the shard"""
     lengths: np.ndarray
@@ -43,9 +47,20 @@ class PlanIndex:
     def __len__(self) -> int:
         return len(self.row)
 
-    def first(self, count: int) -> PlanIndex:
-        """Of the first pairs only."""
-        return replace(self, shard=self.shard[:count], row=self.row[:count], lengths=self.lengths[:count])
+    def shard_of(self, pairs: np.ndarray) -> np.ndarray:
+        """Which of the shards some pairs lie in."""
+        return np.searchsorted(self.offsets, pairs, side="right") - 1
+
+    def drawn(self, count: int) -> PlanIndex:
+        """Of so many pairs only, or of all if there are fewer: drawn at random, for data may be sorted, but always the
+        same ones, in the order of the shards.
+        """
+        if count >= len(self):
+            return self
+        pairs = np.sort(np.random.default_rng(0).choice(len(self), count, replace=False, shuffle=False))
+        return replace(
+            self, offsets=np.searchsorted(pairs, self.offsets), row=self.row[pairs], lengths=self.lengths[pairs]
+        )
 
     @property
     def num_unpaired(self) -> int:
@@ -62,11 +77,11 @@ def build_index(shards: Iterable[Location], split: Split, eval_fraction: float =
     Args:
         eval_fraction: of the held-out side, only the rows of this share of the prompts: those that steer.
     """
-    names, shard_of, rows, lengths = [], [], [], []
+    names, offsets, rows, lengths = [], [0], [], []
     seen: set[str] = set()
     sides: dict[str, str] = {}
     duplicates = read = 0
-    for number, location in enumerate(shards):
+    for location in shards:
         table = read_shard(location, columns=_INDEXED)
         names.append(location.uri)
         read += table.num_rows
@@ -86,12 +101,12 @@ def build_index(shards: Iterable[Location], split: Split, eval_fraction: float =
                 duplicates += 1
                 continue
             seen.add(pair_id)
-            shard_of.append(number)
             rows.append(i)
             lengths.append(counts[i])
+        offsets.append(len(rows))
     return PlanIndex(
         shards=tuple(names),
-        shard=np.array(shard_of, dtype=np.int32),
+        offsets=np.array(offsets, dtype=np.int64),
         row=np.array(rows, dtype=np.int32),
         lengths=np.array(lengths, dtype=np.int32).reshape(-1, 3),
         duplicates=duplicates,
@@ -124,23 +139,32 @@ class StepPlan:
 
     def steps(self, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
         """Each step from `start` on, with the row numbers in the index of its pairs, [global_batch_size]."""
-        n = len(self.index)
-        first = start * self.global_batch_size
-        epoch, rest = first // n, self._epoch_order(first // n)[first % n :]
+        windows = self._windows(start * self.global_batch_size)
+        rest = next(windows)
         for step in range(start, self.num_steps):
             while len(rest) < self.global_batch_size:
-                epoch += 1
-                rest = np.concatenate((rest, self._epoch_order(epoch)))
+                rest = np.concatenate((rest, next(windows)))
             yield step, rest[: self.global_batch_size]
             rest = rest[self.global_batch_size :]
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        random = np.random.default_rng([self.seed, epoch])
-        windows = random.permutation(len(self.index.shards))
-        place = np.empty(len(windows), dtype=np.int64)
-        place[windows] = np.arange(len(windows)) // _SHARDS_PER_WINDOW
-        shuffled = random.permutation(len(self.index))
-        return shuffled[np.argsort(place[self.index.shard[shuffled]], kind="stable")]
+    def _windows(self, skip: int) -> Iterator[np.ndarray]:
+        """The pairs in their order, epoch after epoch without end, in pieces that are shuffled in themselves.
+
+        Args:
+            skip: pairs at the beginning that are passed over.
+        """
+        offsets = self.index.offsets
+        first_epoch, skip = divmod(skip, len(self.index))
+        for epoch in itertools.count(first_epoch):
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.index.shards))
+            starts = np.arange(0, len(order), _SHARDS_PER_WINDOW)
+            ends = np.cumsum(np.add.reduceat(np.diff(offsets)[order], starts))
+            for window in range(int(np.searchsorted(ends, skip, side="right")), len(starts)):
+                shards = order[starts[window] : starts[window] + _SHARDS_PER_WINDOW]
+                pairs = np.concatenate([np.arange(offsets[shard], offsets[shard + 1]) for shard in shards])
+                shuffled = np.random.default_rng([self.seed, epoch, window]).permutation(pairs)
+                yield shuffled[max(0, skip - (int(ends[window]) - len(pairs))) :]
+            skip = 0
 
     def microbatches(self, rows: np.ndarray, world_size: int, tokens_per_microbatch: int) -> list[list[list[int]]]:
         """The rows of a step, spread: rank → micro-batch → rows. Every rank has at least one pair."""

@@ -72,7 +72,7 @@ def plan_over(index: PlanIndex, num_steps: int, batch: int = BATCH) -> StepPlan:
 
 def pair_ids(index: PlanIndex) -> list[str]:
     """Of each row of the index."""
-    places = zip(index.shard.tolist(), index.row.tolist(), strict=True)
+    places = zip(index.shard_of(np.arange(len(index))).tolist(), index.row.tolist(), strict=True)
     return [f"pair-{row * len(index.shards) + shard}" for shard, row in places]
 
 
@@ -193,7 +193,7 @@ def test_a_share_of_another_rank_or_step_is_refused(index: PlanIndex):
 def test_groups_of_long_pairs_and_large_batches_are_few_steps(index: PlanIndex):
     def size(tokens: int, batch: int) -> int:
         lengths = np.full((256, 3), tokens // 3, dtype=np.int32)
-        many = PlanIndex(("s",), np.zeros(256, np.int32), np.arange(256, dtype=np.int32), lengths, 0, 256)
+        many = PlanIndex(("s",), np.array([0, 256]), np.arange(256, dtype=np.int32), lengths, 0, 256)
         return group_size(StepPlan(many, batch, 1, 0, HIDDEN))
 
     assert size(300, 16) == 8

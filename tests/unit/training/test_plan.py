@@ -30,7 +30,7 @@ def index_of(num_pairs: int, num_shards: int = 3) -> PlanIndex:
     shard = np.sort(random.integers(num_shards, size=num_pairs)).astype(np.int32)
     return PlanIndex(
         shards=tuple(f"shard-{i}" for i in range(num_shards)),
-        shard=shard,
+        offsets=np.searchsorted(shard, np.arange(num_shards + 1)),
         row=np.array([int((shard[:i] == s).sum()) for i, s in enumerate(shard)], dtype=np.int32),
         lengths=random.integers(1, 200, size=(num_pairs, 3)).astype(np.int32),
         duplicates=0,
@@ -85,18 +85,18 @@ def test_rows_are_shuffled_within_windows_of_shards_so_that_a_step_reads_few_fil
     # 40 shards of 25 rows: windows of 16, 16 and 8 shards.
     index = PlanIndex(
         shards=tuple(map(str, range(40))),
-        shard=np.repeat(np.arange(40, dtype=np.int32), 25),
+        offsets=np.arange(41) * 25,
         row=np.tile(np.arange(25, dtype=np.int32), 40),
         lengths=np.ones((1000, 3), dtype=np.int32),
         duplicates=0,
         read=1000,
     )
     rows = np.concatenate([rows for _, rows in StepPlan(index, 10, 1, 0, HIDDEN).steps()])
-    windows = [set(index.shard[rows[a:b]].tolist()) for a, b in ((0, 400), (400, 800), (800, 1000))]
+    windows = [set(index.shard_of(rows[a:b]).tolist()) for a, b in ((0, 400), (400, 800), (800, 1000))]
     assert [len(w) for w in windows] == [16, 16, 8]
     assert set.union(*windows) == set(range(40))
     # Within a window rows of different shards are mixed.
-    assert len(set(index.shard[rows[:40]].tolist())) > 8
+    assert len(set(index.shard_of(rows[:40]).tolist())) > 8
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -194,7 +194,8 @@ def test_the_index_names_where_the_pairs_of_one_side_lie(tmp_path: Path):
     ]
     index = build_index(shards, "train")
     assert index.shards == tuple(s.uri for s in shards)
-    assert index.shard.tolist() == [0, 0, 2]
+    assert index.offsets.tolist() == [0, 2, 2, 3]
+    assert index.shard_of(np.arange(3)).tolist() == [0, 0, 2]
     assert index.row.tolist() == [0, 2, 0]
     assert index.lengths.tolist() == [[1, 1, 2], [1, 3, 4], [1, 1, 2]]
     assert (len(index), index.read, index.duplicates) == (3, 4, 0)
@@ -207,7 +208,7 @@ def test_a_pair_seen_before_is_left_out_and_counted(tmp_path: Path):
         shard(tmp_path, "1", [("b", "p", "train"), ("a", "p", "train")]),
     ]
     index = build_index(shards, "train")
-    assert list(zip(index.shard.tolist(), index.row.tolist(), strict=True)) == [(0, 0), (1, 0)]
+    assert (index.shard_of(np.arange(2)).tolist(), index.row.tolist()) == ([0, 1], [0, 0])
     assert index.duplicates == 2
 
 
@@ -231,11 +232,42 @@ def test_a_part_of_the_held_out_prompts_steers(tmp_path: Path):
     assert len(build_index(shards, "train", 0.5)) == 200  # the training side is whole
 
 
-def test_the_first_pairs_of_an_index_are_an_index(tmp_path: Path):
-    shards = [shard(tmp_path, str(k), [(f"{k}-{n}", f"{k}-{n}", "train") for n in range(3)]) for k in range(2)]
-    few = build_index(shards, "train").first(4)
-    assert (few.shard.tolist(), few.row.tolist()) == ([0, 0, 0, 1], [0, 1, 2, 0])
-    assert len(few) == 4 and few.lengths.shape == (4, 3)
+def test_some_pairs_of_an_index_are_an_index_of_pairs_from_all_of_it():
+    index = index_of(1000, num_shards=7)
+    of = {
+        (shard, row): n for n, (shard, row) in enumerate(zip(index.shard_of(np.arange(1000)), index.row, strict=True))
+    }
+    some = index.drawn(100)
+    places = [of[place] for place in zip(some.shard_of(np.arange(100)), some.row, strict=True)]
+    assert places == sorted(set(places)) and len(some) == 100
+    assert np.array_equal(some.lengths, index.lengths[places])
+    assert some.offsets[-1] == 100 and set(some.shard_of(np.arange(100))) == set(range(7))
+    # Of ten parts each has about its share: they are not the first ones.
+    assert np.histogram(places, bins=10, range=(0, 1000))[0].min() >= 3
+    assert index.drawn(1000) is index
+    assert np.array_equal(index.drawn(100).row, some.row)
+
+
+@pytest.mark.parametrize("start", [0, 1, 159, 160, 161, 499, 500, 799, 999, 1000])
+def test_a_plan_over_many_shards_goes_on_exactly_at_any_step(start: int):
+    # Windows of 16 shards; some shards are empty, and some hold more than a window's mean.
+    plan = plan_of(2000, 4, epochs=2, num_shards=70)
+    assert plan.num_steps == 1000
+    assert order(plan, start) == order(plan)[start:]
+
+
+def test_a_restart_late_in_a_long_plan_looks_at_one_window_only(monkeypatch: pytest.MonkeyPatch):
+    plan = plan_of(4000, 4, epochs=1, num_shards=160)
+    drawn: list[int] = []
+    make = np.random.default_rng
+
+    def counting(seed: Any) -> Any:
+        drawn.append(len(seed))
+        return make(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", counting)
+    next(iter(plan.steps(950)))
+    assert drawn == [2, 3]  # the order of the shards, and that of one window's pairs
 
 
 def test_an_index_of_nothing_is_empty():

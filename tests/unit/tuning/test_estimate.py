@@ -13,7 +13,7 @@ from tuning.estimate import Load, estimate_lines, load_of, share_of_steps
 
 def index(*lengths: tuple[int, int, int]) -> PlanIndex:
     n = len(lengths)
-    return PlanIndex(("shard",), np.zeros(n, np.int32), np.arange(n, dtype=np.int32), np.array(lengths), 0, n)
+    return PlanIndex(("shard",), np.array([0, n]), np.arange(n, dtype=np.int32), np.array(lengths), 0, n)
 
 
 def test_a_trial_computes_its_steps_and_a_third_of_what_it_evaluates():

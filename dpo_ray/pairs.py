@@ -148,6 +148,9 @@ PAIRS = pa.schema(
 GENERATED_PAIRS = pa.schema([*PAIRS, ("lineage", pa.string())])
 """Pairs of candidates. `lineage`: JSON text, what made each side and what it was scored."""
 
+LENGTHS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
+"""Columns that say how many ids a row has, for those who need not read the ids themselves."""
+
 TOKENIZED = pa.schema(
     [
         ("pair_id", pa.string()),
@@ -156,10 +159,24 @@ TOKENIZED = pa.schema(
         ("prompt_ids", _IDS),
         ("chosen_ids", _IDS),
         ("rejected_ids", _IDS),
+        *((name, pa.int32()) for name in LENGTHS),
     ]
 )
 
-SCORES = pa.schema([("pair_id", pa.string()), ("chosen_logprobs", _LOGPROBS), ("rejected_logprobs", _LOGPROBS)])
+SCORES = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("chosen_tokens", pa.int32()),
+        ("rejected_tokens", pa.int32()),
+        ("chosen_reward", pa.float64()),
+        ("rejected_reward", pa.float64()),
+        ("chosen_logps", pa.float64()),
+        ("chosen_ref_logps", pa.float64()),
+    ]
+)
+"""What a policy gives to a held-out pair. The rewards are as the loss sees them, without its scale beta, in nats; null
+where there is no such completion. Log-probs are summed over tokens, in nats; those of the reference are null for a loss
+without one."""
 
 REFERENCE = pa.schema([*TOKENIZED, ("chosen_ref_logprobs", _LOGPROBS), ("rejected_ref_logprobs", _LOGPROBS)])
 
@@ -193,6 +210,22 @@ def split_of(identifier: str, held_out_fraction: float, seed: int) -> Split:
     return "eval" if place < held_out_fraction else "train"
 
 
+def tokenized_row(
+    pair_id: str, prompt_id: str, split: Split, prompt_ids: list[int], chosen_ids: list[int], rejected_ids: list[int]
+) -> dict[str, Any]:
+    """A row of TOKENIZED."""
+    ids = (prompt_ids, chosen_ids, rejected_ids)
+    return {
+        "pair_id": pair_id,
+        "prompt_id": prompt_id,
+        "split": split,
+        "prompt_ids": prompt_ids,
+        "chosen_ids": chosen_ids,
+        "rejected_ids": rejected_ids,
+        **{name: len(side) for name, side in zip(LENGTHS, ids, strict=True)},
+    }
+
+
 def tokenized_pair(row: dict[str, Any]) -> TokenizedPair:
     """A row of a tokenized, reference or mismatched shard."""
     return TokenizedPair(
@@ -213,6 +246,11 @@ def steers(prompt_id: str, eval_fraction: float) -> bool:
     By a hash of its own, so that the two parts are alike whatever decided on the split.
     """
     return int(hashlib.sha256(f"steers:{prompt_id}".encode()).hexdigest()[:8], 16) < eval_fraction * 2**32
+
+
+def drawn(pair_id: str, share: float) -> bool:
+    """Whether a pair is among those that are drawn to be measured: at random, but always the same ones."""
+    return int(hashlib.sha256(f"drawn:{pair_id}".encode()).hexdigest()[:8], 16) < share * 2**32
 
 
 def _digest(value: Any) -> str:

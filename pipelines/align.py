@@ -54,15 +54,13 @@ def align(context: RunContext, until: Stage = "publish") -> None:
         publish(context, policy, evaluation)
 
 
-def preferences(context: RunContext) -> tuple[Artifact, Artifact | None]:
-    """The pairs, generated or read, and of those that were read which are left out as duplicates and the like."""
-    if context.config.generate is not None:
-        return generate(context), None
-    pairs = ingest(context)
+def preferences(context: RunContext) -> tuple[Artifact, Artifact]:
+    """The pairs, generated or read, and which of them are left out as duplicates and the like."""
+    pairs = generate(context) if context.config.generate is not None else ingest(context)
     return pairs, deduplicate(context, pairs)
 
 
-def tokenized_preferences(context: RunContext) -> tuple[Artifact, Artifact | None, Artifact]:
+def tokenized_preferences(context: RunContext) -> tuple[Artifact, Artifact, Artifact]:
     """The stages up to tokenize, and the report on them: the pairs, which are left out, and their token ids."""
     pairs, left_out = preferences(context)
     tokenized = tokenize(context, pairs, left_out)
@@ -75,7 +73,7 @@ def prepare_reference(context: RunContext) -> Prepared:
     return with_reference(context, *tokenized_preferences(context))
 
 
-def with_reference(context: RunContext, pairs: Artifact, left_out: Artifact | None, tokenized: Artifact) -> Prepared:
+def with_reference(context: RunContext, pairs: Artifact, left_out: Artifact, tokenized: Artifact) -> Prepared:
     """The stage reference of what tokenized_preferences made, and the report on it."""
     rows, calibration = reference(context, tokenized)
     if calibration is not None:

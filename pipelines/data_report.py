@@ -18,12 +18,12 @@ KIND = "data_report"
 
 
 def report_data(
-    context: RunContext, pairs: Artifact, left_out: Artifact | None, tokenized: Artifact, scored: Artifact | None = None
+    context: RunContext, pairs: Artifact, left_out: Artifact, tokenized: Artifact, scored: Artifact | None = None
 ) -> Artifact:
     """Measure the data and say it; the artifact's metrics are the report, which is `data` in the summary.
 
     Args:
-        left_out: what pipelines.deduplicate made of the pairs; None where they were generated.
+        left_out: what pipelines.deduplicate made of the pairs.
         scored: the tokenized rows with reference log-probs, once there are such.
     """
     name = KIND if scored is None else "data_report_reference"
@@ -36,7 +36,7 @@ def report_data(
 
 
 def _report(
-    context: RunContext, pairs: Artifact, left_out: Artifact | None, tokenized: Artifact, scored: Artifact | None
+    context: RunContext, pairs: Artifact, left_out: Artifact, tokenized: Artifact, scored: Artifact | None
 ) -> tuple[Artifact, bool]:
     made = {"pairs": pairs, "duplicates": left_out, "tokenized": tokenized, "scored": scored}
     inputs = {name: artifact.fingerprint for name, artifact in made.items() if artifact is not None}
@@ -59,8 +59,8 @@ def _report(
         )
         metrics = report(
             merge(read_shard(shard) for shard in measured.shards()),
-            ingested=Tally.of(pairs.manifest.counters) if left_out is not None else None,
-            left_out=Tally.of(left_out.manifest.counters) if left_out is not None else None,
+            ingested=Tally.of(pairs.manifest.counters) if context.config.generate is None else None,
+            left_out=Tally.of(left_out.manifest.counters),
             tokenized=Tally.of(tokenized.manifest.counters),
         )
         return Contents(metrics=metrics)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
-from dpo_ray.data.duplicates import REASONS, PairsShard, by_shard, num_buckets
+from dpo_ray.data.duplicates import REASONS, ROWS_PER_BUCKET, PairsShard, by_shard, num_buckets
 from dpo_ray.data.tally import Tally
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage, shard_tasks
 from dpo_ray.progress import say
-from dpo_ray.shards.deduplicate import Bucket, DuplicatesShard, identity
+from dpo_ray.shards.deduplicate import Bucket, DuplicatesShard, Group, RowIdsShard, identity, ids_identity
+from dpo_ray.shards.output import Shard
 from dpo_ray.storage.artifact import Artifact, digest, read_shard
 from pipelines.context import RunContext
+
+_SHARDS_PER_GROUP = 256
 
 
 def deduplicate(context: RunContext, pairs: Artifact) -> Artifact:
@@ -45,7 +49,7 @@ def kept_tasks(pairs: Artifact, left_out: Artifact | None) -> list[ShardTask[Pai
             replace(
                 task,
                 source=PairsShard(task.source.file, rows[shard]),
-                content=f"{task.content} without {digest(rows[shard])}",
+                content=f"{task.content} without {rows[shard].content()}",
             )
             if shard in rows
             else task
@@ -54,17 +58,54 @@ def kept_tasks(pairs: Artifact, left_out: Artifact | None) -> list[ShardTask[Pai
     )
 
 
+def groups_of(tasks: list[ShardTask[Shard]]) -> Iterator[list[ShardTask[Shard]]]:
+    """The shards in groups of neighbours, as long as a bucket and a number of files allow.
+
+    Where a group ends depends on what is in a shard, and not on how many came before: shards that are added, even in
+    the middle, change the groups beside them only.
+    """
+    group: list[ShardTask[Shard]] = []
+    for task in tasks:
+        if group and sum(one.rows for one in group) + task.rows > ROWS_PER_BUCKET:
+            yield group
+            group = []
+        group.append(task)
+        last = int(digest(task.content), 16) % (_SHARDS_PER_GROUP // 2) == 0
+        if last or len(group) == _SHARDS_PER_GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
 def _find(context: RunContext, pairs: Artifact) -> tuple[Artifact, bool]:
+    inputs = {"pairs": pairs.fingerprint}
+    ids, _ = shard_stage(
+        context.output,
+        "row_ids",
+        identity=ids_identity(),
+        inputs=inputs,
+        tasks=[
+            ShardTask(
+                source=Group(tuple(task.source.file for task in group)),
+                content=digest([(task.source.file.rpartition("/")[2], task.content) for task in group]),
+                rows=sum(task.rows for task in group),
+            )
+            for group in groups_of(shard_tasks(pairs))
+        ],
+        pool=Pool(RowIdsShard, {}, stateless=True),
+    )
     rows = pairs.manifest.rows or 0
     buckets = num_buckets(rows)
+    groups = tuple(shard.uri for shard in ids.shards())
     return shard_stage(
         context.output,
         "duplicates",
         identity=identity(),
-        inputs={"pairs": pairs.fingerprint},
+        inputs=inputs,
         tasks=[
             ShardTask(
-                source=Bucket(pairs.location.uri, bucket, buckets),
+                source=Bucket(groups, bucket, buckets),
                 content=f"{pairs.fingerprint}: bucket {bucket} of {buckets}",
                 rows=rows // buckets,
             )

@@ -45,7 +45,8 @@ def evaluate(
     Args:
         rows, calibration: what pipelines.reference made of the pairs.
     """
-    scores = score(context, "score", policy.fingerprint, policy.location / MODEL_FOLDER, rows)
+    fraction = context.config.train.eval_fraction
+    scores = score(context, "score", policy.fingerprint, policy.location / MODEL_FOLDER, rows, fraction)
     sets = score_sets(context, policy, rows, scores)
     options = context.config.evaluate.win_rate
     drawn = _draw(context, options, pairs, policy) if options is not None else None
@@ -130,8 +131,8 @@ def _evaluate(
     identity |= {"eval_fraction": context.config.train.eval_fraction, "measures": _MEASURES}
 
     def measure(_: Location) -> Contents:
-        metrics = _held_out(context.config, scores, rows, calibration)
-        metrics["sets"] = measure_sets(context.config, sets)
+        metrics = _held_out(context.config, scores, calibration)
+        metrics["sets"] = measure_sets(sets)
         if drawn is not None:
             metrics |= _compare(drawn)
         if of_tasks is not None:
@@ -141,9 +142,9 @@ def _evaluate(
     return make(context.output, KIND, identity, inputs, measure)
 
 
-def _held_out(config: Config, scores: Artifact, rows: Artifact, calibration: Artifact | None) -> dict[str, Any]:
+def _held_out(config: Config, scores: Artifact, calibration: Artifact | None) -> dict[str, Any]:
     loss = config.train.loss
-    found = held_out_pairs(loss, scores, rows, config.train.eval_fraction)
+    found = held_out_pairs(scores)
     per_token = loss.averages_tokens
     noise = margin_noise(calibration.manifest.metrics, per_token=per_token) if calibration is not None else 0.0
     accuracy = preference_accuracy(found.margins, noise)

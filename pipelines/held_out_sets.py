@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from dpo_ray.config import Config
 from dpo_ray.estimates import Estimate, bootstrap
 from dpo_ray.evaluation.held_out import held_out_pairs
 from dpo_ray.evaluation.margins import preference_accuracy
@@ -17,6 +16,7 @@ from dpo_ray.storage.location import Location
 from dpo_ray.storage.published import latest, published_folder
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
+from pipelines.deduplicate import deduplicate
 from pipelines.ingest import ingest_set, of_set
 from pipelines.reference import reference
 from pipelines.tokenize import tokenize
@@ -35,8 +35,6 @@ class ScoredSet:
     """The scores of the model that is published now; None where there is none, or nothing asks for it."""
     version: str | None
     """Of that model."""
-    eval_fraction: float
-    """Of the set's prompts, those that training was steered by: they do not count."""
 
     def inputs(self, name: str) -> dict[str, str]:
         """What an evaluation of the set depends on."""
@@ -53,31 +51,32 @@ def score_sets(context: RunContext, policy: Artifact, rows: Artifact, scores: Ar
     gate, named = context.config.publish.gate.no_regression, context.config.evaluate.sets
     found = {}
     if HELD_OUT in gate:
-        version, published = _published(context, rows)
-        found[HELD_OUT] = ScoredSet(rows, scores, published, version, context.config.train.eval_fraction)
+        version, published = _published(context, rows, context.config.train.eval_fraction)
+        found[HELD_OUT] = ScoredSet(rows, scores, published, version)
     for name, paths in named.items():
         mine = context.other(of_set(context.config), f"set {name}")
-        tokenized = tokenize(mine, ingest_set(mine, f"evaluate.sets.{name}", paths), None)
+        pairs = ingest_set(mine, f"evaluate.sets.{name}", paths)
+        tokenized = tokenize(mine, pairs, deduplicate(mine, pairs))
         scored_rows, _ = reference(mine, tokenized)
-        of_policy = score(mine, "score", policy.fingerprint, policy.location / MODEL_FOLDER, scored_rows)
-        version, published = _published(mine, scored_rows) if name in gate else (None, None)
-        found[name] = ScoredSet(scored_rows, of_policy, published, version, 1.0)
+        of_policy = score(mine, "score", policy.fingerprint, policy.location / MODEL_FOLDER, scored_rows, 1.0)
+        version, published = _published(mine, scored_rows, 1.0) if name in gate else (None, None)
+        found[name] = ScoredSet(scored_rows, of_policy, published, version)
     return found
 
 
-def measure_sets(config: Config, sets: dict[str, ScoredSet]) -> dict[str, Any]:
+def measure_sets(sets: dict[str, ScoredSet]) -> dict[str, Any]:
     """Set → its `accuracy`; and, where there is a published model to compare with, that model's `version`, its
     accuracy as `published`, and the `change` from it to the policy's on the same pairs. Where that model is the
     reference itself, its accuracy is undefined, and so is the change.
     """
     measured = {}
     for name, one in sets.items():
-        margins = held_out_pairs(config.train.loss, one.scores, one.rows, one.eval_fraction).margins
+        margins = held_out_pairs(one.scores).margins
         accuracy = preference_accuracy(margins)
         measured[name] = {"accuracy": accuracy and accuracy.as_dict(), "version": one.version, "published": None}
         if one.published is None or accuracy is None:
             continue
-        before = held_out_pairs(config.train.loss, one.published, one.rows, one.eval_fraction).margins
+        before = held_out_pairs(one.published).margins
         of_published = preference_accuracy(before)
         if of_published is None:  # its margins are 0: it is the reference, and what it prefers is not told by them
             continue
@@ -90,15 +89,20 @@ def _mean(values: np.ndarray) -> Estimate:
     return bootstrap(lambda of: float(values[of].mean()), len(values))
 
 
-def _published(context: RunContext, rows: Artifact) -> tuple[str | None, Artifact | None]:
+def _published(context: RunContext, rows: Artifact, eval_fraction: float) -> tuple[str | None, Artifact | None]:
     """The version that is the latest now, and its scores of these rows."""
     folder = published_folder(context.output, context.config.run.name)
     standing = latest(folder)
     if standing is None:
         return None, None
-    return standing.version, score(context, "score_published", standing.version, folder / standing.version, rows)
+    scores = score(context, "score_published", standing.version, folder / standing.version, rows, eval_fraction)
+    return standing.version, scores
 
 
-def score(context: RunContext, stage: str, policy: str, folder: Location, rows: Artifact) -> Artifact:
-    """A policy's log-probs of held-out pairs. policy: its fingerprint; folder: where its model lies."""
-    return context.stage(stage, lambda: score_policy(context.output, context.config, policy, folder, rows))
+def score(
+    context: RunContext, stage: str, policy: str, folder: Location, rows: Artifact, eval_fraction: float
+) -> Artifact:
+    """What a policy gives to held-out pairs. policy, folder, eval_fraction: as of score_policy."""
+    return context.stage(
+        stage, lambda: score_policy(context.output, context.config, policy, folder, rows, eval_fraction)
+    )

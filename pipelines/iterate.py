@@ -17,6 +17,7 @@ from dpo_ray.shards.replay import Earlier, ReplayShard, identity
 from dpo_ray.storage.artifact import Artifact, read_shard
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
+from pipelines.deduplicate import deduplicate
 from pipelines.evaluate import evaluate
 from pipelines.generate import generate, prompts_by_side
 from pipelines.publish import publish
@@ -106,7 +107,7 @@ def _round(context: RunContext, options: Iterate, number: int, earlier: list[Rou
     # An implicit reward compares with the first model in all rounds, so that these learn the same.
     made = generate(mine, (lambda prompt: part_of(prompt, options.rounds) == number) if fresh else None, of_first)
     pairs = _with_replay(mine, options, number, made, [one.pairs for one in earlier])
-    tokenized = tokenize(mine, pairs, None)
+    tokenized = tokenize(mine, pairs, deduplicate(mine, pairs))
     compared = mine if options.reference == "current" else of_first
     rows, calibration = reference(compared, tokenized)
     policy = train(mine, rows)

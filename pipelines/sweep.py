@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+
 from dpo_ray.config import Config, dump_config
+from dpo_ray.data.row_ids import id_numbers
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.session import expect_training
 from dpo_ray.on_ray.trainer import train_policy
 from dpo_ray.pairs import steers
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact, read_shard
-from dpo_ray.training.plan import build_index
+from dpo_ray.training.index import index_of
 from pipelines.align import Prepared, tokenized_preferences, with_reference
 from pipelines.context import RunContext
 from pipelines.evaluate import evaluate
@@ -39,10 +43,7 @@ def sweep(context: RunContext) -> None:
     prepared = _prepare(context)
     rows = {key: made.rows for key, made in prepared.items()}
     assert config.tune is not None
-    indices = {
-        key: (build_index(made.shards(), "train"), build_index(made.shards(), "eval", config.tune.ranked_fraction))
-        for key, made in rows.items()
-    }
+    indices = {key: index_of(context.output, made, config.tune.ranked_fraction) for key, made in rows.items()}
     search = Sweep(
         context.output, config, rows, indices, lambda trials: context.table(status_table(search.tune, trials))
     )
@@ -78,31 +79,31 @@ def _prepare(context: RunContext) -> dict[str, Prepared]:
     return {key: with_reference(one, *tokenized[key]) for key, one in contexts.items()}
 
 
-def _held_out(rows: Artifact, eval_fraction: float) -> tuple[set[str], set[str]]:
-    """Ids of the held-out pairs that trials are ranked on, and of those that the chosen one is judged on."""
-    ranking: set[str] = set()
-    judging: set[str] = set()
+def _held_out(rows: Artifact, eval_fraction: float) -> tuple[np.ndarray, int]:
+    """Ids of the held-out pairs that trials are ranked on, ascending; and how many the chosen one is judged on."""
+    ranking, judging = [np.empty(0, dtype=np.uint64)], 0
     for shard in rows.shards():
         table = read_shard(shard, columns=["pair_id", "prompt_id", "split"])
-        for pair, prompt, split in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            if split == "eval":
-                (ranking if steers(prompt, eval_fraction) else judging).add(pair)
-    return ranking, judging
+        table = table.filter(pc.equal(table["split"], "eval"))
+        ranks = np.array([steers(prompt, eval_fraction) for prompt in table["prompt_id"].to_pylist()], dtype=bool)
+        ranking.append(id_numbers(table["pair_id"])[ranks])
+        judging += int((~ranks).sum())
+    return np.sort(np.concatenate(ranking)), judging
 
 
 def _require_equal(config: Config, made: dict[str, Artifact]) -> None:
     """Raises DataError where trials would be measured on different pairs."""
     assert config.tune is not None
-    first: tuple[str, set[str]] | None = None
+    first: tuple[str, np.ndarray] | None = None
     for named, rows in made.items():
         ranking, _ = _held_out(rows, config.tune.ranked_fraction)
         if first is None:
             first = named, ranking
-        elif ranking != first[1]:
+        elif not np.array_equal(ranking, first[1]):
             raise DataError(
                 f"With {named} trials would be ranked on {len(ranking)} held-out pairs, with {first[0]} on "
-                f"{len(first[1])}, of which {len(ranking & first[1])} are the same: what they measure could not be "
-                "compared. Have what is too long cut instead of dropped (data.long_prompts=keep_end, "
+                f"{len(first[1])}, of which {len(np.intersect1d(ranking, first[1]))} are the same: what they measure "
+                "could not be compared. Have what is too long cut instead of dropped (data.long_prompts=keep_end, "
                 "data.long_completions=cut), or name held-out pairs that fit all values as data.eval."
             )
 
@@ -112,15 +113,15 @@ def _require_both_parts(config: Config, made: Sequence[Artifact]) -> None:
     fraction = config.tune.ranked_fraction
     for rows in made:
         ranking, judging = _held_out(rows, fraction)
-        if not ranking or not judging:
+        if not len(ranking) or not judging:
             raise DataError(
                 f"A sweep ranks its trials on one part of the held-out rows and judges the best on the other; here "
-                f"there are {len(ranking)} and {len(judging)} (tune.ranked_fraction={fraction:g}). Raise "
+                f"there are {len(ranking)} and {judging} (tune.ranked_fraction={fraction:g}). Raise "
                 "data.held_out_fraction, name more rows as data.eval, or change tune.ranked_fraction."
             )
     most = config.train.eval_pairs
     some = f", of which {most} count (train.eval_pairs)" if len(ranking) > most else ""
-    say(STAGE, f"trials are ranked on {len(ranking)} held-out rows{some}, the best is judged on {len(judging)} others")
+    say(STAGE, f"trials are ranked on {len(ranking)} held-out rows{some}, the best is judged on {judging} others")
 
 
 def _judge(context: RunContext, prepared: Prepared, chosen: Config, outcome: Outcome) -> None:

@@ -13,22 +13,21 @@ from pipelines.context import RunContext
 from pipelines.deduplicate import kept_tasks
 
 
-def tokenize(context: RunContext, pairs: Artifact, left_out: Artifact | None) -> Artifact:
+def tokenize(context: RunContext, pairs: Artifact, left_out: Artifact) -> Artifact:
     """The pairs as token ids, within the length limits. Raises DataError where none is left.
 
-    Args:
-        left_out: what pipelines.deduplicate made of the pairs; None leaves out nothing.
+    left_out: what pipelines.deduplicate made of the pairs.
     """
     return context.stage("tokenize", lambda: _tokenize(context, pairs, left_out))
 
 
-def _tokenize(context: RunContext, pairs: Artifact, left_out: Artifact | None) -> tuple[Artifact, bool]:
+def _tokenize(context: RunContext, pairs: Artifact, left_out: Artifact) -> tuple[Artifact, bool]:
     model, data = context.config.model, context.config.data
     artifact, reused = shard_stage(
         context.output,
         "tokenized",
         identity=identity(ModelFolder.of(model).tokenizer_hash(), data),
-        inputs={"pairs": pairs.fingerprint, **({"duplicates": left_out.fingerprint} if left_out else {})},
+        inputs={"pairs": pairs.fingerprint, "duplicates": left_out.fingerprint},
         tasks=kept_tasks(pairs, left_out),
         pool=Pool(TokenizeShard, {"model": model, "data": data}),
         unit="pairs",

@@ -25,9 +25,10 @@ from dpo_ray.pairs import TokenizedPair
 from dpo_ray.training.batch import Share, Step
 from dpo_ray.training.checkpoint import TrainState
 from dpo_ray.training.files import EXPORT, read_history
+from dpo_ray.training.index import PlanIndex
 from dpo_ray.training.loop import train
 from dpo_ray.training.parallel import Rank
-from dpo_ray.training.plan import PlanIndex, microbatches
+from dpo_ray.training.plan import microbatches
 from tests import gradients
 
 VOCABULARY = 512
@@ -96,7 +97,7 @@ def shares(pairs: Sequence[TokenizedPair], me: Rank, tokens_per_microbatch: int)
     """A rank's share of a batch, spread as the step plan spreads it."""
     lengths = np.array([[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in pairs], dtype=np.int32)
     rows = np.arange(len(pairs), dtype=np.int32)
-    index = PlanIndex(("memory",), np.zeros_like(rows), rows, lengths, duplicates=0, read=len(pairs))
+    index = PlanIndex.of(["memory"], np.array([0, len(pairs)]), rows, lengths, read=len(pairs))
     mine = microbatches(index, rows, me.world_size, tokens_per_microbatch, hidden_size=64)[me.rank]
     return Share([[pairs[row] for row in group] for group in mine], filler=min(pairs, key=lambda p: p.num_tokens))
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from dpo_ray.config import Config
 from dpo_ray.config.tune import ASHA
-from dpo_ray.training.plan import PlanIndex
+from dpo_ray.training.index import PlanIndex
 
 _EVALUATED = 1 / 3  # of what training on a token costs: one pass of three
 
@@ -38,7 +38,7 @@ def load_of(config: Config, num_steps: int, trained: PlanIndex, ranked: PlanInde
 
 
 def _tokens_a_pair(index: PlanIndex) -> float:
-    prompt, chosen, rejected = index.lengths.mean(axis=0)
+    prompt, chosen, rejected = index.mean_lengths
     return float(2 * prompt + chosen + rejected)
 
 

@@ -15,7 +15,7 @@ from dpo_ray.on_ray.trainer import tokens_per_microbatch, tokens_per_second, tra
 from dpo_ray.progress import Progress, say
 from dpo_ray.storage.artifact import MANIFEST, Artifact, digest
 from dpo_ray.storage.location import Location
-from dpo_ray.training.plan import PlanIndex
+from dpo_ray.training.index import PlanIndex
 from tuning.estimate import estimate_lines, load_of
 from tuning.live import status_note
 from tuning.measures import score

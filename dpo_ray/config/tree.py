@@ -548,6 +548,9 @@ class Evaluate(Section):
     measured. Named like data.train; read by their own columns (prompt, chosen, rejected and so on)."""
     win_rate: WinRate | None = None
     """Tuned against base, or another model, on held-out prompts; left out: not measured."""
+    max_pairs: int = Field(100_000, ge=1)
+    """Held-out pairs that the accuracy is measured on, about, at most: drawn at random, the same ones each time. So
+    many give it to within 0.3%."""
     tasks: Tasks | None = None
     """Base and tuned model on benchmark tasks; left out: not measured."""
 

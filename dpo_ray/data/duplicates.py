@@ -1,20 +1,22 @@
 """Rows that are left out of training because of other rows: duplicates, contradictions, and prompts that are held out.
 
-They are found from ids alone. A hash of its prompt puts each row into a bucket. Rows that concern each other have the
-same prompt and so the same bucket, and each bucket is judged by itself. Its memory depends on its number of rows, not
-on their text. The number of buckets does not change what is found.
+They are found from ids alone. Rows that concern each other have the same prompt, and so each range of prompts, a
+bucket, is judged by itself. Its memory depends on its number of rows, not on their text. The number of buckets does not
+change what is found.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpo_ray.data.row_ids import RowIds
 from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
 
@@ -27,8 +29,24 @@ LEFT_OUT = pa.schema([("shard", pa.string()), ("row", pa.int64()), ("reason", pa
 
 ROWS_PER_BUCKET = 4_000_000  # 37 bytes a row, and some 400 MiB in all while a bucket is judged
 
-LeftOut = dict[str, list[int]]
-"""Reason → row numbers of one shard, ascending."""
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Rows of one shard that are left out, n of them."""
+
+    rows: np.ndarray
+    """[n] int64, ascending"""
+    reasons: np.ndarray
+    """[n] int8, which of REASONS"""
+
+    def counts(self) -> dict[str, int]:
+        """Reason → rows."""
+        number = np.bincount(self.reasons, minlength=len(REASONS))
+        return {reason: int(n) for reason, n in zip(REASONS, number, strict=True) if n}
+
+    def content(self) -> str:
+        """16 hex digits over the rows and their reasons."""
+        return hashlib.sha256(self.rows.tobytes() + self.reasons.tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -37,43 +55,12 @@ class PairsShard:
 
     file: str
     """URI of the shard."""
-    left_out: LeftOut = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RowIds:
-    """Ids of n rows, in the order of shards and rows."""
-
-    pair: np.ndarray
-    """[n] uint64"""
-    prompt: np.ndarray
-    """[n] uint64"""
-    couple: np.ndarray
-    """[n] uint64"""
-    held_out: np.ndarray
-    """[n] bool"""
-    shard: np.ndarray
-    """[n] int32, which of the shards"""
-    row: np.ndarray
-    """[n] int64, row in the shard"""
+    left_out: LeftOut | None = None
 
 
 def num_buckets(rows: int, rows_per_bucket: int = ROWS_PER_BUCKET) -> int:
     """How many buckets hold about rows_per_bucket rows each; at least one."""
     return max(1, -(-rows // rows_per_bucket))
-
-
-def read_bucket(shards: Iterable[Location], bucket: int, buckets: int) -> RowIds:
-    """Ids of the rows of a bucket. The pairs shards are read one after another. Raises DataError."""
-    parts = [
-        _bucket_of(
-            read_shard(location, columns=["pair_id", "prompt_id", "couple_id", "split"]), number, bucket, buckets
-        )
-        for number, location in enumerate(shards)
-    ]
-    if not parts:
-        raise ValueError("a bucket is read from at least one shard")
-    return RowIds(*(np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(RowIds)))
 
 
 def find(rows: RowIds) -> np.ndarray:
@@ -108,25 +95,41 @@ def left_out_table(rows: RowIds, found: np.ndarray, names: Sequence[str]) -> pa.
 
 def by_shard(tables: Iterable[pa.Table]) -> dict[str, LeftOut]:
     """Name of a shard → what is left out of it. Shards that lose no row are absent."""
-    places: dict[str, LeftOut] = {}
-    for table in tables:
-        for shard, row, reason in zip(*(table[name].to_pylist() for name in LEFT_OUT.names), strict=True):
-            places.setdefault(shard, {}).setdefault(reason, []).append(row)
+    # Names and reasons as numbers, for there may be as many rows as memory holds.
+    coded = [
+        pa.table(
+            {
+                "shard": table["shard"].combine_chunks().dictionary_encode(),
+                "row": table["row"].combine_chunks(),
+                "reason": pc.index_in(table["reason"], pa.array(REASONS)).combine_chunks().cast(pa.int8()),
+            }
+        )
+        for table in tables
+    ]
+    if not coded:
+        return {}
+    whole = pa.concat_tables(coded).unify_dictionaries().combine_chunks()
+    if not whole.num_rows:
+        return {}
+    shards = whole["shard"].chunk(0)
+    number, rows, reasons = shards.indices.to_numpy(), whole["row"].to_numpy(), whole["reason"].to_numpy()
+    order = np.lexsort((rows, number))
+    edges = np.cumsum(np.bincount(number, minlength=len(shards.dictionary)))[:-1]
     return {
-        shard: {reason: sorted(of_shard[reason]) for reason in REASONS if reason in of_shard}
-        for shard, of_shard in places.items()
+        name: LeftOut(rows[part], reasons[part])
+        for name, part in zip(shards.dictionary.to_pylist(), np.split(order, edges), strict=True)
     }
 
 
 def read_kept(source: PairsShard) -> tuple[pa.Table, Counter[str]]:
     """The rows of a shard that are not left out; and `read`, and rows left out by reason."""
     table = read_shard(Location(source.file))
-    counters = Counter({"read": table.num_rows, **{reason: len(rows) for reason, rows in source.left_out.items()}})
-    if not source.left_out:
+    counters = Counter({"read": table.num_rows})
+    if source.left_out is None:
         return table, counters
+    counters.update(source.left_out.counts())
     keep = np.ones(table.num_rows, dtype=bool)
-    for rows in source.left_out.values():
-        keep[rows] = False
+    keep[source.left_out.rows] = False
     return table.filter(pa.array(keep)), counters
 
 
@@ -141,28 +144,3 @@ def _contradictory(rows: RowIds) -> np.ndarray:
     result = np.empty(len(order), dtype=bool)
     result[order] = np.repeat(differ, np.diff(np.r_[starts, len(order)]))
     return result
-
-
-def _bucket_of(table: pa.Table, shard: int, bucket: int, buckets: int) -> RowIds:
-    prompt = _numbers(table["prompt_id"])
-    mine = np.flatnonzero(prompt % np.uint64(buckets) == bucket)
-    held_out = pc.equal(table["split"], "eval").to_numpy()
-    return RowIds(
-        pair=_numbers(table["pair_id"])[mine],
-        prompt=prompt[mine],
-        couple=_numbers(table["couple_id"])[mine],
-        held_out=held_out[mine],
-        shard=np.full(len(mine), shard, dtype=np.int32),
-        row=mine.astype(np.int64),
-    )
-
-
-def _numbers(ids: pa.ChunkedArray) -> np.ndarray:
-    """Ids of 16 hex digits as [n] uint64."""
-    digits = ids.combine_chunks().cast(pa.binary()).cast(pa.binary(16))
-    if not len(digits):
-        return np.zeros(0, dtype=np.uint64)
-    text = np.frombuffer(digits.buffers()[1], dtype=np.uint8)[digits.offset * 16 :][: len(digits) * 16]
-    nibbles = np.where(text >= ord("a"), text - (ord("a") - 10), text - ord("0")).reshape(-1, 2)
-    halves: np.ndarray = (nibbles[:, 0] << 4 | nibbles[:, 1]).astype(np.uint8).view(">u8").astype(np.uint64)
-    return halves

@@ -1,12 +1,11 @@
-"""What the held-out pairs tell: scores of policy and reference, joined by the pairs' ids."""
+"""What the held-out pairs tell: which of them are measured, a policy's scores of them, and what these add up to."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +13,42 @@ import pyarrow.compute as pc
 
 from dpo_ray.config.losses import Loss
 from dpo_ray.errors import DataError
-from dpo_ray.pairs import steers
+from dpo_ray.pairs import SCORES, drawn, steers
 from dpo_ray.storage.artifact import Artifact, read_shard
 
 _ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class HeldOutRows:
+    """Which rows a policy is measured on."""
+
+    eval_fraction: float = 1.0
+    """train.eval_fraction: where training was steered by some of the prompts, only the pairs of the others count."""
+    share: float = 1.0
+    """Of those pairs, how many are drawn."""
+
+    @classmethod
+    def at_most(cls, max_pairs: int, num_pairs: int, eval_fraction: float = 1.0) -> HeldOutRows:
+        """So many of the pairs, about, drawn at random, or all if there are fewer.
+
+        num_pairs: held-out pairs of the prompts that count.
+        """
+        return cls(eval_fraction, min(1.0, max_pairs / num_pairs) if num_pairs else 1.0)
+
+    def of(self, table: pa.Table, counters: Counter[str]) -> np.ndarray:
+        """[n] row numbers of a shard, ascending; what is passed over is counted."""
+        rows = np.flatnonzero(pc.equal(table["split"], "eval").to_numpy())
+        counters["other_split"] = table.num_rows - len(rows)
+        if self.eval_fraction < 1:
+            prompts = table["prompt_id"].take(pa.array(rows)).to_pylist()
+            judges = rows[np.array([not steers(prompt, self.eval_fraction) for prompt in prompts], dtype=bool)]
+            counters["steering"], rows = len(rows) - len(judges), judges
+        if self.share < 1:
+            pairs = table["pair_id"].take(pa.array(rows)).to_pylist()
+            wanted = rows[np.array([drawn(pair, self.share) for pair in pairs], dtype=bool)]
+            counters["not_drawn"], rows = len(rows) - len(wanted), wanted
+        return rows
 
 
 @dataclass(frozen=True)
@@ -36,116 +67,105 @@ class HeldOut:
     """[n]"""
 
 
-def held_out_pairs(loss: Loss, scores: Artifact, rows: Artifact, eval_fraction: float = 1.0) -> HeldOut:
-    """The held-out pairs, joined by pair_id, in the order of the rows.
+def held_out_pairs(scores: Artifact) -> HeldOut:
+    """The held-out pairs that a policy was measured on, in the order of their pair_id.
 
     Unpaired rows have no margin of their own: where no row has both sides, the i-th desirable and the i-th
-    undesirable row, each in the order of their pair_id, make a couple, and its margin is the difference of their
-    rewards; n is then the smaller of the two counts. Where some rows are pairs, only these count.
-
-    Where training was steered by some of the prompts (train.eval_fraction below 1), only the pairs of the others count.
+    undesirable row make a couple, and its margin is the difference of their rewards; n is then the smaller of the two
+    counts. Where some rows are pairs, only these count.
 
     Args:
-        eval_fraction: train.eval_fraction.
-        scores: what score_policy made of `rows`.
-        rows: what was trained on: the reference artifact; for a loss without a reference the tokenized one.
+        scores: what score_policy made.
 
-    Raises DataError on a gap between the two, and on margins that are not finite.
+    Raises DataError on margins that are not finite.
     """
-    policy: dict[str, _Sides] = {}
-    for shard in scores.shards():
-        table = read_shard(shard)
-        policy.update(zip(table["pair_id"].to_pylist(), _sides(table, "chosen", "rejected"), strict=True))
-    scored: dict[str, _Scored] = {}
-    missing = []
-    for shard in rows.shards():
-        table = read_shard(shard)
-        table = table.filter(pc.equal(table["split"], "eval"))
-        if eval_fraction < 1:
-            table = table.filter(
-                pa.array([not steers(i, eval_fraction) for i in table["prompt_id"].to_pylist()], pa.bool_())
-            )
-        reference: Iterable[_Sides | None] = repeat(None, table.num_rows)
-        if loss.needs_reference:
-            reference = _sides(table, "chosen_ref", "rejected_ref")
-        for pair_id, of_reference in zip(table["pair_id"].to_pylist(), reference, strict=True):
-            if pair_id in policy:
-                scored[pair_id] = _Scored(policy[pair_id], of_reference)
-            else:
-                missing.append(pair_id)
-    if missing:
+    tables = [SCORES.empty_table(), *(read_shard(shard) for shard in scores.shards())]
+    table = pa.concat_tables([table.replace_schema_metadata() for table in tables]).sort_by("pair_id")
+    good, bad = _couples(table)
+    column = {name: table[name].to_numpy() for name in SCORES.names if name != "pair_id"}
+    margins = column["chosen_reward"][good] - column["rejected_reward"][bad]
+    wrong = np.flatnonzero(~np.isfinite(margins))
+    if len(wrong):
+        ids = table["pair_id"]
+        named = [" with ".join({str(ids[side[n]]): None for side in (good, bad)}) for n in wrong[:5]]
         raise DataError(
-            f"{len(missing)} held-out pairs of {rows.location} have no scores in {scores.location}, the first: "
-            f"{', '.join(missing[:5])}. Remove the latter; it will be computed again."
-        )
-    couples = _couples(scored)
-    margins = _margins(loss, list(couples.values()))
-    wrong = [name for name, margin in zip(couples, margins, strict=True) if not math.isfinite(margin)]
-    if wrong:
-        raise DataError(
-            f"{len(wrong)} held-out pairs have margins that are not finite, the first: {', '.join(wrong[:5])}. The "
+            f"{len(wrong)} held-out pairs have margins that are not finite, the first: {', '.join(named)}. The "
             "policy's weights are damaged: look at the loss in metrics.jsonl, and train with a lower learning rate."
         )
+    with_reference = table["chosen_ref_logps"].null_count < table.num_rows
     return HeldOut(
         margins=margins,
-        chosen_logps=np.array([row.policy[0].sum(dtype=float) for row in couples.values()]),
-        chosen_ref_logps=np.array([row.reference[0].sum(dtype=float) for row in couples.values() if row.reference])
-        if loss.needs_reference
-        else None,
-        chosen_tokens=np.array([len(row.policy[0]) for row in couples.values()]),
-        rejected_tokens=np.array([len(row.policy[1]) for row in couples.values()]),
+        chosen_logps=column["chosen_logps"][good],
+        chosen_ref_logps=column["chosen_ref_logps"][good] if with_reference else None,
+        chosen_tokens=column["chosen_tokens"][good],
+        rejected_tokens=column["rejected_tokens"][bad],
     )
 
 
-_Sides = tuple[np.ndarray, np.ndarray]
-"""Token log-probs of chosen and of rejected, [tokens] each, in nats."""
+def _couples(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """[n] rows of the chosen completions, and [n] of the rejected ones: the same where rows have two sides."""
+    has = [table[f"{side}_tokens"].to_numpy() > 0 for side in ("chosen", "rejected")]
+    pairs = np.flatnonzero(has[0] & has[1])
+    if len(pairs):
+        return pairs, pairs
+    desirable, undesirable = np.flatnonzero(has[0]), np.flatnonzero(has[1])
+    count = min(len(desirable), len(undesirable))  # the rest of the larger side has no counterpart
+    return desirable[:count], undesirable[:count]
 
 
-class _Scored(NamedTuple):
-    """A row's log-probs under the policy and, where the loss asks for it, under the reference."""
+def score_table(
+    loss: Loss, rows: Sequence[dict[str, Any]], scored: Sequence[tuple[Sequence[float], Sequence[float]]]
+) -> pa.Table:
+    """What a policy gives to some rows, as SCORES.
 
-    policy: _Sides
-    reference: _Sides | None
-
-
-def _sides(table: pa.Table, chosen: str, rejected: str) -> list[_Sides]:
-    columns = [[row.values.to_numpy() for row in table[f"{name}_logprobs"]] for name in (chosen, rejected)]
-    return list(zip(*columns, strict=True))
-
-
-def _couples(rows: dict[str, _Scored]) -> dict[str, _Scored]:
-    """Those that have two sides; where there are none, desirable and undesirable rows in couples."""
-    has = {pair_id: (len(row.policy[0]) > 0, len(row.policy[1]) > 0) for pair_id, row in rows.items()}
-    pairs = {pair_id: row for pair_id, row in rows.items() if all(has[pair_id])}
-    if pairs:
-        return pairs
-    desirable, undesirable = (sorted(pair_id for pair_id in rows if has[pair_id][side]) for side in (0, 1))
-    couples = {}
-    for good, bad in zip(desirable, undesirable, strict=False):  # the rest of the larger side has no counterpart
-        one, other = rows[good], rows[bad]
-        reference = (one.reference[0], other.reference[1]) if one.reference and other.reference else None
-        couples[f"{good} with {bad}"] = _Scored((one.policy[0], other.policy[1]), reference)
-    return couples
-
-
-def _margins(loss: Loss, rows: list[_Scored]) -> np.ndarray:
-    # Not above: a run that takes everything over computes no margin, and does without torch.
+    Args:
+        rows: of a tokenized, reference or mismatched shard.
+        scored: for each the policy's token log-probs of chosen and of rejected, in nats.
+    """
+    # Not above: who only reads scores does without torch.
     import torch
 
-    from dpo_ray.losses.objective import preference_margins
+    from dpo_ray.losses.objective import unscaled_rewards
     from dpo_ray.losses.pair_logps import pair_logps
 
-    margins = [np.empty(0)]
-    for first in range(0, len(rows), _ROWS_AT_ONCE):
-        part = rows[first : first + _ROWS_AT_ONCE]
-        policy = [side for row in part for side in row.policy]
-        reference = [side for row in part if row.reference is not None for side in row.reference]
+    found: list[dict[str, Any]] = []
+    for begin in range(0, len(rows), _ROWS_AT_ONCE):
+        part = rows[begin : begin + _ROWS_AT_ONCE]
+        policy = [side for sides in scored[begin : begin + _ROWS_AT_ONCE] for side in sides]
+        reference = (
+            [row[f"{side}_ref_logprobs"] for row in part for side in ("chosen", "rejected")]
+            if (loss.needs_reference)
+            else None
+        )
         logps = pair_logps(
-            torch.from_numpy(np.concatenate(policy).astype(np.float64)),
+            _joined(policy),
             torch.from_numpy(np.repeat(np.arange(len(policy)), [len(side) for side in policy])),
             len(part),
-            ref_token_logprobs=torch.from_numpy(np.concatenate(reference)) if reference else None,
+            ref_token_logprobs=None if reference is None else _joined(reference),
             ld_alpha=loss.token_tail_weight,
         )
-        margins.append(preference_margins(loss, logps).numpy())
-    return np.concatenate(margins)
+        rewards = [values.tolist() for values in unscaled_rewards(loss, logps)]
+        for n, row in enumerate(part):
+            chosen, rejected = policy[2 * n], policy[2 * n + 1]
+            found.append(
+                {
+                    "pair_id": row["pair_id"],
+                    "chosen_tokens": len(chosen),
+                    "rejected_tokens": len(rejected),
+                    "chosen_reward": rewards[0][n] if len(chosen) else None,
+                    "rejected_reward": rewards[1][n] if len(rejected) else None,
+                    "chosen_logps": float(np.sum(chosen, dtype=np.float64)),
+                    "chosen_ref_logps": None
+                    if reference is None
+                    else float(np.sum(reference[2 * n], dtype=np.float64)),
+                }
+            )
+    return pa.Table.from_pylist(found, schema=SCORES)
+
+
+def _joined(sides: Sequence[Sequence[float]]) -> Any:
+    """[N] float64 tensor of token log-probs. As float32 they were stored, and so policy and reference are alike."""
+    import torch
+
+    values = [np.asarray(side, dtype=np.float32) for side in sides]
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.float32), *values]).astype(np.float64))

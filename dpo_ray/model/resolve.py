@@ -146,7 +146,7 @@ def _merged(adapter: Path, within: tuple[Path, ...]) -> Path:
     """An adapter's base model with the adapter merged into it, made once and kept in the cache folder."""
     base = _base_of(adapter, within)
     target = cache_folder() / "models" / f"{adapter.name}-merged-{digest([_content(adapter), _content(base)])}"
-    with _making(target) as partial:
+    with made_once(target) as partial:
         if partial is not None:
             from dpo_ray.model.lora import merge
 
@@ -184,7 +184,7 @@ def converted_gguf(gguf: Path) -> Path:
     Safe when several processes ask at the same time: one converts, the others wait for it.
     """
     target = cache_folder() / "models" / f"{gguf.stem}-{file_hash(Location.of(gguf))[:12]}"
-    with _making(target) as partial:
+    with made_once(target) as partial:
         if partial is not None:
             import torch
             from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -207,7 +207,7 @@ def _fetched(remote: Location) -> Path:
             "by save_pretrained."
         )
     target = cache_folder() / "models" / f"{remote.name}-{digest([remote.uri, files])}"
-    with _making(target) as partial:
+    with made_once(target) as partial:
         if partial is not None:
             copy = [((remote / name), Location.of(partial / name)) for name, _, _ in files]
             with ThreadPoolExecutor(_DOWNLOADS) as threads:
@@ -227,7 +227,7 @@ def _listed(remote: Location) -> list[tuple[str, int, int]]:
 
 
 @contextmanager
-def _making(target: Path) -> Iterator[Path | None]:
+def made_once(target: Path) -> Iterator[Path | None]:
     """A folder to fill, which becomes the target when the block ends well; None where the target exists.
 
     Several processes may ask at the same time: one fills it, the others wait.

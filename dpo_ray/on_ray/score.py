@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from dpo_ray.config import VLLM, Config, Model
+from dpo_ray.evaluation.held_out import HeldOutRows
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.model.version import own_forward
 from dpo_ray.on_ray.calibrate import choose_engine, max_pair_tokens
 from dpo_ray.on_ray.pool import ShardFunction, shard_stage, shard_tasks, torch_pool
 from dpo_ray.on_ray.vllm_engine import VLLMScorer, vllm_pool
 from dpo_ray.on_ray.vllm_version import require_vllm
+from dpo_ray.progress import say
 from dpo_ray.shards.score import (
     REFERENCE_COLUMNS,
     Engine,
@@ -25,6 +27,7 @@ from dpo_ray.shards.score import (
 )
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
+from dpo_ray.training.index import num_judging
 
 
 def score_reference(output: Location, config: Config, tokenized: Artifact) -> tuple[Artifact, bool]:
@@ -80,22 +83,30 @@ def _score(
 
 
 def score_policy(
-    output: Location, config: Config, policy: str, folder: Location, rows: Artifact
+    output: Location, config: Config, policy: str, folder: Location, rows: Artifact, eval_fraction: float
 ) -> tuple[Artifact, bool]:
-    """A trained policy's log-probs of the held-out pairs of a tokenized, reference or mismatched artifact.
+    """What a trained policy gives to held-out pairs of a tokenized, reference or mismatched artifact.
+
+    Of many pairs evaluate.max_pairs are drawn.
 
     Args:
         policy: fingerprint of its artifact, which is also its version where it was published.
         folder: where its model lies, in either place.
+        eval_fraction: of the prompts, those that training was steered by: they do not count.
     """
+    loss = config.train.loss
+    there = num_judging(output, rows, eval_fraction)
+    drawn = HeldOutRows.at_most(config.evaluate.max_pairs, there, eval_fraction)
+    if drawn.share < 1:
+        say("score", f"of {there} held-out pairs about {config.evaluate.max_pairs} are drawn (evaluate.max_pairs)")
     model = Model(path=folder.uri, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code)
     return shard_stage(
         output,
         "policy_scores",
-        identity=policy_identity(policy, model.dtype),
+        identity=policy_identity(policy, model.dtype, loss, drawn),
         inputs={"policy": policy, rows.manifest.kind: rows.fingerprint},
         tasks=shard_tasks(rows),
-        pool=torch_pool(config, PolicyScoreShard, {"model": model}),
+        pool=torch_pool(config, PolicyScoreShard, {"model": model, "loss": loss, "rows": drawn}),
         unit="pairs",
     )
 

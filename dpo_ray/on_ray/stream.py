@@ -29,7 +29,8 @@ from dpo_ray.pairs import TokenizedPair, tokenized_pair
 from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
 from dpo_ray.training.batch import Share, Step
-from dpo_ray.training.plan import PlanIndex, StepPlan
+from dpo_ray.training.index import PlanIndex
+from dpo_ray.training.plan import StepPlan
 from dpo_ray.training.plan import microbatches as spread_rows
 
 TRAIN = "train"
@@ -75,7 +76,7 @@ def feed_dataset(plan: StepPlan, start: int, world_size: int, tokens_per_microba
 
 def group_size(plan: StepPlan) -> int:
     """Steps whose shares travel together."""
-    tokens_per_step = plan.global_batch_size * plan.index.lengths.sum(axis=1).mean()
+    tokens_per_step = plan.global_batch_size * plan.index.mean_lengths.sum()
     return int(np.clip(_TOKENS_PER_GROUP // tokens_per_step, 1, _STEPS_PER_GROUP))
 
 
@@ -181,7 +182,7 @@ class StepFeed(ray.train.DataConfig):
 def _group_bytes(plan: StepPlan) -> int:
     """Of a group of steps over all ranks, as they lie in the object store; rather too many."""
     # A token is 4 bytes, the log-prob of one in a completion 4, and a mismatched completion is half as much again.
-    pair = plan.index.lengths.mean(axis=0) @ (4, 12, 12) + 256
+    pair = plan.index.mean_lengths @ (4, 12, 12) + 256
     return int(group_size(plan) * plan.global_batch_size * pair)
 
 

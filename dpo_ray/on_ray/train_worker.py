@@ -21,7 +21,7 @@ from dpo_ray.on_ray.resume import state_of, whole_checkpoints
 from dpo_ray.progress import aside, say
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import KIND
-from dpo_ray.training.plan import PlanIndex
+from dpo_ray.training.index import PlanIndex
 from dpo_ray.training.selection import higher_is_better
 
 if TYPE_CHECKING:

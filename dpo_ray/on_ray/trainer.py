@@ -19,7 +19,8 @@ from dpo_ray.progress import aside, say
 from dpo_ray.storage.artifact import Artifact, Contents, describe_file, make, place
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import EXPORT, HISTORY, KIND, MODEL_FOLDER, num_skipped, read_history
-from dpo_ray.training.plan import ORDER, PlanIndex, StepPlan, make_plan
+from dpo_ray.training.index import PlanIndex
+from dpo_ray.training.plan import ORDER, StepPlan, make_plan
 from dpo_ray.training.selection import higher_is_better
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ def train_policy(
     if steering.whose is not None:
         aside(steering.whose)
     identity, inputs = _known_by(config, rows)
-    artifact, reused = make(output, KIND, identity, inputs, lambda location: _train(config, rows, location, steering))
+    artifact, reused = make(
+        output, KIND, identity, inputs, lambda location: _train(output, config, rows, location, steering)
+    )
     if reused:
         say(KIND, f"reused: {artifact.location}")
     else:
@@ -78,11 +81,11 @@ def _known_by(config: Config, rows: Artifact) -> tuple[dict[str, Any], dict[str,
     return identity, {"pairs": rows.fingerprint}
 
 
-def _train(config: Config, rows: Artifact, location: Location, steering: Steering) -> Contents:
+def _train(output: Location, config: Config, rows: Artifact, location: Location, steering: Steering) -> Contents:
     """Run the training, or what is left of it, in the artifact's location."""
     from dpo_ray.losses.objective import zero_margin_loss  # with torch, which only a training needs
 
-    plan, held_out = make_plan(config, rows)
+    plan, held_out = make_plan(output, config, rows)
     say(KIND, f"{len(plan.index)} pairs, {plan.num_steps} steps of {config.train.global_batch_size} pairs")
     began = time.monotonic()
     checkpoint = _run(config, plan, held_out, location, steering)
@@ -96,8 +99,7 @@ def _train(config: Config, rows: Artifact, location: Location, steering: Steerin
         counters={
             "read": plan.index.read,
             "kept": len(plan.index),
-            "other_split": plan.index.read - len(plan.index) - plan.index.duplicates,
-            "duplicate": plan.index.duplicates,
+            "other_split": plan.index.read - len(plan.index),
             "steps_left_out": num_skipped(history),
         },
         metrics={

@@ -6,14 +6,17 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
 from dpo_ray.config import Model
+from dpo_ray.config.losses import Loss
 from dpo_ray.data.pairing import mismatched, mismatched_rows
 from dpo_ray.data.quarantine import quarantine_table
 from dpo_ray.errors import DataError
+from dpo_ray.evaluation.held_out import HeldOutRows, score_table
 from dpo_ray.model.version import own_forward
 from dpo_ray.pairs import MISMATCHED, SCORES, TokenizedPair, tokenized_pair
 from dpo_ray.shards.isolation import Attempts, FailedRow, isolate
@@ -44,30 +47,32 @@ def identity(weights: str, tokenizer: str, dtype: str, engine: Engine, engine_ve
     }
 
 
-def policy_identity(policy: str, dtype: str) -> dict[str, Any]:
+def policy_identity(policy: str, dtype: str, loss: Loss, drawn: HeldOutRows) -> dict[str, Any]:
     """What changes a policy's scores, beside the rows. policy: fingerprint of its artifact."""
-    return {"dtype": dtype, "engine_version": own_forward(), "policy": policy}
+    return {
+        "dtype": dtype,
+        "engine_version": own_forward(),
+        "policy": policy,
+        "loss": loss.model_dump(mode="json"),
+        "rows": asdict(drawn),
+        "columns": SCORES.names,
+    }
 
 
 class ScoreShard:
     """Tokenized pairs → the same rows with their completion log-probs.
 
-    columns: names of the two columns that are added; `only_split`: leave the rows of the other side out.
-    With `attempts`, rows that the engine cannot score are quarantined; without, they are an error.
+    columns: names of the two columns that are added. With `attempts`, rows that the engine cannot score are
+    quarantined; without, they are an error.
     """
 
-    def __init__(self, scorer: PairScorer, columns: tuple[str, str], only_split: str | None = None):
+    def __init__(self, scorer: PairScorer, columns: tuple[str, str]):
         self.scorer = scorer
         self.columns = columns
-        self.only_split = only_split
 
     def __call__(self, source: Shard, attempts: Attempts | None = None) -> ShardOutput:
         table = read_shard(Location(source.file))
         counters = Counter(read=table.num_rows)
-        if self.only_split is not None:
-            keep = pa.array([side == self.only_split for side in table["split"].to_pylist()], pa.bool_())
-            table = table.filter(keep)
-            counters["other_split"] = counters["read"] - table.num_rows
         scores, failed = _scores(self.scorer, [tokenized_pair(row) for row in table.to_pylist()], attempts)
         quarantine = _quarantined(table, failed, source, counters)
         table = table.take(pa.array(sorted(scores), pa.int64()))
@@ -164,15 +169,21 @@ class TorchMismatchShard(MismatchShard):
         super().__init__(_own_scorer(model))
 
 
-class PolicyScoreShard(ScoreShard):
-    """A policy's log-probs of the held-out pairs."""
+class PolicyScoreShard:
+    """What a policy gives to held-out pairs, as the loss sees it: SCORES."""
 
-    def __init__(self, model: Model):
-        super().__init__(_own_scorer(model), ("chosen_logprobs", "rejected_logprobs"), only_split="eval")
+    def __init__(self, model: Model, loss: Loss, rows: HeldOutRows):
+        self.scorer = _own_scorer(model)
+        self.loss = loss
+        self.rows = rows
 
-    def __call__(self, source: Shard, attempts: Attempts | None = None) -> ShardOutput:
-        scored = super().__call__(source, attempts)
-        return ShardOutput(scored.table.select(SCORES.names), scored.counters, scored.quarantine)
+    def __call__(self, source: Shard) -> ShardOutput:
+        table = read_shard(Location(source.file))
+        counters = Counter(read=table.num_rows)
+        table = table.take(pa.array(self.rows.of(table, counters)))
+        rows = table.to_pylist()
+        scored = zip(*self.scorer.score([tokenized_pair(row) for row in rows]), strict=True)
+        return ShardOutput(score_table(self.loss, rows, list(scored)), counters)
 
 
 def _own_scorer(model: Model) -> PairScorer:

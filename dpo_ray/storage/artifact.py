@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -24,6 +25,7 @@ from dpo_ray.storage.location import Location
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+_ROWS_PER_ROW_GROUP = 1 << 16  # what is fetched where only some rows of a large shard are wanted
 _COUNTERS = b"dpo_ray.counters"
 
 
@@ -242,21 +244,25 @@ def write_shard(location: Location, table: pa.Table, counters: dict[str, int]) -
     """Write a Parquet shard atomically, its counters inside it, so that a later run can take it over."""
     metadata = {**(table.schema.metadata or {}), _COUNTERS: json.dumps(counters, sort_keys=True).encode()}
     buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd")
+    whole = table.replace_schema_metadata(metadata)
+    pq.write_table(whole, buffer, compression="zstd", row_group_size=_ROWS_PER_ROW_GROUP)
     data = buffer.getvalue()
     location.write_bytes(data)
     return _entry(location.name, table.num_rows, data)
 
 
-def read_shard(location: Location, columns: list[str] | None = None) -> pa.Table:
-    """Read a Parquet shard, or some columns of it. Raises DataError naming the file."""
+def read_shard(location: Location, columns: list[str] | None = None, rows: pc.Expression | None = None) -> pa.Table:
+    """Read a Parquet shard, or some columns and rows of it. Raises DataError naming the file.
+
+    rows: what holds of those that are wanted; row groups that can have none are not fetched.
+    """
     try:
         if columns is None or location.is_local:
             source = pa.memory_map(location.uri) if location.is_local else pa.BufferReader(location.read_bytes())
-            return pq.read_table(source, columns=columns)
+            return pq.read_table(source, columns=columns, filters=rows)
         fs, path = location.filesystem()
         with fs.open_input_file(path) as stream:  # not all of it is fetched
-            return pq.read_table(stream, columns=columns)
+            return pq.read_table(stream, columns=columns, filters=rows)
     except StorageError:  # it says nothing of the file itself
         raise
     except (OSError, pa.ArrowException) as error:

@@ -1,6 +1,6 @@
 """The step plan: which pairs make up which optimizer step, and how a step is spread over ranks.
 
-The plan is computed from a light index of the reference artifact and a seed, and depends neither on time nor
+The plan is computed from the index of the rows (dpo_ray.training.index) and a seed, and depends neither on time nor
 on the number of workers: step t is the same global_batch_size pairs whoever computes it. Resuming at step t is
 starting the plan at t.
 """
@@ -8,110 +8,23 @@ starting the plan at t.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.compute as pc
 
 from dpo_ray.bins import first_fit, split_up, spread
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.model.resolve import ModelFolder
-from dpo_ray.pairs import Split, steers
-from dpo_ray.storage.artifact import Artifact, read_shard
+from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
+from dpo_ray.training.index import PlanIndex, index_of
 
 ORDER = 2
 """Raised when a seed gives another order than before."""
 
 _SHARDS_PER_WINDOW = 16  # rows are shuffled within so many shards, so that a step reads few files
-
-
-@dataclass(frozen=True)
-class PlanIndex:
-    """Where each pair of one split lies, and its token counts. n pairs, in the order of the shards: 16 bytes each."""
-
-    shards: tuple[str, ...]
-    offsets: np.ndarray
-    """[shards + 1] pairs in the shards before"""
-    row: np.ndarray
-    """[n] row in the shard"""
-    lengths: np.ndarray
-    """[n, 3] tokens of prompt, chosen and rejected; 0 for a side that an unpaired row lacks"""
-    duplicates: int
-    """Pairs left out because an earlier row is the same pair."""
-    read: int
-    """Rows seen, of both sides."""
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-    def shard_of(self, pairs: np.ndarray) -> np.ndarray:
-        """Which of the shards some pairs lie in."""
-        return np.searchsorted(self.offsets, pairs, side="right") - 1
-
-    def drawn(self, count: int) -> PlanIndex:
-        """Of so many pairs only, or of all if there are fewer: drawn at random, for data may be sorted, but always the
-        same ones, in the order of the shards.
-        """
-        if count >= len(self):
-            return self
-        pairs = np.sort(np.random.default_rng(0).choice(len(self), count, replace=False, shuffle=False))
-        return replace(
-            self, offsets=np.searchsorted(pairs, self.offsets), row=self.row[pairs], lengths=self.lengths[pairs]
-        )
-
-    @property
-    def num_unpaired(self) -> int:
-        """Rows that lack a side: no loss that compares two answers can learn from them."""
-        return int((self.lengths[:, 1:] == 0).any(axis=1).sum())
-
-
-_INDEXED = ["pair_id", "prompt_id", "split", "prompt_ids", "chosen_ids", "rejected_ids"]
-
-
-def build_index(shards: Iterable[Location], split: Split, eval_fraction: float = 1.0) -> PlanIndex:
-    """Read ids and token counts, shard by shard. Raises DataError where a prompt is on both sides of the split.
-
-    Args:
-        eval_fraction: of the held-out side, only the rows of this share of the prompts: those that steer.
-    """
-    names, offsets, rows, lengths = [], [0], [], []
-    seen: set[str] = set()
-    sides: dict[str, str] = {}
-    duplicates = read = 0
-    for location in shards:
-        table = read_shard(location, columns=_INDEXED)
-        names.append(location.uri)
-        read += table.num_rows
-        counts = np.stack(
-            [pc.list_value_length(table[c]).to_numpy() for c in ("prompt_ids", "chosen_ids", "rejected_ids")], axis=1
-        )
-        columns = (table[c].to_pylist() for c in ("pair_id", "prompt_id", "split"))
-        for i, (pair_id, prompt_id, side) in enumerate(zip(*columns, strict=True)):
-            if sides.setdefault(prompt_id, side) != side:
-                raise DataError(
-                    f"Prompt {prompt_id} is both in the training and in the held-out data ({location}), so held-out "
-                    "accuracy would be flattered. Remove its pairs from data.eval or from data.train."
-                )
-            if side != split or (split == "eval" and not steers(prompt_id, eval_fraction)):
-                continue
-            if pair_id in seen:
-                duplicates += 1
-                continue
-            seen.add(pair_id)
-            rows.append(i)
-            lengths.append(counts[i])
-        offsets.append(len(rows))
-    return PlanIndex(
-        shards=tuple(names),
-        offsets=np.array(offsets, dtype=np.int64),
-        row=np.array(rows, dtype=np.int32),
-        lengths=np.array(lengths, dtype=np.int32).reshape(-1, 3),
-        duplicates=duplicates,
-        read=read,
-    )
 
 
 @dataclass(frozen=True)
@@ -202,21 +115,23 @@ def pair_cost(lengths: np.ndarray, hidden_size: int) -> np.ndarray:
     return cost
 
 
-def make_plan(config: Config, rows: Artifact) -> tuple[StepPlan, PlanIndex]:
+def make_plan(output: Location, config: Config, rows: Artifact) -> tuple[StepPlan, PlanIndex]:
     """The step plan of a configuration over its rows, and the index of the held-out ones.
+
+    output: the folder run.output, which keeps the index.
 
     Raises ConfigError where the plan has no step, or where held-out pairs are asked for and there are none; DataError
     where rows lack an answer that the loss needs.
     """
     model_config = ModelFolder.of(config.model).config()
+    trained, held_out = index_of(output, rows, config.train.eval_fraction)
     plan = StepPlan(
-        index=build_index(rows.shards(), "train"),
+        index=trained,
         global_batch_size=config.train.global_batch_size,
         epochs=config.train.epochs,
         seed=config.run.seed,
         hidden_size=model_config.get("hidden_size") or model_config.get("n_embd") or 1024,
     )
-    held_out = build_index(rows.shards(), "eval", config.train.eval_fraction)
     loss = config.train.loss
     if plan.index.num_unpaired and not loss.accepts_unpaired:
         raise DataError(

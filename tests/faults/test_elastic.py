@@ -96,7 +96,7 @@ def alone(arguments: list[str], folder: Path) -> list[dict]:
     [tokenized] = (folder / "out" / "artifacts" / "tokenized").iterdir()
     rows = load(Location.of(tokenized), "tokenized", tokenized.name)
     assert rows is not None
-    plan, _ = make_plan(config, rows)
+    plan, _ = make_plan(Location.of(folder / "out"), config, rows)
     shares = {n: read_share(plan.index, step, 0, 1, 1024, plan.hidden_size) for n, step in plan.steps()}
     train(
         config.model,

@@ -22,11 +22,11 @@ from dpo_ray.on_ray.failures import raise_ours
 from dpo_ray.on_ray.session import quiet_data
 from dpo_ray.on_ray.stream import TRAIN, StepFeed, group_size, received_steps, share_blocks
 from dpo_ray.pairs import REFERENCE
-from dpo_ray.storage.artifact import write_shard
-from dpo_ray.storage.location import Location
 from dpo_ray.training.batch import Step
-from dpo_ray.training.plan import PlanIndex, StepPlan, build_index
+from dpo_ray.training.index import PlanIndex
+from dpo_ray.training.plan import StepPlan
 from tests.command_line import processes_below
+from tests.indexed import indices, with_lengths
 
 BATCH = 16
 TOKENS = 800  # of a micro-batch
@@ -36,7 +36,7 @@ PairIds = list[list[str]]
 """Of the micro-batches of a step."""
 
 
-def shards(folder: Path, num_pairs: int, num_shards: int) -> list[Location]:
+def shards(num_pairs: int, num_shards: int) -> list[pa.Table]:
     """Pairs of log-normal lengths, from 4 tokens to 400 a part; the values of a row follow from its number."""
     lengths = np.random.default_rng(3).lognormal(3.5, 1.2, size=(num_pairs, 3)).clip(4, 400).astype(int)
     assert lengths.max() == 100 * lengths.min()
@@ -53,16 +53,12 @@ def shards(folder: Path, num_pairs: int, num_shards: int) -> list[Location]:
         }
         for number, (prompt, chosen, rejected) in enumerate(lengths.tolist())
     ]
-    made = []
-    for number in range(num_shards):
-        made.append(Location.of(folder) / f"shard-{number}.parquet")
-        write_shard(made[-1], pa.Table.from_pylist(rows[number::num_shards], schema=REFERENCE), {})
-    return made
+    return [with_lengths(rows[number::num_shards], REFERENCE) for number in range(num_shards)]
 
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> PlanIndex:
-    return build_index(shards(tmp_path_factory.mktemp("feeding"), 320, num_shards=4), "train")
+    return indices(tmp_path_factory.mktemp("feeding"), shards(320, num_shards=4))[0]
 
 
 def plan_over(index: PlanIndex, num_steps: int, batch: int = BATCH) -> StepPlan:
@@ -193,7 +189,7 @@ def test_a_share_of_another_rank_or_step_is_refused(index: PlanIndex):
 def test_groups_of_long_pairs_and_large_batches_are_few_steps(index: PlanIndex):
     def size(tokens: int, batch: int) -> int:
         lengths = np.full((256, 3), tokens // 3, dtype=np.int32)
-        many = PlanIndex(("s",), np.array([0, 256]), np.arange(256, dtype=np.int32), lengths, 0, 256)
+        many = PlanIndex.of(["s"], np.array([0, 256]), np.arange(256, dtype=np.int32), lengths, 256)
         return group_size(StepPlan(many, batch, 1, 0, HIDDEN))
 
     assert size(300, 16) == 8
@@ -303,7 +299,7 @@ def test_a_plan_that_is_done_ends_at_once(busy_ray, index: PlanIndex):
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_little_is_read_ahead_of_a_slow_worker(busy_ray, tmp_path: Path, world_size: int):
     # A group of steps is a window of 16 shards, and files of a later one are opened only when its turn comes.
-    many = build_index(shards(tmp_path, 40 * 8 * BATCH, num_shards=640), "train")
+    many, _ = indices(tmp_path, shards(40 * 8 * BATCH, num_shards=640))
     plan = plan_over(many, 320)
     assert plan.num_steps == 320 and group_size(plan) == 8
 

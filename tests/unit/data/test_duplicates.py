@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -16,20 +17,20 @@ from hypothesis import strategies as st
 from dpo_ray.data.duplicates import (
     LEFT_OUT,
     REASONS,
-    LeftOut,
     PairsShard,
-    RowIds,
     by_shard,
     find,
     left_out_table,
     num_buckets,
-    read_bucket,
     read_kept,
 )
+from dpo_ray.data.row_ids import RowIds, read_bucket, row_ids
 from dpo_ray.errors import DataError
 from dpo_ray.pairs import PAIRS, Message, PreferencePair, Split, pair_row
+from dpo_ray.storage import artifact
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
+from tests.left_out import Rows, left_out, rows_of
 
 Row = tuple[PreferencePair, Split]
 
@@ -49,13 +50,24 @@ def write(folder: Path, shards: list[list[Row]]) -> list[Location]:
     return places
 
 
-def found_in(places: list[Location], buckets: int = 1) -> dict[str, LeftOut]:
-    names = [place.name for place in places]
-    rows = [read_bucket(places, bucket, buckets) for bucket in range(buckets)]
-    return by_shard(left_out_table(of_bucket, find(of_bucket), names) for of_bucket in rows)
+def groups(places: list[Location], size: int = 2) -> list[Location]:
+    """Their ids, so many shards a file."""
+    files = []
+    for first in range(0, len(places), size):
+        file = Location.of(f"{places[0].uri}-ids") / f"{first}.parquet"
+        write_shard(file, row_ids(places[first : first + size]), {})
+        files.append(file)
+    return files
 
 
-def naive(shards: list[list[Row]]) -> dict[str, LeftOut]:
+def found_in(places: list[Location], buckets: int = 1, group_size: int = 2) -> dict[str, Rows]:
+    files = groups(places, group_size)
+    read = [read_bucket(files, bucket, buckets) for bucket in range(buckets)]
+    found = by_shard(left_out_table(rows, find(rows), names) for rows, names in read)
+    return {shard: rows_of(of_shard) for shard, of_shard in found.items()}
+
+
+def naive(shards: list[list[Row]]) -> dict[str, Rows]:
     """The same rules, on the texts themselves."""
     rows = [(f"{s}.parquet", r, p, split) for s, shard in enumerate(shards) for r, (p, split) in enumerate(shard)]
     judgements = defaultdict(set)
@@ -63,7 +75,7 @@ def naive(shards: list[list[Row]]) -> dict[str, LeftOut]:
         judgements[p.prompt[0]["content"], frozenset({p.chosen, p.rejected} - {None})].add((p.chosen, p.rejected))
     held_out = {p.prompt[0]["content"] for _, _, p, split in rows if split == "eval"}
     seen = set()
-    result: dict[str, LeftOut] = {}
+    result: dict[str, Rows] = {}
     for shard, row, p, split in rows:
         prompt = p.prompt[0]["content"]
         if len(judgements[prompt, frozenset({p.chosen, p.rejected} - {None})]) > 1:
@@ -156,16 +168,16 @@ ROWS = st.lists(
 )
 
 
-@given(shards=st.lists(ROWS, min_size=1, max_size=4), buckets=st.integers(1, 7))
-def test_the_same_rows_are_found_as_by_comparing_texts_whatever_the_buckets(
-    tmp_path_factory: pytest.TempPathFactory, shards: list[list[Row]], buckets: int
+@given(shards=st.lists(ROWS, min_size=1, max_size=4), buckets=st.integers(1, 7), group_size=st.integers(1, 4))
+def test_the_same_rows_are_found_as_by_comparing_texts_whatever_the_buckets_and_groups(
+    tmp_path_factory: pytest.TempPathFactory, shards: list[list[Row]], buckets: int, group_size: int
 ):
     places = write(tmp_path_factory.mktemp("shards"), shards)
-    found = found_in(places, buckets)
+    found = found_in(places, buckets, group_size)
     assert found == naive(shards)
     kept = 0
     for place in places:
-        table, counters = read_kept(PairsShard(place.uri, found.get(place.name, {})))
+        table, counters = read_kept(PairsShard(place.uri, left_out(found[place.name]) if place.name in found else None))
         kept += table.num_rows
         assert table.num_rows + sum(counters[reason] for reason in REASONS) == counters["read"]
     # What stays has nothing more to find.
@@ -173,7 +185,7 @@ def test_the_same_rows_are_found_as_by_comparing_texts_whatever_the_buckets(
     assert kept == len(_kept(shards, found))
 
 
-def _kept(shards: list[list[Row]], found: dict[str, LeftOut]) -> list[Row]:
+def _kept(shards: list[list[Row]], found: dict[str, Rows]) -> list[Row]:
     gone = {(shard, row) for shard, reasons in found.items() for rows in reasons.values() for row in rows}
     return [row for s, rows in enumerate(shards) for r, row in enumerate(rows) if (f"{s}.parquet", r) not in gone]
 
@@ -187,7 +199,8 @@ def test_buckets_are_as_many_as_hold_the_rows(rows: int, buckets: int):
 def test_every_row_is_in_one_bucket_and_rows_of_a_prompt_in_the_same(tmp_path: Path, buckets: int):
     rows: list[Row] = [(pair(f"Question {n % 40}", f"{n}", "x"), "train") for n in range(100)]
     places = write(tmp_path, [rows[:70], rows[70:]])
-    parts = [read_bucket(places, bucket, buckets) for bucket in range(buckets)]
+    files = groups(places, 1)
+    parts = [read_bucket(files, bucket, buckets)[0] for bucket in range(buckets)]
     seen = [(int(s), int(r)) for part in parts for s, r in zip(part.shard, part.row, strict=True)]
     assert sorted(seen) == [(0, r) for r in range(70)] + [(1, r) for r in range(30)]
     prompts = [set(part.prompt.tolist()) for part in parts]
@@ -196,7 +209,9 @@ def test_every_row_is_in_one_bucket_and_rows_of_a_prompt_in_the_same(tmp_path: P
 
 def test_ids_are_read_as_the_numbers_that_they_are(tmp_path: Path):
     rows: list[Row] = [(pair(f"Question {n}", "a", "b"), "eval" if n % 2 else "train") for n in range(9)]
-    ids = read_bucket(write(tmp_path, [rows]), 0, 1)
+    ids, names = read_bucket(groups(write(tmp_path, [rows])), 0, 1)
+    assert names == ["0.parquet"] and ids.row.tolist() == np.argsort([int(p.prompt_id, 16) for p, _ in rows]).tolist()
+    rows = [rows[place] for place in ids.row]
     assert ids.pair.tolist() == [int(p.pair_id, 16) for p, _ in rows]
     assert ids.prompt.tolist() == [int(p.prompt_id, 16) for p, _ in rows]
     assert ids.couple.tolist() == [int(p.couple_id, 16) for p, _ in rows]
@@ -204,8 +219,9 @@ def test_ids_are_read_as_the_numbers_that_they_are(tmp_path: Path):
 
 
 def test_memory_of_a_row_does_not_depend_on_its_text(tmp_path: Path):
-    short = read_bucket(write(tmp_path / "short", [[(pair("p", "a", "b"), "train")]]), 0, 1)
-    long = read_bucket(write(tmp_path / "long", [[(pair("p" * 100_000, "a" * 100_000, "b"), "train")]]), 0, 1)
+    short, _ = read_bucket(groups(write(tmp_path / "short", [[(pair("p", "a", "b"), "train")]])), 0, 1)
+    texts = pair("p" * 100_000, "a" * 100_000, "b")
+    long, _ = read_bucket(groups(write(tmp_path / "long", [[(texts, "train")]])), 0, 1)
     assert size(short) == size(long) < 40
 
 
@@ -215,11 +231,11 @@ def size(rows: RowIds) -> int:
 
 def test_the_table_names_shard_row_and_reason(tmp_path: Path):
     places = write(tmp_path, [[(A_OVER_B, "train")], [(A_OVER_B, "train")]])
-    ids = read_bucket(places, 0, 1)
-    table = left_out_table(ids, find(ids), ["first", "second"])
+    ids, names = read_bucket(groups(places), 0, 1)
+    table = left_out_table(ids, find(ids), names)
     assert table.schema.equals(LEFT_OUT)
-    assert table.to_pylist() == [{"shard": "second", "row": 0, "reason": "duplicate"}]
-    nothing = left_out_table(ids, np.full(2, -1, dtype=np.int8), ["first", "second"])
+    assert table.to_pylist() == [{"shard": "1.parquet", "row": 0, "reason": "duplicate"}]
+    nothing = left_out_table(ids, np.full(2, -1, dtype=np.int8), names)
     assert nothing.num_rows == 0 and nothing.schema.equals(LEFT_OUT)
 
 
@@ -227,8 +243,7 @@ def test_reading_leaves_out_and_counts(tmp_path: Path):
     [place] = write(tmp_path, [[(pair(f"Question {n}", "a", "b"), "train") for n in range(6)]])
     whole, counters = read_kept(PairsShard(place.uri))
     assert (whole.num_rows, counters) == (6, Counter(read=6))
-    left_out = {"duplicate": [5], "contradiction": [0, 2]}
-    table, counters = read_kept(PairsShard(place.uri, left_out))
+    table, counters = read_kept(PairsShard(place.uri, left_out({"duplicate": [5], "contradiction": [0, 2]})))
     assert table["prompt_id"].to_pylist() == [whole["prompt_id"][n].as_py() for n in (1, 3, 4)]
     assert counters == Counter(read=6, duplicate=1, contradiction=2)
 
@@ -237,6 +252,29 @@ def test_a_damaged_shard_is_an_error_that_names_it(tmp_path: Path):
     (tmp_path / "0.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"0\.parquet"):
         read_bucket([Location.of(tmp_path) / "0.parquet"], 0, 1)
+    with pytest.raises(DataError, match=r"0\.parquet"):
+        row_ids([Location.of(tmp_path) / "0.parquet"])
+
+
+def test_a_bucket_fetches_the_row_groups_of_its_prompts_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(artifact, "_ROWS_PER_ROW_GROUP", 50)
+    places = write(tmp_path, [[(pair(f"Question {n}", "a", "b"), "train") for n in range(2000)]])
+    [file] = groups(places)
+    read: list[int] = []
+    one_group = pq.ParquetFile(file.uri).metadata.row_group(0).total_byte_size
+    assert pq.ParquetFile(file.uri).num_row_groups == 40
+
+    class Counted(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            data = super().read(-1 if size is None else size)
+            read.append(len(data))
+            return data
+
+    monkeypatch.setattr(pa, "memory_map", lambda uri: pa.PythonFile(Counted(uri)))
+    rows, _ = read_bucket([file], 3, 20)
+    assert 50 < len(rows.row) < 150
+    # Its own two or three row groups, one at each edge, and the footer with what lies where.
+    assert sum(read) < 8 * one_group + 64_000 < file.size()
 
 
 def test_the_repetition_and_the_contradiction_of_the_dirty_set_are_found(real_data: Path, tmp_path: Path):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_ray.data.duplicates import LeftOut, PairsShard
+from dpo_ray.data.duplicates import PairsShard
 from dpo_ray.data.report import (
     MEASURES,
     measure_pairs,
@@ -30,6 +30,7 @@ from dpo_ray.pairs import PAIRS, REFERENCE, TOKENIZED
 from dpo_ray.shards.measure import MeasuredShard, MeasureShard, What
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
+from tests.left_out import Rows, left_out
 
 
 def tokenized(*lengths: tuple[int, int, int], split: str = "train") -> pa.Table:
@@ -234,10 +235,10 @@ def test_the_log_says_it_in_lines():
 
 
 def test_a_shard_is_measured_by_what_it_is_and_without_the_rows_left_out(tmp_path: Path):
-    def measured(table: pa.Table, what: What, left_out: LeftOut | None = None) -> pa.Table:
+    def measured(table: pa.Table, what: What, rows: Rows | None = None) -> pa.Table:
         location = Location.of(tmp_path) / f"{what}.parquet"
         write_shard(location, table, {})
-        return MeasureShard()(MeasuredShard(what, PairsShard(location.uri, left_out or {}))).table
+        return MeasureShard()(MeasuredShard(what, PairsShard(location.uri, left_out(rows) if rows else None))).table
 
     pairs = texts(("Why?", "Because.", "No."), ("Почему?", "Да", "Нет"))
     assert measured(pairs, "pairs", {"duplicate": [0]}).to_pylist() == [

@@ -1,20 +1,22 @@
-"""Margins of held-out rows as the loss sees them."""
+"""Which held-out rows a policy is measured on, and their margins as the loss sees them."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pydantic import TypeAdapter
 
 from dpo_ray.config.losses import Loss
 from dpo_ray.errors import DataError
-from dpo_ray.evaluation.held_out import held_out_pairs
-from dpo_ray.pairs import REFERENCE, SCORES, TOKENIZED, steers
-from dpo_ray.storage.artifact import Artifact, publish, write_shard
-from dpo_ray.storage.location import Location
+from dpo_ray.evaluation.held_out import HeldOut, HeldOutRows, held_out_pairs, score_table
+from dpo_ray.pairs import TOKENIZED, steers
+from tests.indexed import artifact_of
 
 Sides = tuple[list[float], list[float]]
 
@@ -23,36 +25,32 @@ def loss(**options: Any) -> Loss:
     return TypeAdapter(Loss).validate_python(options)
 
 
-def artifact(folder: Path, kind: str, shards: list[pa.Table]) -> Artifact:
-    location = Location.of(folder) / kind
-    files = [write_shard(location / f"{i}.parquet", table, {}) for i, table in enumerate(shards)]
-    return publish(location, kind, identity={}, inputs={}, files=files)
+Scored = dict[str, Sides]
+"""By pair_id."""
 
 
-def scores(folder: Path, rows: dict[str, Sides]) -> Artifact:
-    """One shard of a policy's token log-probs by pair_id."""
-    values = [{"pair_id": i, "chosen_logprobs": c, "rejected_logprobs": r} for i, (c, r) in rows.items()]
-    return artifact(folder, "policy_scores", [pa.Table.from_pylist(values, schema=SCORES)])
-
-
-def reference(folder: Path, rows: dict[str, Sides], split: str = "eval") -> Artifact:
-    """A shard a row of reference token log-probs by pair_id, and a last shard with a row of the training side."""
-    shards = [
+def measured(
+    folder: Path, options: Loss, policy: Scored, base: Scored | None, of: HeldOutRows = HeldOutRows()
+) -> HeldOut:
+    """A policy's token log-probs of chosen and rejected by pair_id, beside those of the reference, in two shards."""
+    rows = [
         {
             "pair_id": pair_id,
             "prompt_id": f"prompt of {pair_id}",
-            "split": split,
-            "prompt_ids": [1],
-            "chosen_ids": [2] * len(chosen),
-            "rejected_ids": [3] * len(rejected),
-            "chosen_ref_logprobs": chosen,
-            "rejected_ref_logprobs": rejected,
+            "split": "eval",
+            **({f"{side}_ref_logprobs": base[pair_id][n] for n, side in enumerate(SIDES)} if base else {}),
         }
-        for pair_id, (chosen, rejected) in rows.items()
+        for pair_id in policy
     ]
-    shards.append({**shards[0], "pair_id": "training", "prompt_id": "t", "split": "train"})
-    return artifact(folder, "reference", [pa.Table.from_pylist([row], schema=REFERENCE) for row in shards])
+    tables = []
+    for part in (rows[::2], rows[1::2]):
+        kept = [part[n] for n in of.of(pa.Table.from_pylist(part, schema=SPLIT), Counter())] if part else []
+        tables.append(score_table(options, kept, [policy[row["pair_id"]] for row in kept]))
+    return held_out_pairs(artifact_of(folder, tables, "policy_scores"))
 
+
+SIDES = ("chosen", "rejected")
+SPLIT = pa.schema([TOKENIZED.field(name) for name in ("pair_id", "prompt_id", "split")])
 
 POLICY: dict[str, Sides] = {"a": ([-1.0, -2.0], [-4.0]), "b": ([-1.0], [-0.5, -0.5, -2.0])}
 
@@ -60,43 +58,34 @@ POLICY: dict[str, Sides] = {"a": ([-1.0, -2.0], [-4.0]), "b": ([-1.0], [-0.5, -0
 BASE: dict[str, Sides] = {"a": ([-2.0, -2.0], [-3.0]), "b": ([-0.5], [-1.0, -1.0, -1.0])}
 
 
-def held_out_margins(*given: Any) -> Any:
-    return held_out_pairs(*given).margins
+def margins(*given: Any) -> list[float]:
+    return measured(*given).margins.tolist()
 
 
 def test_the_chosen_answers_have_their_log_probs_under_both_and_all_have_their_lengths(tmp_path: Path):
-    found = held_out_pairs(loss(type="sigmoid"), scores(tmp_path, POLICY), reference(tmp_path, BASE))
+    found = measured(tmp_path, loss(type="sigmoid"), POLICY, BASE)
     assert found.chosen_ref_logps is not None
     assert (found.chosen_logps.tolist(), found.chosen_ref_logps.tolist()) == ([-3.0, -1.0], [-4.0, -0.5])
     assert (found.chosen_tokens.tolist(), found.rejected_tokens.tolist()) == ([2, 1], [1, 3])
-    alone = held_out_pairs(loss(type="simpo"), scores(tmp_path, POLICY), reference(tmp_path, BASE))
-    assert alone.chosen_ref_logps is None
+    assert measured(tmp_path, loss(type="simpo"), POLICY, BASE).chosen_ref_logps is None
 
 
 def test_margins_of_dpo_are_differences_of_summed_log_ratios(tmp_path: Path):
-    margins = held_out_margins(loss(type="sigmoid", beta=0.7), scores(tmp_path, POLICY), reference(tmp_path, BASE))
     # a: (−3 + 4) − (−4 + 3) = 2; b: (−1 + .5) − (−3 + 3) = −.5. Beta has no part in it.
-    assert margins.tolist() == [2.0, -0.5]
+    assert margins(tmp_path, loss(type="sigmoid", beta=0.7), POLICY, BASE) == [2.0, -0.5]
 
 
 def test_margins_of_other_losses_are_those_that_the_loss_sees(tmp_path: Path):
-    made, base = scores(tmp_path, POLICY), reference(tmp_path, BASE)
     # By token: a: 1/2 − (−1/1); b: −.5/1 − 0/3.
-    assert held_out_margins(loss(type="sigmoid_norm"), made, base).tolist() == pytest.approx([1.5, -0.5])
+    assert margins(tmp_path, loss(type="sigmoid_norm"), POLICY, BASE) == pytest.approx([1.5, -0.5])
     # Means of the policy alone: a: −1.5 + 4; b: −1 + 1.
-    assert held_out_margins(loss(type="simpo"), made, base).tolist() == pytest.approx([2.5, 0.0])
+    assert margins(tmp_path, loss(type="simpo"), POLICY, BASE) == pytest.approx([2.5, 0.0])
     # Tokens behind the shared length weigh nothing: a: (−1 + 2) + 1; b: −.5 − (−.5 + 1).
-    options = loss(type="sigmoid", ld_alpha=0.0)
-    assert held_out_margins(options, made, base).tolist() == pytest.approx([2.0, -1.0])
+    assert margins(tmp_path, loss(type="sigmoid", ld_alpha=0.0), POLICY, BASE) == pytest.approx([2.0, -1.0])
 
 
 def test_a_loss_without_a_reference_needs_no_reference_columns(tmp_path: Path):
-    rows = [
-        {"pair_id": i, "prompt_id": i, "split": "eval", "prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
-        for i in POLICY
-    ]
-    tokenized = artifact(tmp_path, "tokenized", [pa.Table.from_pylist(rows, schema=TOKENIZED)])
-    assert held_out_margins(loss(type="simpo"), scores(tmp_path, POLICY), tokenized).tolist() == [2.5, 0.0]
+    assert margins(tmp_path, loss(type="simpo"), POLICY, None) == [2.5, 0.0]
 
 
 def test_unpaired_rows_are_compared_in_couples_by_the_order_of_their_ids(tmp_path: Path):
@@ -107,42 +96,77 @@ def test_unpaired_rows_are_compared_in_couples_by_the_order_of_their_ids(tmp_pat
     base: dict[str, Sides] = {
         "d3": ([-10.0], []), "u1": ([], [-1.0]), "d2": ([-2.0, -3.0], []), "d1": ([-2.0], []), "u2": ([], [-6.0]),
     }  # fmt: skip
-    margins = held_out_margins(loss(type="kto"), scores(tmp_path, policy), reference(tmp_path, base))
     # d1 with u1: 1 − (−2); d2 with u2: 3 − 5; d3 has no counterpart.
-    assert margins.tolist() == [3.0, -2.0]
+    assert margins(tmp_path, loss(type="kto"), policy, base) == [3.0, -2.0]
 
 
 def test_where_some_rows_are_pairs_only_these_count(tmp_path: Path):
     policy = {**POLICY, "d": ([-1.0], []), "u": ([], [-1.0])}
     base = {**BASE, "d": ([-2.0], []), "u": ([], [-2.0])}
-    assert held_out_margins(loss(type="kto"), scores(tmp_path, policy), reference(tmp_path, base)).tolist() == [2, -0.5]
+    assert margins(tmp_path, loss(type="kto"), policy, base) == [2, -0.5]
 
 
 def test_single_answers_of_one_kind_alone_have_no_margin(tmp_path: Path):
     one_kind: dict[str, Sides] = {"d": ([-1.0], []), "e": ([-1.0], [])}
-    assert len(held_out_margins(loss(type="kto"), scores(tmp_path, one_kind), reference(tmp_path, one_kind))) == 0
+    assert margins(tmp_path, loss(type="kto"), one_kind, one_kind) == []
+
+
+def test_a_margin_does_not_depend_on_what_it_is_computed_with(tmp_path: Path):
+    random = np.random.default_rng(0)
+
+    def logprobs(length: int) -> list[float]:
+        return random.normal(-2, 1, size=length).tolist()
+
+    sides = {f"{n:02}": (logprobs(1 + n // 2), logprobs(1 + n % 60)) for n in range(99)}
+    base = {name: (logprobs(len(chosen)), logprobs(len(rejected))) for name, (chosen, rejected) in sides.items()}
+    whole = margins(tmp_path / "whole", loss(type="sigmoid"), sides, base)
+    alone = [margins(tmp_path / name, loss(type="sigmoid"), {name: sides[name]}, base)[0] for name in sides]
+    assert whole == alone
+
+
+def test_equal_models_have_margins_of_exactly_0(tmp_path: Path):
+    assert margins(tmp_path, loss(type="sigmoid"), POLICY, POLICY) == [0.0, 0.0]
 
 
 def test_pairs_that_training_was_steered_by_do_not_count(tmp_path: Path):
-    rows = {name: ([-1.0 - n], [-2.0]) for n, name in enumerate("abcdefgh")}
-    judges = [name for name in rows if not steers(f"prompt of {name}", 0.5)]
-    assert 0 < len(judges) < len(rows)
-    found = held_out_margins(loss(type="sigmoid"), scores(tmp_path, rows), reference(tmp_path, dict(rows)), 0.5)
-    assert len(found) == len(judges)
-    whole = held_out_margins(loss(type="sigmoid"), scores(tmp_path, rows), reference(tmp_path, dict(rows)))
-    assert len(whole) == len(rows)
+    policy = {name: ([-1.0 - n], [-2.0]) for n, name in enumerate("abcdefgh")}
+    judges = [name for name in policy if not steers(f"prompt of {name}", 0.5)]
+    assert 0 < len(judges) < len(policy)
+    assert len(margins(tmp_path, loss(type="sigmoid"), policy, policy, HeldOutRows(0.5))) == len(judges)
+    assert len(margins(tmp_path, loss(type="sigmoid"), policy, policy)) == len(policy)
+
+
+def rows(count: int) -> pa.Table:
+    """Held-out rows, but for every fifth."""
+    return pa.Table.from_pylist(
+        [{"pair_id": f"{n}", "prompt_id": f"{n // 2}", "split": "eval" if n % 5 else "train"} for n in range(count)],
+        schema=SPLIT,
+    )
+
+
+def test_of_many_pairs_about_as_many_as_are_asked_for_are_drawn_from_all_of_them():
+    there = 8000
+    wanted = HeldOutRows.at_most(1000, there)
+    counters: Counter[str] = Counter()
+    found = wanted.of(rows(10_000), counters)
+    assert abs(len(found) - 1000) < 5 * math.sqrt(1000)
+    assert counters == {"other_split": 2000, "not_drawn": there - len(found)}
+    assert np.histogram(found, bins=10, range=(0, 10_000))[0].min() > 50
+    assert wanted.of(rows(10_000), Counter()).tolist() == found.tolist() and (found % 5 != 0).all()
+    # Fewer of them are some of these.
+    assert set(HeldOutRows.at_most(100, there).of(rows(10_000), Counter())) < set(found)
+
+
+@pytest.mark.parametrize(("most", "there"), [(10, 10), (10, 3), (10, 0)])
+def test_of_few_pairs_all_are_measured(most: int, there: int):
+    assert HeldOutRows.at_most(most, there) == HeldOutRows(1.0, 1.0)
 
 
 def test_nothing_held_out_has_no_margin(tmp_path: Path):
-    assert len(held_out_margins(loss(type="sigmoid"), scores(tmp_path, {}), reference(tmp_path, BASE, "train"))) == 0
-
-
-def test_a_held_out_row_without_scores_is_an_error_that_names_it(tmp_path: Path):
-    with pytest.raises(DataError, match=r"1 held-out pairs .* have no scores in .*: b\. Remove"):
-        held_out_margins(loss(type="sigmoid"), scores(tmp_path, {"a": POLICY["a"]}), reference(tmp_path, BASE))
+    assert margins(tmp_path, loss(type="sigmoid"), {}, {}) == []
 
 
 def test_margins_that_are_not_finite_are_an_error_that_names_the_rows(tmp_path: Path):
     damaged = {**POLICY, "b": ([float("nan")], POLICY["b"][1])}
     with pytest.raises(DataError, match=r"1 held-out pairs have margins that are not finite, the first: b\."):
-        held_out_margins(loss(type="sigmoid"), scores(tmp_path, damaged), reference(tmp_path, BASE))
+        margins(tmp_path, loss(type="sigmoid"), damaged, BASE)

@@ -9,7 +9,9 @@ import pyarrow as pa
 import pytest
 
 from dpo_ray.config import Judge, Reward, Rule, WinRate, parse_config
+from dpo_ray.config.losses import SigmoidLoss
 from dpo_ray.evaluation.gate import failed_conditions
+from dpo_ray.evaluation.held_out import score_table
 from dpo_ray.pairs import CANDIDATES, REFERENCE, REWARDS, SCORES
 from dpo_ray.storage.artifact import Artifact, publish, write_shard
 from dpo_ray.storage.location import Location
@@ -26,8 +28,10 @@ def artifact(folder: Path, kind: str, rows: list[dict[str, Any]], schema: pa.Sch
 
 
 def scored(folder: Path, chosen: float, rejected: float) -> Artifact:
-    rows = [{"pair_id": f"{n}", "chosen_logprobs": [chosen], "rejected_logprobs": [rejected]} for n in range(PAIRS)]
-    return artifact(folder, "policy_scores", rows, SCORES)
+    reference = {"chosen_ref_logprobs": [-1.5], "rejected_ref_logprobs": [-1.5]}
+    rows = [{"pair_id": f"{n}", **reference} for n in range(PAIRS)]
+    table = score_table(SigmoidLoss(type="sigmoid"), rows, [([chosen], [rejected])] * PAIRS)
+    return artifact(folder, "policy_scores", table.to_pylist(), SCORES)
 
 
 @pytest.mark.parametrize(("published", "change"), [((-1.5, -1.5), None), ((-2.0, -1.0), 1.0), ((-1.0, -2.0), 0.0)])
@@ -45,7 +49,7 @@ def test_a_published_model_that_is_the_reference_is_compared_with_nothing(tmp_pa
         REFERENCE,
     )
     mine, theirs = scored(tmp_path / "mine", -1.0, -2.0), scored(tmp_path / "theirs", *published)
-    measured = measure_sets(config, {"held_out": ScoredSet(rows, mine, theirs, "v1", 1.0)})
+    measured = measure_sets({"held_out": ScoredSet(rows, mine, theirs, "v1")})
     assert measured["held_out"]["accuracy"]["value"] == 1.0
     if change is not None:
         assert measured["held_out"]["change"]["value"] == change

@@ -43,8 +43,9 @@ def measured(folder: Path, side: str, values: dict[str, float]) -> Artifact:
 
 
 def test_the_evaluation_has_both_models_and_is_made_again_for_other_figures(context: RunContext, tmp_path: Path):
-    sides = {"chosen_logprobs": [-1.0], "rejected_logprobs": [-2.0]}
-    scores = artifact(tmp_path, "policy_scores", [{"pair_id": "0", **sides}], SCORES)
+    scored = {"chosen_tokens": 1, "rejected_tokens": 1, "chosen_reward": 0.5, "rejected_reward": -0.5}
+    logps = {"chosen_logps": -1.0, "chosen_ref_logps": -1.5}
+    scores = artifact(tmp_path, "policy_scores", [{"pair_id": "0", **scored, **logps}], SCORES)
     ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
     reference = {"chosen_ref_logprobs": [-1.5], "rejected_ref_logprobs": [-1.5]}
     rows = artifact(

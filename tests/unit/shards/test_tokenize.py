@@ -24,6 +24,7 @@ from dpo_ray.shards import tokenize as tokenize_shard
 from dpo_ray.shards.tokenize import TokenizeShard
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
+from tests.left_out import left_out
 from tests.unit.data.test_duplicates import table_of
 
 Worker = Callable[..., TokenizeShard]
@@ -84,6 +85,9 @@ def test_pairs_become_token_ids(tmp_path: Path, tiny_model: Path):
             "prompt_ids": prompt_ids(tokenizer, pair.prompt),
             "chosen_ids": completion_ids(tokenizer, pair.prompt, "Because."),
             "rejected_ids": completion_ids(tokenizer, pair.prompt, "No idea."),
+            "prompt_tokens": len(prompt_ids(tokenizer, pair.prompt)),
+            "chosen_tokens": len(completion_ids(tokenizer, pair.prompt, "Because.")),
+            "rejected_tokens": len(completion_ids(tokenizer, pair.prompt, "No idea.")),
         }
     ]
     assert output.counters == {"read": 1}
@@ -112,7 +116,7 @@ def test_pairs_over_a_limit_are_dropped_whole_and_counted(tmp_path: Path, tiny_m
 
 def test_rows_that_are_left_out_are_counted_and_not_tokenized(tmp_path: Path, worker: Worker):
     pairs = [PreferencePair(question("Why?"), f"Answer {n}.", "No.") for n in range(4)]
-    shard = PairsShard(pairs_shard(tmp_path, pairs).file, {"duplicate": [1], "contradiction": [0, 3]})
+    shard = PairsShard(pairs_shard(tmp_path, pairs).file, left_out({"duplicate": [1], "contradiction": [0, 3]}))
     output = worker()(shard)
     assert output.table["pair_id"].to_pylist() == [pairs[2].pair_id]
     assert output.counters == {"read": 4, "duplicate": 1, "contradiction": 2}

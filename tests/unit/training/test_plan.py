@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_ray.bins import first_fit
-from dpo_ray.errors import ConfigError, DataError
-from dpo_ray.pairs import TOKENIZED, steers
-from dpo_ray.storage.artifact import write_shard
-from dpo_ray.storage.location import Location
-from dpo_ray.training.plan import PlanIndex, StepPlan, build_index, microbatches, pair_cost
+from dpo_ray.errors import ConfigError
+from dpo_ray.training.index import PlanIndex
+from dpo_ray.training.plan import StepPlan, microbatches, pair_cost
 
 HIDDEN = 64
 
@@ -28,12 +23,11 @@ def index_of(num_pairs: int, num_shards: int = 3) -> PlanIndex:
     """Pairs of all lengths over a few shards."""
     random = np.random.default_rng(7)
     shard = np.sort(random.integers(num_shards, size=num_pairs)).astype(np.int32)
-    return PlanIndex(
-        shards=tuple(f"shard-{i}" for i in range(num_shards)),
+    return PlanIndex.of(
+        shards=[f"shard-{i}" for i in range(num_shards)],
         offsets=np.searchsorted(shard, np.arange(num_shards + 1)),
         row=np.array([int((shard[:i] == s).sum()) for i, s in enumerate(shard)], dtype=np.int32),
         lengths=random.integers(1, 200, size=(num_pairs, 3)).astype(np.int32),
-        duplicates=0,
         read=num_pairs,
     )
 
@@ -83,12 +77,11 @@ def test_epochs_differ_in_order():
 
 def test_rows_are_shuffled_within_windows_of_shards_so_that_a_step_reads_few_files():
     # 40 shards of 25 rows: windows of 16, 16 and 8 shards.
-    index = PlanIndex(
-        shards=tuple(map(str, range(40))),
+    index = PlanIndex.of(
+        shards=list(map(str, range(40))),
         offsets=np.arange(41) * 25,
         row=np.tile(np.arange(25, dtype=np.int32), 40),
         lengths=np.ones((1000, 3), dtype=np.int32),
-        duplicates=0,
         read=1000,
     )
     rows = np.concatenate([rows for _, rows in StepPlan(index, 10, 1, 0, HIDDEN).steps()])
@@ -163,7 +156,8 @@ def test_a_single_answer_costs_the_same_on_either_side():
 
 
 def test_rows_that_lack_a_side_are_counted():
-    index = replace(index_of(3), lengths=np.array([[5, 2, 0], [5, 2, 3], [5, 0, 3]], dtype=np.int32))
+    lengths = np.array([[5, 2, 0], [5, 2, 3], [5, 0, 3]], dtype=np.int32)
+    index = PlanIndex.of(["shard"], np.array([0, 3]), np.arange(3, dtype=np.int32), lengths, 3)
     assert index.num_unpaired == 2
     assert index_of(3).num_unpaired == 0
 
@@ -172,80 +166,6 @@ def test_a_shared_prompt_makes_a_pair_cheaper_than_its_two_sequences():
     pair = pair_cost(np.array([[100, 10, 10]]), HIDDEN)[0]
     alone = pair_cost(np.array([[100, 10, 0]]), HIDDEN)[0]
     assert alone < pair < 2 * alone
-
-
-def shard(folder: Path, name: str, rows: Sequence[tuple[str, str, str]]) -> Location:
-    """A tokenized shard of (pair_id, prompt_id, split); the i-th row has lengths 1, i + 1 and i + 2."""
-    values: list[dict[str, Any]] = [
-        {"pair_id": pair, "prompt_id": prompt, "split": split, "prompt_ids": [0], "chosen_ids": [0] * (i + 1),
-         "rejected_ids": [0] * (i + 2)}
-        for i, (pair, prompt, split) in enumerate(rows)
-    ]  # fmt: skip
-    location = Location.of(folder) / name
-    write_shard(location, pa.Table.from_pylist(values, schema=TOKENIZED), {})
-    return location
-
-
-def test_the_index_names_where_the_pairs_of_one_side_lie(tmp_path: Path):
-    shards = [
-        shard(tmp_path, "0", [("a", "p", "train"), ("b", "q", "eval"), ("c", "p", "train")]),
-        shard(tmp_path, "1", []),
-        shard(tmp_path, "2", [("d", "r", "train")]),
-    ]
-    index = build_index(shards, "train")
-    assert index.shards == tuple(s.uri for s in shards)
-    assert index.offsets.tolist() == [0, 2, 2, 3]
-    assert index.shard_of(np.arange(3)).tolist() == [0, 0, 2]
-    assert index.row.tolist() == [0, 2, 0]
-    assert index.lengths.tolist() == [[1, 1, 2], [1, 3, 4], [1, 1, 2]]
-    assert (len(index), index.read, index.duplicates) == (3, 4, 0)
-    assert build_index(shards, "eval").row.tolist() == [1]
-
-
-def test_a_pair_seen_before_is_left_out_and_counted(tmp_path: Path):
-    shards = [
-        shard(tmp_path, "0", [("a", "p", "train"), ("a", "p", "train")]),
-        shard(tmp_path, "1", [("b", "p", "train"), ("a", "p", "train")]),
-    ]
-    index = build_index(shards, "train")
-    assert (index.shard_of(np.arange(2)).tolist(), index.row.tolist()) == ([0, 1], [0, 0])
-    assert index.duplicates == 2
-
-
-@pytest.mark.parametrize("split", ["train", "eval"])
-def test_a_prompt_on_both_sides_is_an_error_that_names_it(tmp_path: Path, split: str):
-    shards = [
-        shard(tmp_path, "0", [("a", "prompt-7", "train")]),
-        shard(tmp_path, "1", [("b", "prompt-7", "eval")]),
-    ]
-    with pytest.raises(DataError, match="prompt-7"):
-        build_index(shards, split)
-
-
-def test_a_part_of_the_held_out_prompts_steers(tmp_path: Path):
-    rows = [(f"{n}", f"prompt {n // 2}", "eval" if n % 4 < 2 else "train") for n in range(400)]
-    shards = [shard(tmp_path, "0", rows)]
-    some = build_index(shards, "eval", 0.5)
-    assert 50 < len(some) < 150 and len(build_index(shards, "eval")) == 200
-    expected = [n for n, (_, prompt, side) in enumerate(rows) if side == "eval" and steers(prompt, 0.5)]
-    assert some.row.tolist() == expected
-    assert len(build_index(shards, "train", 0.5)) == 200  # the training side is whole
-
-
-def test_some_pairs_of_an_index_are_an_index_of_pairs_from_all_of_it():
-    index = index_of(1000, num_shards=7)
-    of = {
-        (shard, row): n for n, (shard, row) in enumerate(zip(index.shard_of(np.arange(1000)), index.row, strict=True))
-    }
-    some = index.drawn(100)
-    places = [of[place] for place in zip(some.shard_of(np.arange(100)), some.row, strict=True)]
-    assert places == sorted(set(places)) and len(some) == 100
-    assert np.array_equal(some.lengths, index.lengths[places])
-    assert some.offsets[-1] == 100 and set(some.shard_of(np.arange(100))) == set(range(7))
-    # Of ten parts each has about its share: they are not the first ones.
-    assert np.histogram(places, bins=10, range=(0, 1000))[0].min() >= 3
-    assert index.drawn(1000) is index
-    assert np.array_equal(index.drawn(100).row, some.row)
 
 
 @pytest.mark.parametrize("start", [0, 1, 159, 160, 161, 499, 500, 799, 999, 1000])
@@ -268,8 +188,3 @@ def test_a_restart_late_in_a_long_plan_looks_at_one_window_only(monkeypatch: pyt
     monkeypatch.setattr(np.random, "default_rng", counting)
     next(iter(plan.steps(950)))
     assert drawn == [2, 3]  # the order of the shards, and that of one window's pairs
-
-
-def test_an_index_of_nothing_is_empty():
-    index = build_index([], "train")
-    assert len(index) == 0 and index.lengths.shape == (0, 3)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from dpo_ray.config.tune import ASHA
-from dpo_ray.training.plan import PlanIndex
+from dpo_ray.training.index import PlanIndex
 from tests.unit.tuning.test_space import config, searched
 from tuning.estimate import Load, estimate_lines, load_of, share_of_steps
 
 
 def index(*lengths: tuple[int, int, int]) -> PlanIndex:
     n = len(lengths)
-    return PlanIndex(("shard",), np.array([0, n]), np.arange(n, dtype=np.int32), np.array(lengths), 0, n)
+    return PlanIndex.of(["shard"], np.array([0, n]), np.arange(n, dtype=np.int32), np.array(lengths), n)
 
 
 def test_a_trial_computes_its_steps_and_a_third_of_what_it_evaluates():

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dpo_ray.config import Config, Generate, Judge, Model, Reward, Sampling, Source
 from dpo_ray.data.prompts import prompt_table, read_prompts
@@ -21,6 +22,8 @@ from dpo_ray.shards.generate import Ask
 from dpo_ray.storage.artifact import Artifact, Contents, digest, make, read_shard, write_shard
 from dpo_ray.storage.location import Location
 from pipelines.context import RunContext
+
+_PROMPTS_PER_SHARD = 64  # of those that come with pairs; of prompts alone see generate.prompts_per_shard
 
 
 def generate(
@@ -102,12 +105,23 @@ def held_out_prompts(context: RunContext, pairs: Artifact, max_prompts: int) -> 
         sides = prompts_by_side(config, config.generate)
         held_out = list(filter(judges, sides["eval"]))[:max_prompts]
         return publish_prompts(context.output, _tables(held_out, config.generate.prompts_per_shard))
-    rows: dict[str, dict[str, Any]] = {}
+    return publish_prompts(context.output, _tables(_first_prompts(pairs, max_prompts, judges), _PROMPTS_PER_SHARD))
+
+
+def _first_prompts(pairs: Artifact, count: int, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """The wanted prompts of pairs whose ids are the smallest, each once; the texts of the others are not read."""
+    found: dict[str, Location] = {}
     for shard in pairs.shards():
-        table = read_shard(shard, columns=[name for name in PROMPTS.names if name in PAIRS.names])
-        rows |= {row["prompt_id"]: row for row in table.to_pylist() if judges(row)}
-        rows = {key: rows[key] for key in sorted(rows)[:max_prompts]}
-    return publish_prompts(context.output, _tables(list(rows.values()), config.data.rows_per_shard))
+        held_out = read_shard(shard, columns=["prompt_id", "split"], rows=pc.field("split") == "eval")
+        found |= {row["prompt_id"]: shard for row in held_out.to_pylist() if wanted(row)}
+        found = {key: found[key] for key in sorted(found)[:count]}
+    texts: dict[str, dict[str, Any]] = {}
+    for shard in dict.fromkeys(found.values()):
+        ids = pa.array([prompt for prompt, there in found.items() if there == shard])
+        columns = [name for name in PROMPTS.names if name in PAIRS.names]
+        rows = read_shard(shard, columns=columns, rows=pc.field("prompt_id").isin(ids))
+        texts |= {row["prompt_id"]: row for row in rows.to_pylist() if wanted(row)}
+    return [texts[key] for key in found]
 
 
 def publish_prompts(output: Location, tables: list[pa.Table]) -> Artifact:

@@ -156,8 +156,9 @@ class Data(Section):
     """A row with more characters is quarantined as too_long, unseen: it could fill a worker's memory before the limits
     in tokens, which are what decides for all other rows, can tell. So is a line of JSON over 16 MiB, whatever stands
     here."""
-    rows_per_shard: int = Field(512, ge=1)
-    """Rows in a unit of work: what is lost at most when a process dies, and what is computed at once."""
+    rows_per_shard: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Rows in a unit of work: what is lost at most when a process dies, and what is computed at once. auto: a sixteenth
+    of a file, but 128 KiB to 64 MiB of text. Give a number where a row takes long, as on CPUs."""
 
     def require_used(self, layouts: set[Layout]) -> None:
         """Raises ConfigError where an option means nothing to rows of any of these layouts."""

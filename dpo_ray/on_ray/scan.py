@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from dpo_ray.data.raw.files import Stamp
+from dpo_ray.data.raw.parts import RowsPerShard
 from dpo_ray.data.raw.scan import FileRecord, map_files, one_error, read_record, record_name, scan
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.failures import raise_ours
@@ -19,7 +20,7 @@ from dpo_ray.storage.location import Location
 _STAGE = "ingest"
 
 
-def scan_files(folder: Location, files: list[Location], rows_per_shard: int) -> list[FileRecord]:
+def scan_files(folder: Location, files: list[Location], rows_per_shard: RowsPerShard) -> list[FileRecord]:
     """The records of raw files, in their order: from `folder`, or by scanning what has none there.
 
     No Ray starts where every file has its record. Raises DataError that names the bad files.
@@ -34,7 +35,7 @@ def scan_files(folder: Location, files: list[Location], rows_per_shard: int) -> 
     return [record for record in records if record is not None]
 
 
-def _scan(folder: Location, stamps: list[Stamp], rows_per_shard: int) -> None:
+def _scan(folder: Location, stamps: list[Stamp], rows_per_shard: RowsPerShard) -> None:
     import ray.data
 
     connect(2, why="reading data.train and data.eval")
@@ -62,7 +63,7 @@ def _scan(folder: Location, stamps: list[Stamp], rows_per_shard: int) -> None:
         raise one_error(sorted(bad))
 
 
-def _scan_batch(batch: pa.Table, folder: Location, rows_per_shard: int) -> pa.Table:
+def _scan_batch(batch: pa.Table, folder: Location, rows_per_shard: RowsPerShard) -> pa.Table:
     """Scan files and write their records; a bad file is a row of the answer, so that all of them are told at once."""
     errors = []
     for text in batch["stamp"].to_pylist():

@@ -13,6 +13,7 @@ step of its stretch; the plan itself lies in the object store, once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import lru_cache
@@ -38,7 +39,8 @@ TRAIN = "train"
 
 _STEPS_PER_GROUP = 8  # Ray takes about 10 ms for a block; eight steps hide that, and are little to read ahead
 _TOKENS_PER_GROUP = 4 << 20  # of long pairs and large batches a group has fewer steps: at most about 64 MiB
-_GROUPS_PER_TASK = 16  # 100,000 steps are 800 tasks; one that dies begins its stretch again
+_GROUPS_PER_TASK = 16  # one that dies begins its stretch again
+_MOST_TASKS = 1024  # of a long plan they have more groups: Ray is given all tasks before the first begins
 _GROUPS_AHEAD = 4  # one that workers train on, one that each has fetched already, and two on their way
 
 _BLOCK = pa.schema([("rank", pa.int32()), ("step", pa.int64()), ("share", pa.large_binary())])
@@ -49,7 +51,8 @@ def feed_dataset(plan: StepPlan, start: int, world_size: int, tokens_per_microba
     """The stream of shares of the steps from `start` on, one block of one row a rank and group of steps."""
     quiet_data()  # Ray Train calls this in a process of its own
     steps_per_group = group_size(plan)
-    steps_per_task = steps_per_group * _GROUPS_PER_TASK
+    groups = math.ceil((plan.num_steps - start) / steps_per_group)
+    steps_per_task = steps_per_group * max(_GROUPS_PER_TASK, math.ceil(groups / _MOST_TASKS))
     # A finished run that is asked again has no steps left, but Ray wants a data set all the same.
     stretches = [{"first": first} for first in range(start, plan.num_steps, steps_per_task)] or [{"first": start}]
     # It claims no CPU of its own: workers may have taken them all, elastic ones whatever there is, and would then wait
@@ -91,9 +94,10 @@ def share_blocks(
 ) -> Iterator[pa.Table]:
     """The steps from `start` up to `stop` in blocks of one row: groups in order, and in each the ranks in order."""
     steps = islice(plan.steps(start), stop - start)
+    read = lru_cache(maxsize=2 * plan.shards_per_window)(_shard)  # a step may lie in two windows
     while group := list(islice(steps, steps_per_group)):
         shares = [(step, plan.microbatches(rows, world_size, tokens_per_microbatch)) for step, rows in group]
-        pairs = _Rows(plan.index, np.unique(np.concatenate([rows for _, rows in group])))
+        pairs = _Rows(plan.index, np.unique(np.concatenate([rows for _, rows in group])), read)
         for rank in range(world_size):
             packed = _pack(pairs, [(step, share[rank]) for step, share in shares])
             yield pa.Table.from_pydict({"rank": [rank], "step": [group[0][0]], "share": [packed]}, schema=_BLOCK)
@@ -120,12 +124,12 @@ class _Rows:
     Ranks one after the other would read the shards of a group again and again, where it touches many small ones.
     """
 
-    def __init__(self, index: PlanIndex, rows: np.ndarray) -> None:
-        """`rows`: ascending, none of them twice."""
+    def __init__(self, index: PlanIndex, rows: np.ndarray, read: Callable[[str], pa.Table]) -> None:
+        """`rows`: ascending, none of them twice; `read`: a shard by its URI."""
         shards = index.shard_of(rows)
         order = np.argsort(shards, kind="stable")
         parts = [
-            _shard(index.shards[shard]).take(pa.array(index.row[rows[members]]))
+            read(index.shards[shard]).take(pa.array(index.row[rows[members]]))
             for shard, members in _by_value(shards, order)
         ]
         self.table = pa.concat_tables(parts).combine_chunks()
@@ -144,7 +148,6 @@ def _by_value(values: np.ndarray, order: np.ndarray) -> Iterator[tuple[int, np.n
         yield int(value), members
 
 
-@lru_cache(maxsize=32)
 def _shard(uri: str) -> pa.Table:
     table = read_shard(Location(uri))
     return table.select([name for name in _PAIR_COLUMNS if name in table.column_names]).replace_schema_metadata()
@@ -242,7 +245,7 @@ def read_share(
     mine = spread_rows(index, rows, world_size, tokens_per_microbatch, hidden_size)[rank]
 
     wanted = np.unique(rows)
-    pairs = dict(zip(wanted.tolist(), _Rows(index, wanted).take(wanted.tolist()).to_pylist(), strict=True))
+    pairs = dict(zip(wanted.tolist(), _Rows(index, wanted, _shard).take(wanted.tolist()).to_pylist(), strict=True))
 
     def pair(row: int) -> TokenizedPair:
         return tokenized_pair(pairs[row])

@@ -25,6 +25,7 @@ ORDER = 2
 """Raised when a seed gives another order than before."""
 
 _SHARDS_PER_WINDOW = 16  # rows are shuffled within so many shards, so that a step reads few files
+_TOKENS_PER_WINDOW = 1 << 27  # of large shards fewer make up a window: some 1 GiB with their log-probs
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,12 @@ class StepPlan:
         """Steps over all epochs; pairs of the last epoch that do not fill a step are left out."""
         return len(self.index) * self.epochs // self.global_batch_size
 
+    @property
+    def shards_per_window(self) -> int:
+        """Rows are shuffled within so many shards: at most 16, and of large ones at least two."""
+        tokens = sum(self.index.facts.tokens) / len(self.index.shards)
+        return int(min(max(_TOKENS_PER_WINDOW // max(1, tokens), 2), _SHARDS_PER_WINDOW))
+
     def steps(self, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
         """Each step from `start` on, with the row numbers in the index of its pairs, [global_batch_size]."""
         windows = self._windows(start * self.global_batch_size)
@@ -66,14 +73,14 @@ class StepPlan:
         Args:
             skip: pairs at the beginning that are passed over.
         """
-        offsets = self.index.offsets
+        offsets, size = self.index.offsets, self.shards_per_window
         first_epoch, skip = divmod(skip, len(self.index))
         for epoch in itertools.count(first_epoch):
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.index.shards))
-            starts = np.arange(0, len(order), _SHARDS_PER_WINDOW)
+            starts = np.arange(0, len(order), size)
             ends = np.cumsum(np.add.reduceat(np.diff(offsets)[order], starts))
             for window in range(int(np.searchsorted(ends, skip, side="right")), len(starts)):
-                shards = order[starts[window] : starts[window] + _SHARDS_PER_WINDOW]
+                shards = order[starts[window] : starts[window] + size]
                 pairs = np.concatenate([np.arange(offsets[shard], offsets[shard + 1]) for shard in shards])
                 shuffled = np.random.default_rng([self.seed, epoch, window]).permutation(pairs)
                 yield shuffled[max(0, skip - (int(ends[window]) - len(pairs))) :]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +16,13 @@ from dpo_ray.data.raw.files import Stamp
 from dpo_ray.data.raw.json_lines import is_blank
 from dpo_ray.storage.location import Location
 
+RowsPerShard = int | Literal["auto"]
+"""data.rows_per_shard"""
+
 PART_BYTES = 1 << 26
 """A part ends early at this size: a part is held in memory while its copy is written."""
+_FEWEST_BYTES = 1 << 17
+_PARTS_OF_FILE = 16  # enough for the workers of one machine; whoever has more has more files
 
 
 class Part(NamedTuple):
@@ -50,11 +56,31 @@ _LIST = "parts.json"
 _PARTS = TypeAdapter(list[Part])
 
 
-def cut_lines(lines: Iterable[tuple[bytes, int]], rows_per_shard: int) -> Iterator[Part]:
+class Limit(NamedTuple):
+    """Where a part ends: at so many rows, or with the row that reaches so many bytes."""
+
+    rows: float
+    num_bytes: int
+
+    @classmethod
+    def of(cls, rows_per_shard: RowsPerShard, file_bytes: int) -> Limit:
+        """For a file of this size: by itself alone, so that other files change nothing of how it is cut."""
+        if rows_per_shard != "auto":
+            return cls(rows_per_shard, PART_BYTES)
+        return cls(math.inf, min(max(file_bytes // _PARTS_OF_FILE, _FEWEST_BYTES), PART_BYTES))
+
+    def rows_of(self, rows: int, num_bytes: int) -> int:
+        """Rows of a part where so many rows take so many bytes, at least one; as many as were asked for, if any were."""
+        if self.rows < math.inf:
+            return int(self.rows)
+        return max(1, min(rows, rows * self.num_bytes // max(1, num_bytes)))
+
+
+def cut_lines(lines: Iterable[tuple[bytes, int]], limit: Limit) -> Iterator[Part]:
     """The parts of json_lines.raw_lines, in order; no part is of blank lines alone."""
     first, count, offset, length = 1, 0, 0, 0
     for number, (line, size) in enumerate(lines, start=1):
-        if count == rows_per_shard or (count and length >= PART_BYTES):
+        if count == limit.rows or (count and length >= limit.num_bytes):
             yield Part(first, count, offset, length)
             first, count, offset, length = number, 0, offset + length, 0
         count += not is_blank(line)
@@ -63,7 +89,7 @@ def cut_lines(lines: Iterable[tuple[bytes, int]], rows_per_shard: int) -> Iterat
         yield Part(first, count, offset, length)
 
 
-def line_tables(lines: Iterable[tuple[bytes, int]], rows_per_shard: int) -> Iterator[tuple[int, pa.Table]]:
+def line_tables(lines: Iterable[tuple[bytes, int]], limit: Limit) -> Iterator[tuple[int, pa.Table]]:
     """The lines that are rows, with their numbers, part by part; with each the number of its first."""
     numbers: list[int] = []
     held: list[bytes] = []
@@ -76,7 +102,7 @@ def line_tables(lines: Iterable[tuple[bytes, int]], rows_per_shard: int) -> Iter
     for number, (line, _) in enumerate(lines, start=1):
         if is_blank(line):
             continue
-        if len(held) == rows_per_shard or size >= PART_BYTES:
+        if len(held) == limit.rows or size >= limit.num_bytes:
             yield table()
             numbers, held, size = [], [], 0
         numbers.append(number)
@@ -86,17 +112,17 @@ def line_tables(lines: Iterable[tuple[bytes, int]], rows_per_shard: int) -> Iter
         yield table()
 
 
-def row_tables(batches: Iterable[pa.RecordBatch], rows_per_shard: int) -> Iterator[tuple[int, pa.Table]]:
+def row_tables(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[tuple[int, pa.Table]]:
     """The rows part by part; with each the number of its first."""
     first, held, count, size = 0, [], 0, 0
     for batch in batches:
         while batch.num_rows:
-            piece = batch.slice(0, rows_per_shard - count)
+            piece = batch.slice(0, rows - count)
             batch = batch.slice(piece.num_rows)
             held.append(piece)
             count += piece.num_rows
             size += piece.nbytes
-            if count == rows_per_shard or size >= PART_BYTES:
+            if count == rows or size >= PART_BYTES:
                 yield first, pa.Table.from_batches(held)
                 first, held, count, size = first + count, [], 0, 0
     if held:

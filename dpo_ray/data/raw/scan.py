@@ -22,8 +22,10 @@ from dpo_ray.data.raw.files import Format, Stamp, format_of, open_lines, reading
 from dpo_ray.data.raw.json_lines import Unreadable, is_blank, parse_line, raw_lines
 from dpo_ray.data.raw.parquet import ROWS_AT_ONCE, open_parquet
 from dpo_ray.data.raw.parts import (
+    Limit,
     Part,
     RawPart,
+    RowsPerShard,
     copy_is_finished,
     copy_parts,
     cut_lines,
@@ -90,7 +92,7 @@ class FileRecord(BaseModel):
                 yield part, RawPart(self.uri, part, copy=part_file(folder / self.copied_to, number).uri)
 
 
-def record_name(stamp: Stamp, rows_per_shard: int) -> str:
+def record_name(stamp: Stamp, rows_per_shard: RowsPerShard) -> str:
     """Name of the record of a file that is as its folder lists it."""
     return f"{digest([VERSION, stamp.uri, stamp.size, stamp.mtime_ns, rows_per_shard])}.json"
 
@@ -161,8 +163,8 @@ def require_usable(found: Peek | FileRecord, columns: Collection[str], source: s
         )
 
 
-def scan(stamp: Stamp, rows_per_shard: int, folder: Location) -> FileRecord:
-    """Hash a file and cut it into parts of rows_per_shard rows; copies go below `folder`.
+def scan(stamp: Stamp, rows_per_shard: RowsPerShard, folder: Location) -> FileRecord:
+    """Hash a file and cut it into parts as data.rows_per_shard says; copies go below `folder`.
 
     Raises DataError where the file is damaged, or is written to meanwhile.
     """
@@ -186,7 +188,7 @@ def scan(stamp: Stamp, rows_per_shard: int, folder: Location) -> FileRecord:
     )
 
 
-def read_record(folder: Location, stamp: Stamp, rows_per_shard: int) -> FileRecord | None:
+def read_record(folder: Location, stamp: Stamp, rows_per_shard: RowsPerShard) -> FileRecord | None:
     """The record of a file; None where it must be scanned, also because its copy was removed. Raises DataError."""
     try:
         data = (folder / record_name(stamp, rows_per_shard)).read_bytes()
@@ -204,7 +206,7 @@ def read_record(folder: Location, stamp: Stamp, rows_per_shard: int) -> FileReco
     return record
 
 
-def _scan_parquet(stamp: Stamp, rows_per_shard: int, folder: Location) -> tuple[str, list[Part], str | None]:
+def _scan_parquet(stamp: Stamp, rows_per_shard: RowsPerShard, folder: Location) -> tuple[str, list[Part], str | None]:
     location = Location(stamp.uri)
     with reading(location, "cannot be read"):
         sha256 = file_hash(location)
@@ -212,29 +214,32 @@ def _scan_parquet(stamp: Stamp, rows_per_shard: int, folder: Location) -> tuple[
     with open_parquet(location, buffer_size=1 << 20, pre_buffer=False) as parquet:
         metadata = parquet.metadata
         rows = metadata.num_rows
-        parts = [Part(first, min(rows_per_shard, rows - first)) for first in range(0, rows, rows_per_shard)]
-        largest = max((metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)), default=0)
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        text = sum(group.total_byte_size for group in groups)
+        most = Limit.of(rows_per_shard, text).rows_of(rows, text)
+        parts = [Part(first, min(most, rows - first)) for first in range(0, rows, most)]
+        largest = max((group.num_rows for group in groups), default=0)
         footers = metadata.serialized_size * len(parts)
-        small_groups = largest <= _OVERREAD * rows_per_shard
+        small_groups = largest <= _OVERREAD * most
         if small_groups and footers <= max(_FOOTER_BYTES, _OVERREAD * Stamp.of(location).size):
             return sha256, parts, None
-        tables = row_tables(parquet.iter_batches(ROWS_AT_ONCE, use_threads=False), rows_per_shard)
+        tables = row_tables(parquet.iter_batches(ROWS_AT_ONCE, use_threads=False), most)
         return sha256, *_copied(_blaming_file(tables, stamp, "rows"), sha256, rows_per_shard, folder)
 
 
 def _scan_lines(
-    stamp: Stamp, form: Format, rows_per_shard: int, folder: Location
+    stamp: Stamp, form: Format, rows_per_shard: RowsPerShard, folder: Location
 ) -> tuple[str, list[Part], str | None]:
-    location = Location(stamp.uri)
+    location, limit = Location(stamp.uri), Limit.of(rows_per_shard, stamp.size)
     with reading(location, "cannot be read"):
         if form.codec is None:
             with open_lines(location) as stream:
                 hashed = _Hashed(stream)
-                parts = list(cut_lines(raw_lines(hashed), rows_per_shard))
+                parts = list(cut_lines(raw_lines(hashed), limit))
             return hashed.sha256.hexdigest(), parts, None
         sha256 = file_hash(location)
     with open_lines(location) as stream:
-        tables = line_tables(raw_lines(stream), rows_per_shard)
+        tables = line_tables(raw_lines(stream), limit)
         return sha256, *_copied(_blaming_file(tables, stamp, "lines"), sha256, rows_per_shard, folder)
 
 
@@ -253,7 +258,7 @@ def _require_unchanged(stamp: Stamp) -> None:
 
 
 def _copied(
-    tables: Iterable[tuple[int, pa.Table]], sha256: str, rows_per_shard: int, folder: Location
+    tables: Iterable[tuple[int, pa.Table]], sha256: str, rows_per_shard: RowsPerShard, folder: Location
 ) -> tuple[list[Part], str]:
     """The parts, and the name of their copy. It is a hash of the content, so that a moved file finds its copy."""
     name = digest([VERSION, sha256, rows_per_shard])

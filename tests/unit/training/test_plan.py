@@ -188,3 +188,14 @@ def test_a_restart_late_in_a_long_plan_looks_at_one_window_only(monkeypatch: pyt
     monkeypatch.setattr(np.random, "default_rng", counting)
     next(iter(plan.steps(950)))
     assert drawn == [2, 3]  # the order of the shards, and that of one window's pairs
+
+
+@pytest.mark.parametrize(("tokens_a_pair", "size"), [(3, 16), (3000, 16), (30_000, 8), (3_000_000, 2)])
+def test_of_large_shards_fewer_make_up_a_window(tokens_a_pair: int, size: int):
+    # 40 shards of 500 pairs.
+    lengths = np.full((20_000, 3), tokens_a_pair // 3, dtype=np.int32)
+    index = PlanIndex.of([*map(str, range(40))], np.arange(41) * 500, np.tile(np.arange(500), 40), lengths, 20_000)
+    plan = StepPlan(index, 100, 1, 0, HIDDEN)
+    assert plan.shards_per_window == size
+    pairs = np.concatenate([pairs for _, pairs in plan.steps()])
+    assert len(set(index.shard_of(pairs[: size * 500]).tolist())) == size

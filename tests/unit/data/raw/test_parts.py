@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 
 from dpo_ray.data.raw import parts as raw_parts
 from dpo_ray.data.raw.json_lines import is_blank, raw_lines
-from dpo_ray.data.raw.parts import Part, copy_is_finished, copy_parts, cut_lines, line_tables, part_file, row_tables
+from dpo_ray.data.raw.parts import (
+    PART_BYTES,
+    Limit,
+    Part,
+    copy_is_finished,
+    copy_parts,
+    cut_lines,
+    line_tables,
+    part_file,
+    row_tables,
+)
 from dpo_ray.storage.location import Location
 
 PIECES = st.sampled_from([b'{"a": 1}', b"{", b"\xff", b"\n", b"\n", b"\r\n", b" ", b"\xef\xbb\xbf", b'"\\ud800"'])
@@ -28,7 +38,7 @@ def lines_of(data: bytes) -> list[tuple[bytes, int]]:
 
 @given(data=FILES, rows=st.integers(1, 5))
 def test_parts_of_lines_are_the_file_cut_between_lines(data: bytes, rows: int):
-    parts = list(cut_lines(lines_of(data), rows))
+    parts = list(cut_lines(lines_of(data), Limit(rows, PART_BYTES)))
     assert all(part.rows == rows for part in parts[:-1])
     assert all(0 < part.rows <= rows for part in parts)
     assert sum(part.rows for part in parts) == sum(not is_blank(line) for line, _ in lines_of(data))
@@ -42,8 +52,10 @@ def test_parts_of_lines_are_the_file_cut_between_lines(data: bytes, rows: int):
 
 @given(data=FILES, rows=st.integers(1, 5))
 def test_copied_lines_are_the_rows_of_the_same_parts(data: bytes, rows: int):
-    tables = [table for _, table in line_tables(lines_of(data), rows)]
-    assert [table.num_rows for table in tables] == [part.rows for part in cut_lines(lines_of(data), rows)]
+    tables = [table for _, table in line_tables(lines_of(data), Limit(rows, PART_BYTES))]
+    assert [table.num_rows for table in tables] == [
+        part.rows for part in cut_lines(lines_of(data), Limit(rows, PART_BYTES))
+    ]
     copied = [(n, raw) for t in tables for n, raw in zip(t["line"].to_pylist(), t["raw"].to_pylist(), strict=True)]
     assert copied == [(n, line) for n, (line, _) in enumerate(lines_of(data), start=1) if not is_blank(line)]
 
@@ -61,8 +73,9 @@ def test_copied_rows_are_in_parts_of_one_size_whatever_the_batches(sizes: list[i
 def test_a_part_ends_early_where_its_rows_are_large(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(raw_parts, "PART_BYTES", 20)
     lines = lines_of(b"x" * 30 + b"\n" + b"y\n" * 3)
-    assert list(cut_lines(lines, 10)) == [Part(1, 1, 0, 31), Part(2, 3, 31, 6)]
-    assert [table.num_rows for _, table in line_tables(lines, 10)] == [1, 3]
+    limit = Limit.of(10, 1 << 40)
+    assert list(cut_lines(lines, limit)) == [Part(1, 1, 0, 31), Part(2, 3, 31, 6)]
+    assert [table.num_rows for _, table in line_tables(lines, limit)] == [1, 3]
     batch = pa.record_batch({"a": ["x" * 30, "y"]})
     tables = row_tables([batch.slice(0, 1), batch.slice(1), batch.slice(1)], 10)
     assert [(first, table.num_rows) for first, table in tables] == [(0, 1), (1, 2)]
@@ -88,3 +101,27 @@ def test_a_finished_copy_is_taken_over_and_an_unfinished_one_is_not(tmp_path: Pa
     assert pq.read_table(part_file(folder, 1).uri).to_pydict() == {"a": [2, 3]}
     assert copy_parts(tables(), folder) == parts
     assert read == [0, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("file_bytes", "num_bytes"), [(0, 1 << 17), (1 << 20, 1 << 17), (1 << 24, 1 << 20), (1 << 40, 1 << 26)]
+)
+def test_how_a_file_is_cut_by_itself_follows_from_its_size_alone(file_bytes: int, num_bytes: int):
+    limit = Limit.of("auto", file_bytes)
+    assert limit.num_bytes == num_bytes
+    lines = [(b"x" * 1000, 1000)] * 4000
+    parts = list(cut_lines(lines, limit))
+    assert sum(part.rows for part in parts) == 4000
+    # Each but the last ends with the line that reaches the limit.
+    assert all(num_bytes <= part.length < num_bytes + 1000 for part in parts[:-1])
+    assert [part.length for part, _ in zip(parts, range(3), strict=False)] == [
+        sum(len(raw) for raw in table["raw"].to_pylist()) for _, table in itertools.islice(line_tables(lines, limit), 3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_bytes", "expected"), [(1000, 1 << 17, 1000), (1000, 1 << 24, 62), (3, 1 << 40, 1), (0, 0, 1)]
+)
+def test_rows_of_parquet_are_as_many_as_take_the_bytes(rows: int, num_bytes: int, expected: int):
+    assert Limit.of("auto", num_bytes).rows_of(rows, num_bytes) == expected
+    assert Limit.of(7, num_bytes).rows_of(rows, num_bytes) == max(1, min(rows, 7))

@@ -70,7 +70,7 @@ class Limit(NamedTuple):
         return cls(math.inf, min(max(file_bytes // _PARTS_OF_FILE, _FEWEST_BYTES), PART_BYTES))
 
     def rows_of(self, rows: int, num_bytes: int) -> int:
-        """Rows of a part where so many rows take so many bytes, at least one; as many as were asked for, if any were."""
+        """Rows of a part where so many rows take so many bytes; as many as were asked for, if any were."""
         if self.rows < math.inf:
             return int(self.rows)
         return max(1, min(rows, rows * self.num_bytes // max(1, num_bytes)))

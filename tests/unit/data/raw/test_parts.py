@@ -52,10 +52,9 @@ def test_parts_of_lines_are_the_file_cut_between_lines(data: bytes, rows: int):
 
 @given(data=FILES, rows=st.integers(1, 5))
 def test_copied_lines_are_the_rows_of_the_same_parts(data: bytes, rows: int):
-    tables = [table for _, table in line_tables(lines_of(data), Limit(rows, PART_BYTES))]
-    assert [table.num_rows for table in tables] == [
-        part.rows for part in cut_lines(lines_of(data), Limit(rows, PART_BYTES))
-    ]
+    limit = Limit(rows, PART_BYTES)
+    tables = [table for _, table in line_tables(lines_of(data), limit)]
+    assert [table.num_rows for table in tables] == [part.rows for part in cut_lines(lines_of(data), limit)]
     copied = [(n, raw) for t in tables for n, raw in zip(t["line"].to_pylist(), t["raw"].to_pylist(), strict=True)]
     assert copied == [(n, line) for n, (line, _) in enumerate(lines_of(data), start=1) if not is_blank(line)]
 
@@ -124,4 +123,4 @@ def test_how_a_file_is_cut_by_itself_follows_from_its_size_alone(file_bytes: int
 )
 def test_rows_of_parquet_are_as_many_as_take_the_bytes(rows: int, num_bytes: int, expected: int):
     assert Limit.of("auto", num_bytes).rows_of(rows, num_bytes) == expected
-    assert Limit.of(7, num_bytes).rows_of(rows, num_bytes) == max(1, min(rows, 7))
+    assert Limit.of(7, num_bytes).rows_of(rows, num_bytes) == 7

@@ -24,7 +24,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 
 from dpo_ray.errors import DataError, StorageError
 from dpo_ray.progress import say
-from dpo_ray.storage.claim import claim, wait_for_collector
+from dpo_ray.storage.claim import claim
 from dpo_ray.storage.location import Location
 
 SCHEMA_VERSION = 2
@@ -177,8 +177,7 @@ def make(
     Raises DataError where there is a manifest, but not of this artifact, or where a file of it is missing.
     """
     location = place(output, kind, identity, inputs)
-    with claim(location, inputs, tasks) as mine:
-        wait_for_collector(output, mine)
+    with claim(output, location, inputs, tasks):
         manifest = _manifest(location, kind, location.name)
         lost = _missing(location, manifest) if manifest is not None else []
         if manifest is not None and not lost:

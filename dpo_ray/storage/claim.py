@@ -5,7 +5,7 @@
 
 A stage writes its claim before it looks what is there, and gc writes its marker before it looks at claims. So one of
 them sees the other: what was claimed before the marker came is spared, and a stage whose claim came later waits until
-the marker has gone. A claim says what is wanted, not what was found, so that nothing can come between the two.
+the marker has gone, and claims anew. A claim says what is wanted and not what was found, so it comes before the look.
 
 All times are the store's own, of claims and markers alike: machines' clocks need not agree. Both are renewed while
 their process lives. A marker that was not is the trace of a killed gc, and a gc that was held up gives up by itself.
@@ -48,21 +48,30 @@ class Claim(BaseModel):
 
 
 @contextmanager
-def claim(artifact: Location, inputs: Mapping[str, str], tasks: Sequence[str]) -> Iterator[Location]:
-    """Claim an artifact's inputs and the shards of its tasks, and renew it until the block ends; it stays afterwards.
+def claim(output: Location, artifact: Location, inputs: Mapping[str, str], tasks: Sequence[str]) -> Iterator[None]:
+    """Claim an artifact's inputs and the shards of its tasks, and renew the claim until the block ends; it stays.
 
-    Gives where it was written.
+    The block begins when no gc is at work below `output` that did not see the claim.
     """
     found = Claim(inputs=dict(inputs), tasks=sorted(set(tasks)))
-    place = artifact / CLAIM
-    with kept_fresh(place, found.model_dump_json().encode()):
-        yield place
+    place, content = artifact / CLAIM, found.model_dump_json().encode()
+    place.write_bytes(content)
+    while _wait_for_collectors(output, place):
+        place.write_bytes(content)  # gc may have removed it with the folder of an artifact that nobody needed
+    with _renewed(place, content):
+        yield
 
 
 @contextmanager
 def kept_fresh(place: Location, content: bytes) -> Iterator[None]:
     """Write a small file, and write it again and again for as long as the block goes on."""
     place.write_bytes(content)
+    with _renewed(place, content):
+        yield
+
+
+@contextmanager
+def _renewed(place: Location, content: bytes) -> Iterator[None]:
     ended = threading.Event()
     thread = threading.Thread(target=_renew, args=(place, content, ended), name="claim", daemon=True)
     thread.start()
@@ -81,30 +90,26 @@ def _renew(place: Location, content: bytes, ended: threading.Event) -> None:
             say("gc", f"{place}, which keeps files from being removed, could not be renewed ({error}); next try later")
 
 
-def wait_for_collector(output: Location, mine: Location) -> None:
-    """Return when no gc removes files of the output folder that did not see a claim.
-
-    Args:
-        mine: the claim, which was just written.
-    """
+def _wait_for_collectors(output: Location, mine: Location) -> bool:
+    """Return when the markers are gone, and whether there were any. mine: a claim that was just written."""
     folder = output / "artifacts" / MARKERS
     markers = _written(folder)
     if not markers:
-        return
+        return False
     now = mine.written() or 0.0
     # Seconds that a marker was not renewed for: at first by the store's time, then as long as one looks at it.
     unchanged = {name: (at, now - at, time.monotonic()) for name, at in markers.items()}
-    said = False
+    waited = False
     while any(age + time.monotonic() - since < LEASE_S for _, age, since in unchanged.values()):
-        if not said:
+        if not waited:
             say("gc", f"dpo-ray gc removes files below {output}: waiting until it has ended")
-            said = True
+            waited = True
         time.sleep(_POLL_S)
-        markers = _written(folder)
         unchanged = {
             name: unchanged[name] if name in unchanged and unchanged[name][0] == at else (at, 0.0, time.monotonic())
-            for name, at in markers.items()
+            for name, at in _written(folder).items()
         }
+    return waited
 
 
 def _written(folder: Location) -> dict[str, float]:

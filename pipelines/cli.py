@@ -34,7 +34,19 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--override", "-o", help="dotted.key=value, over what the file says. Repeatable.")
 ]
 DryRun = Annotated[bool, typer.Option(help="Print the resolved configuration and the plan, and stop.")]
-RunId = Annotated[str | None, typer.Option(help="Name of the run's folder; default: run.name and the time.")]
+
+
+def _run_id(given: str | None) -> str | None:
+    from pipelines.context import require_run_id
+
+    if given is not None:
+        require_run_id(given)
+    return given
+
+
+RunId = Annotated[
+    str | None, typer.Option(callback=_run_id, help="Name of the run's folder; default: run.name and the time.")
+]
 
 
 @app.command()
@@ -191,6 +203,22 @@ def show(output: Annotated[str, typer.Argument(help="An output folder, or the fo
     from pipelines.show import show_output
 
     show_output(output)
+
+
+@app.command()
+def gc(
+    output: Annotated[str, typer.Argument(help="The output folder.")],
+    delete: Annotated[bool, typer.Option("--delete", help="Remove what is listed.")] = False,
+    older_than: Annotated[str, typer.Option(help="Spare what was written or used since: 7d, 36h, 2w.")] = "7d",
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """List what no run, sweep or published model needs any more, and remove it if told to."""
+    from dpo_ray.storage.location import Location
+    from pipelines.gc import collect, lines
+
+    found = collect(Location.of(output), older_than, delete=delete)
+    for line in lines(found, as_json=as_json):
+        typer.echo(line)
 
 
 def _run_until(stage: Stage, path: Path, overrides: list[str] | None, dry_run: bool, run_id: str | None) -> None:

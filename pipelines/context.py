@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,9 +12,23 @@ from typing import Any
 
 from dpo_ray.config import Config, dump_config
 from dpo_ray.data.tally import Tally
+from dpo_ray.errors import ConfigError
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
+from dpo_ray.storage.claim import kept_fresh
 from dpo_ray.storage.location import Location
+
+STAGES_SO_FAR = "stages.json"
+"""In a run's folder while it is at work: fingerprints of what its stages have made, which `dpo-ray gc` spares."""
+
+
+def require_run_id(run_id: str) -> None:
+    """Raises ConfigError where it is no plain name of a folder."""
+    if not re.fullmatch(r"\w[\w.:+=@ -]*", run_id):
+        raise ConfigError(
+            f"{run_id!r} is no name of a run. --run-id names one folder below runs/: letters, digits, spaces and any of "
+            ". _ - : + = @, beginning with a letter or a digit."
+        )
 
 
 @dataclass
@@ -37,9 +52,11 @@ class RunContext:
     @classmethod
     def start(cls, config: Config, run_id: str | None = None) -> RunContext:
         """Open the run's folder and put the resolved configuration there. Raises ConfigError."""
+        if run_id is None:
+            run_id = f"{config.run.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        require_run_id(run_id)
         output = Location.of(config.run.output)
         output.require_writable()
-        run_id = run_id or f"{config.run.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         context = cls(config, run_id, output)
         (context.folder / "config.yaml").write_bytes(dump_config(config).encode())
         return context
@@ -57,7 +74,9 @@ class RunContext:
         """Run a stage and record what it did."""
         self.begins(name)
         began = time.monotonic()
-        artifact, reused = make()
+        so_far = {name: entry["fingerprint"] for name, entry in self.stages.items()}
+        with kept_fresh(self.folder / STAGES_SO_FAR, json.dumps(so_far).encode()):
+            artifact, reused = make()
         counters = artifact.manifest.counters
         tally = Tally.of(counters) if counters else None  # of what is no table of rows nothing is counted
         dropped = tally.dropped if tally else {}
@@ -86,4 +105,5 @@ class RunContext:
             "reasons": reasons,
         }
         (self.folder / "summary.json").write_bytes(json.dumps(summary, indent=1, ensure_ascii=False).encode())
+        (self.folder / STAGES_SO_FAR).remove()
         return summary

@@ -52,8 +52,8 @@ def require_enough_scored(scored: Artifact, max_quarantined_fraction: float) -> 
         raise DataError(
             f"The engine could not score {lost} of {read} rows ({named}), a share of {lost / read:.1%}, more than "
             f"data.max_quarantined_fraction={max_quarantined_fraction:g} allows. The rows, with what the engine said, "
-            f"are in {scored.location}/quarantine. Mend their cause and remove {scored.location} to have all rows "
-            "scored again; or raise the limit, if these rows may be left out."
+            f"are {scored.where_quarantined()}. Mend their cause and remove {scored.location} to have them scored "
+            "again; or raise the limit, if these rows may be left out."
         )
 
 

@@ -67,8 +67,8 @@ class SharedRay:
 
         compute = pool._compute
 
-        def by_tasks(kind: str, location: Any, missing: Any, wanted: pool.Pool, unit: str) -> None:
-            compute(kind, location, missing, wanted if wanted.env else replace(wanted, stateless=True), unit)
+        def by_tasks(kind: str, location: Any, missing: Any, wanted: pool.Pool, unit: str) -> Any:
+            return compute(kind, location, missing, wanted if wanted.env else replace(wanted, stateless=True), unit)
 
         self._start()
         with pytest.MonkeyPatch.context() as patch:
@@ -159,6 +159,14 @@ def summary_of(output: Path) -> dict[str, Any]:
     """summary.json of the newest run of an output folder."""
     newest = max((output / "runs").iterdir(), key=lambda folder: folder.stat().st_mtime)
     return json.loads((newest / "summary.json").read_text())
+
+
+def shards_of(output: Path, kind: str, fingerprint: str) -> list[Path]:
+    """The shards of a finished artifact of an output folder, in order."""
+    from dpo_ray.storage.artifact import open_artifact
+    from dpo_ray.storage.location import Location
+
+    return [Path(shard.uri) for shard in open_artifact(Location.of(output / "artifacts" / kind / fingerprint)).shards()]
 
 
 def processes_with(variable: str) -> dict[int, str]:

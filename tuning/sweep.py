@@ -280,7 +280,7 @@ class Sweep:
                 continue
             if trial.state in {"stopped", "diverged"}:
                 (location / "checkpoints").remove_folder()
-                if not location.files():
+                if not (location / MANIFEST).exists():
                     location.remove_folder()
             elif trial.state == "finished" and trial.was_trained and trial.policy not in kept:
                 (location / MANIFEST).remove()  # from here on it is unfinished, and would be computed again

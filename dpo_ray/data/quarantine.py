@@ -61,7 +61,7 @@ def require_enough_kept(pairs: Artifact, max_quarantined_fraction: float) -> Non
         f"{reason} {count} ({MEANING[reason]}; the first: {examples[reason]})" for reason, count in ranked[:_EXPLAINED]
     ]
     said += [f"{reason} {count}" for reason, count in ranked[_EXPLAINED:]]
-    where = f"These rows, with their reasons, are in {pairs.location}/quarantine"
+    where = f"These rows, with their reasons, are {pairs.where_quarantined()}"
     if not tally.kept:
         raise DataError(f"None of the {tally.read} rows read makes a preference pair: {', '.join(said)}. {where}.")
     raise DataError(
@@ -74,9 +74,9 @@ def require_enough_kept(pairs: Artifact, max_quarantined_fraction: float) -> Non
 def _examples(pairs: Artifact, reasons: Collection[Reason]) -> dict[str, str]:
     """Reason → file and number of the first such row."""
     found: dict[str, str] = {}
-    for entry in pairs.manifest.files:
-        if entry.name.startswith("quarantine/") and len(found) < len(reasons):
-            for row in read_shard(pairs.file(entry.name), ["source", "row", "reason"]).to_pylist():
+    for file in pairs.quarantines():
+        if len(found) < len(reasons):
+            for row in read_shard(file, ["source", "row", "reason"]).to_pylist():
                 if row["reason"] in reasons:
                     found.setdefault(row["reason"], f"row {row['row']} of {row['source']}")
     return found

@@ -111,7 +111,7 @@ def calibrate(output: Location, config: Config, reference: Artifact) -> tuple[Ar
 
 def _sample(rows: Artifact, count: int) -> list[TokenizedPair]:
     """Pairs spread evenly over the shards, the first rows of each: the same ones every time."""
-    shards = [rows.location / file.name for file in rows.manifest.files if file.rows]
+    shards = [rows.file(file.name) for file in rows.manifest.files if file.rows]
     if len(shards) > count:
         # The newest shards, which nobody has looked at yet, come last.
         shards = [shards[(len(shards) - 1) * i // max(1, count - 1)] for i in range(count)]

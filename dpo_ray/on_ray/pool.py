@@ -1,7 +1,8 @@
 """Row-wise stages: every shard is a task of its own, carried by Ray Data to a pool of workers.
 
-A worker writes its shard itself, atomically and under a name that says what it was made from. So a run that is
-killed loses the shards in flight and no others, and a stage over more input computes only what is new.
+A worker writes its shard itself into the pool of its kind (dpo_ray.storage.shard_pool), atomically and under a name
+that says what it was made from, and tells the driver what the manifest needs of it. So a run that is killed loses the
+shards in flight and no others, a stage over more input computes only what is new, and no shard is copied or read again.
 """
 
 from __future__ import annotations
@@ -13,35 +14,27 @@ import pickle
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 
 from dpo_ray.config import Config
-from dpo_ray.errors import EngineDied
+from dpo_ray.errors import DataError, EngineDied
 from dpo_ray.on_ray.failures import carried, raise_ours
 from dpo_ray.on_ray.session import connect, is_embedded, num_cores
 from dpo_ray.progress import Progress, say
 from dpo_ray.shards.isolation import MAX_ATTEMPTS, Attempts
 from dpo_ray.shards.output import Shard, ShardOutput
-from dpo_ray.storage.artifact import (
-    MANIFEST,
-    SCHEMA_VERSION,
-    Artifact,
-    Contents,
-    FileEntry,
-    describe_file,
-    digest,
-    inspect_shard,
-    lost_files,
-    make,
-    place,
-    write_shard,
-)
+from dpo_ray.storage.artifact import SCHEMA_VERSION, Artifact, Contents, FileEntry, digest, make, read_manifest
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.shard_pool import Finished, Present, ShardPool, finished_in, has_quarantine
 
+_FEW = 16  # shards that the driver inspects by itself, side by side, rather than starting Ray
+ISOLATED = "isolated"
+"""Name of the folder in an artifact's own, with a note on each of its shards that an engine could not do in full."""
 _TASK_RETRIES = 3  # where the process died; what a task raises is not tried again
 
 ShardFunction = Callable[..., ShardOutput]
@@ -65,8 +58,8 @@ class ShardTask(Generic[Source]):
 class Pool:
     """The workers of a stage, and what Ray sets aside for each."""
 
-    build: Callable[..., ShardFunction]
-    """Class of the worker; built once in each actor with `arguments`."""
+    build: Callable[..., Any]
+    """Class of the worker, a ShardFunction; built once in each actor with `arguments`."""
     arguments: dict[str, Any]
     stateless: bool = False
     """The worker costs nothing to build: it is built for each shard, in tasks, whose processes serve the next stage as
@@ -89,7 +82,7 @@ class Pool:
 def shard_tasks(artifact: Artifact) -> list[ShardTask[Shard]]:
     """One task for each shard of a finished artifact."""
     return [
-        ShardTask(source=Shard((artifact.location / f.name).uri), content=f.sha256, rows=f.rows)
+        ShardTask(source=Shard(artifact.file(f.name).uri), content=f.sha256, rows=f.rows)
         for f in artifact.manifest.files
         if f.rows is not None
     ]
@@ -122,79 +115,138 @@ def shard_stage(
         output: the folder run.output.
         identity: options that change the result; the fingerprint covers them and the inputs.
     """
-    _reopen_without_lost(place(output, kind, identity, inputs), kind)
+    # A name covers all that a shard depends on, so that other artifacts of the kind can take it over.
+    names = [digest([kind, SCHEMA_VERSION, identity, task.content]) for task in tasks]
 
     def compute(location: Location) -> Contents:
-        # A name covers all that a shard depends on, so that a sibling artifact's shard can be taken over.
-        names = [f"{digest([kind, SCHEMA_VERSION, identity, task.content])}.parquet" for task in tasks]
-        finished = set(_take_over(output / "artifacts" / kind, location, set(names), pool.isolates))
-        missing = [(n, t) for n, t in dict(zip(names, tasks, strict=True)).items() if n not in finished]
-        say(kind, f"{len(finished)} of {len(names)} shards are finished already, {len(missing)} to compute")
+        found = _take_over(kind, location, set(names), pool.isolates)
+        missing = [(n, t) for n, t in dict(zip(names, tasks, strict=True)).items() if n not in found]
+        say(kind, f"{len(found)} of {len(set(names))} shards are finished already, {len(missing)} to compute")
         if missing:
-            _compute(kind, location, missing, pool, unit)
-        return _contents(location, names)
+            found |= _compute(kind, location, missing, pool, unit)
+        return _contents([found[name] for name in dict.fromkeys(names)])
 
-    artifact, reused = make(output, kind, identity, inputs, compute)
+    artifact, reused = make(output, kind, identity, inputs, compute, tasks=names, makes_lost=True)
     if reused:
         say(kind, f"reused: {artifact.manifest.counters['kept']} rows in {artifact.location}")
     return artifact, reused
 
 
-def _reopen_without_lost(location: Location, kind: str) -> None:
-    """Make an artifact that has lost files an unfinished one, which lacks just these."""
-    lost = lost_files(location, kind, location.name)
-    if not lost:
-        return
-    for name in lost:
-        (location / name.removeprefix("quarantine/")).remove()  # a quarantine is made with its shard
-    (location / MANIFEST).remove()  # last, for what is lost is known by it
-    say(kind, f"{location} has lost {len(lost)} files, the first being {lost[0]}: they are made again")
-
-
-def _contents(location: Location, names: list[str]) -> Contents:
-    """Of the finished shards of these names, each once, with their quarantines and the sum of their counters."""
-    entries: dict[str, FileEntry] = {}
+def _contents(finished: Sequence[Finished]) -> Contents:
+    """Of these shards, with their quarantines and the sum of their counters."""
     counters: Counter[str] = Counter()
-    quarantines: list[FileEntry] = []
-    for name in dict.fromkeys(names):
-        entries[name], counts = inspect_shard(location / name)
-        counters.update(counts)
-        quarantine = location / "quarantine" / name
-        if quarantine.exists():
-            entry = describe_file(quarantine)
-            quarantines.append(entry.model_copy(update={"name": f"quarantine/{name}"}))
+    for one in finished:
+        counters.update(one.shard.counters)
     if "kept" not in counters:  # a stage whose rows are not those that it keeps counts them itself
-        counters["kept"] = sum(e.rows or 0 for e in entries.values())
-    return Contents(files=[*entries.values(), *quarantines], counters=dict(sorted(counters.items())))
+        counters["kept"] = sum(one.shard.rows or 0 for one in finished)
+    quarantines: list[FileEntry] = [one.quarantine for one in finished if one.quarantine is not None]
+    return Contents(files=[*(one.shard for one in finished), *quarantines], counters=dict(sorted(counters.items())))
 
 
-def _take_over(stage_folder: Location, location: Location, wanted: set[str], isolates: bool) -> list[str]:
-    """Names of the wanted shards that exist, here or copied from another artifact of the same stage.
+def _take_over(kind: str, location: Location, wanted: set[str], isolates: bool) -> dict[str, Finished]:
+    """The finished shards of these tasks, by task.
+
+    Of several of a task the newest manifest's is taken: what was made of it since is made already. Of those that no
+    manifest tells of, which a killed run has left, it is the first by name, so that runs at the same time come to the
+    same.
 
     Args:
-        isolates: a row in quarantine is one that an engine failed on, which is tried again and not inherited.
+        location: the artifact's own folder.
+        isolates: rows in quarantine are those that an engine failed on. Only the artifact that set them aside takes
+            such a shard up again; another one tries these rows anew.
     """
-    present = {child.name for child in location.children()} & wanted
-    for sibling in stage_folder.children():
-        if sibling == location or present == wanted:
-            continue
-        for name in sorted(({child.name for child in sibling.children()} & wanted) - present):
-            quarantine = sibling / "quarantine" / name
-            if quarantine.exists():
-                if isolates:
-                    continue
-                quarantine.copy_to(location / "quarantine" / name)
-            else:
-                (location / "quarantine" / name).remove()  # of an attempt that died just after it had written this
-            (sibling / name).copy_to(location / name)
-            present.add(name)
-    return sorted(present)
+    shards = ShardPool(location.parent)
+    present = shards.present()
+    found = {one.task: one for one in _own(location, present) if one.task in wanted and present.holds(one)}
+    left = {task: present.by_task[task] for task in wanted & present.by_task.keys() - found.keys()}
+    if isolates:
+        left = {task: [n for n in names if not has_quarantine(n, present.files)] for task, names in left.items()}
+        left = {task: names for task, names in left.items() if names}
+    for folder in present.manifests:
+        if not left:
+            return found
+        for one in _finished_in(folder):
+            if one.shard.name in left.get(one.task, ()) and present.holds(one):
+                found[one.task] = one
+                del left[one.task]
+    names = [name for task in left for name in left[task]]
+    for inspected in _inspect(kind, shards, [(name, has_quarantine(name, present.files)) for name in sorted(names)]):
+        if inspected is not None:
+            found.setdefault(inspected.task, inspected)
+    return found
 
 
-def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask[Any]]], pool: Pool, unit: str) -> None:
+def _own(location: Location, present: Present) -> list[Finished]:
+    """What the artifact's own manifest tells, where it has lost files, or the notes of its earlier attempts."""
+    notes = [file for file in present.beside.get(location.name, ()) if file.parent.name == ISOLATED]
+    with ThreadPoolExecutor(_FEW) as threads:
+        noted = [Finished.model_validate_json(note) for note in threads.map(Location.read_bytes, notes)]
+    return noted + (_finished_in(location) if location in present.manifests else [])
+
+
+def _finished_in(folder: Location) -> list[Finished]:
+    try:
+        return finished_in(read_manifest(folder))
+    except (DataError, FileNotFoundError):  # it is told of when that artifact itself is asked for; gc may remove it
+        return []
+
+
+def _inspect(kind: str, shards: ShardPool, names: list[tuple[str, bool]]) -> Iterator[Finished | None]:
+    """What shards are that no manifest tells of, in the order of their names."""
+    if not names:
+        return
+    say(kind, f"looking at {len(names)} shards that an unfinished run has left")
+    if len(names) <= _FEW:
+        with ThreadPoolExecutor(_FEW) as threads:
+            yield from threads.map(lambda name: shards.inspect(*name), names)
+        return
+    found: dict[str, Finished | None] = {}
+    tasks = [{"task": pickle.dumps(name)} for name in names]
+    work = {"fn": inspect_shards, "fn_kwargs": {"shards": shards}}
+    for result in _results(kind, tasks, Pool(inspect_shards, {}, stateless=True), work):
+        found[result["name"]] = result["finished"] and Finished.model_validate_json(result["finished"])
+    yield from (found[name] for name, _ in names)
+
+
+def inspect_shards(batch: pa.Table, shards: ShardPool) -> Iterator[pa.Table]:
+    """A task: shards, and what each of them is."""
+    for name, has_its_quarantine in (pickle.loads(pickled) for pickled in batch["task"].to_pylist()):
+        try:
+            yield _told(name, shards.inspect(name, has_its_quarantine), None)
+        except Exception as error:
+            yield _told(name, None, carried(error))
+
+
+def _compute(
+    kind: str, location: Location, missing: list[tuple[str, ShardTask[Any]]], pool: Pool, unit: str
+) -> dict[str, Finished]:
+    """Have workers make these tasks' shards. location: the artifact's own folder."""
+    tasks = [{"task": pickle.dumps((name, task.source))} for name, task in missing]
+    worker = {
+        "location": location,
+        "build": pool.build,
+        "arguments": pool.arguments,
+        "streams": pool.together > 1,
+        "isolates": pool.isolates,
+    }
+    if pool.stateless:
+        work = {"fn": write_shards, "fn_kwargs": worker}
+    else:
+        work = {"fn": ShardWorker, "fn_constructor_kwargs": worker}
+    progress = Progress(kind, sum(task.rows for _, task in missing), unit)
+    rows = {name: task.rows for name, task in missing}
+    say(kind, f"computing {len(missing)} shards, {progress.total} {unit}")
+    found = {}
+    for result in _results(kind, tasks, pool, work):
+        found[result["name"]] = Finished.model_validate_json(result["finished"])
+        progress.advance(rows[result["name"]], note=f"shard {result['name']} done")
+    return found
+
+
+def _results(kind: str, tasks: list[dict[str, bytes]], pool: Pool, work: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a pool's workers tell of each task, as they finish it. Raises what one of them gave back as its failure."""
     import ray.data
 
-    tasks = [{"task": pickle.dumps((name, task.source))} for name, task in missing]
     wanted = pool.num_cpus * (pool.num_actors or 0)
     one = (pool.num_cpus, pool.num_gpus)
     connect(pool.num_cpus + 1, pool.num_gpus, why=pool.why, wanted_cpus=wanted + 1, one_process=one)
@@ -205,43 +257,24 @@ def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask[A
         resources["num_gpus"] = pool.num_gpus
     if pool.env:
         resources["runtime_env"] = {"env_vars": pool.env}
-    worker = {
-        "location": location,
-        "build": pool.build,
-        "arguments": pool.arguments,
-        "streams": pool.together > 1,
-        "isolates": pool.isolates,
-    }
     workers = min(most, len(tasks))
     together = min(pool.together, math.ceil(len(tasks) / workers))
     # A worker that dies is started again and its shards with it. Ray Data would do so for ever, also with a process
     # that dies of loading its model.
     if pool.stateless:
-        carried = {
-            "fn": write_shards,
-            "fn_kwargs": worker,
-            "compute": ray.data.TaskPoolStrategy(size=workers),
-            "max_retries": _TASK_RETRIES,
-        }
+        work |= {"compute": ray.data.TaskPoolStrategy(size=workers), "max_retries": _TASK_RETRIES}
     else:
-        carried = {
-            "fn": ShardWorker,
-            "fn_constructor_kwargs": worker,
-            "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=workers, max_tasks_in_flight_per_actor=2),
-            "max_restarts": MAX_ATTEMPTS,
-        }
+        actors = ray.data.ActorPoolStrategy(min_size=1, max_size=workers, max_tasks_in_flight_per_actor=2)
+        work |= {"compute": actors, "max_restarts": MAX_ATTEMPTS}
     results = ray.data.from_items(tasks, override_num_blocks=math.ceil(len(tasks) / together)).map_batches(
-        **carried, batch_size=None, batch_format="pyarrow", **resources
+        **work, batch_size=None, batch_format="pyarrow", **resources
     )
     results.context.target_max_block_size = 1  # byte: what is finished is told at once, and not with the whole batch
-    progress = Progress(kind, sum(task.rows for _, task in missing), unit)
-    rows = {name: task.rows for name, task in missing}
-    say(kind, f"computing {len(missing)} shards, {progress.total} {unit}")
     try:
         for result in results.iter_rows():
             if result["failure"] is not None:
                 raise pickle.loads(result["failure"])
-            progress.advance(rows[result["name"]], note=f"shard {result['name'].removesuffix('.parquet')} done")
+            yield result
     except Exception as error:
         raise_ours(error, kind)
 
@@ -254,7 +287,11 @@ def write_shards(batch: pa.Table, **worker: Any) -> Iterator[pa.Table]:
 class ShardWorker:
     """A worker of the pool: builds its function once, then writes the shards of each batch of tasks.
 
-    Of each task it gives back the `name`, and the `failure` where there was one (dpo_ray.on_ray.failures).
+    Of each task it gives back the `name`; and as `finished` the JSON of what the manifest needs (Finished), or the
+    `failure` where there was one (dpo_ray.on_ray.failures).
+
+    Args:
+        location: the artifact's own folder. Its shards go into the pool beside it, notes on attempts into itself.
     """
 
     def __init__(
@@ -266,6 +303,7 @@ class ShardWorker:
         isolates: bool = False,
     ):
         self.location = location
+        self.shards = ShardPool(location.parent)
         self.streams = streams
         self.isolates = isolates
         self.failure: bytes | None = None
@@ -280,31 +318,30 @@ class ShardWorker:
             yield from self._stream(tasks)
             return
         for name, source in tasks:
-            yield _told(name, self.failure or self._try(name, source))
+            yield _told(name, None, self.failure) if self.failure else self._try(name, source)
 
     def _stream(self, tasks: list[tuple[str, Any]]) -> Iterator[pa.Table]:
         unfinished = {n: name for n, (name, _) in enumerate(tasks)}
         try:
             for n, output in self.work.stream([source for _, source in tasks]):
-                self._write(unfinished[n], output)
-                yield _told(unfinished.pop(n), None)
+                finished = self._write(unfinished[n], output)
+                yield _told(unfinished.pop(n), finished, None)
         except Exception as error:
             failure = carried(error)
             for name in unfinished.values():
-                yield _told(name, failure)
+                yield _told(name, None, failure)
 
-    def _try(self, name: str, source: Any) -> bytes | None:
+    def _try(self, name: str, source: Any) -> pa.Table:
         try:
-            self._do(name, source)
+            return _told(name, self.do(name, source), None)
         except Exception as error:
-            return carried(error)
-        return None
+            return _told(name, None, carried(error))
 
-    def _do(self, name: str, source: Any) -> None:
+    def do(self, name: str, source: Any) -> Finished:
+        """Make the shard of one task."""
         if not self.isolates:
-            self._write(name, self.work(source))
-            return
-        attempts = Attempts(self.location / "attempts" / f"{name.removesuffix('.parquet')}.json")
+            return self._write(name, self.work(source))
+        attempts = Attempts(self.location / "attempts" / f"{name}.json")
         try:
             output = self.work(source, attempts)
         except EngineDied:
@@ -315,21 +352,26 @@ class ShardWorker:
             for process in multiprocessing.active_children():
                 process.kill()
             os._exit(1)
-        self._write(name, output)
+        finished = self._write(name, output)
+        if finished.quarantine is not None:
+            # It took many attempts: the artifact that set rows aside takes its shard up again, and no other one.
+            (self.location / ISOLATED / f"{name}.json").write_bytes(finished.model_dump_json().encode())
         attempts.clear()
+        return finished
 
-    def _write(self, name: str, output: ShardOutput) -> None:
-        # The quarantine first: a shard that exists is finished, its quarantine included.
-        quarantine = self.location / "quarantine" / name
-        if output.quarantine is not None:
-            write_shard(quarantine, output.quarantine, {})
-        else:
-            quarantine.remove()  # of an attempt that died just after it had written this
-        write_shard(self.location / name, output.table, dict(output.counters))
+    def _write(self, name: str, output: ShardOutput) -> Finished:
+        return self.shards.write(name, output.table, dict(output.counters), output.quarantine)
 
 
-def _told(name: str, failure: bytes | None) -> pa.Table:
-    return pa.table({"name": [name], "failure": pa.array([failure], pa.binary())})
+def _told(name: str, finished: Finished | None, failure: bytes | None) -> pa.Table:
+    text = finished.model_dump_json() if finished is not None else None
+    return pa.table(
+        {
+            "name": [name],
+            "finished": pa.array([text], pa.string()),
+            "failure": pa.array([failure], pa.binary()),
+        }
+    )
 
 
 def torch_pool(config: Config, build: Any, arguments: dict[str, Any]) -> Pool:

@@ -1,4 +1,7 @@
-"""A stage's output: shards and, written last, the manifest that makes them an artifact.
+"""A stage's output: files and, written last, the manifest that makes them an artifact.
+
+<output>/artifacts/<kind>/<fingerprint>/manifest.json    the artifact, and beside it files that are its alone
+<output>/artifacts/<kind>/shards/                        shards that the artifacts of a kind share (storage.shard_pool)
 
 A folder without a valid manifest is unfinished and never loads. The fingerprint covers what changes the
 result (inputs by content, options, versions of the engines), and nothing of where or how fast it ran.
@@ -9,24 +12,38 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_serializer
 
 from dpo_ray.errors import DataError, StorageError
+from dpo_ray.progress import say
+from dpo_ray.storage.claim import claim
 from dpo_ray.storage.location import Location
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 _ROWS_PER_ROW_GROUP = 1 << 16  # what is fetched where only some rows of a large shard are wanted
+POOL = "shards"
+"""Name of the folder of shards, beside the folders of a kind's artifacts; no fingerprint is spelled like it."""
+QUARANTINE = "quarantine"
+"""Name of the folder, beside shards, of the rows that they lack."""
 _COUNTERS = b"dpo_ray.counters"
+
+
+def checked_name(name: str) -> str:
+    """A name that leads to a file below the folder that it is joined to. Raises ValueError on any other."""
+    parts = name.split("/")
+    if "\\" in name or "\0" in name or not all(part.strip() and part not in {".", ".."} for part in parts):
+        raise ValueError(f"{name!r} is no name of a file below its folder")
+    return name
 
 
 class FileEntry(BaseModel):
@@ -34,10 +51,24 @@ class FileEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
-    rows: int | None
+    name: Annotated[str, AfterValidator(checked_name)]
+    """Below the artifact's own folder; one that begins with shards/, below the folder of its kind."""
+    rows: int | None = None
+    """Of a shard; None of any other file, quarantines included."""
     bytes: int
     sha256: str
+    counters: dict[str, int] = {}
+    """Of a shard: rows read and dropped, by reason. So an artifact that takes it over need not open it."""
+
+    @model_serializer
+    def _told(self) -> dict[str, Any]:
+        """Without what is absent: most of a large manifest is these."""
+        told: dict[str, Any] = {"name": self.name, "bytes": self.bytes, "sha256": self.sha256}
+        if self.rows is not None:
+            told["rows"] = self.rows
+        if self.counters:
+            told["counters"] = self.counters
+        return told
 
 
 class Manifest(BaseModel):
@@ -76,11 +107,24 @@ class Artifact(BaseModel):
         return self.manifest.fingerprint
 
     def file(self, name: str) -> Location:
-        return self.location / name
+        """Where a file of the manifest lies, of its own or of the pool."""
+        return _file(self.location, name)
 
     def shards(self) -> list[Location]:
         """The Parquet shards, in order."""
-        return [self.location / f.name for f in self.manifest.files if f.rows is not None]
+        return [self.file(f.name) for f in self.manifest.files if f.rows is not None]
+
+    def quarantines(self) -> list[Location]:
+        """The files with the rows that its shards lack, each with its reason."""
+        return [self.file(f.name) for f in self.manifest.files if f.name.split("/")[-2:-1] == [QUARANTINE]]
+
+    def where_quarantined(self) -> str:
+        """In words, for a message: the files, which lie among those of other artifacts."""
+        files = self.quarantines()
+        if not files:
+            return f"named in {self.location / MANIFEST}"
+        others = f" and {len(files) - 1} more, all named in {self.location / MANIFEST}" if len(files) > 1 else ""
+        return f"in {files[0]}{others}"
 
 
 @dataclass(frozen=True)
@@ -114,8 +158,14 @@ def make(
     identity: dict[str, Any],
     inputs: dict[str, str],
     compute: Callable[[Location], Contents],
+    *,
+    tasks: Sequence[str] = (),
+    makes_lost: bool = False,
 ) -> tuple[Artifact, bool]:
     """The artifact of these inputs with these options, and whether it was finished already.
+
+    From here on `dpo-ray gc` spares it, its inputs and the shards of its tasks for as long as the work goes on, and for
+    its bound afterwards (dpo_ray.storage.claim).
 
     Args:
         output: the folder run.output.
@@ -123,14 +173,22 @@ def make(
         inputs: name of an input → its fingerprint or content hash.
         compute: does the work of an artifact that is not finished. It writes its files below the location that it is
             given, where those of an attempt that was interrupted may lie. Where it raises, nothing is published.
+        tasks: what the shards are made from, whose finished ones may be in the pool: see dpo_ray.storage.shard_pool.
+        makes_lost: compute makes again what a finished artifact has lost; otherwise that is an error.
 
     Raises DataError where there is a manifest, but not of this artifact, or where a file of it is missing.
     """
     location = place(output, kind, identity, inputs)
-    done = load(location, kind, location.name)
-    if done is not None:
-        return done, True
-    made = compute(location)
+    with claim(output, location, inputs, tasks):
+        manifest = _manifest(location, kind, location.name)
+        lost = _missing(location, manifest) if manifest is not None else []
+        if manifest is not None and not lost:
+            return Artifact(location=location, manifest=manifest), True
+        if manifest is not None:
+            if not makes_lost:
+                raise _lacks(location, manifest, lost)
+            say(kind, f"{location} has lost {len(lost)} files, the first being {lost[0]}: they are made again")
+        made = compute(location)
     artifact = publish(
         location,
         kind,
@@ -152,39 +210,33 @@ def load(location: Location, kind: str, expected: str) -> Artifact | None:
     if manifest is None:
         return None
     if missing := _missing(location, manifest):
-        raise DataError(
-            f"{location} lacks {len(missing)} of its {len(manifest.files)} files, the first being {missing[0]}. "
-            "Bring them back; or remove this folder, and the stage that made it will compute all of it."
-        )
+        raise _lacks(location, manifest, missing)
     return Artifact(location=location, manifest=manifest)
 
 
-def lost_files(location: Location, kind: str, expected: str) -> list[str]:
-    """Names of the files that a finished artifact should have and has not.
-
-    Raises DataError where there is a manifest, but not of this artifact.
-    """
-    manifest = _manifest(location, kind, expected)
-    return [] if manifest is None else _missing(location, manifest)
+def _lacks(location: Location, manifest: Manifest, missing: Sequence[str]) -> DataError:
+    return DataError(
+        f"{location} lacks {len(missing)} of its {len(manifest.files)} files, the first being {missing[0]}. "
+        "Bring them back; or remove this folder, and the stage that made it will compute all of it."
+    )
 
 
 def _missing(location: Location, manifest: Manifest) -> list[str]:
-    present = {str(location.same_store(info.path)) for info in location.files()}
-    return [f.name for f in manifest.files if str(location / f.name) not in present]
+    pooled = {f.name.startswith(f"{POOL}/") for f in manifest.files}
+    folders = [location.parent / POOL if of_pool else location for of_pool in pooled]
+    present = {str(location.same_store(info.path)) for folder in folders for info in folder.files()}
+    return [f.name for f in manifest.files if str(_file(location, f.name)) not in present]
+
+
+def _file(location: Location, name: str) -> Location:
+    return (location.parent if name.startswith(f"{POOL}/") else location) / name
 
 
 def _manifest(location: Location, kind: str, expected: str) -> Manifest | None:
     try:
-        raw = (location / MANIFEST).read_bytes()
+        manifest = read_manifest(location)
     except FileNotFoundError:
         return None
-    try:
-        manifest = Manifest.model_validate_json(raw)
-    except ValidationError as error:
-        raise DataError(
-            f"{location / MANIFEST} is not a valid manifest ({error.error_count()} errors). "
-            "Remove this folder; the stage will then be computed again."
-        ) from error
     if (manifest.kind, manifest.fingerprint) != (kind, expected):
         raise DataError(
             f"{location} holds {manifest.kind} {manifest.fingerprint}, not {kind} {expected}. Folders of artifacts "
@@ -193,12 +245,39 @@ def _manifest(location: Location, kind: str, expected: str) -> Manifest | None:
     return manifest
 
 
+def read_manifest(location: Location) -> Manifest:
+    """The manifest in an artifact's folder.
+
+    Raises FileNotFoundError where there is none, and DataError where it is none of this schema, or names a file
+    elsewhere.
+    """
+    raw = (location / MANIFEST).read_bytes()
+    try:
+        manifest: Any = json.loads(raw)
+        schema = manifest.get("schema_version", SCHEMA_VERSION) if isinstance(manifest, dict) else SCHEMA_VERSION
+        if schema != SCHEMA_VERSION:
+            versions = manifest.get("versions")
+            by = versions.get("dpo-ray", "unknown") if isinstance(versions, dict) else "unknown"
+            raise DataError(
+                f"{location} is an artifact of schema {schema}, made by dpo-ray {by}; this one reads schema "
+                f"{SCHEMA_VERSION}. Name an artifact that this one has made, or none, and it is made again."
+            )
+        return Manifest.model_validate(manifest)
+    except (ValueError, ValidationError) as error:
+        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        count = error.error_count() if isinstance(error, ValidationError) else 1
+        raise DataError(
+            f"{location / MANIFEST} is not a valid manifest ({count} errors; the first: {first}). "
+            "Remove this folder; the stage will then be computed again."
+        ) from error
+
+
 def open_artifact(location: Location) -> Artifact:
     """An artifact that is known to be finished, as its manifest says; its files are not looked for.
 
-    Raises FileNotFoundError where there is no manifest, and ValidationError where it is none.
+    Raises as read_manifest does.
     """
-    return Artifact(location=location, manifest=Manifest.model_validate_json((location / MANIFEST).read_bytes()))
+    return Artifact(location=location, manifest=read_manifest(location))
 
 
 def publish(
@@ -242,13 +321,18 @@ def library_versions() -> dict[str, str]:
 
 def write_shard(location: Location, table: pa.Table, counters: dict[str, int]) -> FileEntry:
     """Write a Parquet shard atomically, its counters inside it, so that a later run can take it over."""
+    data = encoded(table, counters)
+    location.write_bytes(data)
+    return entry_of(location.name, data, table.num_rows, counters)
+
+
+def encoded(table: pa.Table, counters: dict[str, int]) -> bytes:
+    """The bytes of a Parquet shard; the same ones of the same rows and counters."""
     metadata = {**(table.schema.metadata or {}), _COUNTERS: json.dumps(counters, sort_keys=True).encode()}
     buffer = io.BytesIO()
     whole = table.replace_schema_metadata(metadata)
     pq.write_table(whole, buffer, compression="zstd", row_group_size=_ROWS_PER_ROW_GROUP)
-    data = buffer.getvalue()
-    location.write_bytes(data)
-    return _entry(location.name, table.num_rows, data)
+    return buffer.getvalue()
 
 
 def read_shard(location: Location, columns: list[str] | None = None, rows: pc.Expression | None = None) -> pa.Table:
@@ -272,19 +356,21 @@ def read_shard(location: Location, columns: list[str] | None = None, rows: pc.Ex
         ) from error
 
 
-def inspect_shard(location: Location) -> tuple[FileEntry, dict[str, int]]:
-    """The entry and counters of a finished shard. Raises DataError where it is damaged."""
+def inspect_shard(location: Location) -> FileEntry:
+    """The entry of a finished shard. Raises DataError where it is damaged."""
     data = location.read_bytes()
     try:
         parsed = pq.ParquetFile(io.BytesIO(data))
     except pa.ArrowException as error:
         raise DataError(f"{location} is damaged ({error}). Remove it; it will be computed again.") from error
     counters = json.loads((parsed.schema_arrow.metadata or {}).get(_COUNTERS, b"{}"))
-    return _entry(location.name, parsed.metadata.num_rows, data), counters
+    return entry_of(location.name, data, parsed.metadata.num_rows, counters)
 
 
-def _entry(name: str, rows: int | None, data: bytes) -> FileEntry:
-    return FileEntry(name=name, rows=rows, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+def entry_of(name: str, data: bytes, rows: int | None = None, counters: dict[str, int] | None = None) -> FileEntry:
+    """The entry of a file with these bytes."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    return FileEntry(name=name, rows=rows, bytes=len(data), sha256=sha256, counters=counters or {})
 
 
 def file_hash(location: Location) -> str:
@@ -297,4 +383,4 @@ def file_hash(location: Location) -> str:
 
 def describe_file(location: Location) -> FileEntry:
     """The entry of a file that is not a shard (model weights, figures)."""
-    return FileEntry(name=location.name, rows=None, bytes=location.size(), sha256=file_hash(location))
+    return FileEntry(name=location.name, bytes=location.size(), sha256=file_hash(location))

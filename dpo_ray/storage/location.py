@@ -78,6 +78,11 @@ class Location:
         return self.uri.rsplit("/", 1)[-1]
 
     @property
+    def parent(self) -> Location:
+        """The folder that it lies in."""
+        return Location(self.uri.rpartition("/")[0])
+
+    @property
     def is_local(self) -> bool:
         return "://" not in self.uri
 
@@ -156,6 +161,13 @@ class Location:
         if info.type == pafs.FileType.NotFound:
             raise FileNotFoundError(str(self))
         return info.size or 0
+
+    def written(self) -> float | None:
+        """When the file was written, by the store's own time, in seconds since the epoch; None where there is none."""
+        fs, path = self.filesystem()
+        with self.asked():
+            info = fs.get_file_info(path)
+        return None if info.type == pafs.FileType.NotFound else (info.mtime_ns or 0) / 1e9
 
     def files(self, *, recursive: bool = True) -> list[pafs.FileInfo]:
         """What is known of the files below this folder, by path, asked for in few requests; empty without a folder.

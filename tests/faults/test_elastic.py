@@ -93,8 +93,8 @@ def alone(arguments: list[str], folder: Path) -> list[dict]:
     """The metrics of the same training by one worker, in this process and without Ray."""
     path, *settings = arguments
     config = load_config(path, settings[1::2])
-    [tokenized] = (folder / "out" / "artifacts" / "tokenized").iterdir()
-    rows = load(Location.of(tokenized), "tokenized", tokenized.name)
+    [manifest] = (folder / "out" / "artifacts" / "tokenized").glob("*/manifest.json")
+    rows = load(Location.of(manifest.parent), "tokenized", manifest.parent.name)
     assert rows is not None
     plan, _ = make_plan(Location.of(folder / "out"), config, rows)
     shares = {n: read_share(plan.index, step, 0, 1, 1024, plan.hidden_size) for n, step in plan.steps()}

@@ -72,7 +72,7 @@ def test_a_row_that_kills_its_engine_is_quarantined_and_engines_are_added_while_
     folder = Path(made[1])
     counters = json.loads((folder / "manifest.json").read_text())["counters"]
     assert counters == {"engine_crash": 1, "kept": 159, "read": 160}
-    [quarantine] = (folder / "quarantine").iterdir()
+    [quarantine] = (folder.parent / "shards" / "quarantine").iterdir()
     [row] = pq.read_table(quarantine).to_pylist()
     assert row["row"] == 3 and row["reason"] == "engine_crash"
     assert json.loads(row["raw"]) == {"pair_id": "1013", "message": "the process died"}

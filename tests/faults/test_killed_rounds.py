@@ -57,8 +57,11 @@ def finished_files(output: Path) -> dict[str, str]:
 
 
 def sampled(output: Path) -> int:
-    """Artifacts of candidates that have a finished shard."""
-    return sum(any(folder.glob("*.parquet")) for folder in output.glob("artifacts/candidates/*"))
+    """Artifacts of candidates that are finished or have a finished shard."""
+    manifests = [json.loads(file.read_text()) for file in output.glob("artifacts/candidates/*/manifest.json")]
+    named = {Path(entry["name"]).name for manifest in manifests for entry in manifest["files"]}
+    shards = {file.name for file in output.glob("artifacts/candidates/shards/*.parquet")}
+    return len(manifests) + bool(shards - named)
 
 
 def test_a_kill_in_the_second_round_changes_no_finished_unit_and_costs_no_round(command, tmp_path):

@@ -18,7 +18,7 @@ import yaml
 from dpo_ray.config import Tasks
 from dpo_ray.errors import ConfigError
 from dpo_ray.scoring.task_source import require_tasks
-from tests.command_line import CONFIGS, LONGEST, Finished, overrides, summary_of
+from tests.command_line import CONFIGS, LONGEST, Finished, overrides, shards_of, summary_of
 
 pytestmark = [
     pytest.mark.integration,
@@ -248,8 +248,8 @@ def test_groups_have_their_own_figures_where_they_have_any_and_limits_and_task_f
     assert changed.code == 0, changed.log
     assert summary_of(folder / "out")["stages"]["tasks_base"]["fingerprint"] != stages["tasks_base"]["fingerprint"]
     [artifact] = (folder / "out/artifacts/task_measures").glob(stages["tasks_base"]["fingerprint"])
-    files = json.loads((artifact / "manifest.json").read_text())["files"]
-    assert [pq.read_table(artifact / one["name"]).num_rows for one in files] == [1, 3]
+    files = shards_of(folder / "out", "task_measures", artifact.name)
+    assert [pq.read_table(file).num_rows for file in files] == [1, 3]
 
 
 @pytest.mark.parametrize(

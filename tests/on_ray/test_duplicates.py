@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.command_line import CONFIGS, Finished, overrides, summary_of
+from tests.command_line import CONFIGS, Finished, overrides, shards_of, summary_of
 
 pytestmark = pytest.mark.ray
 
@@ -40,8 +40,8 @@ def run(one_ray: Callable[..., Finished], folder: Path, tiny_model: Path, comman
 
 
 def rows_of(folder: Path, summary: dict, stage: str, kind: str) -> list[dict]:
-    place = folder / "out" / "artifacts" / kind / summary["stages"][stage]["fingerprint"]
-    return [row for file in sorted(place.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+    files = shards_of(folder / "out", kind, summary["stages"][stage]["fingerprint"])
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.command_line import CONFIGS, Finished, overrides, summary_of
+from tests.command_line import CONFIGS, Finished, overrides, shards_of, summary_of
 
 pytestmark = pytest.mark.ray
 
@@ -40,7 +40,7 @@ def test_ranked_and_paired_files_become_pairs_together(one_ray, tmp_path, write_
     stage = summary_of(tmp_path / "out")["stages"]["ingest"]
     # Of four rows read, the tie is quarantined, two make one pair each, and one makes two.
     assert stage["rows"] == {"in": 4, "kept": 4, "dropped": {"tie": 1}}
-    shards = (tmp_path / "out" / "artifacts" / "pairs" / stage["fingerprint"]).glob("*.parquet")
+    shards = shards_of(tmp_path / "out", "pairs", stage["fingerprint"])
     pairs = [(r["chosen"], r["rejected"], r["tools"]) for shard in shards for r in pq.read_table(shard).to_pylist()]
     assert sorted(pairs, key=str) == [("c", "b", TOOLS), ("d", "a", TOOLS), ("d", "c", TOOLS), ("x", "y", None)]
 

@@ -169,7 +169,7 @@ def test_a_lost_file_is_made_again_and_no_other(first_run, job, one_ray):
     manifests = (folder / "out" / "artifacts" / "reference").glob("*/manifest.json")
     [manifest] = [path for path in manifests if len(json.loads(path.read_text())["files"]) == 10]
     before = manifest.read_text()
-    shard = manifest.parent / json.loads(before)["files"][-1]["name"]  # no other artifact has it
+    shard = manifest.parents[1] / json.loads(before)["files"][-1]["name"]  # no other artifact has it
     content = shard.read_bytes()
     shard.unlink()
     done = run("reference", one_ray)

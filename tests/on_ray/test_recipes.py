@@ -24,7 +24,7 @@ from dpo_ray.config import RewardModel
 from dpo_ray.estimates import Estimate, proportion
 from dpo_ray.scoring.classifier import TorchClassifier
 from dpo_ray.scoring.reward_model import RewardModelScorer
-from tests.command_line import CONFIGS, LONGEST, Finished, overrides, summary_of
+from tests.command_line import CONFIGS, LONGEST, Finished, overrides, shards_of, summary_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
@@ -152,7 +152,9 @@ def test_a_recipe_with_a_reward_model(run, reward_model, other_model):
     assert summary["eval"]["win_rate"]["n"] > 0 and summary["eval"]["greedy_win_rate"]["n"] > 0
     assert "Win rate against stranger, judged by brief_answer:" in done.log  # not by what made the pairs
     assert summary["eval"]["against"] == "stranger" and "sample_other" in summary["stages"]
-    assert len(list((output / "artifacts" / "candidates").iterdir())) == 3  # of the pairs, the stranger's, the tuned's
+    assert (
+        len(list((output / "artifacts" / "candidates").glob("*/manifest.json"))) == 3
+    )  # of the pairs, the stranger's, the tuned's
     assert "win rate against stranger" in (output / "runs" / summary["run_id"] / "report.html").read_text()
     assert Path(summary["published"]).is_dir()
 
@@ -220,5 +222,5 @@ def pairs(output: Path) -> list[dict[str, Any]]:
 
 def scores(output: Path, name: str) -> list[list[float]]:
     fingerprint = summary_of(output)["stages"][f"reward: {name}"]["fingerprint"]
-    files = sorted(output.glob(f"artifacts/rewards/{fingerprint}/*.parquet"))
+    files = shards_of(output, "rewards", fingerprint)
     return [row["scores"] for file in files for row in pq.read_table(file).to_pylist()]

@@ -84,12 +84,12 @@ def test_the_same_command_does_nothing_again(done, rounds):
 
 
 def test_pairs_say_what_made_them(done, rounds):
-    [first, *_] = (rounds[1] / "artifacts" / "rewards").iterdir()
-    assert (first / "manifest.json").exists()
-    for folder in (rounds[1] / "artifacts" / "pairs").iterdir():
-        for file in folder.glob("*.parquet"):
-            for row in pq.read_table(file).to_pylist():
-                lineage = json.loads(row["lineage"])
-                assert lineage["chosen"]["scores"]["length_window"] > lineage["rejected"]["scores"]["length_window"]
-                assert len(lineage["chosen"]["model"]) == 16 and lineage["sampling"]["asks"][0]["samples"] == 4
-                assert (Path(rounds[1]) / "artifacts/candidates" / lineage["candidates"] / "manifest.json").exists()
+    assert list((rounds[1] / "artifacts" / "rewards").glob("*/manifest.json"))
+    files = list((rounds[1] / "artifacts" / "pairs" / "shards").glob("*.parquet"))
+    assert files
+    for file in files:
+        for row in pq.read_table(file).to_pylist():
+            lineage = json.loads(row["lineage"])
+            assert lineage["chosen"]["scores"]["length_window"] > lineage["rejected"]["scores"]["length_window"]
+            assert len(lineage["chosen"]["model"]) == 16 and lineage["sampling"]["asks"][0]["samples"] == 4
+            assert (Path(rounds[1]) / "artifacts/candidates" / lineage["candidates"] / "manifest.json").exists()

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.command_line import CONFIGS, Finished, overrides, summary_of
+from tests.command_line import CONFIGS, Finished, overrides, shards_of, summary_of
 
 pytestmark = pytest.mark.ray
 
@@ -51,10 +51,10 @@ def test_files_of_every_kind_are_read_once_and_bad_lines_are_named_by_their_file
     assert done.lines("looking through 5 files")
     stage = summary_of(tmp_path / "out")["stages"]["ingest"]
     assert stage["rows"] == {"in": 61, "kept": 60, "dropped": {"malformed_json": 1}}
-    [pairs] = (tmp_path / "out" / "artifacts" / "pairs").iterdir()
-    kept = [r["chosen"] for shard in sorted(pairs.glob("*.parquet")) for r in pq.read_table(shard).to_pylist()]
+    files = shards_of(tmp_path / "out", "pairs", stage["fingerprint"])
+    kept = [r["chosen"] for shard in files for r in pq.read_table(shard).to_pylist()]
     assert sorted(kept) == sorted(row(n)["chosen"] for n in range(60))
-    [quarantine] = (pairs / "quarantine").iterdir()
+    [quarantine] = (tmp_path / "out" / "artifacts" / "pairs" / "shards" / "quarantine").iterdir()
     assert pq.read_table(quarantine).to_pylist() == [
         {"source": str(data / "packed.jsonl.gz"), "row": 7, "reason": "malformed_json", "raw": "{broken"}
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.command_line import CONFIGS, Finished, overrides, summary_of
+from tests.command_line import CONFIGS, Finished, overrides, shards_of, summary_of
 from tests.rounding import of_sum
 
 pytestmark = pytest.mark.ray
@@ -56,9 +56,9 @@ def run(one_ray: Callable[..., Finished], folder: Path, tiny_model: Path, **more
     return one_ray("run", str(CONFIGS / "align_cpu.yaml"), *overrides(**values))
 
 
-def shards_of(folder: Path, summary: dict, stage: str, kind: str) -> list[dict]:
-    place = folder / "out" / "artifacts" / kind / summary["stages"][stage]["fingerprint"]
-    return [row for file in sorted(place.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+def rows_of(folder: Path, summary: dict, stage: str, kind: str) -> list[dict]:
+    files = shards_of(folder / "out", kind, summary["stages"][stage]["fingerprint"])
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
 def test_kto_learns_from_single_answers(one_ray, tmp_path, tiny_model, write_preferences):
@@ -79,7 +79,7 @@ def test_kto_learns_from_single_answers(one_ray, tmp_path, tiny_model, write_pre
     assert summary["train"]["first_step_loss"] == pytest.approx(0.5, abs=NEAR)
     assert summary["train"]["final"]["kl"] >= 0
 
-    rows = shards_of(tmp_path, summary, "mismatched", "mismatched")
+    rows = rows_of(tmp_path, summary, "mismatched", "mismatched")
     answers = {tuple(row["chosen_ids"] or row["rejected_ids"]): row["prompt_id"] for row in rows}
     assert len(rows) == 40
     for row in rows:
@@ -103,7 +103,7 @@ def test_simpo_computes_no_reference(one_ray, tmp_path, tiny_model, write_prefer
     assert not (tmp_path / "out" / "artifacts" / "reference").exists()
     assert Path(summary["published"]).is_dir()
     assert summary["train"]["zero_margin_loss"] is None
-    held_out = [r for r in shards_of(tmp_path, summary, "tokenize", "tokenized") if r["split"] == "eval"]
+    held_out = [r for r in rows_of(tmp_path, summary, "tokenize", "tokenized") if r["split"] == "eval"]
     assert summary["eval"]["accuracy"]["n"] == len(held_out) > 0
     history = (tmp_path / "out" / "runs" / summary["run_id"] / "metrics.jsonl").read_text().splitlines()
     assert json.loads(history[-1])["step"] == summary["train"]["num_steps"]

@@ -64,7 +64,7 @@ ROOMS = {
     "bins": set(),
     "estimates": set(),
     "pairs": set(),
-    "storage": {"errors"},
+    "storage": {"errors", "progress"},
     "origin": set(),
     "rewards": {"errors"},
     "config": {"errors"},

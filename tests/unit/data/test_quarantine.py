@@ -93,7 +93,7 @@ def test_too_many_bad_rows_are_an_error_with_the_reasons_that_dominate_and_an_ex
     assert "10 of 16 rows (62.5%)" in said and "data.max_quarantined_fraction=0.5" in said
     assert "null_field 4 (a field, a role or a content is null; the first: row 4 of a), bad_label 3 (" in said
     assert "the first: row 0 of b), tie 2 (" in said and "the first: row 1 of a), bad_tools 1." in said
-    assert f"{pairs.location}/quarantine" in said and "\n" not in said
+    assert f"{pairs.location}/quarantine/0.parquet and 2 more" in said and "\n" not in said
 
 
 def test_no_pair_at_all_is_an_error_whatever_the_limit(ingested):

@@ -21,10 +21,10 @@ from dpo_ray.storage.artifact import (
     fingerprint,
     inspect_shard,
     load,
-    lost_files,
     make,
     place,
     publish,
+    read_manifest,
     read_shard,
     write_shard,
 )
@@ -118,7 +118,7 @@ def test_nothing_is_published_of_a_computation_that_fails_and_the_next_one_finds
         "pairs",
         IDENTITY,
         INPUTS,
-        lambda location: Contents(files=[inspect_shard(location / "part-0.parquet")[0]]),
+        lambda location: Contents(files=[inspect_shard(location / "part-0.parquet")]),
     )
     assert (artifact.manifest.rows, reused) == (3, False)
 
@@ -159,20 +159,94 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path):
         load(artifact.location, "pairs", artifact.fingerprint)
 
 
-def test_lost_files_are_named(tmp_path: Path):
+def test_what_is_lost_is_an_error_unless_it_is_made_again(tmp_path: Path):
+    output = Location.of(tmp_path)
+
+    def compute(location: Location) -> Contents:
+        return Contents([write_shard(location / "part-0.parquet", TABLE, {})])
+
+    artifact, _ = make(output, "pairs", IDENTITY, INPUTS, compute)
+    artifact.shards()[0].remove()
+    with pytest.raises(DataError, match="lacks 1 of its 1 files"):
+        make(output, "pairs", IDENTITY, INPUTS, compute)
+    again, reused = make(output, "pairs", IDENTITY, INPUTS, compute, makes_lost=True)
+    assert not reused and again.manifest.files == artifact.manifest.files
+    assert make(output, "pairs", IDENTITY, INPUTS, compute) == (again, True)
+
+
+NAMES = [
+    "/etc/passwd",
+    "../other/manifest.json",
+    "shards/../../x.parquet",
+    "a//b",
+    "",
+    ".",
+    "a/.",
+    "a/ /b",
+    "..\\x",
+    "C:\\x",
+    "a\0b",
+    "shards/",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_manifest_that_names_a_file_elsewhere_is_refused_by_that_name(tmp_path: Path, name: str):
     artifact = finished(tmp_path)
-    place = (artifact.location, "pairs", artifact.fingerprint)
-    assert lost_files(*place) == []
-    Path((artifact.location / "part-0.parquet").uri).unlink()
-    assert lost_files(*place) == ["part-0.parquet"]
-    Path((artifact.location / MANIFEST).uri).unlink()
-    assert lost_files(*place) == []  # nothing is known to be lost of what was never finished
+    manifest = json.loads((artifact.location / MANIFEST).read_bytes())
+    manifest["files"][0]["name"] = name
+    (artifact.location / MANIFEST).write_bytes(json.dumps(manifest).encode())
+    for read in (
+        lambda: load(artifact.location, "pairs", artifact.fingerprint),
+        lambda: read_manifest(artifact.location),
+    ):
+        with pytest.raises(DataError, match="not a valid manifest") as caught:
+            read()
+        assert f"{name!r} is no name of a file below its folder" in str(caught.value)
+
+
+def test_an_artifact_of_another_schema_is_refused_by_name_with_the_way_out(tmp_path: Path):
+    artifact = finished(tmp_path)
+    manifest = json.loads((artifact.location / MANIFEST).read_bytes())
+    manifest |= {"schema_version": 1, "versions": {"dpo-ray": "0.0.9"}, "a key of then": 1}
+    (artifact.location / MANIFEST).write_bytes(json.dumps(manifest).encode())
+    with pytest.raises(
+        DataError, match=r"is an artifact of schema 1, made by dpo-ray 0\.0\.9.*is made again"
+    ) as caught:
+        load(artifact.location, "pairs", artifact.fingerprint)
+    assert str(artifact.location) in str(caught.value)
+
+
+def test_a_manifest_says_nothing_of_what_a_file_has_not(tmp_path: Path):
+    location = Location.of(tmp_path)
+    shard = write_shard(location / "0.parquet", TABLE, {"read": 3})
+    files = [shard, write_shard(location / "1.parquet", TABLE, {}), describe_file(location / "0.parquet")]
+    artifact = publish(location, "pairs", identity={}, inputs={}, files=files)
+    told = json.loads((location / MANIFEST).read_bytes())["files"]
+    assert [set(entry) - {"name", "bytes", "sha256"} for entry in told] == [{"rows", "counters"}, {"rows"}, set()]
+    assert read_manifest(location).files == artifact.manifest.files == files
+
+
+def test_files_of_the_pool_lie_beside_the_artifacts_and_are_missed_there(tmp_path: Path):
+    kind = Location.of(tmp_path) / "pairs"
+    entries = [
+        write_shard(kind / name, TABLE, {}).model_copy(update={"name": name, **more})
+        for name, more in (("shards/a.parquet", {}), ("shards/quarantine/a.parquet", {"rows": None}))
+    ]
+    artifact = publish(kind / "f", "pairs", identity={}, inputs={}, files=entries)
+    assert artifact.shards() == [kind / "shards" / "a.parquet"]
+    assert artifact.quarantines() == [kind / "shards" / "quarantine" / "a.parquet"]
+    assert str(artifact.quarantines()[0]) in artifact.where_quarantined()
+    assert load(kind / "f", "pairs", artifact.fingerprint) == artifact
+    artifact.quarantines()[0].remove()
+    with pytest.raises(DataError, match=r"lacks 1 of its 2 files, the first being shards/quarantine/a\.parquet"):
+        load(kind / "f", "pairs", artifact.fingerprint)
 
 
 def test_a_shard_carries_its_counters(tmp_path: Path):
     location = Location.of(tmp_path) / "part-0.parquet"
     entry = write_shard(location, TABLE, {"read": 4, "role_order": 1})
-    assert inspect_shard(location) == (entry, {"read": 4, "role_order": 1})
+    assert inspect_shard(location) == entry and entry.counters == {"read": 4, "role_order": 1}
     content = location.read_bytes()
     assert (entry.rows, entry.bytes, entry.sha256) == (3, len(content), hashlib.sha256(content).hexdigest())
 

@@ -12,9 +12,9 @@ config         the configuration: the sections, reading them, what is wrong with
 data           preference data as functions of rows, from bytes to token ids
 losses         formulas, and what they are given
 model          the model's folder, and its forward pass down to token log-probs
+evaluation     margins, agreement of engines, the pages that tell people
 scoring        what gives completions their scores, and models theirs on tasks, and what each source is known by
 shards         what a stage does with one shard
 training       the trainer: the plan of the steps, a step, the loop, checkpoints
-evaluation     margins, agreement of engines, the pages that tell people
 on_ray         the only importer of ray and vllm: it carries, and decides nothing
 """

@@ -71,10 +71,10 @@ ROOMS = {
     "data": {"config", "errors", "estimates", "pairs", "storage"},
     "losses": {"config"},
     "model": {"bins", "config", "errors", "pairs", "progress", "storage"},
-    "scoring": {"config", "data", "errors", "model", "origin", "pairs", "storage"},
-    "shards": {"bins", "config", "data", "errors", "model", "pairs", "scoring", "storage"},
-    "training": {"bins", "config", "data", "errors", "losses", "model", "pairs", "progress", "storage"},
     "evaluation": {"config", "errors", "estimates", "losses", "pairs", "storage"},
+    "scoring": {"config", "data", "errors", "model", "origin", "pairs", "storage"},
+    "shards": {"bins", "config", "data", "errors", "evaluation", "model", "pairs", "scoring", "storage"},
+    "training": {"bins", "config", "data", "errors", "losses", "model", "pairs", "progress", "storage"},
     "on_ray": {
         "bins", "config", "data", "errors", "evaluation", "losses", "model", "origin", "pairs", "progress",
         "scoring", "shards", "storage", "training",

@@ -15,6 +15,7 @@ from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.failures import raise_ours, reason_of
 from dpo_ray.on_ray.resume import newest_whole_checkpoint, resumed_step, run_name, state_of
 from dpo_ray.on_ray.session import connect
+from dpo_ray.on_ray.worker_memory import least_memory
 from dpo_ray.progress import aside, say
 from dpo_ray.storage.artifact import Artifact, Contents, describe_file, make, place
 from dpo_ray.storage.location import Location
@@ -193,16 +194,15 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
 
 
 def tokens_per_microbatch(config: Config) -> int:
-    """As configured, or what fits into the memory of one worker. Ray must be connected."""
+    """As configured, or what fits into the memory that a worker has on every node. Ray must be connected."""
     options = config.train
     if options.tokens_per_microbatch != "auto":
         return options.tokens_per_microbatch
     import ray
 
-    fewest = options.min_workers or options.num_workers
-    task = ray.remote(num_cpus=0, num_gpus=options.gpus, max_calls=1)(_tokens_on_a_worker)
+    task = ray.remote(num_cpus=0, max_calls=1)(_tokens_that_fit)
     try:
-        tokens: int = ray.get(task.remote(config.model, options, fewest))
+        tokens: int = ray.get(task.remote(config.model, options, least_memory(options)))
     except Exception as error:
         raise_ours(error, KIND)
     say(KIND, f"micro-batches of at most {tokens} tokens (train.tokens_per_microbatch=auto)")
@@ -245,10 +245,11 @@ def _speed_of_a_worker(model: Model, train: Train, index: PlanIndex) -> float:
     return tokens_per_second(model, train, pairs, torch.device("cuda" if train.use_gpu else "cpu"))
 
 
-def _tokens_on_a_worker(model: Model, train: Train, num_workers: int) -> int:
-    from dpo_ray.training.memory import tokens_on_a_worker  # with torch, in the process that asks
+def _tokens_that_fit(model: Model, train: Train, memory: int) -> int:
+    from dpo_ray.training.memory import shape_of, tokens_that_fit  # with torch, in the process that asks
 
-    return tokens_on_a_worker(model, train, num_workers)
+    shape = shape_of(ModelFolder.of(model))
+    return tokens_that_fit(shape, model, train, memory=memory, num_workers=train.min_workers or train.num_workers)
 
 
 def _collect(checkpoint: Location, location: Location) -> list[dict[str, Any]]:

@@ -80,10 +80,10 @@ def tokens_that_fit(shape: Shape, model: Model, train: Train, *, memory: int, nu
 
     Raises ConfigError where the model's own state leaves no room for a useful number of them.
     """
-    state = state_bytes(shape, model, train, num_workers)
-    room = _USABLE * memory - state - _LOGIT_TILES * shape.vocabulary
+    room = room_beside_state(shape, model, train, memory=memory, num_workers=num_workers)
     tokens = int(room // bytes_per_token(shape, model, train))
     if tokens < 128:
+        state = state_bytes(shape, model, train, num_workers)
         raise ConfigError(
             f"train.tokens_per_microbatch=auto finds no room: a worker has {memory / _GIB:.1f} GiB, of which weights, "
             f"gradients and optimizer take about {state / _GIB:.1f}. Use train.strategy=fsdp with more workers, "
@@ -93,17 +93,19 @@ def tokens_that_fit(shape: Shape, model: Model, train: Train, *, memory: int, nu
     return min(tokens, MOST_TOKENS_GPU if train.use_gpu else MOST_TOKENS_CPU)
 
 
-def tokens_on_a_worker(model: Model, train: Train, num_workers: int) -> int:
-    """Tokens of a micro-batch on a worker like the process that asks. Raises ConfigError."""
-    shape = shape_of(ModelFolder.of(model))
-    memory = worker_memory(num_workers, train.cpus_per_worker, train.gpus)
-    return tokens_that_fit(shape, model, train, memory=memory, num_workers=num_workers)
+def room_beside_state(shape: Shape, model: Model, train: Train, *, memory: int, num_workers: int) -> float:
+    """Bytes of a worker with `memory` bytes that are left for micro-batches; below 0 where not even the state fits."""
+    return _USABLE * memory - state_bytes(shape, model, train, num_workers) - _LOGIT_TILES * shape.vocabulary
 
 
-def worker_memory(num_workers: int, cpus_per_worker: float, gpus: float) -> int:
+def worker_memory(beside: int, gpus: float) -> int:
     """Bytes of one worker where this runs: its GPU's, or its part of the machine's memory.
 
     All of the memory, free or not, so that a run that is gone on with is cut into micro-batches as before.
+
+    Args:
+        beside: workers that share the machine, this one included.
+        gpus: of one worker; 0 on CPU.
     """
     if gpus:
         import torch
@@ -113,5 +115,4 @@ def worker_memory(num_workers: int, cpus_per_worker: float, gpus: float) -> int:
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
-    beside = max(1, min(num_workers, int((os.cpu_count() or 1) // cpus_per_worker)))
     return total // beside

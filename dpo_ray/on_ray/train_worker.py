@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_ray.config import Metric, Model, Train
-from dpo_ray.errors import DpoRayError, NonFiniteLoss, ReferenceMismatch
+from dpo_ray.errors import DpoRayError, NonFiniteLoss, PairTooLong, ReferenceMismatch
 from dpo_ray.on_ray.resume import state_of, whole_checkpoints
 from dpo_ray.progress import aside, say
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import KIND
+from dpo_ray.training.longest import LongestPair
 from dpo_ray.training.plan import PlanIndex
 from dpo_ray.training.selection import higher_is_better
 
@@ -43,6 +44,7 @@ class TrainJob:
     """As in the step plan, which itself stays with the feed: it grows with the data."""
     held_out: PlanIndex | None
     """The pairs of the evaluations while training; None: there are none."""
+    longest: LongestPair
     tokens_per_microbatch: int
     reference_tolerance: float
     run: Location
@@ -70,6 +72,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
     import torch
 
     from dpo_ray.training.loop import train
+    from dpo_ray.training.memory import worker_memory
     from dpo_ray.training.parallel import Rank
 
     gc.enable()
@@ -107,8 +110,10 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
                 checkpoints=RayCheckpoints(me, options.keep_best, job.num_steps, job.run),
                 resume=Path(folder) if folder is not None else None,
                 reference_tolerance=job.reference_tolerance,
+                longest=job.longest,
+                memory=worker_memory(context.get_local_world_size(), options.gpus),
             )
-        except (NonFiniteLoss, ReferenceMismatch) as error:
+        except (NonFiniteLoss, ReferenceMismatch, PairTooLong) as error:
             return error
     return None
 

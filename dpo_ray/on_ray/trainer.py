@@ -20,6 +20,7 @@ from dpo_ray.progress import aside, say
 from dpo_ray.storage.artifact import Artifact, Contents, describe_file, make, place
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import EXPORT, HISTORY, KIND, MODEL_FOLDER, num_skipped, read_history
+from dpo_ray.training.longest import LongestPair, longest
 from dpo_ray.training.plan import ORDER, PlanIndex, StepPlan, make_plan
 from dpo_ray.training.selection import higher_is_better
 
@@ -35,6 +36,8 @@ class Steering:
     """Takes the arguments of TorchTrainer in its place."""
     whose: str | None = None
     """Its lines are for the log alone, and named by this."""
+    tokens_per_microbatch: int | None = None
+    """What fits into the memory of one worker, found out once for many trainings."""
 
 
 def train_policy(
@@ -132,7 +135,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
     from dpo_ray.on_ray.stream import TRAIN, StepFeed, placeholder
     from dpo_ray.on_ray.train_worker import TrainJob, train_worker
 
-    microbatch = tokens_per_microbatch(config)
+    microbatch = steering.tokens_per_microbatch or tokens_per_microbatch(config)
     runs = location / "checkpoints"
     name = run_name(runs)
     filesystem, storage_path = runs.filesystem()
@@ -153,6 +156,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
                 pairs_per_epoch=len(plan.index),
                 hidden_size=plan.hidden_size,
                 held_out=held_out.drawn(options.eval_pairs) if options.eval_every_steps is not None else None,
+                longest=_longest_pair(plan.index),
                 tokens_per_microbatch=microbatch,
                 reference_tolerance=config.reference.tolerance,
                 run=runs / name,
@@ -191,6 +195,17 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
         raise result.return_value
     assert result.checkpoint is not None
     return runs.same_store(result.checkpoint.path)
+
+
+def _longest_pair(index: PlanIndex) -> LongestPair:
+    import numpy as np
+
+    from dpo_ray.on_ray.stream import read_share
+
+    place, tokens = longest(index)
+    at = np.array([place])
+    [pair] = read_share(index, at, 0, 1, tokens, 1).pairs
+    return LongestPair(pair, index.shards[int(index.shard_of(at)[0])], int(index.row[place]))
 
 
 def tokens_per_microbatch(config: Config) -> int:

@@ -20,8 +20,10 @@ from dpo_ray.progress import Progress, say
 from dpo_ray.training.batch import Share, Step
 from dpo_ray.training.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
 from dpo_ray.training.files import EXPORT, num_skipped
+from dpo_ray.training.longest import LongestPair
 from dpo_ray.training.optim import WeightAverage, learning_rate, make_optimizer
 from dpo_ray.training.parallel import Rank, parallelize, whole_state
+from dpo_ray.training.rehearsal import require_that_it_fits
 from dpo_ray.training.selection import best_step, should_stop
 from dpo_ray.training.step import Learner
 
@@ -58,6 +60,8 @@ def train(
     checkpoints: Checkpoints,
     resume: Path | None,
     reference_tolerance: float | None,
+    longest: LongestPair | None = None,
+    memory: int = 0,
 ) -> TrainState:
     """Train the policy from its start, or from a checkpoint folder, to the last step. Returns where it ended.
 
@@ -67,9 +71,11 @@ def train(
         held_out: this rank's share of the pairs that are evaluated every `eval_every_steps`.
         resume: folder of the checkpoint to go on from.
         reference_tolerance: at the first step policy and reference must agree so far, in nats a completion.
+        longest: the longest of all pairs, for which there must be memory; None: it is not looked at.
+        memory: bytes of this rank, where `longest` is given.
 
-    Raises NonFiniteLoss or ReferenceMismatch, each on every rank alike; DataError where a pair lacks what the loss
-    needs.
+    Raises NonFiniteLoss, ReferenceMismatch or PairTooLong, each on every rank alike; DataError where a pair lacks what
+    the loss needs.
     """
     torch.manual_seed(seed + me.rank)
     folder = ModelFolder.of(model)
@@ -94,6 +100,8 @@ def train(
     num_tokens = state.history[-1]["num_tokens"] if state.history else 0
     if state.finished:
         return state  # the last checkpoint is already kept; only its publication was interrupted
+    if longest is not None:
+        require_that_it_fits(learner, longest, model, memory)
 
     for step in steps_from(state.next_step):
         began = time.monotonic()

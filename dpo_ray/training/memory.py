@@ -11,8 +11,10 @@ from pathlib import Path
 
 from dpo_ray.config import Model, Train
 from dpo_ray.errors import ConfigError
+from dpo_ray.model import attention
 from dpo_ray.model.logprobs import TILE_TOKENS
 from dpo_ray.model.resolve import ModelFolder
+from dpo_ray.pairs import TokenizedPair
 
 MOST_TOKENS_CPU = 1024  # matrix products are no faster with more rows, and memory that is not taken costs nothing
 MOST_TOKENS_GPU = 16384
@@ -34,6 +36,8 @@ class Shape:
     intermediate: int
     """Of all experts that a token goes through."""
     vocabulary: int
+    heads: int
+    """Of queries in a layer's attention."""
 
 
 def shape_of(folder: ModelFolder) -> Shape:
@@ -55,6 +59,7 @@ def shape_of(folder: ModelFolder) -> Shape:
         hidden=hidden,
         intermediate=experts * width,
         vocabulary=config.vocab_size,
+        heads=config.num_attention_heads,
     )
 
 
@@ -96,6 +101,30 @@ def tokens_that_fit(shape: Shape, model: Model, train: Train, *, memory: int, nu
 def room_beside_state(shape: Shape, model: Model, train: Train, *, memory: int, num_workers: int) -> float:
     """Bytes of a worker with `memory` bytes that are left for micro-batches; below 0 where not even the state fits."""
     return _USABLE * memory - state_bytes(shape, model, train, num_workers) - _LOGIT_TILES * shape.vocabulary
+
+
+def pair_bytes(shape: Shape, model: Model, train: Train, pair: TokenizedPair, implementation: str) -> int:
+    """What the backward pass needs of a pair that is computed alone on a CPU.
+
+    Beside what every token needs, attention keeps in each layer what grows with the square of the sequence: the mask,
+    as PyTorch's kernel for CPUs converts it; the weights of all heads where it is computed step by step.
+
+    Args:
+        implementation: of attention, as transformers names it.
+    """
+    size = 2 if model.dtype == "bfloat16" else 4
+    prompt, chosen, rejected = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
+    if implementation == attention.IMPLEMENTATION:
+        tokens, squares = pair.num_tokens, rejected * (prompt + rejected)
+    else:
+        width = prompt + max(chosen, rejected)
+        rows = bool(chosen) + bool(rejected)
+        tokens, squares = rows * width, rows * width**2
+    square = size
+    if implementation == "eager":
+        square = shape.heads * (4 if size == 4 else 4 + size)  # a softmax is in float32, and brought to bfloat16 then
+    layers = 1 if train.activation_checkpointing else shape.layers
+    return tokens * bytes_per_token(shape, model, train) + layers * squares * square
 
 
 def worker_memory(beside: int, gpus: float) -> int:

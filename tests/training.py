@@ -121,7 +121,7 @@ class Kept:
         self.folder = folder
         self.die_at = die_at
 
-    def keep(self, metrics: dict[str, Any], folder: Path, *, last: bool) -> None:
+    def keep(self, metrics: dict[str, Any], folder: Path, *, wait: bool) -> None:
         shutil.copytree(folder, self.folder / f"step-{metrics['step']}", copy_function=shutil.move, dirs_exist_ok=True)
         shutil.rmtree(folder)
         if dist.is_initialized():
@@ -185,6 +185,7 @@ def run(
     factor_of_rank_1: float | None = None,
     tries_longest: bool = False,
     memory_ends_on_rank: int | None = None,
+    is_forewarned: Callable[[], bool] | None = None,
     **values: Any,
 ) -> TrainState:
     """Train on the pairs, as one worker or as one rank of a gang.
@@ -195,6 +196,7 @@ def run(
         factor_of_rank_1: a fault: what rank 1's gradients are multiplied by before they travel.
         tries_longest: the longest pair is tried before the first step, as on a GPU.
         memory_ends_on_rank: a fault: where it is tried, this rank has too little memory.
+        is_forewarned: as `train` takes it.
         values: of the section `train`.
     """
     me = me or Rank(0, 1, torch.device("cpu"))
@@ -222,6 +224,7 @@ def run(
             resume=resume,
             reference_tolerance=reference_tolerance,
             longest=longest_of(pairs) if tries_longest else None,
+            **({"is_forewarned": is_forewarned} if is_forewarned is not None else {}),
         )
 
 

@@ -65,6 +65,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
     gc.disable()  # while importing it finds nothing, and costs a fifth of the time
     import ray.train
 
+    from dpo_ray.on_ray.preemption import Forewarning, preemption_is_watched
     from dpo_ray.on_ray.stream import TRAIN, read_share, received_steps
 
     shard = ray.train.get_dataset_shard(TRAIN)  # the feed's processes start while this one imports
@@ -112,6 +113,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
                 reference_tolerance=job.reference_tolerance,
                 longest=job.longest,
                 memory=worker_memory(context.get_local_world_size(), options.gpus),
+                **({"is_forewarned": Forewarning(me).is_due} if preemption_is_watched() else {}),
             )
         except (NonFiniteLoss, ReferenceMismatch, PairTooLong) as error:
             return error
@@ -119,7 +121,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
 
 
 class RayCheckpoints:
-    """Keeps checkpoints where Ray Train keeps them; all but the last are uploaded while training goes on."""
+    """Keeps checkpoints where Ray Train keeps them; they are uploaded while training goes on, if it need not wait."""
 
     def __init__(self, me: Rank, keep_best: Metric | None, num_steps: int, run: Location):
         self.me = me
@@ -127,7 +129,7 @@ class RayCheckpoints:
         self.num_steps = num_steps
         self.run = run
 
-    def keep(self, metrics: dict[str, Any], folder: Path, *, last: bool) -> None:
+    def keep(self, metrics: dict[str, Any], folder: Path, *, wait: bool) -> None:
         import ray.train
         from ray.train import CheckpointUploadMode
 
@@ -138,7 +140,7 @@ class RayCheckpoints:
         ray.train.report(
             told,
             checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-            checkpoint_upload_mode=CheckpointUploadMode.SYNC if last else CheckpointUploadMode.ASYNC,
+            checkpoint_upload_mode=CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
         if self.me.rank == 0:

@@ -31,10 +31,10 @@ from dpo_ray.training.step import Learner
 class Checkpoints(Protocol):
     """Where checkpoints are kept."""
 
-    def keep(self, metrics: dict[str, Any], folder: Path, *, last: bool) -> None:
+    def keep(self, metrics: dict[str, Any], folder: Path, *, wait: bool) -> None:
         """Take this rank's part of a checkpoint, and the folder with it; every rank calls it.
 
-        It may return before the checkpoint is safe, unless it is the last one.
+        Without `wait` it may return before the checkpoint is safe.
         """
 
     def report(self, metrics: dict[str, Any]) -> None:
@@ -62,6 +62,7 @@ def train(
     reference_tolerance: float | None,
     longest: LongestPair | None = None,
     memory: int = 0,
+    is_forewarned: Callable[[], bool] = lambda: False,
 ) -> TrainState:
     """Train the policy from its start, or from a checkpoint folder, to the last step. Returns where it ended.
 
@@ -73,6 +74,8 @@ def train(
         reference_tolerance: at the first step policy and reference must agree so far, in nats a completion.
         longest: the longest of all pairs, for which there must be memory; None: it is not looked at.
         memory: bytes of this rank, where `longest` is given.
+        is_forewarned: whether a worker is about to be lost, and what was done should be kept now. Every rank calls it
+            after each step, and is told the same.
 
     Raises NonFiniteLoss, ReferenceMismatch or PairTooLong, each on every rank alike; DataError where a pair lacks what
     the loss needs.
@@ -129,7 +132,8 @@ def train(
         if eval_due and held_out is not None:
             with average.in_place() if average is not None else nullcontext():
                 metrics |= learner.evaluate(held_out)
-        scheduled = number == num_steps or number % options.checkpoint_every_steps == 0
+        forewarned = is_forewarned()
+        scheduled = number == num_steps or number % options.checkpoint_every_steps == 0 or forewarned
         if scheduled or eval_due or result.skipped or number % options.log_every_steps == 0:
             state.history.append(metrics)
         if me.rank == 0:
@@ -143,7 +147,7 @@ def train(
             eval_due and options.early_stopping is not None and should_stop(state.history, options.early_stopping)
         )
         if state.finished or scheduled or (eval_due and options.keep_best):
-            _checkpoint(learner, metrics, checkpoints, model=model, source=folder.path)
+            _checkpoint(learner, metrics, checkpoints, model=model, source=folder.path, wait=forewarned)
         elif eval_due:
             checkpoints.report(metrics)
         if state.finished:
@@ -152,9 +156,13 @@ def train(
 
 
 def _checkpoint(
-    learner: Learner, metrics: dict[str, Any], checkpoints: Checkpoints, *, model: Model, source: Path
+    learner: Learner, metrics: dict[str, Any], checkpoints: Checkpoints, *, model: Model, source: Path, wait: bool
 ) -> None:
-    """Hand over a checkpoint of this moment; the last one holds the exported model too."""
+    """Hand over a checkpoint of this moment; the last one holds the exported model too.
+
+    Args:
+        wait: until it is safe, which the last one always is.
+    """
     policy, state, me = learner.scorer.model, learner.state, learner.me
     keep_best = learner.options.keep_best
     if state.finished:
@@ -176,7 +184,7 @@ def _checkpoint(
             weights = whole_state(policy)
             if me.rank == 0:
                 export_policy(folder / EXPORT, policy=policy, source=source, options=model, state=weights)
-    checkpoints.keep(metrics, folder, last=state.finished)
+    checkpoints.keep(metrics, folder, wait=wait or state.finished)
 
 
 def _count_skipped(pairs: Sequence[str], state: TrainState, options: Train, number: int, me: Rank) -> None:

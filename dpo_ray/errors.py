@@ -10,6 +10,7 @@ the command line:
     ├── ConfigError             2   configuration or usage
     │   └── RewardError         2   the reward function that is named there fails, or gives no number
     ├── DataError               3   data unreadable, or too much of it quarantined
+    │   └── PairTooLong         3   a pair that does not fit into the memory of a training worker
     ├── ReferenceMismatch       3   reference log-probs and the trainer's forward disagree
     ├── GateFailed              4   the model did not pass its gate; nothing was published
     └── Interrupted           130   by Ctrl-C
@@ -38,6 +39,10 @@ class DataError(DpoRayError):
     """Input that cannot be read, or too much of it unusable."""
 
     exit_code = 3
+
+
+class PairTooLong(DataError):
+    """A pair that a training worker has too little memory for."""
 
 
 class ReferenceMismatch(DataError):

@@ -22,13 +22,17 @@ from dpo_ray.data.pairing import mismatched
 from dpo_ray.model import attention
 from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy
 from dpo_ray.pairs import TokenizedPair
+from dpo_ray.training import loop
 from dpo_ray.training.batch import Share, Step
 from dpo_ray.training.checkpoint import TrainState
 from dpo_ray.training.files import EXPORT, read_history
 from dpo_ray.training.index import PlanIndex
+from dpo_ray.training.longest import LongestPair
 from dpo_ray.training.loop import train
 from dpo_ray.training.parallel import Rank
 from dpo_ray.training.plan import microbatches
+from dpo_ray.training.rehearsal import try_out
+from dpo_ray.training.step import Learner
 from tests import gradients
 
 VOCABULARY = 512
@@ -118,7 +122,7 @@ class Kept:
         self.folder = folder
         self.die_at = die_at
 
-    def keep(self, metrics: dict[str, Any], folder: Path, *, last: bool) -> None:
+    def keep(self, metrics: dict[str, Any], folder: Path, *, wait: bool) -> None:
         shutil.copytree(folder, self.folder / f"step-{metrics['step']}", copy_function=shutil.move, dirs_exist_ok=True)
         shutil.rmtree(folder)
         if dist.is_initialized():
@@ -180,6 +184,9 @@ def run(
     packed: bool = True,
     record_gradients: bool = False,
     factor_of_rank_1: float | None = None,
+    tries_longest: bool = False,
+    memory_ends_on_rank: int | None = None,
+    is_forewarned: Callable[[], bool] | None = None,
     **values: Any,
 ) -> TrainState:
     """Train on the pairs, as one worker or as one rank of a gang.
@@ -188,6 +195,9 @@ def run(
         packed: whether the model may run on packed pairs; otherwise they are padded.
         record_gradients: leave them beside the checkpoints, and take the smooth AdamW of tests.gradients.
         factor_of_rank_1: a fault: what rank 1's gradients are multiplied by before they travel.
+        tries_longest: the longest pair is tried before the first step, as on a GPU.
+        memory_ends_on_rank: a fault: where it is tried, this rank has too little memory.
+        is_forewarned: as `train` takes it.
         values: of the section `train`.
     """
     me = me or Rank(0, 1, torch.device("cpu"))
@@ -199,7 +209,9 @@ def run(
     layout = nullcontext() if packed else mock.patch.object(attention, "serves", return_value=False)
     record = gradients.recorded(folder, me.rank) if record_gradients else nullcontext()
     fault = gradients.multiplied(factor_of_rank_1) if factor_of_rank_1 and me.rank == 1 else nullcontext()
-    with layout, record, fault, _one_thread():
+    tried = mock.patch.object(loop, "require_that_it_fits", _try_out) if tries_longest else nullcontext()
+    ends = mock.patch.object(Learner, "rehearse", memory_ends) if memory_ends_on_rank == me.rank else nullcontext()
+    with layout, record, fault, tried, ends, _one_thread():
         return train(
             model if isinstance(model, Model) else Model(path=str(model)),
             options,
@@ -212,7 +224,22 @@ def run(
             checkpoints=Kept(folder, die_at),
             resume=resume,
             reference_tolerance=reference_tolerance,
+            longest=longest_of(pairs) if tries_longest else None,
+            **({"is_forewarned": is_forewarned} if is_forewarned is not None else {}),
         )
+
+
+def longest_of(pairs: Sequence[TokenizedPair]) -> LongestPair:
+    row = max(range(len(pairs)), key=lambda row: pairs[row].num_tokens)
+    return LongestPair(pairs[row], "memory", row)
+
+
+def _try_out(learner: Learner, longest: LongestPair, *_: Any) -> None:
+    try_out(learner, longest)
+
+
+def memory_ends(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 @contextmanager

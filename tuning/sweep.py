@@ -254,10 +254,11 @@ class Sweep:
         trial.num_steps = self.num_steps(config)
         return Work(
             name=f"trial {trial.number}" + f", seed {trial.seed}" * (trial.seed != self.config.run.seed),
-            config=_with_train(config, tokens_per_microbatch=self._tokens(config)),
+            config=config,
             rows=preparation_key(config),
             objective=self.tune.objectives()[0],
             num_steps=trial.num_steps,
+            tokens_per_microbatch=self._tokens(config),
             evaluated=tuple(trial.evaluations),
         )
 

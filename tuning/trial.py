@@ -52,6 +52,8 @@ class Work:
     objective: dict[Measure, float]
     """What the scheduler goes by."""
     num_steps: int
+    tokens_per_microbatch: int
+    """What fits into the memory of one of its workers, or what is configured."""
     evaluated: tuple[Evaluation, ...] = ()
     """Of an earlier run: told again, and nothing is decided by them."""
 
@@ -154,7 +156,9 @@ class _Attempt:
 
     def _run(self) -> None:
         work = self._work
-        steering = Steering(partial(HeldTrainer, hold=self._hold, tell=self._tell), work.name)
+        steering = Steering(
+            partial(HeldTrainer, hold=self._hold, tell=self._tell), work.name, work.tokens_per_microbatch
+        )
         try:
             policy, reused = train_policy(self._output, work.config, self._rows, steering)
             self._end(_finished(policy, was_trained=not reused))

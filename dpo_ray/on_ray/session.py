@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dpo_ray.errors import ConfigError, DpoRayError
+from dpo_ray.on_ray.preemption import watch_for_preemption
 from dpo_ray.origin import short
 from dpo_ray.progress import WATCHED, say
 
@@ -61,7 +62,7 @@ def connect(
     # Lines of different workers that look alike must not be folded into one: they are progress.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    watch_for_preemption(is_embedded())
     # Seconds between two looks of Ray Train at its workers. At each it takes one report of them: with Ray's 2 s those
     # of short steps queue up, and a training waits for them at its end.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")

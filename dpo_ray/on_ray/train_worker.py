@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_ray.config import Metric, Model, Train
-from dpo_ray.errors import DpoRayError, NonFiniteLoss, ReferenceMismatch
+from dpo_ray.errors import DpoRayError, NonFiniteLoss, PairTooLong, ReferenceMismatch
 from dpo_ray.on_ray.resume import state_of, whole_checkpoints
 from dpo_ray.progress import aside, say
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import KIND
 from dpo_ray.training.index import PlanIndex
+from dpo_ray.training.longest import LongestPair
 from dpo_ray.training.selection import higher_is_better
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class TrainJob:
     """As in the step plan, which itself stays with the feed: it grows with the data."""
     held_out: PlanIndex | None
     """The pairs of the evaluations while training; None: there are none."""
+    longest: LongestPair
     tokens_per_microbatch: int
     reference_tolerance: float
     run: Location
@@ -63,6 +65,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
     gc.disable()  # while importing it finds nothing, and costs a fifth of the time
     import ray.train
 
+    from dpo_ray.on_ray.preemption import Forewarning, preemption_is_watched
     from dpo_ray.on_ray.stream import TRAIN, read_share, received_steps
 
     shard = ray.train.get_dataset_shard(TRAIN)  # the feed's processes start while this one imports
@@ -70,6 +73,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
     import torch
 
     from dpo_ray.training.loop import train
+    from dpo_ray.training.memory import worker_memory
     from dpo_ray.training.parallel import Rank
 
     gc.enable()
@@ -107,14 +111,17 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
                 checkpoints=RayCheckpoints(me, options.keep_best, job.num_steps, job.run),
                 resume=Path(folder) if folder is not None else None,
                 reference_tolerance=job.reference_tolerance,
+                longest=job.longest,
+                memory=worker_memory(context.get_local_world_size(), options.gpus),
+                **({"is_forewarned": Forewarning(me).is_due} if preemption_is_watched() else {}),
             )
-        except (NonFiniteLoss, ReferenceMismatch) as error:
+        except (NonFiniteLoss, ReferenceMismatch, PairTooLong) as error:
             return error
     return None
 
 
 class RayCheckpoints:
-    """Keeps checkpoints where Ray Train keeps them; all but the last are uploaded while training goes on."""
+    """Keeps checkpoints where Ray Train keeps them; they are uploaded while training goes on, if it need not wait."""
 
     def __init__(self, me: Rank, keep_best: Metric | None, num_steps: int, run: Location):
         self.me = me
@@ -122,7 +129,7 @@ class RayCheckpoints:
         self.num_steps = num_steps
         self.run = run
 
-    def keep(self, metrics: dict[str, Any], folder: Path, *, last: bool) -> None:
+    def keep(self, metrics: dict[str, Any], folder: Path, *, wait: bool) -> None:
         import ray.train
         from ray.train import CheckpointUploadMode
 
@@ -133,7 +140,7 @@ class RayCheckpoints:
         ray.train.report(
             told,
             checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-            checkpoint_upload_mode=CheckpointUploadMode.SYNC if last else CheckpointUploadMode.ASYNC,
+            checkpoint_upload_mode=CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
         if self.me.rank == 0:

@@ -15,11 +15,13 @@ from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.failures import raise_ours, reason_of
 from dpo_ray.on_ray.resume import newest_whole_checkpoint, resumed_step, run_name, state_of
 from dpo_ray.on_ray.session import connect
+from dpo_ray.on_ray.worker_memory import least_memory
 from dpo_ray.progress import aside, say
 from dpo_ray.storage.artifact import Artifact, Contents, describe_file, make, place
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import EXPORT, HISTORY, KIND, MODEL_FOLDER, num_skipped, read_history
 from dpo_ray.training.index import PlanIndex
+from dpo_ray.training.longest import LongestPair
 from dpo_ray.training.plan import ORDER, StepPlan, make_plan
 from dpo_ray.training.selection import higher_is_better
 
@@ -35,6 +37,8 @@ class Steering:
     """Takes the arguments of TorchTrainer in its place."""
     whose: str | None = None
     """Its lines are for the log alone, and named by this."""
+    tokens_per_microbatch: int | None = None
+    """What fits into the memory of one worker, found out once for many trainings."""
 
 
 def train_policy(
@@ -133,7 +137,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
     from dpo_ray.on_ray.stream import TRAIN, StepFeed, placeholder
     from dpo_ray.on_ray.train_worker import TrainJob, train_worker
 
-    microbatch = tokens_per_microbatch(config)
+    microbatch = steering.tokens_per_microbatch or tokens_per_microbatch(config)
     runs = location / "checkpoints"
     name = run_name(runs)
     filesystem, storage_path = runs.filesystem()
@@ -154,6 +158,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
                 pairs_per_epoch=len(plan.index),
                 hidden_size=plan.hidden_size,
                 held_out=held_out.drawn(options.eval_pairs) if options.eval_every_steps is not None else None,
+                longest=_longest_pair(plan.index),
                 tokens_per_microbatch=microbatch,
                 reference_tolerance=config.reference.tolerance,
                 run=runs / name,
@@ -194,17 +199,28 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
     return runs.same_store(result.checkpoint.path)
 
 
+def _longest_pair(index: PlanIndex) -> LongestPair:
+    import numpy as np
+
+    from dpo_ray.on_ray.stream import read_share
+
+    place = index.facts.longest
+    assert place is not None  # a plan has a step
+    at = np.array([place])
+    [pair] = read_share(index, at, 0, 1, index.facts.longest_tokens, 1).pairs
+    return LongestPair(pair, index.shards[int(index.shard_of(at)[0])], int(index.row[place]))
+
+
 def tokens_per_microbatch(config: Config) -> int:
-    """As configured, or what fits into the memory of one worker. Ray must be connected."""
+    """As configured, or what fits into the memory that a worker has on every node. Ray must be connected."""
     options = config.train
     if options.tokens_per_microbatch != "auto":
         return options.tokens_per_microbatch
     import ray
 
-    fewest = options.min_workers or options.num_workers
-    task = ray.remote(num_cpus=0, num_gpus=options.gpus, max_calls=1)(_tokens_on_a_worker)
+    task = ray.remote(num_cpus=0, max_calls=1)(_tokens_that_fit)
     try:
-        tokens: int = ray.get(task.remote(config.model, options, fewest))
+        tokens: int = ray.get(task.remote(config.model, options, least_memory(options)))
     except Exception as error:
         raise_ours(error, KIND)
     say(KIND, f"micro-batches of at most {tokens} tokens (train.tokens_per_microbatch=auto)")
@@ -247,10 +263,11 @@ def _speed_of_a_worker(model: Model, train: Train, index: PlanIndex) -> float:
     return tokens_per_second(model, train, pairs, torch.device("cuda" if train.use_gpu else "cpu"))
 
 
-def _tokens_on_a_worker(model: Model, train: Train, num_workers: int) -> int:
-    from dpo_ray.training.memory import tokens_on_a_worker  # with torch, in the process that asks
+def _tokens_that_fit(model: Model, train: Train, memory: int) -> int:
+    from dpo_ray.training.memory import shape_of, tokens_that_fit  # with torch, in the process that asks
 
-    return tokens_on_a_worker(model, train, num_workers)
+    shape = shape_of(ModelFolder.of(model))
+    return tokens_that_fit(shape, model, train, memory=memory, num_workers=train.min_workers or train.num_workers)
 
 
 def _collect(checkpoint: Location, location: Location) -> list[dict[str, Any]]:

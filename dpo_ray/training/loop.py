@@ -20,8 +20,10 @@ from dpo_ray.progress import Progress, say
 from dpo_ray.training.batch import Share, Step
 from dpo_ray.training.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
 from dpo_ray.training.files import EXPORT, num_skipped
+from dpo_ray.training.longest import LongestPair
 from dpo_ray.training.optim import WeightAverage, learning_rate, make_optimizer
 from dpo_ray.training.parallel import Rank, parallelize, whole_state
+from dpo_ray.training.rehearsal import require_that_it_fits
 from dpo_ray.training.selection import best_step, should_stop
 from dpo_ray.training.step import Learner
 
@@ -29,10 +31,10 @@ from dpo_ray.training.step import Learner
 class Checkpoints(Protocol):
     """Where checkpoints are kept."""
 
-    def keep(self, metrics: dict[str, Any], folder: Path, *, last: bool) -> None:
+    def keep(self, metrics: dict[str, Any], folder: Path, *, wait: bool) -> None:
         """Take this rank's part of a checkpoint, and the folder with it; every rank calls it.
 
-        It may return before the checkpoint is safe, unless it is the last one.
+        Without `wait` it may return before the checkpoint is safe.
         """
 
     def report(self, metrics: dict[str, Any]) -> None:
@@ -58,6 +60,9 @@ def train(
     checkpoints: Checkpoints,
     resume: Path | None,
     reference_tolerance: float | None,
+    longest: LongestPair | None = None,
+    memory: int = 0,
+    is_forewarned: Callable[[], bool] = lambda: False,
 ) -> TrainState:
     """Train the policy from its start, or from a checkpoint folder, to the last step. Returns where it ended.
 
@@ -67,9 +72,13 @@ def train(
         held_out: this rank's share of the pairs that are evaluated every `eval_every_steps`.
         resume: folder of the checkpoint to go on from.
         reference_tolerance: at the first step policy and reference must agree so far, in nats a completion.
+        longest: the longest of all pairs, for which there must be memory; None: it is not looked at.
+        memory: bytes of this rank, where `longest` is given.
+        is_forewarned: whether a worker is about to be lost, and what was done should be kept now. Every rank calls it
+            after each step, and is told the same.
 
-    Raises NonFiniteLoss or ReferenceMismatch, each on every rank alike; DataError where a pair lacks what the loss
-    needs.
+    Raises NonFiniteLoss, ReferenceMismatch or PairTooLong, each on every rank alike; DataError where a pair lacks what
+    the loss needs.
     """
     torch.manual_seed(seed + me.rank)
     folder = ModelFolder.of(model)
@@ -94,6 +103,8 @@ def train(
     num_tokens = state.history[-1]["num_tokens"] if state.history else 0
     if state.finished:
         return state  # the last checkpoint is already kept; only its publication was interrupted
+    if longest is not None:
+        require_that_it_fits(learner, longest, model, memory)
 
     for step in steps_from(state.next_step):
         began = time.monotonic()
@@ -121,7 +132,8 @@ def train(
         if eval_due and held_out is not None:
             with average.in_place() if average is not None else nullcontext():
                 metrics |= learner.evaluate(held_out)
-        scheduled = number == num_steps or number % options.checkpoint_every_steps == 0
+        forewarned = is_forewarned()
+        scheduled = number == num_steps or number % options.checkpoint_every_steps == 0 or forewarned
         if scheduled or eval_due or result.skipped or number % options.log_every_steps == 0:
             state.history.append(metrics)
         if me.rank == 0:
@@ -135,7 +147,7 @@ def train(
             eval_due and options.early_stopping is not None and should_stop(state.history, options.early_stopping)
         )
         if state.finished or scheduled or (eval_due and options.keep_best):
-            _checkpoint(learner, metrics, checkpoints, model=model, source=folder.path)
+            _checkpoint(learner, metrics, checkpoints, model=model, source=folder.path, wait=forewarned)
         elif eval_due:
             checkpoints.report(metrics)
         if state.finished:
@@ -144,9 +156,13 @@ def train(
 
 
 def _checkpoint(
-    learner: Learner, metrics: dict[str, Any], checkpoints: Checkpoints, *, model: Model, source: Path
+    learner: Learner, metrics: dict[str, Any], checkpoints: Checkpoints, *, model: Model, source: Path, wait: bool
 ) -> None:
-    """Hand over a checkpoint of this moment; the last one holds the exported model too."""
+    """Hand over a checkpoint of this moment; the last one holds the exported model too.
+
+    Args:
+        wait: until it is safe, which the last one always is.
+    """
     policy, state, me = learner.scorer.model, learner.state, learner.me
     keep_best = learner.options.keep_best
     if state.finished:
@@ -168,7 +184,7 @@ def _checkpoint(
             weights = whole_state(policy)
             if me.rank == 0:
                 export_policy(folder / EXPORT, policy=policy, source=source, options=model, state=weights)
-    checkpoints.keep(metrics, folder, last=state.finished)
+    checkpoints.keep(metrics, folder, wait=wait or state.finished)
 
 
 def _count_skipped(pairs: Sequence[str], state: TrainState, options: Train, number: int, me: Rank) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from dpo_ray.config import Model, Train
 from dpo_ray.errors import ConfigError
+from dpo_ray.model import attention
 from dpo_ray.model.logprobs import TILE_TOKENS
 from dpo_ray.model.resolve import ModelFolder
+from dpo_ray.pairs import TokenizedPair
 
 MOST_TOKENS_CPU = 1024  # matrix products are no faster with more rows, and memory that is not taken costs nothing
 MOST_TOKENS_GPU = 16384
@@ -34,6 +36,8 @@ class Shape:
     intermediate: int
     """Of all experts that a token goes through."""
     vocabulary: int
+    heads: int
+    """Of queries in a layer's attention."""
 
 
 def shape_of(folder: ModelFolder) -> Shape:
@@ -55,6 +59,7 @@ def shape_of(folder: ModelFolder) -> Shape:
         hidden=hidden,
         intermediate=experts * width,
         vocabulary=config.vocab_size,
+        heads=config.num_attention_heads,
     )
 
 
@@ -80,10 +85,10 @@ def tokens_that_fit(shape: Shape, model: Model, train: Train, *, memory: int, nu
 
     Raises ConfigError where the model's own state leaves no room for a useful number of them.
     """
-    state = state_bytes(shape, model, train, num_workers)
-    room = _USABLE * memory - state - _LOGIT_TILES * shape.vocabulary
+    room = room_beside_state(shape, model, train, memory=memory, num_workers=num_workers)
     tokens = int(room // bytes_per_token(shape, model, train))
     if tokens < 128:
+        state = state_bytes(shape, model, train, num_workers)
         raise ConfigError(
             f"train.tokens_per_microbatch=auto finds no room: a worker has {memory / _GIB:.1f} GiB, of which weights, "
             f"gradients and optimizer take about {state / _GIB:.1f}. Use train.strategy=fsdp with more workers, "
@@ -93,17 +98,43 @@ def tokens_that_fit(shape: Shape, model: Model, train: Train, *, memory: int, nu
     return min(tokens, MOST_TOKENS_GPU if train.use_gpu else MOST_TOKENS_CPU)
 
 
-def tokens_on_a_worker(model: Model, train: Train, num_workers: int) -> int:
-    """Tokens of a micro-batch on a worker like the process that asks. Raises ConfigError."""
-    shape = shape_of(ModelFolder.of(model))
-    memory = worker_memory(num_workers, train.cpus_per_worker, train.gpus)
-    return tokens_that_fit(shape, model, train, memory=memory, num_workers=num_workers)
+def room_beside_state(shape: Shape, model: Model, train: Train, *, memory: int, num_workers: int) -> float:
+    """Bytes of a worker with `memory` bytes that are left for micro-batches; below 0 where not even the state fits."""
+    return _USABLE * memory - state_bytes(shape, model, train, num_workers) - _LOGIT_TILES * shape.vocabulary
 
 
-def worker_memory(num_workers: int, cpus_per_worker: float, gpus: float) -> int:
+def pair_bytes(shape: Shape, model: Model, train: Train, pair: TokenizedPair, implementation: str) -> int:
+    """What the backward pass needs of a pair that is computed alone on a CPU.
+
+    Beside what every token needs, attention keeps in each layer what grows with the square of the sequence: the mask,
+    as PyTorch's kernel for CPUs converts it; the weights of all heads where it is computed step by step.
+
+    Args:
+        implementation: of attention, as transformers names it.
+    """
+    size = 2 if model.dtype == "bfloat16" else 4
+    prompt, chosen, rejected = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
+    if implementation == attention.IMPLEMENTATION:
+        tokens, squares = pair.num_tokens, rejected * (prompt + rejected)
+    else:
+        width = prompt + max(chosen, rejected)
+        rows = bool(chosen) + bool(rejected)
+        tokens, squares = rows * width, rows * width**2
+    square = size
+    if implementation == "eager":
+        square = shape.heads * (4 if size == 4 else 4 + size)  # a softmax is in float32, and brought to bfloat16 then
+    layers = 1 if train.activation_checkpointing else shape.layers
+    return tokens * bytes_per_token(shape, model, train) + layers * squares * square
+
+
+def worker_memory(beside: int, gpus: float) -> int:
     """Bytes of one worker where this runs: its GPU's, or its part of the machine's memory.
 
     All of the memory, free or not, so that a run that is gone on with is cut into micro-batches as before.
+
+    Args:
+        beside: workers that share the machine, this one included.
+        gpus: of one worker; 0 on CPU.
     """
     if gpus:
         import torch
@@ -113,5 +144,4 @@ def worker_memory(num_workers: int, cpus_per_worker: float, gpus: float) -> int:
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
-    beside = max(1, min(num_workers, int((os.cpu_count() or 1) // cpus_per_worker)))
     return total // beside

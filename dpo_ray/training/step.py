@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from dpo_ray.config import Train
 from dpo_ray.data.pairing import mismatched
@@ -127,6 +128,22 @@ class Learner:
                 self.state.reward_count += count
         metrics = {**totals.means(), **_batch_metrics(options, terms), "grad_norm": grad_norm}
         return StepResult(totals.num_tokens, metrics)
+
+    def rehearse(self, pair: TokenizedPair) -> None:
+        """Two micro-batches of this pair alone, forward and backward as in a step; weights and random state stay.
+
+        What memory a step takes is then known: in the second one gradients lie beside what the backward pass needs.
+        Every rank calls it with the same pair.
+        """
+        # Replicas need no exchange for it: a rank that runs out of memory is then missed by none.
+        sharded = isinstance(self.forward, FSDPModule)
+        module = self.forward if sharded else self.scorer
+        with torch.random.fork_rng([self.me.device] if self.me.device.type == "cuda" else []):
+            for last in (False, sharded):
+                with accumulating(module, last=last):
+                    logps = self._score(module, [pair], self.options.entropy_every_steps is not None).logps
+                    (0.0 * (logps.policy_chosen.sum() + logps.policy_rejected.sum())).backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def evaluate(self, share: Share) -> dict[str, float]:

@@ -683,3 +683,31 @@ def test_a_loss_without_reference_trains_on_pairs_without_one(small_model: Path,
         float(beta * chosen.mean()), abs=beta * of_logprob(512)
     )
     assert trained.losses[-1] < trained.losses[0] - 0.01
+
+
+# Warned that a worker will be lost.
+
+
+class Warned:
+    """Warns after one of the steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.steps = step, 0
+
+    def __call__(self) -> bool:
+        self.steps += 1
+        return self.steps == self.step
+
+
+def test_forewarned_the_step_is_kept_and_a_run_that_goes_on_from_there_ends_the_same(
+    small_model: Path, pairs: list[TokenizedPair], uninterrupted: Trained, tmp_path: Path
+):
+    rare = {"checkpoint_every_steps": 100, "log_every_steps": 100}
+    run(small_model, pairs, tmp_path / "warned", is_forewarned=Warned(3), **rare)
+    warned = Trained(tmp_path / "warned")
+    assert warned.checkpoints == [3, NUM_STEPS]
+    assert all_equal(warned.weights, uninterrupted.weights)
+    run(small_model, pairs, tmp_path / "resumed", resume=warned.folder / "step-3", **rare)
+    resumed = Trained(tmp_path / "resumed")
+    assert all_equal(resumed.weights, uninterrupted.weights)
+    assert resumed.of("num_tokens")[-1] == uninterrupted.of("num_tokens")[-1]

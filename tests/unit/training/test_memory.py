@@ -20,8 +20,8 @@ from dpo_ray.training import memory
 from dpo_ray.training.memory import MOST_TOKENS_CPU, MOST_TOKENS_GPU, Shape, bytes_per_token, shape_of, tokens_that_fit
 
 GIB = 2**30
-EIGHT_BILLION = Shape(parameters=8_000_000_000, layers=32, hidden=4096, intermediate=14336, vocabulary=128256)
-SMALL = Shape(parameters=135_000_000, layers=30, hidden=576, intermediate=1536, vocabulary=49152)
+EIGHT_BILLION = Shape(parameters=8_000_000_000, layers=32, hidden=4096, intermediate=14336, vocabulary=128256, heads=32)
+SMALL = Shape(parameters=135_000_000, layers=30, hidden=576, intermediate=1536, vocabulary=49152, heads=9)
 
 
 def fits(shape: Shape, gib: float, num_workers: int = 1, model: dict[str, Any] | None = None, **train: Any) -> int:
@@ -35,7 +35,7 @@ def test_shape_is_read_off_the_configuration(tmp_path: Path):
     config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, vocab_size=100)
     config.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_config(config)
-    assert shape_of(ModelFolder(tmp_path)) == Shape(sum(p.numel() for p in model.parameters()), 3, 64, 96, 100)
+    assert shape_of(ModelFolder(tmp_path)) == Shape(sum(p.numel() for p in model.parameters()), 3, 64, 96, 100, 32)
 
 
 def test_experts_count_as_many_times_as_a_token_goes_through_them(tmp_path: Path):
@@ -67,11 +67,11 @@ def test_what_is_counted_for_a_token_is_at_least_what_is_kept_and_not_twice_that
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         _ = CompletionScorer(policy)(pack([pair])).logprobs
     measured = sum(size for size, _ in kept.values()) / pair.num_tokens
-    shape = Shape(0, 4, 128, 384, 32)
+    shape = Shape(0, 4, 128, 384, 32, 4)
     train = Train(activation_checkpointing=checkpointing)
     counted = bytes_per_token(shape, Model(path="m", dtype=dtype), train)
     if checkpointing:  # one layer is whole in the backward pass, beside what is kept of all
-        one_layer = bytes_per_token(Shape(0, 1, 128, 384, 32), Model(path="m", dtype=dtype), Train())
+        one_layer = bytes_per_token(Shape(0, 1, 128, 384, 32, 4), Model(path="m", dtype=dtype), Train())
         measured += one_layer / 2
     assert measured <= counted <= 2 * measured
 
@@ -110,5 +110,5 @@ def test_the_limit_counts_tokens_of_a_micro_batch(monkeypatch: pytest.MonkeyPatc
 
 def test_a_part_of_a_gpu_has_that_part_of_its_memory(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 80 * 2**30))
-    assert memory.worker_memory(1, 1.0, 0.25) == 20 * 2**30
-    assert memory.worker_memory(1, 1.0, 1.0) == 80 * 2**30
+    assert memory.worker_memory(1, 0.25) == 20 * 2**30
+    assert memory.worker_memory(1, 1.0) == 80 * 2**30

@@ -49,7 +49,7 @@ def attempt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
             return policy, False
 
         monkeypatch.setattr(trial, "train_policy", train_policy)
-        work = Work("trial 0", CONFIG, "key", {"accuracy": 1.0}, 10, tuple(map(evaluation_of, evaluations)))
+        work = Work("trial 0", CONFIG, "key", {"accuracy": 1.0}, 10, 1024, tuple(map(evaluation_of, evaluations)))
         return trial._Attempt(Location.of(tmp_path), work, None)  # type: ignore[arg-type]
 
     return begin

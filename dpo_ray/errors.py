@@ -13,6 +13,8 @@ the command line:
     │   └── PairTooLong         3   a pair that does not fit into the memory of a training worker
     ├── ReferenceMismatch       3   reference log-probs and the trainer's forward disagree
     ├── GateFailed              4   the model did not pass its gate; nothing was published
+    ├── LeaseLost               1   another run has taken over what this one, too long without a sign, was at
+    ├── Busy                   75   another run is at it, and this one was to leave (sysexits.h: try again later)
     └── Interrupted           130   by Ctrl-C
 
 Errors cross process borders (Ray pickles them), so each is built from one message alone.
@@ -71,6 +73,16 @@ class Interrupted(DpoRayError):
     """The person at the terminal ended it."""
 
     exit_code = 130  # as a shell has it for SIGINT
+
+
+class LeaseLost(DpoRayError):
+    """Another run has taken over the work."""
+
+
+class Busy(DpoRayError):
+    """Another run is at the same work, and this one is not to wait for it."""
+
+    exit_code = 75  # EX_TEMPFAIL
 
 
 class EngineDied(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dpo_ray.evaluation.report import html_report
@@ -49,9 +50,10 @@ def align(context: RunContext, until: Stage = "publish") -> None:
     policy = train(context, prepared.rows)
     if until == "train":
         return
-    evaluation = evaluate(context, prepared.pairs, prepared.rows, prepared.calibration, policy)
+    measure = partial(evaluate, context, prepared.pairs, prepared.rows, prepared.calibration, policy)
+    evaluation = measure()
     if until == "publish":
-        publish(context, policy, evaluation)
+        publish(context, policy, evaluation, measure)
 
 
 def preferences(context: RunContext) -> tuple[Artifact, Artifact]:

@@ -18,6 +18,7 @@ from dpo_ray.progress import say
 from pipelines import STAGES, Stage, planned
 
 if TYPE_CHECKING:
+    from dpo_ray.storage.location import Location
     from dpo_ray.storage.published import Move
     from pipelines.context import RunContext
     from pipelines.terminal import Terminal
@@ -178,23 +179,30 @@ def promote(
     why: Why = "",
 ) -> None:
     """Make a published version the latest one, whatever its gate said."""
-    from dpo_ray.storage.location import Location
     from dpo_ray.storage.published import promote
 
-    typer.echo(_moved(promote(Location.of(output), name, version, why)))
+    _move(output, name, "promote", lambda place: promote(place, name, version, why))
 
 
 @app.command()
 def rollback(output: Annotated[str, typer.Argument(help="The output folder.")], name: Published, why: Why = "") -> None:
     """Make the version the latest one that was so before the present one."""
-    from dpo_ray.storage.location import Location
     from dpo_ray.storage.published import rollback
 
-    typer.echo(_moved(rollback(Location.of(output), name, why)))
+    _move(output, name, "rollback", lambda place: rollback(place, name, why))
 
 
-def _moved(made: Move) -> str:
-    return f"The latest version is {made.version} (before: {made.previous or 'none'}): {made.path}"
+def _move(output: str, name: str, command: str, move: Callable[[Location], Move]) -> None:
+    """Move the pointer of a name while nobody else does."""
+    from dpo_ray.storage.location import Location
+    from dpo_ray.storage.published import published_folder, require_any
+    from pipelines.publish import name_lease
+
+    place = Location.of(output)
+    require_any(published_folder(place, name))
+    with name_lease(place, name, command):
+        made = move(place)
+    typer.echo(f"The latest version is {made.version} (before: {made.previous or 'none'}): {made.path}")
 
 
 @app.command()

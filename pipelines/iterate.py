@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,6 +38,8 @@ class Round:
     pairs: Artifact
     policy: Artifact
     evaluation: Artifact
+    measure: Callable[[], Artifact]
+    """Makes the evaluation anew where another model was published since."""
 
     @property
     def win_rate(self) -> dict[str, Any]:
@@ -69,7 +72,7 @@ def iterate(context: RunContext) -> None:
                 break
     context.results["eval"] = {k: v for k, v in best.evaluation.manifest.metrics.items() if k != "samples"}
     context.results["samples"] = best.evaluation.manifest.metrics["samples"]
-    publish(context, best.policy, best.evaluation)
+    publish(context, best.policy, best.evaluation, best.measure)
 
 
 def improves(found: dict[str, Any], best: dict[str, Any]) -> bool:
@@ -112,8 +115,8 @@ def _round(context: RunContext, options: Iterate, number: int, earlier: list[Rou
     rows, calibration = reference(compared, tokenized)
     policy = train(mine, rows)
     # Never against the round's own beginning, so that rounds can be compared.
-    evaluation = evaluate(of_first, pairs, rows, calibration, policy)
-    return Round(number, made, policy, evaluation)
+    measure = partial(evaluate, of_first, pairs, rows, calibration, policy)
+    return Round(number, made, policy, measure(), measure)
 
 
 def _with_policy(config: Config, policy: Artifact) -> Config:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from dpo_ray.errors import GateFailed
@@ -11,14 +13,55 @@ from dpo_ray.evaluation.card import model_card
 from dpo_ray.evaluation.gate import failed_conditions
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
+from dpo_ray.storage.lease import Lease, WhenBusy, hold
 from dpo_ray.storage.location import Location
 from dpo_ray.storage.published import CARD, is_complete, latest, move, published_folder, was_latest
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
 
+STAGE = "publish"
 
-def publish(context: RunContext, policy: Artifact, evaluation: Artifact) -> Location:
-    """Publish the policy if it passes the gate. Raises GateFailed with every reason, and publishes nothing then."""
+
+def name_lease(output: Location, name: str, run_id: str, when_busy: WhenBusy = "wait") -> AbstractContextManager[Lease]:
+    """Held by who publishes under a name, or moves its pointer: what the gate compares with is then still the latest.
+
+    Raises Busy where another run holds it and this one leaves.
+    """
+    return hold(
+        output,
+        f"models-{name}",
+        f"Publishing under the name {name}",
+        run_id=run_id,
+        when_busy=when_busy,
+        tell=lambda line: say(STAGE, line),
+    )
+
+
+def publish(context: RunContext, policy: Artifact, evaluation: Artifact, measure: Callable[[], Artifact]) -> Location:
+    """Publish the policy if it passes the gate. Raises GateFailed with every reason, and publishes nothing then.
+
+    Args:
+        measure: the evaluation anew, where another run has published since: the gate compares with what is the latest.
+
+    Raises Busy where another run publishes under the name and this one leaves.
+    """
+    name = context.config.run.name
+    with name_lease(context.output, name, context.run_id, context.config.run.when_busy) as lease:
+        compared = _compared(context, evaluation)
+        standing = latest(published_folder(context.output, name)) if compared else None
+        if standing is not None and compared != {standing.version}:
+            say(STAGE, f"{standing.version} was published meanwhile: the gate is to compare with it")
+            evaluation = measure()
+        return _publish(context, policy, evaluation, lease)
+
+
+def _compared(context: RunContext, evaluation: Artifact) -> set[str | None]:
+    """The published versions that the gate compares with; None where nothing was published, empty where it does not."""
+    sets = evaluation.manifest.metrics.get("sets") or {}
+    return {sets.get(name, {}).get("version") for name in context.config.publish.gate.no_regression}
+
+
+def _publish(context: RunContext, policy: Artifact, evaluation: Artifact, lease: Lease) -> Location:
     reasons = failed_conditions(context.config.publish.gate, evaluation.manifest.metrics)
     if reasons:
         raise GateFailed(
@@ -34,14 +77,15 @@ def publish(context: RunContext, policy: Artifact, evaluation: Artifact) -> Loca
     if standing is not None and standing.action != "publish" and was_latest(folder, version.name):
         # A run that makes the same model again, as a nightly one without new data does, undoes nobody's decision.
         say(
-            "publish",
+            STAGE,
             f"{version} was published before, and the latest stays {standing.version}: {standing.action} by "
             f"{standing.by}. `dpo-ray promote` moves it.",
         )
         return version
     data = {"policy": policy.fingerprint, **policy.manifest.inputs, "evaluation": evaluation.fingerprint}
+    lease.require()
     move(folder, version.name, action="publish", why="it passed its gate", run_id=context.run_id, data=data)
-    say("publish", f"published {version}")
+    say(STAGE, f"published {version}")
     return version
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from dpo_ray.on_ray.trainer import train_policy
 from dpo_ray.pairs import steers
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact, read_shard
+from dpo_ray.storage.lease import hold
 from dpo_ray.training.index import index_of
 from pipelines.align import Prepared, tokenized_preferences, with_reference
 from pipelines.context import RunContext
@@ -48,7 +50,17 @@ def sweep(context: RunContext) -> None:
         context.output, config, rows, indices, lambda trials: context.table(status_table(search.tune, trials))
     )
     context.begins(STAGE)
-    outcome = search.run()
+    with hold(
+        context.output,
+        f"{STAGE}-{search.records.folder.name}",
+        f"The sweep {search.records.folder}",
+        run_id=context.run_id,
+        when_busy=config.run.when_busy,
+        tell=lambda line: say(STAGE, line),
+    ) as lease:
+        search.records.load()  # what another run has written while this one waited
+        outcome = search.run()
+        lease.require()
     context.table([])
     (context.folder / RESULTS).write_bytes(results_table(search.tune, [*outcome.trials, *outcome.repeats]))
     if not outcome.ranking:
@@ -139,10 +151,11 @@ def _judge(context: RunContext, prepared: Prepared, chosen: Config, outcome: Out
     mine.results = context.results
     reasons: list[str] = []
     try:
-        policy = mine.stage("train", lambda: train_policy(context.output, chosen, prepared.rows))
-        evaluation = evaluate(mine, prepared.pairs, prepared.rows, prepared.calibration, policy)
+        policy = mine.stage("train", lambda: train_policy(context.output, chosen, prepared.rows, run_id=context.run_id))
+        measure = partial(evaluate, mine, prepared.pairs, prepared.rows, prepared.calibration, policy)
+        evaluation = measure()
         final |= {name: evaluation.manifest.metrics[name] for name in ("accuracy", "win_rate")}
-        publish(mine, policy, evaluation)
+        publish(mine, policy, evaluation, measure)
         final["published"] = context.results["published"]
     except Exception as error:
         reasons.append(str(error))

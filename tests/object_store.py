@@ -22,6 +22,19 @@ from tests.command_line import LONGEST
 
 BUCKET = "bucket"
 
+_SERVER = """
+import threading
+from moto.s3.responses import S3Response
+from moto.server import main
+put, lock = S3Response.put_object, threading.RLock()
+def put_object(self):
+    with lock:
+        return put(self)
+S3Response.put_object = put_object
+main()
+"""
+"""moto's server looks at If-Match and If-None-Match and then writes, in several threads: here nobody comes between."""
+
 
 @dataclass(frozen=True)
 class ObjectStore:
@@ -43,7 +56,7 @@ class ObjectStore:
 def object_store() -> Iterator[ObjectStore]:
     """Start the endpoint on a free port, point this process's environment at it, and stop it at the end."""
     with tempfile.TemporaryFile("w+") as log, pytest.MonkeyPatch.context() as patch:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+        command = [sys.executable, "-c", _SERVER, "-H", "127.0.0.1", "-p", "0"]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             env = {

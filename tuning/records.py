@@ -82,8 +82,13 @@ class Records:
     def of(cls, output: Location, identity: dict[str, Any]) -> Records:
         """Those that earlier runs of the sweep have left. Raises DataError where a file is none of ours."""
         records = cls(output / "sweeps" / digest(identity))
-        folder = records.folder / "trials"
-        for file in folder.children():
+        records.load()
+        return records
+
+    def load(self) -> None:
+        """Take what is written as it is now. Raises DataError where a file is none of ours."""
+        self.trials.clear()
+        for file in (self.folder / "trials").children():
             try:
                 trial = Trial.model_validate_json(file.read_bytes())
             except ValidationError as error:
@@ -91,8 +96,7 @@ class Records:
                     f"{file} is not a trial's record ({error.error_count()} errors). Remove it; its number is then "
                     "drawn again, and a training of the same options that is finished is taken over."
                 ) from error
-            records.trials[trial.name] = trial
-        return records
+            self.trials[trial.name] = trial
 
     def get(self, number: int, seed: int, point: Point) -> Trial:
         """The trial, from before or new."""

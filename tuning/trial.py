@@ -20,7 +20,7 @@ from ray import tune
 
 from dpo_ray.config import Config
 from dpo_ray.config.tune import Measure
-from dpo_ray.errors import ConfigError, DataError, NonFiniteLoss
+from dpo_ray.errors import Busy, ConfigError, DataError, NonFiniteLoss
 from dpo_ray.on_ray.failures import reason_of
 from dpo_ray.on_ray.held_trainer import PLACEMENT_GROUP, HeldTrainer, Hold, Stopped
 from dpo_ray.on_ray.trainer import Steering, train_policy
@@ -157,16 +157,21 @@ class _Attempt:
     def _run(self) -> None:
         work = self._work
         steering = Steering(
-            partial(HeldTrainer, hold=self._hold, tell=self._tell), work.name, work.tokens_per_microbatch
+            partial(HeldTrainer, hold=self._hold, tell=self._tell),
+            work.name,
+            work.tokens_per_microbatch,
+            stop=self._hold.stop,
+            while_waiting=self._hold.require_going,
         )
+        run_id = f"{work.config.run.name}, {work.name}"
         try:
-            policy, reused = train_policy(self._output, work.config, self._rows, steering)
+            policy, reused = train_policy(self._output, work.config, self._rows, steering, run_id=run_id)
             self._end(_finished(policy, was_trained=not reused))
         except Stopped:
             return
         except NonFiniteLoss as error:
             self._end(_ended("diverged", str(error)))
-        except (ConfigError, DataError) as error:  # another attempt would end alike
+        except (Busy, ConfigError, DataError) as error:  # another attempt would end alike
             self._end(_ended("failed", str(error)))
         except BaseException as error:
             self._results.put({FAILURE: reason_of(error)})

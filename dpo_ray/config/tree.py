@@ -45,6 +45,9 @@ class Run(Section):
     """Where everything goes: a local folder or a URI such as s3://bucket/prefix."""
     seed: int = Field(0, ge=0)
     """Seeds the split, the sampling and the order of the pairs."""
+    when_busy: Literal["wait", "leave"] = "wait"
+    """Where another run is at the same training, or publishes under the same name: wait until it has ended and take
+    over what it made, or leave at once, with exit code 75."""
 
 
 class LoRA(Section):

@@ -45,6 +45,11 @@ class Hold:
             if self._cancel is not None:
                 self._cancel()
 
+    def require_going(self) -> None:
+        """Raises Stopped where the training is not to begin any more."""
+        if self._stopped:
+            raise Stopped
+
     def run(self, make_controller: Callable[[], TrainController]) -> Result:
         """Run a controller to its end. Raises Stopped."""
         try:

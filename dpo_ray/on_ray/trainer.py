@@ -17,7 +17,8 @@ from dpo_ray.on_ray.resume import newest_whole_checkpoint, resumed_step, run_nam
 from dpo_ray.on_ray.session import connect
 from dpo_ray.on_ray.worker_memory import least_memory
 from dpo_ray.progress import aside, say
-from dpo_ray.storage.artifact import Artifact, Contents, describe_file, make, place
+from dpo_ray.storage.artifact import Artifact, Contents, describe_file, load, make, place
+from dpo_ray.storage.lease import hold
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import EXPORT, HISTORY, KIND, MODEL_FOLDER, num_skipped, read_history
 from dpo_ray.training.index import PlanIndex
@@ -39,31 +40,57 @@ class Steering:
     """Its lines are for the log alone, and named by this."""
     tokens_per_microbatch: int | None = None
     """What fits into the memory of one worker, found out once for many trainings."""
+    stop: Callable[[], None] | None = None
+    """Ends the training from another thread, where it runs in no main thread, which could be interrupted."""
+    while_waiting: Callable[[], None] = lambda: None
+    """Called again and again while another run is at the same training; what it raises ends the wait."""
 
 
 def train_policy(
-    output: Location, config: Config, rows: Artifact, steering: Steering | None = None
+    output: Location, config: Config, rows: Artifact, steering: Steering | None = None, *, run_id: str
 ) -> tuple[Artifact, bool]:
     """Train the policy on finished pairs, or take over the artifact if it is finished already.
 
     The artifact holds the model as a Hugging Face folder, and the metrics of every logged step. A run that was
-    killed goes on from its last checkpoint.
+    killed goes on from its last checkpoint. Of several runs that come to the same training one trains, and the others
+    wait for it or leave (run.when_busy).
 
     Args:
         rows: what the loss needs: the reference artifact, with mismatched completions for KTO; the tokenized pairs
             for a loss without reference.
+        run_id: by which other runs know this one.
+
+    Raises Busy where another run is at it and this one leaves, LeaseLost where another one has taken it over.
     """
     steering = steering or Steering()
     if steering.whose is not None:
         aside(steering.whose)
     identity, inputs = _known_by(config, rows)
-    artifact, reused = make(
-        output, KIND, identity, inputs, lambda location: _train(output, config, rows, location, steering)
-    )
+    location = place(output, KIND, identity, inputs)
+
+    artifact, reused = load(location, KIND, location.name), True
+    if artifact is None:
+        with hold(
+            output,
+            f"{KIND}-{location.name}",
+            f"The training {location}",
+            run_id=run_id,
+            when_busy=config.run.when_busy,
+            tell=lambda line: say(KIND, line),
+            while_waiting=steering.while_waiting,
+            on_lost=steering.stop,
+        ) as lease:
+
+            def compute(location: Location) -> Contents:
+                contents = _train(output, config, rows, location, steering)
+                lease.require()
+                return contents
+
+            artifact, reused = make(output, KIND, identity, inputs, compute)
+            if not reused:
+                _remove_runs(location)
     if reused:
         say(KIND, f"reused: {artifact.location}")
-    else:
-        _remove_runs(artifact.location)
     return artifact, reused
 
 

@@ -32,7 +32,7 @@ _READS = 10
 _LARGEST_SERVER_COPY = 5 << 30  # what S3 copies by one request
 # How the errors of the stores' own libraries read; what decompresses or parses a file raises OSError too.
 _STORES_WORDS = ("AWS Error", "curlCode", "google::cloud::Status")
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ class Location:
         except OSError as error:
             if self.is_local or isinstance(error, StorageError):
                 raise
-            endpoint = next((f"{n}={os.environ[n]}" for n in _ENDPOINTS if os.environ.get(n)), "the store's own")
+            endpoint = next((f"{n}={os.environ[n]}" for n in ENDPOINTS if os.environ.get(n)), "the store's own")
             raise StorageError(
                 f"{self} could not be read or written: {' '.join(str(error).split())} Check the bucket's name, the "
                 f"network, the endpoint ({endpoint}) and the credentials in the environment of this machine and of the "
@@ -325,7 +325,7 @@ def _filesystem(root: str) -> tuple[pafs.FileSystem, str]:
         # from_uri finds the region, but it waits for a few seconds only, and makes three requests for a small file.
         fs = pafs.S3FileSystem(
             region=fs.region,
-            endpoint_override=next((os.environ[n] for n in _ENDPOINTS if os.environ.get(n)), None),
+            endpoint_override=next((os.environ[n] for n in ENDPOINTS if os.environ.get(n)), None),
             connect_timeout=10,
             request_timeout=60,
             retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=6),

@@ -121,7 +121,7 @@ def move(
         published=now.isoformat(timespec="seconds"),
         run_id=run_id,
         data=data or {},
-        by=_who(),
+        by=who(),
         action=action,
         why=why,
         previous=before.version if before is not None else None,
@@ -141,7 +141,7 @@ def complete_versions(folder: Location) -> list[str]:
 def promote(output: Location, name: str, version: str, why: str) -> Move:
     """Make a version of a name the latest one by hand. Raises ConfigError where there is no such version."""
     folder = published_folder(output, name)
-    _require_any(folder)
+    require_any(folder)
     known = [one for one in history(folder) if one.version == version]
     origin = known[-1] if known else None
     run_id, data = (origin.run_id, origin.data) if origin is not None else (None, {})
@@ -155,7 +155,7 @@ def rollback(output: Location, name: str, why: str) -> Move:
     none.
     """
     folder = published_folder(output, name)
-    _require_any(folder)
+    require_any(folder)
     now = latest(folder)
     standing: list[Move] = []
     for one in moves(folder):
@@ -176,14 +176,16 @@ def rollback(output: Location, name: str, why: str) -> Move:
     return move(folder, target.version, action="rollback", why=why, run_id=target.run_id, data=target.data)
 
 
-def _require_any(folder: Location) -> None:
+def require_any(folder: Location) -> None:
+    """Raises ConfigError where nothing was published under a name."""
     if not complete_versions(folder):
         others = [child.name for child in (Location(folder.uri.rpartition("/")[0])).children()]
         named = f"names there: {', '.join(others)}" if others else "nothing was published there"
         raise ConfigError(f"{folder} holds no published model ({named}).")
 
 
-def _who() -> str:
+def who() -> str:
+    """user@machine."""
     try:
         user = getpass.getuser()
     except (OSError, KeyError):  # a container's user may have no name

@@ -7,12 +7,30 @@ import pickle
 import pytest
 
 from dpo_ray.data.rules import BadRow
-from dpo_ray.errors import ConfigError, DataError, DpoRayError, GateFailed, ReferenceMismatch, RewardError
+from dpo_ray.errors import (
+    Busy,
+    ConfigError,
+    DataError,
+    DpoRayError,
+    GateFailed,
+    LeaseLost,
+    ReferenceMismatch,
+    RewardError,
+)
 
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(DpoRayError, 1), (ConfigError, 2), (RewardError, 2), (DataError, 3), (ReferenceMismatch, 3), (GateFailed, 4)],
+    [
+        (DpoRayError, 1),
+        (ConfigError, 2),
+        (RewardError, 2),
+        (DataError, 3),
+        (ReferenceMismatch, 3),
+        (GateFailed, 4),
+        (LeaseLost, 1),
+        (Busy, 75),
+    ],
 )
 def test_each_error_has_its_exit_code(error: type[DpoRayError], code: int):
     assert error("x").exit_code == code

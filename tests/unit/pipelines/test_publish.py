@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from dpo_ray.config import Config
-from dpo_ray.errors import GateFailed
+from dpo_ray.errors import Busy, GateFailed
 from dpo_ray.model.resolve import resolve
 from dpo_ray.storage import artifact
 from dpo_ray.storage.artifact import Artifact
@@ -18,7 +18,7 @@ from dpo_ray.storage.location import Location
 from dpo_ray.storage.published import CARD, LATEST, latest, move, rollback
 from dpo_ray.training.files import KIND, MODEL_FOLDER
 from pipelines.context import RunContext
-from pipelines.publish import publish
+from pipelines.publish import name_lease, publish
 from tests.object_store import BUCKET, object_store
 
 
@@ -62,7 +62,7 @@ def evaluation(context: RunContext, low: float) -> Artifact:
 
 def test_every_file_of_the_model_arrives_with_its_card_and_the_pointer(context: RunContext, small_model: Path):
     trained = policy(context, small_model)
-    version = publish(context, trained, evaluation(context, low=0.7))
+    version = publish(context, trained, measured := evaluation(context, low=0.7), lambda: measured)
     names = {f.name for f in small_model.iterdir()}
     assert "model.safetensors" in names
     assert {f.name for f in version.children()} == names | {"README.md"}
@@ -85,9 +85,9 @@ def test_cut_off_before_its_end_it_is_copied_again(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Location, "write_bytes" if not context.output.is_local else "copy_folder_to", breaks)
-        publish(context, trained, measured)
+        publish(context, trained, measured, lambda: measured)
     assert not (context.output / "models" / "n" / LATEST).exists()
-    version = publish(context, trained, measured)
+    version = publish(context, trained, measured, lambda: measured)
     assert {f.name for f in version.children()} == {f.name for f in small_model.iterdir()} | {"README.md"}
 
 
@@ -96,14 +96,51 @@ def test_the_same_model_made_again_does_not_undo_a_rollback(context: RunContext,
     (name / "earlier" / CARD).write_bytes(b"card")
     move(name, "earlier", action="publish", why="")
     trained, measured = policy(context, small_model), evaluation(context, low=0.7)
-    publish(context, trained, measured)
+    publish(context, trained, measured, lambda: measured)
     rollback(context.output, "n", "it swears")
-    assert publish(context, trained, measured).name == trained.fingerprint
+    assert publish(context, trained, measured, lambda: measured).name == trained.fingerprint
     standing = latest(name)
     assert standing is not None and (standing.version, standing.why) == ("earlier", "it swears")
 
 
 def test_below_the_gate_nothing_is_there(context: RunContext, small_model: Path):
     with pytest.raises(GateFailed, match=r"accuracy is 0\.800 with a 95% interval from 0\.400"):
-        publish(context, policy(context, small_model), evaluation(context, low=0.4))
+        publish(context, policy(context, small_model), measured := evaluation(context, low=0.4), lambda: measured)
     assert not (context.output / "models").exists()
+
+
+def test_a_gate_that_compares_is_measured_anew_where_another_model_was_published_meanwhile(
+    context: RunContext, small_model: Path, capfd: pytest.CaptureFixture[str]
+):
+    gate = {"accuracy_above": 0.5, "no_regression": {"held_out": 0.1}}
+    config = context.config.model_validate({**context.config.model_dump(), "publish": {"gate": gate}})
+    context = RunContext(config, "second", context.output)
+    name = context.output / "models" / "n"
+    (name / "rival" / CARD).write_bytes(b"card")
+    move(name, "rival", action="publish", why="")
+
+    def compared_with(version: str | None, low: float) -> Artifact:
+        accuracy = {"value": 0.8, "low": 0.7, "high": 0.9, "n": 40}
+        change = {"value": 0.0, "low": low, "high": 0.2, "n": 40}
+        sets = {"held_out": {"accuracy": accuracy, "version": version, "change": change}}
+        metrics = {"accuracy": accuracy, "sets": sets}
+        location = context.output / "artifacts" / "eval" / f"with-{version}"
+        return artifact.publish(location, "eval", identity={}, inputs={}, files=[], metrics=metrics)
+
+    trained, before, again = policy(context, small_model), compared_with(None, 0.0), compared_with("rival", -0.5)
+    with pytest.raises(GateFailed, match=r"published version rival is 0\.000 with a 95% interval from -0\.500"):
+        publish(context, trained, before, lambda: again)
+    assert "rival was published meanwhile" in capfd.readouterr().err
+    standing = latest(name)
+    assert standing is not None and standing.version == "rival"
+
+
+def test_two_runs_do_not_publish_under_a_name_at_once(context: RunContext, small_model: Path):
+    run = context.config.run.model_copy(update={"when_busy": "leave"})
+    second = RunContext(context.config.model_copy(update={"run": run}), "second", context.output)
+    trained, measured = policy(context, small_model), evaluation(context, low=0.7)
+    with name_lease(context.output, "n", "first"):
+        with pytest.raises(Busy, match="Publishing under the name n is the work of run first"):
+            publish(second, trained, measured, lambda: measured)
+        assert not (context.output / "models").exists()
+    publish(second, trained, measured, lambda: measured)

@@ -33,7 +33,7 @@ def attempt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """attempt(training): an attempt whose training is a function of `tell`, which returns the lines of its history."""
 
     def begin(training: Callable[..., list[dict[str, Any]]], *evaluations: dict[str, Any], waits: bool = False):
-        def train_policy(output: Any, made: Any, rows: Any, steering: Any) -> tuple[Any, bool]:
+        def train_policy(output: Any, made: Any, rows: Any, steering: Any, run_id: str) -> tuple[Any, bool]:
             hold = steering.make_trainer.keywords["hold"]
             lines = training(steering.make_trainer.keywords["tell"])
             while waits:

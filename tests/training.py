@@ -22,9 +22,12 @@ from dpo_ray.data.pairing import mismatched
 from dpo_ray.model import attention
 from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy
 from dpo_ray.pairs import TokenizedPair
+from dpo_ray.storage.location import Location
+from dpo_ray.training import export
 from dpo_ray.training.batch import Share, Step
 from dpo_ray.training.checkpoint import TrainState
-from dpo_ray.training.files import EXPORT, read_history
+from dpo_ray.training.export import FILE_BYTES
+from dpo_ray.training.files import MODEL_FOLDER, read_history
 from dpo_ray.training.loop import train
 from dpo_ray.training.parallel import Rank
 from dpo_ray.training.plan import PlanIndex, microbatches
@@ -144,6 +147,7 @@ class Trained:
         steps = sorted(folder.glob("step-*"), key=lambda f: int(f.name.removeprefix("step-")))
         self.checkpoints = [int(f.name.removeprefix("step-")) for f in steps]
         self.last = steps[-1]
+        self.model = folder / MODEL_FOLDER
         self.metrics = read_history(self.last)
 
     def of(self, name: str) -> list[float]:
@@ -162,7 +166,7 @@ class Trained:
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         """Those of the exported model."""
-        return load_file(self.last / EXPORT / "model.safetensors")
+        return load_file(self.model / "model.safetensors")
 
 
 def run(
@@ -179,6 +183,7 @@ def run(
     packed: bool = True,
     record_gradients: bool = False,
     factor_of_rank_1: float | None = None,
+    export_file_bytes: int = FILE_BYTES,
     **values: Any,
 ) -> TrainState:
     """Train on the pairs, as one worker or as one rank of a gang.
@@ -187,6 +192,7 @@ def run(
         packed: whether the model may run on packed pairs; otherwise they are padded.
         record_gradients: leave them beside the checkpoints, and take the smooth AdamW of tests.gradients.
         factor_of_rank_1: a fault: what rank 1's gradients are multiplied by before they travel.
+        export_file_bytes: of weights in a file of the trained model, at most.
         values: of the section `train`.
     """
     me = me or Rank(0, 1, torch.device("cpu"))
@@ -198,7 +204,8 @@ def run(
     layout = nullcontext() if packed else mock.patch.object(attention, "serves", return_value=False)
     record = gradients.recorded(folder, me.rank) if record_gradients else nullcontext()
     fault = gradients.multiplied(factor_of_rank_1) if factor_of_rank_1 and me.rank == 1 else nullcontext()
-    with layout, record, fault, _one_thread():
+    smaller = mock.patch.object(export.export_policy, "__kwdefaults__", {"file_bytes": export_file_bytes})
+    with layout, record, fault, smaller, _one_thread():
         return train(
             model if isinstance(model, Model) else Model(path=str(model)),
             options,
@@ -209,6 +216,7 @@ def run(
             steps_from=feed(pairs, options, me),
             held_out=shares(held_out, me, options.tokens_per_microbatch) if held_out else None,
             checkpoints=Kept(folder, die_at),
+            export_to=Location.of(folder / MODEL_FOLDER),
             resume=resume,
             reference_tolerance=reference_tolerance,
         )

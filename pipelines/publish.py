@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from dpo_ray.errors import GateFailed
 from dpo_ray.evaluation.card import model_card
 from dpo_ray.evaluation.gate import failed_conditions
+from dpo_ray.model.folders import HASHES
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.lease import Lease, WhenBusy, hold
@@ -20,6 +22,7 @@ from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
 
 STAGE = "publish"
+_COPIES = 8  # at once
 
 
 def name_lease(output: Location, name: str, run_id: str, when_busy: WhenBusy = "wait") -> AbstractContextManager[Lease]:
@@ -91,18 +94,28 @@ def _publish(context: RunContext, policy: Artifact, evaluation: Artifact, lease:
 
 def _copy_model(context: RunContext, policy: Artifact, evaluation: Artifact, version: Location) -> None:
     card = model_card(context.config, context.run_id, policy.manifest.metrics, evaluation.manifest.metrics)
-    model = policy.location / MODEL_FOLDER
     if not version.is_local:
         # No folder can be renamed there: the card, whose presence makes a version complete, is written last.
-        model.copy_folder_to(version)
+        _copy_files(policy, version)
         (version / CARD).write_bytes(card.encode())
         return
     target = Path(version.uri)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        model.copy_folder_to(Location.of(partial))
+        _copy_files(policy, Location.of(partial))
         (partial / CARD).write_text(card, encoding="utf-8")
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy_files(policy: Artifact, target: Location) -> None:
+    """Copy the model's files, as the manifest has them; inside of an object store nothing comes by this machine."""
+    below = f"{MODEL_FOLDER}/"
+    names = [file.name.removeprefix(below) for file in policy.manifest.files if file.name.startswith(below)]
+    model = policy.location / MODEL_FOLDER
+    with ThreadPoolExecutor(_COPIES) as threads:
+        list(threads.map(lambda name: (model / name).copy_to(target / name), [n for n in names if n != HASHES]))
+    if HASHES in names:  # younger than what it vouches for
+        (model / HASHES).copy_to(target / HASHES)

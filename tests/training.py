@@ -22,10 +22,12 @@ from dpo_ray.data.pairing import mismatched
 from dpo_ray.model import attention
 from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy
 from dpo_ray.pairs import TokenizedPair
-from dpo_ray.training import loop
+from dpo_ray.storage.location import Location
+from dpo_ray.training import export, loop
 from dpo_ray.training.batch import Share, Step
 from dpo_ray.training.checkpoint import TrainState
-from dpo_ray.training.files import EXPORT, read_history
+from dpo_ray.training.export import FILE_BYTES
+from dpo_ray.training.files import MODEL_FOLDER, read_history
 from dpo_ray.training.index import PlanIndex
 from dpo_ray.training.longest import LongestPair
 from dpo_ray.training.loop import train
@@ -149,6 +151,7 @@ class Trained:
         steps = sorted(folder.glob("step-*"), key=lambda f: int(f.name.removeprefix("step-")))
         self.checkpoints = [int(f.name.removeprefix("step-")) for f in steps]
         self.last = steps[-1]
+        self.model = folder / MODEL_FOLDER
         self.metrics = read_history(self.last)
 
     def of(self, name: str) -> list[float]:
@@ -167,7 +170,7 @@ class Trained:
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         """Those of the exported model."""
-        return load_file(self.last / EXPORT / "model.safetensors")
+        return load_file(self.model / "model.safetensors")
 
 
 def run(
@@ -187,6 +190,7 @@ def run(
     tries_longest: bool = False,
     memory_ends_on_rank: int | None = None,
     is_forewarned: Callable[[], bool] | None = None,
+    export_file_bytes: int = FILE_BYTES,
     **values: Any,
 ) -> TrainState:
     """Train on the pairs, as one worker or as one rank of a gang.
@@ -198,6 +202,7 @@ def run(
         tries_longest: the longest pair is tried before the first step, as on a GPU.
         memory_ends_on_rank: a fault: where it is tried, this rank has too little memory.
         is_forewarned: as `train` takes it.
+        export_file_bytes: of weights in a file of the trained model, at most.
         values: of the section `train`.
     """
     me = me or Rank(0, 1, torch.device("cpu"))
@@ -211,7 +216,8 @@ def run(
     fault = gradients.multiplied(factor_of_rank_1) if factor_of_rank_1 and me.rank == 1 else nullcontext()
     tried = mock.patch.object(loop, "require_that_it_fits", _try_out) if tries_longest else nullcontext()
     ends = mock.patch.object(Learner, "rehearse", memory_ends) if memory_ends_on_rank == me.rank else nullcontext()
-    with layout, record, fault, tried, ends, _one_thread():
+    smaller = mock.patch.object(export.export_policy, "__kwdefaults__", {"file_bytes": export_file_bytes})
+    with layout, record, fault, tried, ends, smaller, _one_thread():
         return train(
             model if isinstance(model, Model) else Model(path=str(model)),
             options,
@@ -222,6 +228,7 @@ def run(
             steps_from=feed(pairs, options, me),
             held_out=shares(held_out, me, options.tokens_per_microbatch) if held_out else None,
             checkpoints=Kept(folder, die_at),
+            export_to=Location.of(folder / MODEL_FOLDER),
             resume=resume,
             reference_tolerance=reference_tolerance,
             longest=longest_of(pairs) if tries_longest else None,

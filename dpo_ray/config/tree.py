@@ -416,6 +416,9 @@ class Train(Section):
     """Publish the weights of the evaluation that was best by this, instead of the last ones."""
     early_stopping: EarlyStopping | None = None
     """Stop before the last step when the held-out metric no longer improves."""
+    export_dtype: Dtype | None = None
+    """Precision of the weights that are evaluated and published; null: that of the model's own files, and float32 for
+    an adapter that is published alone."""
     log_every_steps: int = Field(1, ge=1)
     """Steps between reported metrics."""
     entropy_every_steps: int | None = Field(10, ge=1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from dpo_ray.storage.packaged import PACKAGE
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+HASHES = "SHA256SUMS"
+"""In a folder that was exported here: the sha256 of every other file, as `sha256sum --check` reads it."""
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
 
 
@@ -63,6 +68,20 @@ def hash_of(folder: Path, files: list[Path]) -> str:
     value = digest([(f.name, file_hash(Location.of(f))) for f in files])
     Location.of(remembered).write_bytes(value.encode())
     return value
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype of most of a whole model's weights, as its files say: float32, bfloat16 or float16.
+
+    float32 where it is another one.
+    """
+    counts: Counter[str] = Counter()
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        counts.update({t["dtype"]: math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__"})
+    most = max(counts, key=counts.__getitem__, default="F32")
+    return {"BF16": "bfloat16", "F16": "float16"}.get(most, "float32")
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,37 @@ def save_adapter(
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules or ())  # a set; its order would change from process to process
     config.save_pretrained(str(folder))
+
+
+def merged_weights(
+    policy: PreTrainedModel, state: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor]
+) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
+    """What the state of a policy with adapters is without them: each weight by its name in the plain model.
+
+    Args:
+        state: of the policy, frozen weights too, possibly sharded.
+        whole: makes a tensor of it whole.
+
+    Returns a tensor of the weight's shape, and the function that makes the weight whole, its adapter added.
+    """
+    found: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {}
+    for name, value in state.items():
+        layer, _, rest = name.partition(".base_layer.")
+        if ".lora_A." in name or ".lora_B." in name:
+            continue
+        if rest == "weight":
+            down, up = (state[f"{layer}.lora_{factor}.{_NAME}.weight"] for factor in ("A", "B"))
+            module = policy.get_submodule(layer)
+            found[f"{layer}.{rest}"] = value, partial(_added, module, value, down, up, whole)
+        else:
+            found[f"{layer}.{rest}" if rest else name] = value, partial(whole, value)
+    return found
+
+
+def _added(layer: Any, base: Tensor, down: Tensor, up: Tensor, whole: Callable[[Tensor], Tensor]) -> Tensor:
+    update = whole(up) @ whole(down)
+    scale: float = layer.scaling[_NAME]
+    return whole(base) + (update.T if layer.fan_in_fan_out else update) * scale
 
 
 def merge(base: Path, adapter: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -49,6 +49,8 @@ class TrainJob:
     reference_tolerance: float
     run: Location
     """Where Ray Train keeps this run's checkpoints."""
+    export_to: Location
+    """Where the trained model goes."""
     fallback: Location | None
     """The checkpoint of an earlier run to go on from, where this one has none yet."""
     whose: str | None
@@ -109,6 +111,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
                 steps_from=lambda start: received_steps(shard, me.rank, start, job.num_steps),
                 held_out=held_out,
                 checkpoints=RayCheckpoints(me, options.keep_best, job.num_steps, job.run),
+                export_to=job.export_to,
                 resume=Path(folder) if folder is not None else None,
                 reference_tolerance=job.reference_tolerance,
                 longest=job.longest,

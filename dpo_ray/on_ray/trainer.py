@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_ray.config import Config, Model, Train
@@ -17,10 +17,10 @@ from dpo_ray.on_ray.resume import newest_whole_checkpoint, resumed_step, run_nam
 from dpo_ray.on_ray.session import connect
 from dpo_ray.on_ray.worker_memory import least_memory
 from dpo_ray.progress import aside, say
-from dpo_ray.storage.artifact import Artifact, Contents, describe_file, load, make, place
+from dpo_ray.storage.artifact import Artifact, Contents, FileEntry, load, make, place
 from dpo_ray.storage.lease import hold
 from dpo_ray.storage.location import Location
-from dpo_ray.training.files import EXPORT, HISTORY, KIND, MODEL_FOLDER, num_skipped, read_history
+from dpo_ray.training.files import HISTORY, KIND, MODEL_FOLDER, exported_files, num_skipped
 from dpo_ray.training.index import PlanIndex
 from dpo_ray.training.longest import LongestPair
 from dpo_ray.training.plan import ORDER, StepPlan, make_plan
@@ -120,13 +120,17 @@ def _train(output: Location, config: Config, rows: Artifact, location: Location,
     say(KIND, f"{len(plan.index)} pairs, {plan.num_steps} steps of {config.train.global_batch_size} pairs")
     began = time.monotonic()
     checkpoint = _run(config, plan, held_out, location, steering)
-    history = _collect(checkpoint, location)
+    metrics = (checkpoint / HISTORY).read_bytes()
+    (location / HISTORY).write_bytes(metrics)
+    history = [json.loads(line) for line in metrics.splitlines()]
     exported_step = state_of(checkpoint)["exported_step"]
-    names = [f"{MODEL_FOLDER}/{name}" for name in (location / MODEL_FOLDER).names()]
-    model_files = [describe_file(location / name).model_copy(update={"name": name}) for name in names]
+    model_files = [
+        file.model_copy(update={"name": f"{MODEL_FOLDER}/{file.name}"}) for file in exported_files(checkpoint)
+    ]
+    of_metrics = FileEntry(name=HISTORY, rows=None, bytes=len(metrics), sha256=hashlib.sha256(metrics).hexdigest())
     losses = [m["loss"] for m in history if "loss" in m]
     return Contents(
-        files=[*model_files, describe_file(location / HISTORY)],
+        files=[*model_files, of_metrics],
         counters={
             "read": plan.index.read,
             "kept": len(plan.index),
@@ -189,6 +193,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
                 tokens_per_microbatch=microbatch,
                 reference_tolerance=config.reference.tolerance,
                 run=runs / name,
+                export_to=location / MODEL_FOLDER,
                 whose=steering.whose,
                 fallback=fallback,
             )
@@ -295,16 +300,6 @@ def _tokens_that_fit(model: Model, train: Train, memory: int) -> int:
 
     shape = shape_of(ModelFolder.of(model))
     return tokens_that_fit(shape, model, train, memory=memory, num_workers=train.min_workers or train.num_workers)
-
-
-def _collect(checkpoint: Location, location: Location) -> list[dict[str, Any]]:
-    """Copy the exported model and the metrics of the last checkpoint into the artifact."""
-    with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / HISTORY).write_bytes((checkpoint / HISTORY).read_bytes())
-        history = read_history(Path(scratch))
-    (checkpoint / EXPORT).copy_folder_to(location / MODEL_FOLDER)
-    (checkpoint / HISTORY).copy_to(location / HISTORY)
-    return history
 
 
 def _remove_runs(location: Location) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dpo_ray.storage.artifact import FileEntry
 from dpo_ray.storage.location import Location
 
 STATE = "state.json"
@@ -33,8 +34,13 @@ def is_whole(checkpoint: Location) -> bool:
         return False
 
 
-EXPORT = "export"
-"""Folder of the trained model, in Hugging Face's format, inside the last checkpoint."""
+EXPORTED = "exported.json"
+"""In the last checkpoint: the entries of the trained model's files, which lie in the artifact already."""
+
+
+def exported_files(checkpoint: Location) -> list[FileEntry]:
+    """The files of the trained model, by their names in its folder."""
+    return [FileEntry(**entry) for entry in json.loads((checkpoint / EXPORTED).read_bytes())]
 
 
 KIND = "train"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,16 +14,17 @@ import torch
 
 from dpo_ray.config import Model, Train
 from dpo_ray.errors import NonFiniteLoss
-from dpo_ray.model.export import export_policy
 from dpo_ray.model.policy import CompletionScorer, compile_layers, load_policy, torch_dtype
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.progress import Progress, say
+from dpo_ray.storage.location import Location
 from dpo_ray.training.batch import Share, Step
 from dpo_ray.training.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
-from dpo_ray.training.files import EXPORT, num_skipped
+from dpo_ray.training.export import export_policy
+from dpo_ray.training.files import EXPORTED, num_skipped
 from dpo_ray.training.longest import LongestPair
 from dpo_ray.training.optim import WeightAverage, learning_rate, make_optimizer
-from dpo_ray.training.parallel import Rank, parallelize, whole_state
+from dpo_ray.training.parallel import Rank, parallelize
 from dpo_ray.training.rehearsal import require_that_it_fits
 from dpo_ray.training.selection import best_step, should_stop
 from dpo_ray.training.step import Learner
@@ -58,6 +60,7 @@ def train(
     steps_from: Callable[[int], Iterable[Step]],
     held_out: Share | None,
     checkpoints: Checkpoints,
+    export_to: Location,
     resume: Path | None,
     reference_tolerance: float | None,
     longest: LongestPair | None = None,
@@ -70,6 +73,7 @@ def train(
         num_steps: optimizer steps over all epochs.
         steps_from: given a step, this rank's share of it and of all that follow, in order.
         held_out: this rank's share of the pairs that are evaluated every `eval_every_steps`.
+        export_to: the folder of the trained model; it is written before the last checkpoint is kept.
         resume: folder of the checkpoint to go on from.
         reference_tolerance: at the first step policy and reference must agree so far, in nats a completion.
         longest: the longest of all pairs, for which there must be memory; None: it is not looked at.
@@ -147,7 +151,15 @@ def train(
             eval_due and options.early_stopping is not None and should_stop(state.history, options.early_stopping)
         )
         if state.finished or scheduled or (eval_due and options.keep_best):
-            _checkpoint(learner, metrics, checkpoints, model=model, source=folder.path, wait=forewarned)
+            _checkpoint(
+                learner,
+                metrics,
+                checkpoints,
+                model=model,
+                source=folder.path,
+                export_to=export_to,
+                wait=forewarned,
+            )
         elif eval_due:
             checkpoints.report(metrics)
         if state.finished:
@@ -156,9 +168,16 @@ def train(
 
 
 def _checkpoint(
-    learner: Learner, metrics: dict[str, Any], checkpoints: Checkpoints, *, model: Model, source: Path, wait: bool
+    learner: Learner,
+    metrics: dict[str, Any],
+    checkpoints: Checkpoints,
+    *,
+    model: Model,
+    source: Path,
+    export_to: Location,
+    wait: bool,
 ) -> None:
-    """Hand over a checkpoint of this moment; the last one holds the exported model too.
+    """Hand over a checkpoint of this moment; before the last one the model is exported.
 
     Args:
         wait: until it is safe, which the last one always is.
@@ -181,9 +200,11 @@ def _checkpoint(
             with checkpoints.of_step(state.exported_step) as kept:
                 load_weights(kept, policy=policy, average=average)
         with average.in_place() if average is not None else nullcontext():
-            weights = whole_state(policy)
-            if me.rank == 0:
-                export_policy(folder / EXPORT, policy=policy, source=source, options=model, state=weights)
+            files = export_policy(
+                export_to, policy=policy, source=source, options=model, dtype=learner.options.export_dtype, me=me
+            )
+        if me.rank == 0:
+            (folder / EXPORTED).write_text(json.dumps([file.model_dump() for file in files]))
     checkpoints.keep(metrics, folder, wait=wait or state.finished)
 
 

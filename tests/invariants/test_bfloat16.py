@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_ray.config import Model
-from dpo_ray.training.files import EXPORT, read_history
+from dpo_ray.training.files import MODEL_FOLDER, read_history
 from tests.rounding import ulps
 from tests.training import Gang, Trained, random_pairs, scored, small_model
 
@@ -109,7 +109,7 @@ def test_adapters_train_beside_a_frozen_base(runs: Runs, tmp_path: Path, workers
     steps = sorted(tmp_path.glob("step-*"))
     losses = [m["loss"] for m in read_history(steps[-1])]
     assert losses[0] == pytest.approx(math.log(2), abs=OTHER_ORDER) and losses[-1] < 0.95 * losses[0]
-    adapter = load_file(steps[-1] / EXPORT / "adapter_model.safetensors")
+    adapter = load_file(tmp_path / MODEL_FOLDER / "adapter_model.safetensors")
     assert all(value.dtype == torch.float32 and value.abs().max() > 0 for value in adapter.values())
 
 

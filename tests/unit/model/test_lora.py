@@ -18,12 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from dpo_ray.config import LoRA, Model
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.attention import IMPLEMENTATION
-from dpo_ray.model.export import export_policy
 from dpo_ray.model.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dpo_ray.model.packing import pack, pad
 from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy
 from dpo_ray.model.resolve import resolve
 from dpo_ray.pairs import TokenizedPair
+from dpo_ray.storage.location import Location
+from dpo_ray.training.export import export_policy
+from dpo_ray.training.parallel import Rank
 from tests.rounding import of_logprob, require_gradients
 
 PAIRS = [TokenizedPair("a", [504, 314], [99, 100, 2], [7, 2]), TokenizedPair("b", [11], [12, 2], [13, 14, 15, 2])]
@@ -76,9 +78,10 @@ def state_of(policy: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
 
 
-def export(target: Path, policy: Any, source: Path, options: LoRA | None, path: str | None = None) -> Path:
-    model = Model(path=path or str(source), lora=options)
-    export_policy(target, policy=policy, source=source, options=model, state=state_of(policy))
+def export(target: Path, policy: Any, source: Path, options: LoRA, path: str | None = None, **more: Any) -> Path:
+    model = Model(path=path or str(source), lora=options, **more)
+    me = Rank(0, 1, torch.device("cpu"))
+    export_policy(Location.of(target), policy=policy, source=source, options=model, dtype=None, me=me)
     return target
 
 
@@ -242,9 +245,7 @@ def test_the_base_of_an_adapter_of_a_hub_model_is_its_hub_id(tiny_model: Path, t
     policy = trained(tiny_model)
 
     def base(source: Path) -> tuple[str, str | None]:
-        options = Model(path="some-org/some-model", revision="v2", lora=SMALL)
-        target = tmp_path / "exported"
-        export_policy(target, policy=policy, source=source, options=options, state=state_of(policy))
+        target = export(tmp_path / "exported", policy, source, SMALL, "some-org/some-model", revision="v2")
         config = json.loads((target / ADAPTER_CONFIG).read_text())
         return config["base_model_name_or_path"], config["revision"]
 
@@ -263,41 +264,13 @@ def test_the_base_of_an_adapter_of_a_model_in_an_object_store_is_its_place_there
     def base(made: str) -> str:
         source, target = own_cache / "models" / made, tmp_path / made
         shutil.copytree(tiny_model, source)
-        options = Model(path="s3://bucket/some-model", lora=SMALL)
-        export_policy(target, policy=policy, source=source, options=options, state=state_of(policy))
+        export(target, policy, source, SMALL, "s3://bucket/some-model")
         return json.loads((target / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
 
     assert base("some-model-0123456789abcdef") == "s3://bucket/some-model"
     # What lies there was an adapter.
     merged = "some-model-0123456789abcdef-merged-0123456789abcdef"
     assert base(merged) == str(own_cache / "models" / merged)
-
-
-def test_a_model_trained_whole_is_exported_whole(tiny_model: Path, tmp_path: Path):
-    policy = load_policy(tiny_model)
-    with torch.no_grad():
-        policy.model.norm.weight += 0.5
-    state = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
-    assert {"model.embed_tokens.weight", "lm_head.weight"} <= state.keys()  # tied, and gathered as two copies
-    with torch.no_grad():
-        for p in policy.parameters():
-            p.zero_()  # sharded, it holds no whole weights
-    export_policy(tmp_path, policy=policy, source=tiny_model, options=Model(path=str(tiny_model)), state=state)
-    weights, before = load_file(tmp_path / "model.safetensors"), load_file(tiny_model / "model.safetensors")
-    assert weights.keys() == before.keys()
-    assert torch.equal(weights["model.norm.weight"], before["model.norm.weight"] + 0.5)
-    assert torch.equal(weights["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
-    # Nothing of how it was trained stays in the configuration.
-    assert (tmp_path / "config.json").read_text() == (tiny_model / "config.json").read_text()
-    assert AutoTokenizer.from_pretrained(tmp_path).chat_template
-
-
-def test_half_a_state_is_not_exported(tiny_model: Path, tmp_path: Path):
-    policy = load_policy(tiny_model)
-    state = state_of(policy)
-    del state["model.norm.weight"]
-    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
-        export_policy(tmp_path, policy=policy, source=tiny_model, options=Model(path=str(tiny_model)), state=state)
 
 
 def test_an_adapter_is_merged_once(adapter: Path, own_cache: Path):

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from dpo_ray.config import Config
 from dpo_ray.errors import Busy, GateFailed
+from dpo_ray.model.folders import HASHES
 from dpo_ray.model.resolve import resolve
 from dpo_ray.storage import artifact
-from dpo_ray.storage.artifact import Artifact
+from dpo_ray.storage.artifact import Artifact, describe_file
 from dpo_ray.storage.location import Location
 from dpo_ray.storage.published import CARD, LATEST, latest, move, rollback
 from dpo_ray.training.files import KIND, MODEL_FOLDER
@@ -50,8 +51,14 @@ def policy(context: RunContext, model: Path) -> Artifact:
     """A finished training whose model is this folder."""
     location = context.output / "artifacts" / KIND / "trained"
     Location.of(model).copy_folder_to(location / MODEL_FOLDER)
+    (location / MODEL_FOLDER / HASHES).write_bytes(b"hashes of the others")
+    (location / MODEL_FOLDER / "left-by-an-attempt.safetensors").write_bytes(b"in no manifest")
+    names = [*(f.name for f in model.iterdir()), HASHES]
+    files = [
+        describe_file(location / MODEL_FOLDER / n).model_copy(update={"name": f"{MODEL_FOLDER}/{n}"}) for n in names
+    ]
     metrics = {"first_step_loss": 0.693, "num_steps": 3, "published_step": 3, "final": {"loss": 0.6}}
-    return artifact.publish(location, KIND, identity={}, inputs={}, files=[], metrics=metrics)
+    return artifact.publish(location, KIND, identity={}, inputs={}, files=files, metrics=metrics)
 
 
 def evaluation(context: RunContext, low: float) -> Artifact:
@@ -65,7 +72,9 @@ def test_every_file_of_the_model_arrives_with_its_card_and_the_pointer(context: 
     version = publish(context, trained, measured := evaluation(context, low=0.7), lambda: measured)
     names = {f.name for f in small_model.iterdir()}
     assert "model.safetensors" in names
-    assert {f.name for f in version.children()} == names | {"README.md"}
+    assert {f.name for f in version.children()} == names | {HASHES, "README.md"}
+    times = {info.base_name: info.mtime_ns for info in version.files()}
+    assert all(times[HASHES] >= times[name] for name in names)
     for name in names:
         assert (version / name).read_bytes() == (small_model / name).read_bytes(), name
     assert load_file(resolve(version.uri) / "model.safetensors").keys()
@@ -80,15 +89,19 @@ def test_cut_off_before_its_end_it_is_copied_again(
 ):
     trained, measured = policy(context, small_model), evaluation(context, low=0.7)
 
-    def breaks(*_: object) -> str:
-        raise KeyboardInterrupt
+    copy = Location.copy_to
+
+    def breaks(file: Location, target: Location) -> None:
+        if file.name == "model.safetensors":
+            raise KeyboardInterrupt
+        copy(file, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Location, "write_bytes" if not context.output.is_local else "copy_folder_to", breaks)
+        patch.setattr(Location, "copy_to", breaks)
         publish(context, trained, measured, lambda: measured)
     assert not (context.output / "models" / "n" / LATEST).exists()
     version = publish(context, trained, measured, lambda: measured)
-    assert {f.name for f in version.children()} == {f.name for f in small_model.iterdir()} | {"README.md"}
+    assert {f.name for f in version.children()} == {f.name for f in small_model.iterdir()} | {HASHES, "README.md"}
 
 
 def test_the_same_model_made_again_does_not_undo_a_rollback(context: RunContext, small_model: Path):
@@ -101,6 +114,21 @@ def test_the_same_model_made_again_does_not_undo_a_rollback(context: RunContext,
     assert publish(context, trained, measured, lambda: measured).name == trained.fingerprint
     standing = latest(name)
     assert standing is not None and (standing.version, standing.why) == ("earlier", "it swears")
+
+
+def test_inside_of_an_object_store_nothing_comes_by_the_machine_that_publishes(
+    context: RunContext, small_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trained, measured = policy(context, small_model), evaluation(context, low=0.7)
+    if context.output.is_local:
+        pytest.skip("a folder is copied by the machine that publishes")
+
+    def comes(location: Location, *_: object) -> None:
+        raise AssertionError(f"{location} is fetched")
+
+    monkeypatch.setattr(Location, "_download", comes)
+    monkeypatch.setattr(Location, "read_chunks", comes)
+    assert (publish(context, trained, measured) / "model.safetensors").size()
 
 
 def test_below_the_gate_nothing_is_there(context: RunContext, small_model: Path):

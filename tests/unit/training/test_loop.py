@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 from dpo_ray.config import LoRA, Model, Train
 from dpo_ray.errors import DataError, NonFiniteLoss, ReferenceMismatch
 from dpo_ray.pairs import TokenizedPair
-from dpo_ray.training.files import EXPORT
 from dpo_ray.training.optim import learning_rate
 from tests.gradients import require_same
 from tests.rounding import GRADIENT, of_logprob, of_sum, ulps
@@ -221,9 +220,8 @@ def test_checkpoints_come_when_due_and_after_the_last_step(
     assert Trained(tmp_path).of("step") == [2, 3, 4]
 
 
-def test_the_last_checkpoint_holds_an_ordinary_model_folder(small_model: Path, uninterrupted: Trained):
-    folder = uninterrupted.last / EXPORT
-    assert not (uninterrupted.last.with_name("step-2") / EXPORT).exists()
+def test_the_trained_model_is_an_ordinary_folder(small_model: Path, uninterrupted: Trained):
+    folder = uninterrupted.model
     names = {f.name for f in folder.iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
     assert not [name for name in names if name.endswith((".bin", ".pt"))]
@@ -278,18 +276,18 @@ def test_evaluations_come_every_n_steps_and_are_those_of_the_model_of_that_step(
     assert [m["step"] for m in trained.metrics if "eval_loss" in m] == [2, 3]  # and at the end
     assert trained.checkpoints == [steps]
     found = {k.removeprefix("eval_"): v for k, v in trained.metrics[-1].items() if k.startswith("eval_")}
-    chosen, rejected, mismatched = log_ratios(trained.last / EXPORT, small_model, held_out)
+    chosen, rejected, mismatched = log_ratios(trained.model, small_model, held_out)
     margins = beta * (chosen - rejected)
     kl = mismatched.mean().clamp(min=0)
     losses = {
         "sigmoid": -logsigmoid(margins),
         "kto": (torch.sigmoid(beta * (kl - chosen)) + torch.sigmoid(beta * (rejected - kl))) / 2,
         # The reference's margins are sorted on their own.
-        "aot": -logsigmoid(beta * _sorted_apart(trained.last / EXPORT, small_model, held_out)),
+        "aot": -logsigmoid(beta * _sorted_apart(trained.model, small_model, held_out)),
     }
     prompts = [p.prompt_ids for p in held_out]
     logits = {
-        side: torch.cat(plain_logits(trained.last / EXPORT, prompts, completions))
+        side: torch.cat(plain_logits(trained.model, prompts, completions))
         for side, completions in (
             ("chosen", [p.chosen_ids for p in held_out]), ("rejected", [p.rejected_ids for p in held_out])
         )
@@ -305,10 +303,10 @@ def test_evaluations_come_every_n_steps_and_are_those_of_the_model_of_that_step(
         "rewards/margins": margins.mean(),
         "rewards/accuracies": (margins > 0).float().mean(),
         "logps/chosen": plain_logprobs(
-            trained.last / EXPORT, [p.prompt_ids for p in held_out], [p.chosen_ids for p in held_out]
+            trained.model, [p.prompt_ids for p in held_out], [p.chosen_ids for p in held_out]
         ).mean(),
         "logps/rejected": plain_logprobs(
-            trained.last / EXPORT, [p.prompt_ids for p in held_out], [p.rejected_ids for p in held_out]
+            trained.model, [p.prompt_ids for p in held_out], [p.rejected_ids for p in held_out]
         ).mean(),
         **({"kl": kl} if loss == "kto" else {}),
         "pairs": len(held_out),
@@ -317,9 +315,7 @@ def test_evaluations_come_every_n_steps_and_are_those_of_the_model_of_that_step(
         "logratios/chosen": chosen.mean(),
         "logratios/chosen_se": chosen.std(correction=0) / len(held_out) ** 0.5,
     }
-    chosen_logps = plain_logprobs(
-        trained.last / EXPORT, [p.prompt_ids for p in held_out], [p.chosen_ids for p in held_out]
-    )
+    chosen_logps = plain_logprobs(trained.model, [p.prompt_ids for p in held_out], [p.chosen_ids for p in held_out])
     expected["logps/chosen_se"] = chosen_logps.std(correction=0) / len(held_out) ** 0.5
     assert found == pytest.approx({name: float(value) for name, value in expected.items()}, abs=OF_COMPLETION)
     assert abs(found["rewards/margins"]) > 1e-3
@@ -550,10 +546,10 @@ def test_adapters_alone_are_trained_kept_and_resumed(small_model: Path, pairs: l
     weights = 2 * sum(2 * (a + b) for a, b in layers)
     held = sum(math.prod(m.size) for name, m in names.items() if name.startswith("model."))
     assert held == weights
-    adapters = [load_file(t.last / EXPORT / "adapter_model.safetensors") for t in (whole, resumed)]
+    adapters = [load_file(t.model / "adapter_model.safetensors") for t in (whole, resumed)]
     assert sum(t.numel() for t in adapters[0].values()) == weights
     assert all_equal(*adapters)
-    assert not (whole.last / EXPORT / "model.safetensors").exists()
+    assert not (whole.model / "model.safetensors").exists()
 
 
 def test_with_merged_adapters_what_has_none_stays_as_it_was(
@@ -595,7 +591,7 @@ def test_without_mismatched_completions_kto_compares_with_zero(
         learning_rate=3e-3)  # fmt: skip
     trained = Trained(tmp_path)
     assert all("kl" not in m and "eval_kl" not in m for m in trained.metrics)  # nobody has measured it
-    chosen, rejected, _ = log_ratios(trained.last / EXPORT, small_model, held_out)
+    chosen, rejected, _ = log_ratios(trained.model, small_model, held_out)
     expected = (torch.sigmoid(-0.5 * chosen) + torch.sigmoid(0.5 * rejected)).mean() / 2
     assert trained.metrics[-1]["eval_loss"] == pytest.approx(float(expected), abs=0.5 * OF_PAIR)
     assert trained.metrics[-1]["eval_loss"] != pytest.approx(0.5, abs=1e-4)
@@ -609,7 +605,7 @@ def test_the_mismatched_completions_of_some_rows_are_enough(
     run(small_model, pairs[:BATCH] * 3, tmp_path, loss={"type": "kto"}, tokens_per_microbatch=1, held_out=some,
         eval_every_steps=3, learning_rate=1e-2)  # fmt: skip
     trained = Trained(tmp_path)
-    _, _, mismatched = log_ratios(trained.last / EXPORT, small_model, held_out)
+    _, _, mismatched = log_ratios(trained.model, small_model, held_out)
     expected = float(mismatched[1:3].mean().clamp(min=0))
     assert expected > 1e-2
     assert trained.metrics[-1]["eval_kl"] == pytest.approx(expected, abs=OF_COMPLETION)
@@ -642,7 +638,7 @@ def test_held_out_rows_with_one_answer_are_compared_each_with_each(
     run(small_model, pairs, tmp_path, loss={"type": "kto", "beta": 0.5}, held_out=[*liked, *disliked],
         eval_every_steps=NUM_STEPS, learning_rate=3e-3)  # fmt: skip
     trained = Trained(tmp_path)
-    chosen, rejected, _ = log_ratios(trained.last / EXPORT, small_model, held_out)
+    chosen, rejected, _ = log_ratios(trained.model, small_model, held_out)
     couples = chosen[:3, None] - rejected[None, 2:4]
     found = trained.metrics[-1]
     assert found["eval_pairs"] == 2  # as many independent couples as there are of the fewer

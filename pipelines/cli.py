@@ -38,7 +38,7 @@ DryRun = Annotated[bool, typer.Option(help="Print the resolved configuration and
 
 
 def _run_id(given: str | None) -> str | None:
-    from pipelines.context import require_run_id
+    from pipelines.run_id import require_run_id
 
     if given is not None:
         require_run_id(given)

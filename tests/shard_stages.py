@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from dpo_ray.on_ray import pool
 from dpo_ray.on_ray.pool import Pool, ShardTask, ShardWorker, shard_stage
 from dpo_ray.shards.output import ShardOutput
-from dpo_ray.storage.artifact import Artifact
+from dpo_ray.storage.artifact import MANIFEST, Artifact
 from dpo_ray.storage.location import Location
 from dpo_ray.storage.shard_pool import Finished
 
@@ -61,3 +62,16 @@ def age(folder: Path, days: float) -> None:
         if file.is_file():
             written = file.stat().st_mtime - days * 86400
             os.utime(file, (written, written))
+
+
+def age_what_is_finished(output: Path, chance: random.Random) -> None:
+    """Make half of the finished artifacts of an output folder, and of the shards, older than gc's bound.
+
+    Not the claims of stages at work. None of these may take up an artifact again that was finished before.
+    """
+    finished = [manifest.parent for manifest in output.glob(f"artifacts/{KIND}/*/{MANIFEST}")]
+    files = [file for folder in finished if chance.random() < 0.5 for file in folder.iterdir()]
+    shards = [file for file in output.glob(f"artifacts/{KIND}/shards/**/*.parquet") if chance.random() < 0.5]
+    for file in [*files, *shards]:
+        with suppress(FileNotFoundError):
+            os.utime(file, (1, 1))

@@ -5,7 +5,7 @@
 
 A stage writes its claim before it looks what is there, and gc writes its marker before it looks at claims. So one of
 them sees the other: what was claimed before the marker came is spared, and a stage whose claim came later waits until
-the marker has gone, and claims anew. A claim says what is wanted and not what was found, so it comes before the look.
+the marker has gone. A claim says what is wanted and not what was found, so it comes before the look.
 
 All times are the store's own, of claims and markers alike: machines' clocks need not agree. Both are renewed while
 their process lives. A marker that was not is the trace of a killed gc, and a gc that was held up gives up by itself.
@@ -56,8 +56,8 @@ def claim(output: Location, artifact: Location, inputs: Mapping[str, str], tasks
     found = Claim(inputs=dict(inputs), tasks=sorted(set(tasks)))
     place, content = artifact / CLAIM, found.model_dump_json().encode()
     place.write_bytes(content)
-    while _wait_for_collectors(output, place):
-        place.write_bytes(content)  # gc may have removed it with the folder of an artifact that nobody needed
+    while not _seen_by_collectors(output, place):
+        place.write_bytes(content)
     with _renewed(place, content):
         yield
 
@@ -90,26 +90,32 @@ def _renew(place: Location, content: bytes, ended: threading.Event) -> None:
             say("gc", f"{place}, which keeps files from being removed, could not be renewed ({error}); next try later")
 
 
-def _wait_for_collectors(output: Location, mine: Location) -> bool:
-    """Return when the markers are gone, and whether there were any. mine: a claim that was just written."""
+def _seen_by_collectors(output: Location, mine: Location) -> bool:
+    """Wait for those whose markers are there; whether the claim still is. mine: it was just written.
+
+    They may have looked before it came, and may remove it with the folder of an artifact that nobody needed. A marker
+    that comes later is one of a gc that sees the claim.
+    """
     folder = output / "artifacts" / MARKERS
     markers = _written(folder)
     if not markers:
-        return False
+        return True
     now = mine.written() or 0.0
     # Seconds that a marker was not renewed for: at first by the store's time, then as long as one looks at it.
     unchanged = {name: (at, now - at, time.monotonic()) for name, at in markers.items()}
-    waited = False
+    said = False
     while any(age + time.monotonic() - since < LEASE_S for _, age, since in unchanged.values()):
-        if not waited:
+        if not said:
             say("gc", f"dpo-ray gc removes files below {output}: waiting until it has ended")
-            waited = True
+            said = True
         time.sleep(_POLL_S)
+        markers = _written(folder)
         unchanged = {
-            name: unchanged[name] if name in unchanged and unchanged[name][0] == at else (at, 0.0, time.monotonic())
-            for name, at in _written(folder).items()
+            name: seen if seen[0] == markers[name] else (markers[name], 0.0, time.monotonic())
+            for name, seen in unchanged.items()
+            if name in markers
         }
-    return waited
+    return mine.written() is not None
 
 
 def _written(folder: Location) -> dict[str, float]:

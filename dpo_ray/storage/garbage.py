@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dpo_ray.storage.artifact import MANIFEST, POOL
+from dpo_ray.storage.artifact import MANIFEST, POOL, QUARANTINE
 from dpo_ray.storage.claim import CLAIM, MARKERS, Claim
 from dpo_ray.storage.shard_pool import task_of
 
@@ -128,13 +128,18 @@ def garbage(files: Iterable[Stored], records: Records, now: float, older_than: f
         if kind in frozen:
             continue
         folders = [folder for folder in spared if folder.startswith(f"{kind}/")]
-        manifests = [records.manifests[folder] for folder in folders if folder in records.manifests]
-        named = {f"{kind}/{name}" for manifest in manifests for name in manifest.files}
+        # A shard and its quarantine, which have the same name, stay and go together.
+        spared_names = {_base(f.name) for f in inside if not is_old(f)}
+        for folder in folders:
+            if folder in records.manifests:
+                spared_names |= set(map(_base, records.manifests[folder].files))
         # Of a finished artifact that nobody has taken up lately the manifest says it all.
         waiting = [folder for folder in folders if folder in at_work or folder not in records.manifests]
         claimed = {task for folder in waiting if folder in records.claims for task in records.claims[folder].tasks}
-        unnamed = [f for f in inside if is_old(f) and f.name not in named and task_of(f.name) not in claimed]
-        removals += _some(kind, "shards", unnamed)
+        unnamed = [f for f in inside if _base(f.name) not in spared_names and task_of(f.name) not in claimed]
+        # The quarantine last, as it was written first: a shard that is there has its own.
+        for is_last in (False, True):
+            removals += _some(kind, "shards", [f for f in unnamed if (f"/{QUARANTINE}/" in f.name) == is_last])
     removals += _some(MARKERS, "unfinished writes", list(filter(is_old, markers)))
     return sorted(removals, key=lambda removal: removal.what != "artifacts")
 
@@ -158,9 +163,13 @@ def _with_inputs(folders: set[str], own: Mapping[str, Sequence[Stored]], records
     return found
 
 
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
 def _some(kind: str, what: What, files: list[Stored]) -> list[Removal]:
     """Those that were being written told apart."""
-    partial = [file for file in files if file.name.rpartition("/")[2].startswith(".")]
+    partial = [file for file in files if _base(file.name).startswith(".")]
     whole = [file for file in files if file not in partial]
     found = [Removal(kind, what, tuple(whole))] if whole else []
     return found + ([Removal(kind, "unfinished writes", tuple(partial))] if partial else [])

@@ -88,6 +88,12 @@ def test_old_shards_that_a_stage_at_work_has_taken_up_are_spared_whatever_their_
     assert len(chosen([file(f"pairs/{A}/claim.json", 8), *shards], Records(claims=claims))) == 5
 
 
+def test_a_quarantine_goes_after_its_shard():
+    names = ["pairs/shards/quarantine/1-x.parquet", "pairs/shards/1-x.parquet", "pairs/shards/2-x.parquet"]
+    removals = garbage([file(name) for name in names], Records(), NOW, 7 * DAY)
+    assert [[f.name for f in removal.files] for removal in removals] == [names[1:], names[:1]]
+
+
 def test_shards_of_an_older_layout_and_unfinished_folders_go_and_other_things_are_not_touched():
     old = [file(f"pairs/{A}/{n}") for n in ("manifest.json", "1.parquet", "quarantine/1.parquet")]
     unfinished = [file(f"train/{B}/checkpoints/x"), file(f"reference/{B}/attempts/1.json")]
@@ -203,6 +209,9 @@ def test_nothing_that_is_referred_to_or_young_is_ever_chosen(output: tuple[list[
     gone = {f.name: f for removal in garbage(files, records, NOW, 7 * DAY) for f in removal.files}
     assert not gone.keys() & referred(files, records)
     assert all(NOW - f.written >= 7 * DAY for f in gone.values())
+    for name in gone.keys() & {f"{kind}/{n}" for kind in KINDS for n in SHARDS if "quarantine" in n}:
+        shard = name.replace("/quarantine/", "/")
+        assert shard in gone or shard not in {f.name for f in files}
     assert not [n for n in gone for folder in records.unreadable if n.startswith(f"{folder.split('/')[0]}/")]
 
 

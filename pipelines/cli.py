@@ -274,7 +274,9 @@ def _carry_out(
 
             say("start", "checking configuration, inputs and model")
             preflight(config, check_for)
-        lines = _record(terminal, config, run_id, work)
+        from dpo_ray.model.pin import pinned
+
+        lines = _record(terminal, pinned(config), run_id, work)
     for line in lines:
         typer.echo(line)
 

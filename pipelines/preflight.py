@@ -103,9 +103,9 @@ def require_reward(reward: Reward) -> None:
             require_vllm(f"The reward {source.label} with engine=vllm")
         models = [model_of(source)]
         if isinstance(source, ImplicitReward) and source.reference is not None:
-            models.append(Model(path=source.reference))
+            models.append(Model(path=source.reference, revision=source.reference_revision))
         for model in models:
-            _require_template(model.path, model.revision, f"the path of the reward {source.label}")
+            _require_template(model, f"the path of the reward {source.label}")
 
 
 def require_reference_use(config: Config) -> None:
@@ -132,17 +132,22 @@ def require_models(config: Config, until: Stage = "publish") -> None:
     if win_rate is not None and win_rate.against is not None and STAGES.index(until) >= STAGES.index("evaluate"):
         models["evaluate.win_rate.against.path"] = win_rate.against.model()
     for key, model in models.items():
-        _require_template(model.path, model.revision, key)
+        _require_template(model, key)
+    lora = config.model.lora
+    if lora is not None and lora.export == "adapter" and STAGES.index(until) >= STAGES.index("train"):
+        from dpo_ray.model.resolve import adapter_base
+
+        adapter_base(config.model)
 
 
-def _require_template(path: str, revision: str | None, key: str) -> None:
-    """Args: key: who names the model, for the message."""
+def _require_template(model: Model, key: str) -> None:
+    """Weights are not fetched for it. Args: key: who names the model, for the message."""
     from dpo_ray.data.chat import missing_template
-    from dpo_ray.model.resolve import resolve
+    from dpo_ray.model.resolve import ModelFolder
     from dpo_ray.model.tokenizer_files import has_template
 
     try:
-        if not has_template(resolve(path, revision)):
-            raise missing_template(path)
+        if not has_template(ModelFolder.of(model).tokenizer_folder):
+            raise missing_template(model.path)
     except ConfigError as error:
         raise ConfigError(str(error).replace("model.path", key)) from error

@@ -138,9 +138,8 @@ class Kept:
     def steps(self) -> set[int]:
         return {int(folder.name.removeprefix("step-")) for folder in self.folder.glob("step-*")}
 
-    @contextmanager
-    def of_step(self, step: int) -> Iterator[Path]:
-        yield self.folder / f"step-{step}"
+    def of_step(self, step: int) -> Location:
+        return Location.of(self.folder / f"step-{step}")
 
 
 class Trained:
@@ -152,7 +151,7 @@ class Trained:
         self.checkpoints = [int(f.name.removeprefix("step-")) for f in steps]
         self.last = steps[-1]
         self.model = folder / MODEL_FOLDER
-        self.metrics = read_history(self.last)
+        self.metrics = read_history(Location.of(self.last))
 
     def of(self, name: str) -> list[float]:
         """One metric over the logged steps."""
@@ -180,7 +179,7 @@ def run(
     *,
     me: Rank | None = None,
     held_out: Sequence[TokenizedPair] = (),
-    resume: Path | None = None,
+    resume: Path | Location | None = None,
     die_at: int | None = None,
     num_steps: int | None = None,
     reference_tolerance: float | None = 0.05,
@@ -229,7 +228,7 @@ def run(
             held_out=shares(held_out, me, options.tokens_per_microbatch) if held_out else None,
             checkpoints=Kept(folder, die_at),
             export_to=Location.of(folder / MODEL_FOLDER),
-            resume=resume,
+            resume=Location.of(resume) if isinstance(resume, Path) else resume,
             reference_tolerance=reference_tolerance,
             longest=longest_of(pairs) if tries_longest else None,
             **({"is_forewarned": is_forewarned} if is_forewarned is not None else {}),

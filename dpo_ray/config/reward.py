@@ -79,8 +79,12 @@ class ImplicitReward(_Source):
     type: Literal["implicit"] = "implicit"
     policy: str
     """As model.path."""
+    policy_revision: str | None = None
+    """As model.revision."""
     reference: str | None = None
     """What it was trained from, as model.path; left out: model.path itself."""
+    reference_revision: str | None = None
+    """As model.revision."""
     trust_remote_code: bool = False
     """As model.trust_remote_code, of both."""
     dtype: Dtype = "float32"
@@ -120,6 +124,8 @@ class Judge(_Source):
     type: Literal["judge"] = "judge"
     model: str | None = None
     """As model.path, to be served by vLLM on the cluster; or else `endpoint`."""
+    revision: str | None = None
+    """As model.revision, of `model`."""
     trust_remote_code: bool = False
     """As model.trust_remote_code."""
     dtype: Dtype = "bfloat16"

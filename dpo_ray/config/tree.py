@@ -650,6 +650,12 @@ class Config(Section):
                 f"iterate has the policy sample its own pairs, and goes by its win rate, but there is no {lacking}: "
                 "add it, or leave iterate out"
             )
+        lora = self.model.lora
+        if self.iterate is not None and self.iterate.rounds > 1 and lora is not None and lora.export == "adapter":
+            raise ValueError(
+                "with model.lora.export=adapter the second round's model would be an adapter, and would train one of a "
+                " merged model that is kept nowhere: set model.lora.export=merged"
+            )
         others = [one.path for one in self.generate.models if one.path is not None] if self.generate else []
         if self.iterate is not None and others:
             raise ValueError(

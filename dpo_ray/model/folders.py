@@ -1,73 +1,96 @@
-"""Where models lie: finding, fetching, converting, merging and hashing their folders."""
+"""Folders of models: which files are in them, by content, in which dtype."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
+import re
 from collections import Counter
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from dpo_ray.errors import ConfigError
+from dpo_ray.model.cache import cache_folder
 from dpo_ray.storage.artifact import digest, file_hash
 from dpo_ray.storage.location import Location
-from dpo_ray.storage.packaged import PACKAGE
 
+CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "*.safetensors"
+DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "additional_chat_templates/*.jinja")
+"""Names of all that a model is loaded from but its weights: configuration, tokenizer, chat templates, code."""
 HASHES = "SHA256SUMS"
 """In a folder that was exported here: the sha256 of every other file, as `sha256sum --check` reads it."""
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept between runs: $DPO_RAY_CACHE, or dpo-ray below the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "dpo-ray"
-    return Path(os.environ.get("DPO_RAY_CACHE", default)).expanduser()
+def matching(names: Iterable[str], *patterns: str) -> list[str]:
+    """The names that fit one of the patterns, in which * crosses no slash; in order."""
+    return sorted(n for n in names if any(fnmatchcase(n, p) and n.count("/") == p.count("/") for p in patterns))
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether a model's path is looked up on the hub: org/name, and no such folder here."""
-    local = Path(path).expanduser()
-    there = "://" in path or local.is_absolute() or path.startswith((".", "~")) or local.exists()
-    return not there and path.count("/") == 1
+def file_names(folder: Path) -> list[str]:
+    """Names of what a model is loaded from, in a local folder."""
+    found = {file for pattern in (*DESCRIPTION, WEIGHTS) for file in folder.glob(pattern) if file.is_file()}
+    return sorted(str(file.relative_to(folder)) for file in found)
 
 
-def is_made_here(folder: Path) -> bool:
-    """Whether resolve made the folder, by converting, copying or merging."""
-    return folder.is_relative_to(cache_folder() / "models")
+def content(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Name → sha256 of some files of a local folder.
 
-
-def is_copy(folder: Path, path: str) -> bool:
-    """Whether resolve copied the folder, as it is, from this place in an object store."""
-    there = "://" in path and not path.startswith(PACKAGE)
-    return there and is_made_here(folder) and folder.name.rpartition("-")[0] == Location.of(path).name
-
-
-def weights_hash(folder: Path) -> str:
-    """Digest over the configuration and the weights of a whole model's folder, by content."""
-    return hash_of(folder, [folder / "config.json", *folder.glob("*.safetensors")])
-
-
-def _content(folder: Path) -> str:
-    """Digest over everything in a folder that a model or a tokenizer is loaded from, by content."""
-    return hash_of(folder, [file for pattern in _FILES for file in folder.glob(pattern)])
-
-
-def hash_of(folder: Path, files: list[Path]) -> str:
-    """Digest over some files of a folder, by content.
-
-    Kept beside the user's cache under the files' names, sizes and times, for large weights are slow to read.
+    Kept in the cache folder by the files' places, sizes and times, for large weights are slow to read.
     """
-    files = sorted(files)
-    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    remembered = cache_folder() / "hashes" / digest([str(folder), stats])
+    return {name: _sha256(folder / name) for name in names}
+
+
+def _sha256(file: Path) -> str:
+    stat = file.stat()
+    remembered = cache_folder() / "hashes" / digest([str(file.absolute()), stat.st_size, stat.st_mtime_ns])
     if remembered.is_file():
         return remembered.read_text()
-    value = digest([(f.name, file_hash(Location.of(f))) for f in files])
+    value = file_hash(Location.of(file))
     Location.of(remembered).write_bytes(value.encode())
     return value
+
+
+def parse_hashes(text: str) -> dict[str, str]:
+    """Name → sha256, of the lines of a file HASHES."""
+    lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in text.splitlines()]
+    return {line[2]: line[1] for line in lines if line is not None}
+
+
+def require_readable(names: Iterable[str], place: str) -> bool:
+    """Whether the files of a folder are an adapter, and not a whole model.
+
+    Args:
+        place: what the folder is called, for the message.
+
+    Raises ConfigError where they are neither, or both.
+    """
+    known = set(names)
+    weights = [name for name in matching(known, WEIGHTS) if name != ADAPTER_WEIGHTS]
+    whole = CONFIG in known and bool(weights)
+    if ADAPTER_CONFIG not in known:
+        if not whole:
+            raise ConfigError(
+                f"model.path is {place}, but that folder has no config.json with *.safetensors beside it. Name a "
+                "folder written by save_pretrained; weights in pickle files are not loaded."
+            )
+        return False
+    if whole:
+        raise ConfigError(
+            f"model.path is {place}, but that folder holds a whole model and an adapter as well ({ADAPTER_CONFIG}), "
+            "and libraries disagree on what that means. Move one of the two into a folder of its own, and name the "
+            "other."
+        )
+    if ADAPTER_WEIGHTS not in known:
+        raise ConfigError(
+            f"model.path is {place}, which is an adapter's folder without {ADAPTER_WEIGHTS}. Save the adapter with "
+            "save_pretrained and safetensors; weights in pickle files are not loaded."
+        )
+    return True
 
 
 def stored_dtype(folder: Path) -> str:
@@ -76,10 +99,12 @@ def stored_dtype(folder: Path) -> str:
     float32 where it is another one.
     """
     counts: Counter[str] = Counter()
-    for file in folder.glob("*.safetensors"):
+    for file in folder.glob(WEIGHTS):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        counts.update({t["dtype"]: math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__"})
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                counts[tensor["dtype"]] += math.prod(tensor["shape"])
     most = max(counts, key=counts.__getitem__, default="F32")
     return {"BF16": "bfloat16", "F16": "float16"}.get(most, "float32")
 

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dpo_ray.errors import ConfigError
-from dpo_ray.model.folders import ADAPTER_CONFIG, hash_of
+from dpo_ray.model.folders import ADAPTER_CONFIG, DESCRIPTION, content, file_names, matching
 from dpo_ray.storage.artifact import digest
 
 _CONFIG = "tokenizer_config.json"
 _TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
 _WHOLE = "tokenizer.json"
-# Vocabularies have many names, so all files count that may be part of a tokenizer, but for these.
-_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "additional_chat_templates/*.jinja")
 _NO_TOKENIZER = {"config.json", "generation_config.json", ADAPTER_CONFIG}
 
 
@@ -24,11 +22,13 @@ def tokenizer_hash(folder: Path) -> str:
 
     What the weights and their configuration say is no part of it, but for the model's type, which chooses the class.
     """
-    found = {file for pattern in _FILES for file in folder.glob(pattern)}
-    files = [f for f in found if f.name not in _NO_TOKENIZER and not f.name.endswith(".safetensors.index.json")]
+    # Vocabularies have many names, so all files count that may be part of a tokenizer.
+    found = matching(file_names(folder), *DESCRIPTION)
+    names = [n for n in found if n not in _NO_TOKENIZER and not n.endswith(".safetensors.index.json")]
     # Without a tokenizer.json the library makes one of the other files, and each version in its own way.
     made_by = None if (folder / _WHOLE).is_file() else version("transformers")
-    return digest([hash_of(folder, files), _read(folder / "config.json").get("model_type"), made_by])
+    of_files = digest(sorted(content(folder, names).items()))
+    return digest([of_files, _read(folder / "config.json").get("model_type"), made_by])
 
 
 def has_template(folder: Path) -> bool:

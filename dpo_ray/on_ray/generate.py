@@ -30,19 +30,20 @@ def sample_completions(
     version = require_vllm("Generating completions")
     folder = ModelFolder.of(model)
     tasks = shard_tasks(prompts)
-    arguments = {
+    arguments: dict[str, Any] = {
         "model": model,
         "sampling": sampling,
         "asks": tuple(asks),
         "options": config.vllm,
         "max_prompt_tokens": config.data.max_prompt_tokens,
         "seed": config.run.seed,
+        "weights": folder.weights_hash(),
     }
     return shard_stage(
         output,
         "candidates",
         identity=identity(
-            folder.weights_hash(),
+            arguments["weights"],
             folder.tokenizer_hash(),
             sampling,
             asks,
@@ -85,12 +86,18 @@ def merge_candidates(output: Location, of_models: Sequence[Artifact]) -> tuple[A
 
 
 def vllm_generate_shard(
-    model: Model, sampling: Sampling, asks: Sequence[Ask], options: VLLM, max_prompt_tokens: int, seed: int
+    model: Model,
+    sampling: Sampling,
+    asks: Sequence[Ask],
+    options: VLLM,
+    max_prompt_tokens: int,
+    seed: int,
+    weights: str,
 ) -> GenerateShard:
-    """The worker of this stage, with vLLM."""
+    """The worker of this stage, with vLLM. weights: what the driver knows the model by."""
     folder = ModelFolder.of(model)
     tokenizer = folder.tokenizer()
     require_chat_template(tokenizer, model.path)
     chat = ChatTokenizer(tokenizer, folder.template_arguments)
     sampler = VLLMSampler(model, sampling, options, max_prompt_tokens)
-    return GenerateShard(chat, sampler, asks, max_prompt_tokens, seed, folder.weights_hash())
+    return GenerateShard(chat, sampler, asks, max_prompt_tokens, seed, weights)

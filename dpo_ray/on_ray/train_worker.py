@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,33 +91,30 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
         pairs = np.arange(len(job.held_out))
         held_out = read_share(job.held_out, pairs, me.rank, me.world_size, job.tokens_per_microbatch, job.hidden_size)
     latest = ray.train.get_checkpoint()
-    if latest is None and job.fallback is not None:
-        filesystem, path = job.fallback.filesystem()
-        latest = ray.train.Checkpoint(path, filesystem)
-    with latest.as_directory() if latest is not None else nullcontext() as folder:
-        if me.rank == 0 and latest is not None and folder is not None:
-            step = state_of(Location.of(folder))["next_step"]
-            say(KIND, f"going on from {Path(latest.path).name}, after step {step}, with {me.world_size} workers")
-        try:
-            train(
-                job.model,
-                options,
-                seed=job.seed,
-                num_steps=job.num_steps,
-                pairs_per_epoch=job.pairs_per_epoch,
-                me=me,
-                steps_from=lambda start: received_steps(shard, me.rank, start, job.num_steps),
-                held_out=held_out,
-                checkpoints=RayCheckpoints(me, options.keep_best, job.num_steps, job.run),
-                export_to=job.export_to,
-                resume=Path(folder) if folder is not None else None,
-                reference_tolerance=job.reference_tolerance,
-                longest=job.longest,
-                memory=worker_memory(context.get_local_world_size(), options.gpus),
-                **({"is_forewarned": Forewarning(me).is_due} if preemption_is_watched() else {}),
-            )
-        except (NonFiniteLoss, ReferenceMismatch, PairTooLong) as error:
-            return error
+    resume = job.run.same_store(latest.path) if latest is not None else job.fallback
+    if me.rank == 0 and resume is not None:
+        step = state_of(resume)["next_step"]
+        say(KIND, f"going on from {resume.name}, after step {step}, with {me.world_size} workers")
+    try:
+        train(
+            job.model,
+            options,
+            seed=job.seed,
+            num_steps=job.num_steps,
+            pairs_per_epoch=job.pairs_per_epoch,
+            me=me,
+            steps_from=lambda start: received_steps(shard, me.rank, start, job.num_steps),
+            held_out=held_out,
+            checkpoints=RayCheckpoints(me, options.keep_best, job.num_steps, job.run),
+            export_to=job.export_to,
+            resume=resume,
+            reference_tolerance=job.reference_tolerance,
+            longest=job.longest,
+            memory=worker_memory(context.get_local_world_size(), options.gpus),
+            **({"is_forewarned": Forewarning(me).is_due} if preemption_is_watched() else {}),
+        )
+    except (NonFiniteLoss, ReferenceMismatch, PairTooLong) as error:
+        return error
     return None
 
 
@@ -158,13 +153,8 @@ class RayCheckpoints:
         self.report({})  # it comes after all others, so it waits for the uploads that are under way
         return set(self._kept())
 
-    @contextmanager
-    def of_step(self, step: int) -> Iterator[Path]:
-        import ray.train
-
-        filesystem, path = self._kept()[step].filesystem()
-        with ray.train.Checkpoint(path, filesystem).as_directory() as folder:
-            yield Path(folder)
+    def of_step(self, step: int) -> Location:
+        return self._kept()[step]
 
     def _kept(self) -> dict[int, Location]:
         return {int(state_of(checkpoint)["next_step"]): checkpoint for checkpoint in whole_checkpoints(self.run)}

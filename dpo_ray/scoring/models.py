@@ -12,9 +12,9 @@ def model_of(source: RewardModel | Judge | ImplicitReward) -> Model:
             path, revision = source.path, source.revision
         case Judge():
             assert source.model is not None
-            path, revision = source.model, None
+            path, revision = source.model, source.revision
         case ImplicitReward():
-            path, revision = source.policy, None
+            path, revision = source.policy, source.policy_revision
     return Model(path=path, revision=revision, dtype=source.dtype, trust_remote_code=source.trust_remote_code)
 
 
@@ -23,4 +23,4 @@ def reference_of(source: ImplicitReward, policy: Model) -> Model:
     found = policy.model_copy(update={"dtype": source.dtype, "lora": None})
     if source.reference is None:
         return found
-    return found.model_copy(update={"path": source.reference, "revision": None})
+    return found.model_copy(update={"path": source.reference, "revision": source.reference_revision})

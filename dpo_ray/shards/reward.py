@@ -44,7 +44,7 @@ def reward_model_identity(source: RewardModel, engine_version: str) -> dict[str,
 
 def judge_identity(judge: Judge, across: int | None) -> dict[str, Any]:
     """The same of a judge's. across: as JudgeScorer has it."""
-    found = _without(judge.identity(), "model", "trust_remote_code")
+    found = _without(judge.identity(), "model", "revision", "trust_remote_code")
     found["template"] = digest(template_of(judge))
     if judge.compare == "pairwise":
         found["across"] = across
@@ -60,7 +60,9 @@ def implicit_identity(source: ImplicitReward, reference: Model) -> dict[str, Any
     """The same of an implicit reward's."""
     policy = ModelFolder.of(model_of(source))
     return {
-        **_without(source.identity(), "policy", "reference", "trust_remote_code"),
+        **_without(
+            source.identity(), "policy", "policy_revision", "reference", "reference_revision", "trust_remote_code"
+        ),
         "policy_weights": policy.weights_hash(),
         "reference_weights": ModelFolder.of(reference).weights_hash(),
         "tokenizer": policy.tokenizer_hash(),

@@ -8,9 +8,11 @@ other way round. Only trained parameters are in it: for LoRA, the adapter.
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from dpo_ray.storage.location import Location
 from dpo_ray.training.checkpoint_reader import Planner, Reader
 from dpo_ray.training.files import HISTORY, STATE, read_history
 from dpo_ray.training.optim import WeightAverage
@@ -75,36 +78,39 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path,
+    checkpoint: Location,
     *,
     policy: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: WeightAverage | None,
     me: Rank,
 ) -> TrainState:
-    """Restore in place, whatever the number of workers and the wrapping were when it was written."""
+    """Restore in place, whatever the number of workers and the wrapping were when it was written.
+
+    Each rank reads its own part, from where the checkpoint lies.
+    """
     tensors = _tensors(policy, optimizer, average)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(tensors, storage_reader=Reader(folder), planner=Planner(), no_dist=not dist.is_initialized())
+        dcp.load(tensors, storage_reader=Reader(checkpoint), planner=Planner(), no_dist=not dist.is_initialized())
     set_model_state_dict(policy, tensors["model"], options=_TRAINED)
     set_optimizer_state_dict(policy, optimizer, tensors["optimizer"], options=_TRAINED)
-    mine = folder / f"random-{me.rank}.pt"
-    if mine.exists():  # a rank that the run did not have before starts from its seed
+    with suppress(FileNotFoundError):  # a rank that the run did not have before starts from its seed
+        mine = io.BytesIO((checkpoint / f"random-{me.rank}.pt").read_bytes())
         _set_random_state(torch.load(mine, map_location="cpu", weights_only=True))
-    record = json.loads((folder / STATE).read_text())
+    record = json.loads((checkpoint / STATE).read_bytes())
     del record["files"]
-    return TrainState(**record, history=read_history(folder))
+    return TrainState(**record, history=read_history(checkpoint))
 
 
-def load_weights(folder: Path, *, policy: nn.Module, average: WeightAverage | None) -> None:
+def load_weights(checkpoint: Location, *, policy: nn.Module, average: WeightAverage | None) -> None:
     """Only the weights of a checkpoint, in place: what was evaluated at its step."""
     tensors: dict[str, Any] = {"model": trained_state(policy, _TRAINED)}
     if average is not None:
         tensors["average"] = average.named_values()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(tensors, storage_reader=Reader(folder), planner=Planner(), no_dist=not dist.is_initialized())
+        dcp.load(tensors, storage_reader=Reader(checkpoint), planner=Planner(), no_dist=not dist.is_initialized())
     set_model_state_dict(policy, tensors["model"], options=_TRAINED)
 
 

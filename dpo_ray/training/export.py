@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from dpo_ray.config import Model
-from dpo_ray.model.folders import HASHES, is_copy, is_hub_id, is_made_here, load_tokenizer, stored_dtype
+from dpo_ray.model.folders import HASHES, load_tokenizer, stored_dtype
 from dpo_ray.model.lora import merged_weights, save_adapter
 from dpo_ray.storage.artifact import FileEntry, describe_file
 from dpo_ray.storage.location import Location
@@ -50,6 +50,7 @@ def export_policy(
     options: Model,
     dtype: str | None,
     me: Rank,
+    base: tuple[str, str | None] | None = None,
     file_bytes: int = FILE_BYTES,
 ) -> list[FileEntry]:
     """Write the trained model, its tokenizer and its chat template; every rank must call it.
@@ -63,6 +64,7 @@ def export_policy(
         policy: as load_policy made it, possibly sharded.
         source: the folder that it was loaded from.
         dtype: float32 or bfloat16; None is the dtype of the source's weights, and float32 for an adapter alone.
+        base: what an adapter names as its base, and its revision; left out: the source.
         file_bytes: of tensors in a file, at most.
 
     Returns the entries of all files, by their names below the target, on rank 0, and none on the others.
@@ -76,9 +78,9 @@ def export_policy(
             written: list[FileEntry] = []
             state = whole_state(policy)
             if me.rank == 0:
-                base, revision = _name_of_base(options, source)
+                name, revision = base or (str(source), None)
                 adapter = {name: _cast(tensor, _DTYPES[dtype or "float32"]) for name, tensor in state.items()}
-                save_adapter(rest, policy=policy, state=adapter, base=base, revision=revision)
+                save_adapter(rest, policy=policy, state=adapter, base=name, revision=revision)
         else:
             into = _DTYPES[dtype or stored_dtype(source)]
             files = _divided(policy, _exported(policy, merged=options.lora is not None, dtype=into), file_bytes)
@@ -325,13 +327,3 @@ def _copy_rest(rest: Location, target: Location, written: list[FileEntry]) -> li
     sums = "".join(lines).encode()
     (target / HASHES).write_bytes(sums)
     return [*entries, FileEntry(name=HASHES, rows=None, bytes=len(sums), sha256=hashlib.sha256(sums).hexdigest())]
-
-
-def _name_of_base(options: Model, source: Path) -> tuple[str, str | None]:
-    """Where others find the base: its hub id and revision, its place in an object store, or the absolute folder."""
-    # What stands for an adapter was merged here: the base is the merged folder, not the adapter that was named.
-    if is_hub_id(options.path) and not is_made_here(source):
-        return options.path, options.revision
-    if is_copy(source, options.path):
-        return options.path, None
-    return str(source.absolute()), None

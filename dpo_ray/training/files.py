@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from dpo_ray.storage.artifact import FileEntry
@@ -15,9 +14,9 @@ SKIPPED = "skipped_pairs"
 """In a line of the history: the ids of the step's pairs, where it was skipped."""
 
 
-def read_history(folder: Path) -> list[dict[str, Any]]:
+def read_history(checkpoint: Location) -> list[dict[str, Any]]:
     """The metrics of every logged step up to the checkpoint."""
-    return [json.loads(line) for line in (folder / HISTORY).read_text().splitlines()]
+    return [json.loads(line) for line in (checkpoint / HISTORY).read_bytes().splitlines()]
 
 
 def num_skipped(history: list[dict[str, Any]]) -> int:

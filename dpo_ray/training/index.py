@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -19,10 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo_ray.model.folders import cache_folder
-from dpo_ray.model.resolve import made_once
+from dpo_ray.model.cache import held
 from dpo_ray.pairs import LENGTHS, Split, steers
-from dpo_ray.storage.artifact import Artifact, Contents, describe_file, make, open_artifact, read_shard
+from dpo_ray.storage.artifact import Artifact, Contents, FileEntry, describe_file, make, open_artifact, read_shard
 from dpo_ray.storage.location import Location
 
 KIND = "index"
@@ -270,7 +269,7 @@ def _file_name(split: Split, name: str) -> str:
 @lru_cache(maxsize=8)
 def _opened(file: IndexFile) -> PlanIndex:
     manifest = open_artifact(file.folder).manifest
-    folder = _here(file.folder, [f.name for f in manifest.files])
+    folder = _here(file.folder, manifest.files)
     offsets, row, lengths = (np.load(folder / _file_name(file.split, name), mmap_mode="r") for name in _ARRAYS)
     facts = manifest.metrics["facts"][file.split]
     return PlanIndex(
@@ -284,13 +283,13 @@ def _opened(file: IndexFile) -> PlanIndex:
     )
 
 
-def _here(folder: Location, names: Iterable[str]) -> Path:
+def _here(folder: Location, files: Sequence[FileEntry]) -> Path:
     """Where these files of an artifact can be memory-mapped."""
     if folder.is_local:
         return Path(folder.uri)
-    target = cache_folder() / "indexes" / folder.name
-    with made_once(target) as partial:
-        if partial is not None:
-            for name in names:
-                (folder / name).copy_to(Location.of(partial / name))
-    return target
+
+    def copy(target: Path) -> None:
+        for file in files:
+            (folder / file.name).copy_to(Location.of(target / file.name))
+
+    return held(f"index-{folder.name}", copy, num_bytes=sum(file.bytes for file in files))

@@ -6,7 +6,8 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +16,9 @@ import torch
 from dpo_ray.config import Model, Train
 from dpo_ray.errors import NonFiniteLoss
 from dpo_ray.model.policy import CompletionScorer, compile_layers, load_policy, torch_dtype
-from dpo_ray.model.resolve import ModelFolder
+from dpo_ray.model.resolve import ModelFolder, adapter_base
 from dpo_ray.progress import Progress, say
+from dpo_ray.storage.artifact import FileEntry
 from dpo_ray.storage.location import Location
 from dpo_ray.training.batch import Share, Step
 from dpo_ray.training.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
@@ -45,8 +47,8 @@ class Checkpoints(Protocol):
     def steps(self) -> set[int]:
         """The steps after which a checkpoint was kept that is still there; every rank calls it."""
 
-    def of_step(self, step: int) -> AbstractContextManager[Path]:
-        """A folder with the whole checkpoint that was kept after a step; every rank calls it."""
+    def of_step(self, step: int) -> Location:
+        """Where the checkpoint lies that was kept after a step; every rank calls it."""
 
 
 def train(
@@ -61,20 +63,20 @@ def train(
     held_out: Share | None,
     checkpoints: Checkpoints,
     export_to: Location,
-    resume: Path | None,
+    resume: Location | None,
     reference_tolerance: float | None,
     longest: LongestPair | None = None,
     memory: int = 0,
     is_forewarned: Callable[[], bool] = lambda: False,
 ) -> TrainState:
-    """Train the policy from its start, or from a checkpoint folder, to the last step. Returns where it ended.
+    """Train the policy from its start, or from a checkpoint, to the last step. Returns where it ended.
 
     Args:
         num_steps: optimizer steps over all epochs.
         steps_from: given a step, this rank's share of it and of all that follow, in order.
         held_out: this rank's share of the pairs that are evaluated every `eval_every_steps`.
         export_to: the folder of the trained model; it is written before the last checkpoint is kept.
-        resume: folder of the checkpoint to go on from.
+        resume: the checkpoint to go on from, wherever it lies; each rank reads its part.
         reference_tolerance: at the first step policy and reference must agree so far, in nats a completion.
         longest: the longest of all pairs, for which there must be memory; None: it is not looked at.
         memory: bytes of this rank, where `longest` is given.
@@ -82,10 +84,12 @@ def train(
             after each step, and is told the same.
 
     Raises NonFiniteLoss, ReferenceMismatch or PairTooLong, each on every rank alike; DataError where a pair lacks what
-    the loss needs.
+    the loss needs; ConfigError where the adapter that is to be exported would have no base that is kept.
     """
     torch.manual_seed(seed + me.rank)
     folder = ModelFolder.of(model)
+    adapter_alone = model.lora is not None and model.lora.export == "adapter"
+    base = adapter_base(model) if adapter_alone else None
     policy = load_policy(
         folder.path,
         trust_remote_code=folder.trust_remote_code,
@@ -151,15 +155,11 @@ def train(
             eval_due and options.early_stopping is not None and should_stop(state.history, options.early_stopping)
         )
         if state.finished or scheduled or (eval_due and options.keep_best):
-            _checkpoint(
-                learner,
-                metrics,
-                checkpoints,
-                model=model,
-                source=folder.path,
-                export_to=export_to,
-                wait=forewarned,
-            )
+            export = partial(
+                export_policy, export_to, policy=policy, source=folder.path, options=model, dtype=options.export_dtype,
+                me=me, base=base,
+            )  # fmt: skip
+            _checkpoint(learner, metrics, checkpoints, export, wait=forewarned)
         elif eval_due:
             checkpoints.report(metrics)
         if state.finished:
@@ -171,10 +171,8 @@ def _checkpoint(
     learner: Learner,
     metrics: dict[str, Any],
     checkpoints: Checkpoints,
+    export: Callable[[], list[FileEntry]],
     *,
-    model: Model,
-    source: Path,
-    export_to: Location,
     wait: bool,
 ) -> None:
     """Hand over a checkpoint of this moment; before the last one the model is exported.
@@ -197,12 +195,9 @@ def _checkpoint(
         if state.exported_step != state.next_step:
             if me.rank == 0:
                 say("train", f"the weights of step {state.exported_step} were best by {keep_best}; they are exported")
-            with checkpoints.of_step(state.exported_step) as kept:
-                load_weights(kept, policy=policy, average=average)
+            load_weights(checkpoints.of_step(state.exported_step), policy=policy, average=average)
         with average.in_place() if average is not None else nullcontext():
-            files = export_policy(
-                export_to, policy=policy, source=source, options=model, dtype=learner.options.export_dtype, me=me
-            )
+            files = export()
         if me.rank == 0:
             (folder / EXPORTED).write_text(json.dumps([file.model_dump() for file in files]))
     checkpoints.keep(metrics, folder, wait=wait or state.finished)

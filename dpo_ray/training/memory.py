@@ -45,7 +45,7 @@ def shape_of(folder: ModelFolder) -> Shape:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    whole = AutoConfig.from_pretrained(folder.path, trust_remote_code=folder.trust_remote_code)
+    whole = AutoConfig.from_pretrained(folder.description, trust_remote_code=folder.trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(whole, trust_remote_code=folder.trust_remote_code)
     config = whole.get_text_config()

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_ray.config import Model
+from dpo_ray.storage.location import Location
 from dpo_ray.training.files import MODEL_FOLDER, read_history
 from tests.rounding import ulps
 from tests.training import Gang, Trained, random_pairs, scored, small_model
@@ -107,7 +108,7 @@ def test_adapters_train_beside_a_frozen_base(runs: Runs, tmp_path: Path, workers
         policy, runs.pairs["bfloat16"], tmp_path, strategy=strategy, schedule="constant", learning_rate=3e-3
     )
     steps = sorted(tmp_path.glob("step-*"))
-    losses = [m["loss"] for m in read_history(steps[-1])]
+    losses = [m["loss"] for m in read_history(Location.of(steps[-1]))]
     assert losses[0] == pytest.approx(math.log(2), abs=OTHER_ORDER) and losses[-1] < 0.95 * losses[0]
     adapter = load_file(tmp_path / MODEL_FOLDER / "adapter_model.safetensors")
     assert all(value.dtype == torch.float32 and value.abs().max() > 0 for value in adapter.values())

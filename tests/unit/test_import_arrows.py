@@ -245,9 +245,9 @@ def test_a_model_is_looked_at_without_the_libraries_that_compute_with_it(tiny_mo
         f"tree = {{'run': {{'name': 'x', 'output': 'x'}}, 'model': {{'path': {str(tiny_model)!r}}}, "
         "'data': {'train': 'x'}}\n"
         "p.require_models(dpo_ray.config.parse_config(tree))\n"
-        "from dpo_ray.model import folders, tokenizer_files\n"
-        "from pathlib import Path\n"
-        f"tokenizer_files.tokenizer_hash(Path({str(tiny_model)!r})), folders.weights_hash(Path({str(tiny_model)!r}))"
+        "from dpo_ray.model.resolve import ModelFolder\n"
+        f"folder = ModelFolder({str(tiny_model)!r})\n"
+        "folder.tokenizer_hash(), folder.weights_hash(), folder.config()"
     )
     assert not loaded & HEAVY
 
@@ -256,6 +256,7 @@ def test_a_model_is_looked_at_without_the_libraries_that_compute_with_it(tiny_mo
     "module",
     [
         "dpo_ray.model.resolve",
+        "dpo_ray.model.pin",
         "dpo_ray.on_ray.scan",
         "dpo_ray.on_ray.pool",
         "dpo_ray.on_ray.stream",

@@ -9,7 +9,7 @@ import pytest
 
 from dpo_ray.config import Model
 from dpo_ray.errors import ConfigError
-from dpo_ray.model.folders import load_tokenizer, weights_hash
+from dpo_ray.model.folders import load_tokenizer
 from dpo_ray.model.resolve import ModelFolder, resolve
 
 
@@ -17,6 +17,10 @@ from dpo_ray.model.resolve import ModelFolder, resolve
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DPO_RAY_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def weights_hash(folder: Path, *, trust_remote_code: bool = False) -> str:
+    return ModelFolder(str(folder), trust_remote_code=trust_remote_code).weights_hash()
 
 
 def test_a_model_folder_is_taken_as_it_is(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
@@ -68,7 +72,8 @@ def test_a_folder_without_tokenizer_is_a_configuration_error(tiny_model: Path, t
 
 def test_a_model_folder_is_read_as_its_configuration_says(tiny_model: Path):
     folder = ModelFolder.of(Model(path=str(tiny_model), trust_remote_code=True))
-    assert folder == ModelFolder(tiny_model, trust_remote_code=True)
+    assert folder == ModelFolder(str(tiny_model), trust_remote_code=True)
+    assert folder.path == folder.description == folder.tokenizer_folder == tiny_model and not folder.is_adapter
     assert folder.config()["model_type"] == "llama"
     assert folder.weights_hash() == weights_hash(tiny_model)
     assert folder.tokenizer().get_vocab() == load_tokenizer(tiny_model).get_vocab()
@@ -93,6 +98,16 @@ def test_a_changed_configuration_is_another_model(tiny_model: Path, own_cache: P
     (copy / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     assert (copy / "config.json").read_text() != config
     assert weights_hash(copy) != weights_hash(tiny_model)
+
+
+def test_code_that_is_run_is_part_of_the_model(tiny_model: Path, own_cache: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    (copy / "modeling_own.py").write_text("first")
+    run, ignored = (weights_hash(copy, trust_remote_code=trusted) for trusted in (True, False))
+    assert ignored == weights_hash(tiny_model)
+    (copy / "modeling_own.py").write_text("second")
+    assert weights_hash(copy, trust_remote_code=True) != run and weights_hash(copy) == ignored
 
 
 def test_a_model_behind_a_uri_is_copied_once_into_the_cache(tiny_model: Path, tmp_path: Path, monkeypatch):

@@ -21,12 +21,14 @@ from dpo_ray.model.attention import IMPLEMENTATION
 from dpo_ray.model.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dpo_ray.model.packing import pack, pad
 from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy
-from dpo_ray.model.resolve import resolve
+from dpo_ray.model.resolve import ModelFolder, adapter_base, resolve
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.storage.location import Location
 from dpo_ray.training.export import export_policy
 from dpo_ray.training.parallel import Rank
+from tests.conftest import DEMO_MODEL
 from tests.rounding import of_logprob, require_gradients
+from tests.training import small_model
 
 PAIRS = [TokenizedPair("a", [504, 314], [99, 100, 2], [7, 2]), TokenizedPair("b", [11], [12, 2], [13, 14, 15, 2])]
 SMALL = LoRA(rank=4, alpha=8.0)
@@ -241,36 +243,60 @@ def test_an_exported_adapter_is_a_peft_folder_without_pickles(tiny_model: Path, 
     assert {f: (again / f).read_bytes() for f in files} == {f: (adapter / f).read_bytes() for f in files}
 
 
-def test_the_base_of_an_adapter_of_a_hub_model_is_its_hub_id(tiny_model: Path, tmp_path: Path, own_cache: Path):
-    policy = trained(tiny_model)
-
-    def base(source: Path) -> tuple[str, str | None]:
-        target = export(tmp_path / "exported", policy, source, SMALL, "some-org/some-model", revision="v2")
-        config = json.loads((target / ADAPTER_CONFIG).read_text())
-        return config["base_model_name_or_path"], config["revision"]
-
-    assert base(tiny_model) == ("some-org/some-model", "v2")
-    # That hub id was an adapter: what was trained on is its merged model, which the hub does not have.
-    made = own_cache / "models" / "some-model-merged-0"
-    shutil.copytree(tiny_model, made)
-    assert base(made) == (str(made), None)
-
-
-def test_the_base_of_an_adapter_of_a_model_in_an_object_store_is_its_place_there(
-    tiny_model: Path, tmp_path: Path, own_cache: Path
+def test_what_an_adapter_names_as_its_base_outlives_the_run(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    policy = trained(tiny_model)
+    monkeypatch.setattr("dpo_ray.model.resolve.ModelFolder.is_adapter", False)
+    assert adapter_base(Model(path="some-org/some-model", revision="v2")) == ("some-org/some-model", "v2")
+    assert adapter_base(Model(path="s3://bucket/some-model")) == ("s3://bucket/some-model", None)
+    assert adapter_base(Model(path=DEMO_MODEL)) == (DEMO_MODEL, None)  # not its conversion in the cache
+    monkeypatch.chdir(tiny_model.parent)
+    assert adapter_base(Model(path=f"./{tiny_model.name}")) == (str(tiny_model), None)
+    me = Rank(0, 1, torch.device("cpu"))
+    export_policy(
+        Location.of(tmp_path / "out"), policy=trained(tiny_model), source=tiny_model, me=me, dtype=None,
+        options=Model(path="some-org/some-model", lora=SMALL), base=("some-org/some-model", "v2"),
+    )  # fmt: skip
+    config = json.loads((tmp_path / "out" / ADAPTER_CONFIG).read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("some-org/some-model", "v2")
 
-    def base(made: str) -> str:
-        source, target = own_cache / "models" / made, tmp_path / made
-        shutil.copytree(tiny_model, source)
-        export(target, policy, source, SMALL, "s3://bucket/some-model")
-        return json.loads((target / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
 
-    assert base("some-model-0123456789abcdef") == "s3://bucket/some-model"
-    # What lies there was an adapter.
-    merged = "some-model-0123456789abcdef-merged-0123456789abcdef"
-    assert base(merged) == str(own_cache / "models" / merged)
+def test_an_adapter_of_a_gguf_file_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    converted = small_model(tmp_path / "converted")
+    monkeypatch.setattr("dpo_ray.model.source.converted_gguf", lambda file: converted)
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"")
+    base, _ = adapter_base(Model(path=str(gguf)))
+    assert base == str(gguf)
+    policy = trained(converted)
+    folder = export(tmp_path / "adapter", policy, converted, SMALL)
+    rebase(folder, base)
+    torch.testing.assert_close(scores(load_policy(resolve(str(folder)))), scores(policy), rtol=0, atol=NEAR)
+
+
+def test_an_adapter_of_an_adapter_is_refused_with_a_way_out(adapter: Path):
+    with pytest.raises(ConfigError, match=r"(?s)an adapter.*model\.lora\.export=merged"):
+        adapter_base(Model(path=str(adapter)))
+
+
+def test_what_an_adapter_is_known_by_needs_no_merged_weights(
+    tiny_model: Path, adapter: Path, tmp_path: Path, own_cache: Path
+):
+    known = ModelFolder(str(adapter))
+    before = known.weights_hash()
+    assert known.tokenizer_folder == adapter and known.config()["model_type"] == "llama"
+    assert known.tokenizer().get_vocab() == ModelFolder(str(tiny_model)).tokenizer().get_vocab()
+    assert not (own_cache / "models").exists()
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_model, moved)
+    rebase(adapter, str(moved))  # the same base elsewhere is the same model
+    assert ModelFolder(str(adapter)).weights_hash() == before
+    (moved / "config.json").write_text((moved / "config.json").read_text() + " ")
+    assert ModelFolder(str(adapter)).weights_hash() != before
+    rebase(adapter, str(tiny_model))
+    save_file({n: 2 * t for n, t in load_file(adapter / ADAPTER_WEIGHTS).items()}, adapter / ADAPTER_WEIGHTS)
+    assert ModelFolder(str(adapter)).weights_hash() != before
+    assert ModelFolder(str(tiny_model)).weights_hash() != before
 
 
 def test_an_adapter_is_merged_once(adapter: Path, own_cache: Path):

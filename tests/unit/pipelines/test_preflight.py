@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.config import Config, Judge, Rule, parse_config
+from dpo_ray.config import Config, Judge, LoRA, Rule, parse_config
 from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.model.lora import save_adapter
+from dpo_ray.model.policy import load_policy
 from dpo_ray.storage.artifact import Artifact
 from pipelines.generate import _tell_unread
 from pipelines.preflight import preflight, require_models, require_reward
@@ -114,3 +116,32 @@ def test_a_judge_of_whom_nothing_can_be_read_is_told(capfd: pytest.CaptureFixtur
         DataError, match=r"Of 9 verdicts asked of ours none could be read, in 3 attempts .*out/rewards/0"
     ):
         _tell_unread(judge, scores(judged=9, judge_unparseable=9))
+
+
+def lora(model: dict[str, Any], **more: Any) -> Config:
+    return parse_config({"run": {"name": "n", "output": "o"}, "data": {"train": "x"}, "model": model} | more)
+
+
+def test_an_adapter_that_would_have_no_base_is_refused_before_work_begins(tiny_model: Path, tmp_path: Path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    policy = load_policy(tiny_model, lora=LoRA(rank=2))
+    save_adapter(adapter, policy=policy, state=policy.state_dict(), base=str(tiny_model))
+    tree: dict[str, Any] = {"path": str(adapter), "lora": {"export": "adapter"}}
+    with pytest.raises(ConfigError, match=r"model\.lora\.export=merged"):
+        require_models(lora(tree), "train")
+    require_models(lora({**tree, "lora": {"export": "merged"}}), "train")
+    require_models(lora(tree), "reference")
+
+
+def test_rounds_of_adapters_alone_are_refused():
+    rounds: dict[str, Any] = {
+        "data": {},
+        "generate": {"prompts": "p"},
+        "evaluate": {"win_rate": {}},
+        "iterate": {"rounds": 2},
+    }
+    with pytest.raises(ConfigError, match=r"model\.lora\.export=merged"):
+        lora({"path": "m", "lora": {}}, **rounds)
+    lora({"path": "m", "lora": {"export": "merged"}}, **rounds)
+    lora({"path": "m", "lora": {}}, **rounds | {"iterate": {"rounds": 1}})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dpo_ray.config import Train
 from dpo_ray.storage.location import Location
 from dpo_ray.training.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
+from dpo_ray.training.checkpoint_reader import Reader
 from dpo_ray.training.files import HISTORY, STATE, is_whole, read_history
 from dpo_ray.training.optim import WeightAverage, make_optimizer
 from dpo_ray.training.parallel import Rank
+from tests.object_store import BUCKET, ObjectStore, object_store
 
 ME = Rank(0, 1, torch.device("cpu"))
 METRICS: list[dict[str, Any]] = [{"step": 1, "loss": 0.6931471805599453}, {"step": 2, "loss": 1e-300}]
@@ -64,14 +67,14 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, **mor
 def load(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None = None
 ) -> TrainState:
-    return load_checkpoint(folder, policy=model, optimizer=optimizer, average=average, me=ME)
+    return load_checkpoint(Location.of(folder), policy=model, optimizer=optimizer, average=average, me=ME)
 
 
 def test_where_the_loop_was_comes_back_exactly(tmp_path: Path):
     state = TrainState(next_step=2, history=METRICS, reward_sum=0.1 + 0.2, reward_count=24.0, finished=True)
     save(tmp_path, *trained(2), state=state)
     assert load(tmp_path, *trained(0, seed=1)) == state
-    assert read_history(tmp_path) == METRICS
+    assert read_history(Location.of(tmp_path)) == METRICS
 
 
 def test_parameters_and_optimizer_come_back_bit_for_bit(tmp_path: Path):
@@ -126,7 +129,7 @@ def test_only_the_weights_of_a_checkpoint_can_be_taken(tmp_path: Path):
     average = WeightAverage(model, 0.5)
     moments = optimizer.state[model.norm.weight]["exp_avg"].clone()
     torch.manual_seed(4)
-    load_weights(tmp_path, policy=model, average=average)
+    load_weights(Location.of(tmp_path), policy=model, average=average)
     drawn = torch.rand(1)
     assert torch.equal(model.embed.weight, best.embed.weight)
     assert torch.equal(average.named_values()["norm.weight"], its_average.named_values()["norm.weight"])
@@ -200,7 +203,7 @@ def test_a_rank_that_the_run_did_not_have_keeps_its_own_random_state(tmp_path: P
     expected = torch.rand(3)
     torch.manual_seed(11)
     load_checkpoint(
-        tmp_path, policy=model, optimizer=optimizer, average=None, me=Rank(1, 2, torch.device("cpu"))
+        Location.of(tmp_path), policy=model, optimizer=optimizer, average=None, me=Rank(1, 2, torch.device("cpu"))
     )  # fmt: skip
     assert torch.equal(torch.rand(3), expected)
 
@@ -239,6 +242,50 @@ def test_a_checkpoint_is_whole_until_a_file_is_cut_short_or_missing(tmp_path: Pa
         assert not is_whole(Location.of(tmp_path)), f"{file.name} is missing"
         file.write_bytes(content)
         assert is_whole(Location.of(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[ObjectStore]:
+    with object_store() as running:
+        yield running
+
+
+def test_in_an_object_store_it_is_read_where_it_lies(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, optimizer = trained(2)
+    save(tmp_path / "written", model, optimizer)
+    place = Location.of(f"s3://{BUCKET}/checkpoint")
+    for file in (tmp_path / "written").iterdir():  # its index begins with a dot
+        Location.of(file).copy_to(place / file.name)
+    advance(model, optimizer, 3)
+    read: list[int] = []
+    slice_file = Reader._slice_file
+
+    def counted(reader: Reader, file: Any, part: Any) -> Any:
+        read.append(part.length)
+        return slice_file(reader, file, part)
+
+    monkeypatch.setattr(Reader, "_slice_file", counted)
+    monkeypatch.setattr(Location, "_download", lambda *_: pytest.fail("it is downloaded"))
+    resumed, its_optimizer = trained(0, seed=9)
+    state = load_checkpoint(place, policy=resumed, optimizer=its_optimizer, average=None, me=ME)
+    assert state == TrainState(next_step=2, history=METRICS)
+    advance(resumed, its_optimizer, 3)
+    assert torch.equal(resumed.embed.weight, model.embed.weight)
+    assert torch.equal(resumed.norm.weight, model.norm.weight)
+    everything = sum(read)
+    read.clear()
+    load_weights(place, policy=resumed, average=None)
+    assert 0 < sum(read) < everything / 2  # AdamW keeps two numbers more for each weight
+
+
+def test_a_file_that_is_cut_short_is_named(tmp_path: Path):
+    save(tmp_path, *trained(1))
+    file = tmp_path / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(CheckpointException, match=r"__0_0\.distcp ends before"):
+        load(tmp_path, *trained(1))
 
 
 def test_an_empty_folder_is_no_whole_checkpoint(tmp_path: Path):

@@ -19,6 +19,7 @@ from dpo_ray.model.folders import HASHES, stored_dtype
 from dpo_ray.model.policy import load_policy
 from dpo_ray.storage.artifact import FileEntry
 from dpo_ray.storage.location import Location
+from dpo_ray.training.checkpoint import load_weights
 from dpo_ray.training.export import export_policy
 from dpo_ray.training.files import MODEL_FOLDER
 from dpo_ray.training.parallel import Rank
@@ -172,7 +173,7 @@ def gang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gang]:
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "export": "merged"}, {"rank": 2}])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_that_write_side_by_side_make_one_whole_model(
-    small_model: Path, gang: Gang, tmp_path: Path, strategy: str, lora: Any, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, gang: Gang, tmp_path: Path, strategy: str, lora: Any
 ):
     pairs = scored(random_pairs(8), small_model)
     model = Model.model_validate({"path": str(small_model), "lora": lora})
@@ -183,6 +184,11 @@ def test_ranks_that_write_side_by_side_make_one_whole_model(
         assert all(".lora_" in name for name in found)
         return
     assert found.keys() == tensors(small_model).keys()
+    if lora is None:
+        policy = load_policy(small_model)
+        load_weights(Location.of(Trained(tmp_path).last), policy=policy, average=None)
+        expected = policy.state_dict()
+        assert all(torch.equal(value, expected[name].bfloat16()) for name, value in found.items())
     assert len(list((tmp_path / MODEL_FOLDER).glob("*.safetensors"))) > 3
     assert AutoModelForCausalLM.from_pretrained(tmp_path / MODEL_FOLDER).dtype == torch.bfloat16
     files = json.loads((Trained(tmp_path).last / "exported.json").read_text())

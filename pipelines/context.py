@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,9 @@ from dpo_ray.config import Config, dump_config
 from dpo_ray.data.tally import Tally
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
-from dpo_ray.storage.location import Location
+from dpo_ray.storage.location import Location, require_absolute_output
+
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's, in the environment of a submitted job
 
 
 @dataclass
@@ -37,6 +40,8 @@ class RunContext:
     @classmethod
     def start(cls, config: Config, run_id: str | None = None) -> RunContext:
         """Open the run's folder and put the resolved configuration there. Raises ConfigError."""
+        if _JOB in os.environ:
+            require_absolute_output(config.run.output)
         output = Location.of(config.run.output)
         output.require_writable()
         run_id = run_id or f"{config.run.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"

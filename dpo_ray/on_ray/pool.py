@@ -22,6 +22,7 @@ import pyarrow as pa
 from dpo_ray.config import Config
 from dpo_ray.errors import EngineDied
 from dpo_ray.on_ray.failures import carried, raise_ours
+from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import connect, is_embedded, num_cores
 from dpo_ray.progress import Progress, say
 from dpo_ray.shards.isolation import MAX_ATTEMPTS, Attempts
@@ -84,6 +85,12 @@ class Pool:
     env: dict[str, str] = field(default_factory=dict)
     why: str = "a worker, and one CPU to read and write"
     """The configuration keys behind these numbers."""
+
+    @property
+    def need(self) -> Need:
+        """Of one worker, and a CPU to read and write: with those the stage comes to its end."""
+        wanted = self.num_cpus * (self.num_actors or 0) + 1
+        return Need(self.why, cpus=self.num_cpus, gpus=self.num_gpus, beside=1, wanted_cpus=wanted)
 
 
 def shard_tasks(artifact: Artifact) -> list[ShardTask[Shard]]:
@@ -195,9 +202,7 @@ def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask[A
     import ray.data
 
     tasks = [{"task": pickle.dumps((name, task.source))} for name, task in missing]
-    wanted = pool.num_cpus * (pool.num_actors or 0)
-    one = (pool.num_cpus, pool.num_gpus)
-    connect(pool.num_cpus + 1, pool.num_gpus, why=pool.why, wanted_cpus=wanted + 1, one_process=one)
+    connect(pool.need)
     # On a cluster Ray knows what there is room for, and its autoscaler what can be added.
     most = pool.num_actors or (num_cores() if is_embedded() else len(tasks))
     resources: dict[str, Any] = {"num_cpus": pool.num_cpus}

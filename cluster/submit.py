@@ -12,6 +12,7 @@ from typing import Any
 
 from dpo_ray.config import Config, dump_config
 from dpo_ray.errors import ConfigError, DpoRayError
+from dpo_ray.storage.location import require_absolute_output
 
 _SHIPPED = "config.yaml"
 
@@ -35,9 +36,10 @@ def submit_job(
         executable: what to call there: dpo-ray, or its absolute path.
 
     Returns the exit status of the job's own process, 0 without waiting.
-    Raises ConfigError where the cluster is not reached or the submission id is taken, DpoRayError where the job
-    ended without an exit status.
+    Raises ConfigError where the cluster is not reached, the submission id is taken or run.output is a relative path,
+    DpoRayError where the job ended without an exit status.
     """
+    require_absolute_output(config.run.output)
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     try:

@@ -276,17 +276,19 @@ def _carry_out(
             preflight(config, check_for)
         from dpo_ray.model.pin import pinned
 
-        lines = _record(terminal, pinned(config), run_id, work)
+        lines = _record(terminal, pinned(config), run_id, work, plan)
     for line in lines:
         typer.echo(line)
 
 
-def _record(terminal: Terminal, config: Config, run_id: str | None, work: Callable[[RunContext], None]) -> list[str]:
+def _record(
+    terminal: Terminal, config: Config, run_id: str | None, work: Callable[[RunContext], None], plan: list[str]
+) -> list[str]:
     """Do the work; whatever comes of it, the run's folder gets its log, its summary and its report.
 
     Returns the last words of a run that ended well.
     """
-    from dpo_ray.on_ray.session import disconnect
+    from dpo_ray.on_ray.session import disconnect, is_embedded
     from pipelines.align import write_report
     from pipelines.context import RunContext
     from pipelines.show import closing_lines
@@ -298,6 +300,10 @@ def _record(terminal: Terminal, config: Config, run_id: str | None, work: Callab
     context.table = terminal.display.table
     try:
         with _told_when_interrupted():
+            if not is_embedded():
+                from pipelines.needs import check_cluster
+
+                check_cluster(config, context.output, plan)
             work(context)
     except BaseException as error:
         code = error.exit_code if isinstance(error, DpoRayError) else 1

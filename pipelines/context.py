@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,11 +15,12 @@ from dpo_ray.data.tally import Tally
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.claim import kept_fresh
-from dpo_ray.storage.location import Location
+from dpo_ray.storage.location import Location, require_absolute_output
 from pipelines.run_id import require_run_id
 
 STAGES_SO_FAR = "stages.json"
 """In a run's folder while it is at work: fingerprints of what its stages have made, which `dpo-ray gc` spares."""
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's, in the environment of a submitted job
 
 
 @dataclass
@@ -45,6 +47,8 @@ class RunContext:
         if run_id is None:
             run_id = f"{config.run.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         require_run_id(run_id)
+        if _JOB in os.environ:
+            require_absolute_output(config.run.output)
         output = Location.of(config.run.output)
         output.require_writable()
         context = cls(config, run_id, output)

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from dpo_ray.config import Config
+from dpo_ray.config import Config, Train
 from dpo_ray.errors import ConfigError, DpoRayError
 from dpo_ray.model.resolve import ModelFolder
+from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import connect, is_embedded, num_cores
 from dpo_ray.on_ray.trainer import tokens_per_microbatch, tokens_per_second, train_location
 from dpo_ray.progress import Progress, say
@@ -190,13 +191,7 @@ class Sweep:
         cpus, gpus = train.num_workers * train.cpus_per_worker, train.num_workers * train.gpus
         wanted = self.tune.max_concurrent_trials or (max(1, int(num_cores() // cpus)) if is_embedded() else 1)
         wanted = min(wanted, open_trials)
-        connect(
-            wanted * cpus,
-            wanted * gpus,
-            why="tune.max_concurrent_trials trials at once, each with train.num_workers workers",
-            one_process=(train.cpus_per_worker, train.gpus),
-            trains=True,
-        )
+        connect(trials_need(train, wanted), trains=True)
         if self.tune.max_concurrent_trials is None and not is_embedded():
             wanted = min(places(cpus, gpus), open_trials)
         self._at_once = wanted
@@ -294,6 +289,16 @@ class Sweep:
             return None
         rows = self.rows.get(preparation_key(config))
         return train_location(self.output, config, rows) if rows is not None else None
+
+
+def trials_need(train: Train, at_once: int) -> Need:
+    """Of trials side by side."""
+    return Need(
+        "tune.max_concurrent_trials trials at once, each with train.num_workers workers",
+        processes=at_once * train.num_workers,
+        cpus=train.cpus_per_worker,
+        gpus=train.gpus,
+    )
 
 
 class _Watch(Listener):

@@ -48,6 +48,9 @@ class Run(Section):
     when_busy: Literal["wait", "leave"] = "wait"
     """Where another run is at the same training, or publishes under the same name: wait until it has ended and take
     over what it made, or leave at once, with exit code 75."""
+    wait_for_resources: float = Field(15.0, ge=0.0)
+    """Minutes that a stage waits, at most, for a cluster to grow where it has too little room: its autoscaler is asked
+    for more. 0: the run is refused at its start, as is right for a cluster that nothing adds nodes to."""
 
 
 class LoRA(Section):

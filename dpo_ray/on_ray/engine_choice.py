@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from dpo_ray.on_ray.pool import Pool
@@ -96,7 +97,7 @@ def tried(pool: Pool, doing: str) -> Any:
 
 def alone(pool: Pool) -> Any:
     """What the function of a pool returns, in a process of its own that ends with it, and its engine's memory too."""
-    connect(pool.num_cpus, pool.num_gpus, why=pool.why, one_process=(pool.num_cpus, pool.num_gpus))
+    connect(replace(pool.need, beside=0))
     import ray
 
     function: Callable[..., Any] = pool.build

@@ -24,6 +24,7 @@ import pyarrow as pa
 from dpo_ray.config import Config
 from dpo_ray.errors import DataError, EngineDied
 from dpo_ray.on_ray.failures import carried, raise_ours
+from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import connect, is_embedded, num_cores
 from dpo_ray.progress import Progress, say
 from dpo_ray.shards.isolation import MAX_ATTEMPTS, Attempts
@@ -77,6 +78,12 @@ class Pool:
     env: dict[str, str] = field(default_factory=dict)
     why: str = "a worker, and one CPU to read and write"
     """The configuration keys behind these numbers."""
+
+    @property
+    def need(self) -> Need:
+        """Of one worker, and a CPU to read and write: with those the stage comes to its end."""
+        wanted = self.num_cpus * (self.num_actors or 0) + 1
+        return Need(self.why, cpus=self.num_cpus, gpus=self.num_gpus, beside=1, wanted_cpus=wanted)
 
 
 def shard_tasks(artifact: Artifact) -> list[ShardTask[Shard]]:
@@ -247,9 +254,7 @@ def _results(kind: str, tasks: list[dict[str, bytes]], pool: Pool, work: dict[st
     """What a pool's workers tell of each task, as they finish it. Raises what one of them gave back as its failure."""
     import ray.data
 
-    wanted = pool.num_cpus * (pool.num_actors or 0)
-    one = (pool.num_cpus, pool.num_gpus)
-    connect(pool.num_cpus + 1, pool.num_gpus, why=pool.why, wanted_cpus=wanted + 1, one_process=one)
+    connect(pool.need)
     # On a cluster Ray knows what there is room for, and its autoscaler what can be added.
     most = pool.num_actors or (num_cores() if is_embedded() else len(tasks))
     resources: dict[str, Any] = {"num_cpus": pool.num_cpus}

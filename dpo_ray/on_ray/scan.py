@@ -13,11 +13,14 @@ from dpo_ray.data.raw.parts import RowsPerShard
 from dpo_ray.data.raw.scan import FileRecord, map_files, one_error, read_record, record_name, scan
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.failures import raise_ours
+from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import connect
 from dpo_ray.progress import Progress, say
 from dpo_ray.storage.location import Location
 
 _STAGE = "ingest"
+
+NEED = Need("reading data.train and data.eval", beside=1)
 
 
 def scan_files(folder: Location, files: list[Location], rows_per_shard: RowsPerShard) -> list[FileRecord]:
@@ -38,7 +41,7 @@ def scan_files(folder: Location, files: list[Location], rows_per_shard: RowsPerS
 def _scan(folder: Location, stamps: list[Stamp], rows_per_shard: RowsPerShard) -> None:
     import ray.data
 
-    connect(2, why="reading data.train and data.eval")
+    connect(NEED)
     items = [{"stamp": json.dumps(asdict(stamp))} for stamp in stamps]
     results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _scan_batch,

@@ -6,12 +6,13 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dpo_ray.errors import ConfigError, DpoRayError
 from dpo_ray.on_ray.preemption import watch_for_preemption
+from dpo_ray.on_ray.room import Cluster, Need, Nodes, await_room, require_room
 from dpo_ray.origin import short
 from dpo_ray.progress import WATCHED, say
 
@@ -29,6 +30,7 @@ class _Session:
     """Ray Train or Tune will run on it: they ask the dashboard's State API, which takes seconds to start."""
     is_open: bool = False
     has_dashboard: bool = False
+    wait_minutes: float = 0
 
 
 _session = _Session()
@@ -39,26 +41,49 @@ def expect_training() -> None:
     _session.trains = True
 
 
-def connect(
-    num_cpus: float,
-    num_gpus: float = 0,
-    *,
-    why: str,
-    wanted_cpus: float = 0,
-    one_process: tuple[float, float] = (1, 0),
-    trains: bool = False,
-) -> None:
-    """Join the cluster of RAY_ADDRESS (as in a Ray job), or start an embedded one on this machine.
+def wait_at_most(minutes: float) -> None:
+    """How long work waits for a cluster to grow, from now on in this process; it does not where nobody says so."""
+    _session.wait_minutes = minutes
+
+
+def connect(need: Need, *, trains: bool = False) -> None:
+    """Join the cluster of RAY_ADDRESS (as in a Ray job), or start an embedded one on this machine, with room for work.
+
+    A cluster that is too small is asked to grow, and given the time for it that wait_at_most says.
 
     Args:
-        num_cpus, num_gpus: what the coming work needs at once.
-        why: the configuration keys that this follows from, for the error.
-        wanted_cpus: what elastic work could use at once; an embedded Ray is made that large.
-        one_process: CPUs and GPUs that one process of it needs, and so one node must have.
         trains: the work is Ray Train's or Tune's.
 
     Raises ConfigError where the cluster is too small, for work would wait there for ever.
     """
+    _session.trains |= trains
+    if _session.is_open and is_embedded() and not _serves(need.all_cpus, trains):
+        # It was started for an earlier stage, of which nothing is left in it.
+        disconnect()
+    _open(max(need.all_cpus, need.wanted_cpus))
+    if is_embedded():
+        require_room(nodes(), need)
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    await_room(Cluster(nodes, lambda bundles: request_resources(bundles=bundles)), need, _session.wait_minutes)
+
+
+def join() -> None:
+    """Join the cluster of RAY_ADDRESS, before it is asked for anything. Raises ConfigError where none answers."""
+    assert not is_embedded()
+    _open(0)
+
+
+def nodes() -> Nodes:
+    """What each node of the cluster has that is alive. Ray must be connected."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _open(embedded_cpus: float) -> None:
+    """Join the cluster, or start an embedded Ray of so many CPUs, where this process has none."""
     # Lines of different workers that look alike must not be folded into one: they are progress.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
@@ -68,43 +93,14 @@ def connect(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     import ray
 
-    _session.trains |= trains
-    if _session.is_open and is_embedded() and not _serves(num_cpus, trains):
-        # It was started for an earlier stage, of which nothing is left in it.
-        disconnect()
-    if not ray.is_initialized():
-        if not is_embedded():
-            _join()
-        else:
-            _start_embedded(max(num_cpus, wanted_cpus))
-        _session.is_open = True
-        quiet_data()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    require_room(nodes, {"CPU": num_cpus, "GPU": num_gpus}, dict(zip(("CPU", "GPU"), one_process, strict=True)), why)
-
-
-def require_room(
-    nodes: Sequence[Mapping[str, float]], wanted: Mapping[str, float], one_process: Mapping[str, float], why: str
-) -> None:
-    """Raises ConfigError where the nodes together lack what is wanted, or none holds a process. Work would wait for
-    ever there.
-
-    Args:
-        nodes: what each of them has, by name.
-    """
-    for name, number in wanted.items():
-        total = sum(node.get(name, 0) for node in nodes)
-        if total < number:
-            raise ConfigError(
-                f"The Ray cluster has {total:g} {name}s, but this needs {number:g} at once ({why}). Lower those "
-                "settings, or use a cluster with more nodes."
-            )
-    if not any(all(node.get(name, 0) >= number for name, number in one_process.items()) for node in nodes):
-        needs = " and ".join(f"{number:g} {name}s" for name, number in one_process.items() if number)
-        raise ConfigError(
-            f"One process of this needs {needs} ({why}), and no node of the Ray cluster has that many. Lower those "
-            "settings, or use larger nodes."
-        )
+    if ray.is_initialized():
+        return
+    if is_embedded():
+        _start_embedded(embedded_cpus)
+    else:
+        _join()
+    _session.is_open = True
+    quiet_data()
 
 
 def is_embedded() -> bool:

@@ -14,6 +14,7 @@ from dpo_ray.errors import DpoRayError
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.failures import raise_ours, reason_of
 from dpo_ray.on_ray.resume import newest_whole_checkpoint, resumed_step, run_name, state_of
+from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import connect
 from dpo_ray.on_ray.worker_memory import least_memory
 from dpo_ray.progress import aside, say
@@ -153,15 +154,7 @@ def _train(output: Location, config: Config, rows: Artifact, location: Location,
 def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location, steering: Steering) -> Location:
     """Run the workers to the last step. Returns where the last checkpoint is."""
     options = config.train
-    needed = options.min_workers or options.num_workers
-    connect(
-        needed * options.cpus_per_worker,
-        needed * options.gpus,
-        wanted_cpus=options.num_workers * options.cpus_per_worker + 1,  # the stages after this one read and write too
-        why="train.num_workers or min_workers, cpus_per_worker, use_gpu",
-        one_process=(options.cpus_per_worker, options.gpus),
-        trains=True,
-    )
+    connect(training_need(options), trains=True)
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -229,6 +222,17 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
         raise result.return_value
     assert result.checkpoint is not None
     return runs.same_store(result.checkpoint.path)
+
+
+def training_need(options: Train) -> Need:
+    """Of the workers that a training cannot do without."""
+    return Need(
+        "train.num_workers or min_workers, cpus_per_worker, use_gpu",
+        processes=options.min_workers or options.num_workers,
+        cpus=options.cpus_per_worker,
+        gpus=options.gpus,
+        wanted_cpus=options.num_workers * options.cpus_per_worker + 1,  # the stages after this one read and write too
+    )
 
 
 def _longest_pair(index: PlanIndex) -> LongestPair:

@@ -3,89 +3,22 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
-import sys
-import tempfile
-import time
-import urllib.request
-from pathlib import Path
 
 import pytest
 
 from tests.command_line import CONFIGS, DPO_RAY, LONGEST, dpo_ray, overrides
 from tests.on_ray.test_main_job import preference_rows
+from tests.ray_head import RAY, ray_head
 
 pytestmark = pytest.mark.ray
-
-RAY = str(Path(sys.executable).parent / "ray")
 
 
 @pytest.fixture(scope="module")
 def head():
     """The dashboard's address of a Ray head that lives as long as these tests."""
-    ports = iter(_free_ports(9))
-    dashboard = next(ports)
-    names = (
-        "port",
-        "dashboard-agent-listen-port",
-        "dashboard-agent-grpc-port",
-        "metrics-export-port",
-        "ray-client-server-port",
-        "node-manager-port",
-        "object-manager-port",
-        "runtime-env-agent-port",
-    )
-    # Unix sockets lie below it, and their paths have to be short.
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    arguments = [f"--{name}={next(ports)}" for name in names]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": folder}
-    process = subprocess.Popen(
-        [
-            RAY,
-            "start",
-            "--head",
-            "--node-ip-address=127.0.0.1",
-            "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={dashboard}",
-            *arguments,
-            "--num-cpus=4",
-            "--object-store-memory=200000000",
-            f"--temp-dir={folder}",
-            "--disable-usage-stats",
-            "--block",
-        ],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT,
-    )
-    address = f"http://127.0.0.1:{dashboard}"
-    try:
-        _wait_for(address, process)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
-def _wait_for(address: str, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + LONGEST
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "the Ray head ended at its start"
-        try:
-            with urllib.request.urlopen(f"{address}/api/jobs/", timeout=60):
-                return
-        except OSError:
-            time.sleep(1)
-    raise AssertionError(f"no dashboard at {address} within {LONGEST:g} seconds")
+    with ray_head() as head:
+        yield head.dashboard
 
 
 @pytest.fixture
@@ -135,6 +68,22 @@ def test_plain_ray_job_submit_runs_the_same_command(head, job_settings):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[ingest] done: 12 rows" in done.stdout
+
+
+def test_a_relative_output_is_refused_before_it_is_shipped_and_in_a_plain_job(head, job_settings):
+    relative = {**job_settings, "run__output": "runs/out"}
+    refused = submit("http://127.0.0.1:9", "ingest", relative)
+    assert refused.code == 2
+    assert "run.output is runs/out, a relative path" in refused.log
+    arguments = [DPO_RAY, "ingest", str(CONFIGS / "align_cpu.yaml"), *overrides(**relative)]
+    done = subprocess.run(
+        [RAY, "job", "submit", "--address", head, "--", *arguments],
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=LONGEST,
+    )
+    assert done.returncode != 0 and "run.output is runs/out, a relative path" in done.stdout
 
 
 def test_no_cluster_at_the_address(job_settings):

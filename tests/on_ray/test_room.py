@@ -1,0 +1,97 @@
+"""Whether a cluster has room, and the wait for one that grows, by a clock of the test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from dpo_ray.errors import ConfigError
+from dpo_ray.on_ray.room import Cluster, Need, Nodes, await_room, lacking, require_room
+
+
+def test_a_process_must_have_room_on_one_node():
+    nodes = [{"CPU": 8.0, "memory": 1e9}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}]
+    require_room(nodes, Need("vllm.gpus_per_actor", processes=2, cpus=8, gpus=2, beside=8))
+    with pytest.raises(ConfigError, match=r"needs 1 CPUs and 4 GPUs \(vllm\.gpus_per_actor\), and no node"):
+        require_room(nodes, Need("vllm.gpus_per_actor", gpus=4))
+    with pytest.raises(ConfigError, match=r"no node .* larger nodes"):
+        require_room(nodes, Need("train.cpus_per_worker", cpus=16))
+    with pytest.raises(ConfigError, match=r"has 24 CPUs, but this needs 25 at once"):
+        require_room(nodes, Need("train.num_workers", processes=24, beside=1))
+
+
+def test_processes_must_have_room_side_by_side():
+    nodes = [{"CPU": 8.0}, {"CPU": 4.0, "GPU": 4.0}]
+    assert lacking(nodes, Need("train", processes=2, cpus=2, gpus=1)) is None
+    missing = lacking(nodes, Need("train", processes=3, cpus=2, gpus=1))
+    assert missing and "Each of the 3 processes of this needs 2 CPUs and 1 GPUs" in missing and "room for 2" in missing
+    # Trials that share GPUs: no rounding of a sum of parts refuses them.
+    assert lacking([{"CPU": 10.0, "GPU": 1.0}], Need("trials", processes=10, gpus=0.1)) is None
+
+
+NEED = Need("train.num_workers", processes=2, cpus=2, gpus=1, beside=1)
+HEAD = {"CPU": 4.0}
+WORKER = {"CPU": 4.0, "GPU": 1.0}
+
+
+class Growing:
+    """A cluster whose nodes are a function of the seconds that were waited."""
+
+    def __init__(self, after: Callable[[float], Nodes]) -> None:
+        self.seconds = 0.0
+        self.asked: list[list[dict[str, float]]] = []
+        self.cluster = Cluster(lambda: after(self.seconds), self.asked.append, lambda: self.seconds, self.pause)
+
+    def pause(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+def test_work_begins_when_the_cluster_has_grown_and_asks_for_nothing_more(capfd: pytest.CaptureFixture[str]):
+    growing = Growing(lambda now: [HEAD, *[WORKER] * (int(now >= 40) + int(now >= 90))])
+    await_room(growing.cluster, NEED, 15)
+    assert growing.seconds == 90
+    assert growing.asked == [[{"CPU": 2, "GPU": 1}, {"CPU": 2, "GPU": 1}, {"CPU": 1.0}], []]
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 4
+    assert said[0] == (
+        "[ray] waiting for 5 CPUs and 2 GPUs at once (train.num_workers): there are 4 CPUs and 0 GPUs on 1 nodes; 0.0 "
+        "of at most 15 min (run.wait_for_resources; 0 where nothing adds nodes)"
+    )
+    assert "8 CPUs and 1 GPUs on 2 nodes; 1.0 of" in said[2]
+    assert said[3] == "[ray] there is room after 90 s: 12 CPUs and 2 GPUs on 3 nodes"
+
+
+def test_a_cluster_with_room_is_asked_for_nothing():
+    growing = Growing(lambda now: [HEAD, WORKER, WORKER])
+    await_room(growing.cluster, NEED, 15)
+    assert (growing.seconds, growing.asked) == (0, [])
+
+
+def test_after_the_time_it_says_what_came_and_what_is_missing():
+    growing = Growing(lambda now: [HEAD, *[WORKER] * int(now >= 40)])
+    with pytest.raises(
+        ConfigError,
+        match=r"has 1 GPUs, but this needs 2 .* 8 CPUs and 1 GPUs on 2 nodes, where it had 4 CPUs and 0 GPUs",
+    ):
+        await_room(growing.cluster, NEED, 2)
+    assert growing.seconds == 120 and growing.asked[-1] == []
+
+
+def test_where_nothing_is_waited_for_it_is_refused_at_once():
+    growing = Growing(lambda now: [HEAD])
+    with pytest.raises(ConfigError, match="has 4 CPUs, but this needs 5"):
+        await_room(growing.cluster, NEED, 0)
+    assert (growing.seconds, growing.asked) == (0, [])
+
+
+def test_whoever_ends_the_wait_takes_the_request_back():
+    def interrupt(now: float) -> Nodes:
+        if now > 10:
+            raise KeyboardInterrupt
+        return [HEAD]
+
+    growing = Growing(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        await_room(growing.cluster, NEED, 2)
+    assert growing.asked[-1] == []

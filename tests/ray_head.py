@@ -1,0 +1,163 @@
+"""A Ray head of the tests' own on loopback, and nodes that join it, each a process that is ended at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.command_line import LONGEST
+
+RAY = str(Path(sys.executable).parent / "ray")
+_PORTS = (
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "metrics-export-port",
+    "node-manager-port",
+    "object-manager-port",
+    "runtime-env-agent-port",
+)
+
+
+@dataclass(frozen=True)
+class RayHead:
+    """Where it answers."""
+
+    dashboard: str
+    """As in http://127.0.0.1:8265."""
+    address: str
+    """What RAY_ADDRESS is to be."""
+    folder: str
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Of a process that joins it."""
+        return {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": self.address}
+
+    @contextmanager
+    def node(self, *arguments: str, wrapped: Sequence[str] = ()) -> Iterator[None]:
+        """One more node of 2 CPUs.
+
+        Args:
+            wrapped: a command that is given Ray's as its further arguments.
+        """
+        ports = [f"--{name}={port}" for name, port in zip(_PORTS, free_ports(len(_PORTS)), strict=True)]
+        command = [*wrapped, RAY, "start", f"--address={self.address}", "--num-cpus=2", *_COMMON, *ports, *arguments]
+        with _running(command, self.folder, {}):
+            yield
+
+
+_COMMON = ("--object-store-memory=200000000", "--disable-usage-stats", "--block")
+
+
+@contextmanager
+def ray_head(num_cpus: int = 4, autoscaling: dict[str, Any] | None = None) -> Iterator[RayHead]:
+    """Start one.
+
+    Args:
+        autoscaling: types of the nodes that Ray's autoscaler may add on this machine, by name.
+    """
+    gcs, dashboard, client, *others = free_ports(3 + len(_PORTS))
+    # Unix sockets lie below it, and their paths have to be short.
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    arguments = [f"--{name}={port}" for name, port in zip(_PORTS, others, strict=True)]
+    env = {}
+    if autoscaling is not None:
+        file = Path(folder) / "autoscaling.json"
+        file.write_text(json.dumps(_fake_multinode(f"127.0.0.1:{gcs}", autoscaling)))
+        arguments.append(f"--autoscaling-config={file}")
+        env = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    command = [
+        RAY,
+        "start",
+        "--head",
+        "--node-ip-address=127.0.0.1",
+        "--dashboard-host=127.0.0.1",
+        f"--port={gcs}",
+        f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={client}",
+        f"--num-cpus={num_cpus}",
+        f"--temp-dir={folder}",
+        *_COMMON,
+        *arguments,
+    ]
+    try:
+        with _running(command, folder, env) as process:
+            head = RayHead(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", folder)
+            _wait_for(head.dashboard, process)
+            yield head
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fake_multinode(gcs: str, types: dict[str, Any]) -> dict[str, Any]:
+    """What `ray up` would be given for nodes that are processes of one machine."""
+    head = {"ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0}}
+    return {
+        "cluster_name": "fake",
+        "max_workers": 8,
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": gcs,
+            "use_node_id_as_ip": True,  # they share the machine's
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "available_node_types": {**{name: {"node_config": {}, **one} for name, one in types.items()}, **head},
+        "head_node_type": "ray.head.default",
+        "upscaling_speed": 20.0,
+        "idle_timeout_minutes": 5,
+        "auth": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "initialization_commands": [],
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+        "head_start_ray_commands": [],
+        "worker_start_ray_commands": [],
+    }
+
+
+@contextmanager
+def _running(command: list[str], folder: str, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": folder, **env}
+    with ExitStack() as stack:
+        log = stack.enter_context(tempfile.TemporaryFile())
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + LONGEST
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the Ray head ended at its start"
+        try:
+            with urllib.request.urlopen(f"{address}/api/jobs/", timeout=60):
+                return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(f"no dashboard at {address} within {LONGEST:g} seconds")

@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +174,8 @@ def _train_ours(
     import torch
 
     from dpo_ray.config import Model
+    from dpo_ray.config.tolerance import Tolerance
+    from dpo_ray.evaluation.agreement import require_same_start
     from dpo_ray.training.batch import Share, Step
     from dpo_ray.training.loop import train
     from dpo_ray.training.parallel import Rank
@@ -195,7 +198,7 @@ def _train_ours(
         held_out=None,
         checkpoints=NoCheckpoints(),
         resume=None,
-        reference_tolerance=0.01,
+        require_reference=partial(require_same_start, Tolerance().limits("float32")),
     )
     print(f"ours, {case.loss}: {time.monotonic() - began:.0f} s", flush=True)
     return [{"step": entry["step"], **{name: entry[name] for name in METRICS}} for entry in state.history]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +19,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from dpo_ray.config import Model, Train
+from dpo_ray.config.tolerance import Tolerance
 from dpo_ray.data.pairing import mismatched
+from dpo_ray.evaluation.agreement import require_same_start
 from dpo_ray.model import attention
 from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy
 from dpo_ray.pairs import TokenizedPair
@@ -175,7 +178,7 @@ def run(
     resume: Path | None = None,
     die_at: int | None = None,
     num_steps: int | None = None,
-    reference_tolerance: float | None = 0.05,
+    reference_tolerance: Tolerance | None = Tolerance(),
     packed: bool = True,
     record_gradients: bool = False,
     factor_of_rank_1: float | None = None,
@@ -190,6 +193,7 @@ def run(
         values: of the section `train`.
     """
     me = me or Rank(0, 1, torch.device("cpu"))
+    model = model if isinstance(model, Model) else Model(path=str(model))
     options = Train.model_validate(
         {"learning_rate": 1e-3, "global_batch_size": 8, "checkpoint_every_steps": 100, "tokens_per_microbatch": 64}
         | values
@@ -200,7 +204,7 @@ def run(
     fault = gradients.multiplied(factor_of_rank_1) if factor_of_rank_1 and me.rank == 1 else nullcontext()
     with layout, record, fault, _one_thread():
         return train(
-            model if isinstance(model, Model) else Model(path=str(model)),
+            model,
             options,
             seed=0,
             num_steps=num_steps or len(pairs) // options.global_batch_size,
@@ -210,7 +214,9 @@ def run(
             held_out=shares(held_out, me, options.tokens_per_microbatch) if held_out else None,
             checkpoints=Kept(folder, die_at),
             resume=resume,
-            reference_tolerance=reference_tolerance,
+            require_reference=None
+            if reference_tolerance is None
+            else partial(require_same_start, reference_tolerance.limits(model.dtype)),
         )
 
 

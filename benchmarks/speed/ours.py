@@ -78,7 +78,7 @@ def train_ours(
         held_out=None,
         checkpoints=NoCheckpoints(),
         resume=None,
-        reference_tolerance=None,
+        require_reference=None,
     )
     losses = [entry["loss"] for entry in state.history]
     return {"reference": reference, "steps": kept_steps(times, losses, rows, pairs_per_step, 1)}

@@ -10,13 +10,16 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpo_ray.config import Metric, Model, Train
+from dpo_ray.config.tolerance import Limits
 from dpo_ray.errors import DpoRayError, NonFiniteLoss, ReferenceMismatch
+from dpo_ray.evaluation.agreement import require_same_start
 from dpo_ray.on_ray.resume import state_of, whole_checkpoints
 from dpo_ray.progress import aside, say
 from dpo_ray.storage.location import Location
@@ -44,7 +47,8 @@ class TrainJob:
     held_out: PlanIndex | None
     """The pairs of the evaluations while training; None: there are none."""
     tokens_per_microbatch: int
-    reference_tolerance: float
+    reference_limits: Limits
+    """What policy and reference may differ by at the first step."""
     run: Location
     """Where Ray Train keeps this run's checkpoints."""
     fallback: Location | None
@@ -106,7 +110,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
                 held_out=held_out,
                 checkpoints=RayCheckpoints(me, options.keep_best, job.num_steps, job.run),
                 resume=Path(folder) if folder is not None else None,
-                reference_tolerance=job.reference_tolerance,
+                require_reference=partial(require_same_start, job.reference_limits),
             )
         except (NonFiniteLoss, ReferenceMismatch) as error:
             return error

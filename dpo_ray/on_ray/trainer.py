@@ -153,7 +153,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
                 hidden_size=plan.hidden_size,
                 held_out=held_out.drawn(options.eval_pairs) if options.eval_every_steps is not None else None,
                 tokens_per_microbatch=microbatch,
-                reference_tolerance=config.reference.tolerance,
+                reference_limits=config.reference.tolerance.limits(config.model.dtype),
                 run=runs / name,
                 whose=steering.whose,
                 fallback=fallback,

@@ -23,7 +23,7 @@ from dpo_ray.training.files import EXPORT, num_skipped
 from dpo_ray.training.optim import WeightAverage, learning_rate, make_optimizer
 from dpo_ray.training.parallel import Rank, parallelize, whole_state
 from dpo_ray.training.selection import best_step, should_stop
-from dpo_ray.training.step import Learner
+from dpo_ray.training.step import Learner, RequireReference
 
 
 class Checkpoints(Protocol):
@@ -57,7 +57,7 @@ def train(
     held_out: Share | None,
     checkpoints: Checkpoints,
     resume: Path | None,
-    reference_tolerance: float | None,
+    require_reference: RequireReference | None,
 ) -> TrainState:
     """Train the policy from its start, or from a checkpoint folder, to the last step. Returns where it ended.
 
@@ -66,7 +66,7 @@ def train(
         steps_from: given a step, this rank's share of it and of all that follow, in order.
         held_out: this rank's share of the pairs that are evaluated every `eval_every_steps`.
         resume: folder of the checkpoint to go on from.
-        reference_tolerance: at the first step policy and reference must agree so far, in nats a completion.
+        require_reference: called at the first step, where policy and reference are the same still.
 
     Raises NonFiniteLoss or ReferenceMismatch, each on every rank alike; DataError where a pair lacks what the loss
     needs.
@@ -104,7 +104,7 @@ def train(
         result = learner.step(
             step.share,
             rate,
-            reference_tolerance if at_start else None,
+            require_reference if at_start else None,
             with_entropies=every is not None and number % every == 0,
         )
         num_tokens += result.num_tokens

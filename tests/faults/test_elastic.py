@@ -109,7 +109,7 @@ def alone(arguments: list[str], folder: Path) -> list[dict]:
         held_out=None,
         checkpoints=Kept(folder / "alone"),
         resume=None,
-        reference_tolerance=None,
+        require_reference=None,
     )
     return Trained(folder / "alone").metrics
 

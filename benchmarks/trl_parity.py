@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,18 +162,21 @@ def run_ours(folder: Path, cases: Sequence[Case]) -> None:
     pairs = with_reference(unscored, TorchScorer(model).score(unscored))
     write_json(folder / "ours" / "environment.json", environment(OUR_PACKAGES))
     for case in cases:
-        write_lines(folder / "ours" / f"{case.loss}.jsonl", _train_ours(setting["model"], pairs, case))
+        write_lines(folder / "ours" / f"{case.loss}.jsonl", _train_ours(setting["model"], pairs, case, folder))
         if case.loss == RECUT:
-            again = _train_ours(setting["model"], pairs, case, pairs_per_microbatch=1)
+            again = _train_ours(setting["model"], pairs, case, folder, pairs_per_microbatch=1)
             write_lines(folder / "ours" / f"{case.loss}.recut.jsonl", again)
 
 
 def _train_ours(
-    model: str, pairs: Sequence[TokenizedPair], case: Case, pairs_per_microbatch: int = BATCH_SIZE
+    model: str, pairs: Sequence[TokenizedPair], case: Case, folder: Path, pairs_per_microbatch: int = BATCH_SIZE
 ) -> Steps:
     import torch
 
     from dpo_ray.config import Model
+    from dpo_ray.config.tolerance import Tolerance
+    from dpo_ray.evaluation.agreement import require_same_start
+    from dpo_ray.storage.location import Location
     from dpo_ray.training.batch import Share, Step
     from dpo_ray.training.loop import train
     from dpo_ray.training.parallel import Rank
@@ -194,8 +198,9 @@ def _train_ours(
         steps_from=steps_from,
         held_out=None,
         checkpoints=NoCheckpoints(),
+        export_to=Location.of(folder / "ours" / "model"),
         resume=None,
-        reference_tolerance=0.01,
+        require_reference=partial(require_same_start, Tolerance().limits("float32")),
     )
     print(f"ours, {case.loss}: {time.monotonic() - began:.0f} s", flush=True)
     return [{"step": entry["step"], **{name: entry[name] for name in METRICS}} for entry in state.history]

@@ -12,7 +12,7 @@ import numpy as np
 from dpo_ray.config import Config, ImplicitReward, WinRate
 from dpo_ray.config.reward import compares
 from dpo_ray.estimates import Estimate, quantiles
-from dpo_ray.evaluation.agreement import margin_noise
+from dpo_ray.evaluation.agreement import NONE, margin_noise
 from dpo_ray.evaluation.comparison import Answered, compare
 from dpo_ray.evaluation.drift import accuracy_by_length, chosen_change
 from dpo_ray.evaluation.held_out import held_out_pairs
@@ -145,8 +145,10 @@ def _evaluate(
 def _held_out(config: Config, scores: Artifact, calibration: Artifact | None) -> dict[str, Any]:
     loss = config.train.loss
     found = held_out_pairs(scores)
-    per_token = loss.averages_tokens
-    noise = margin_noise(calibration.manifest.metrics, per_token=per_token) if calibration is not None else 0.0
+    noise = NONE
+    if calibration is not None and len(found.margins):
+        num_tokens = float(np.mean(found.chosen_tokens - found.rejected_tokens))
+        noise = margin_noise(calibration.manifest.metrics, num_tokens, per_token=loss.averages_tokens)
     accuracy = preference_accuracy(found.margins, noise)
     say(KIND, f"held-out accuracy {accuracy or 'undefined: no margin above the noise of the engines'}")
     some = len(found.margins) > 0

@@ -29,6 +29,7 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
     """What a run would do, stage by stage."""
     train, loss, win_rate, tasks = config.train, config.train.loss, config.evaluate.win_rate, config.evaluate.tasks
     beta = getattr(loss, "beta", None)  # a few losses have none
+    before = ", before and after" if config.reference.engine != "torch" else ""
     if config.generate is not None:
         generate = config.generate
         told = {True: "", False: " told otherwise"}
@@ -62,8 +63,8 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
             "reference",
             f"{'vllm if it agrees, or else torch,' if config.reference.engine == 'auto' else config.reference.engine} "
             f"in {config.model.dtype}{' with mismatched completions' * loss.needs_mismatched}"
-            f"; {config.reference.calibration_pairs} pairs scored again by the trainer, tolerance "
-            f"{config.reference.tolerance:g} nats"
+            f"; {config.reference.calibration_pairs} pairs scored by the trainer too{before}, |Δ| per token up to "
+            f"{config.reference.tolerance.limits(config.model.dtype).p99_per_token:g} nats"
             if loss.needs_reference
             else f"none, for {loss.type} learns without",
         ),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +19,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from dpo_ray.config import Model, Train
+from dpo_ray.config.tolerance import Tolerance
 from dpo_ray.data.pairing import mismatched
+from dpo_ray.evaluation.agreement import require_same_start
 from dpo_ray.model import attention
 from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy
 from dpo_ray.pairs import TokenizedPair
@@ -182,7 +185,7 @@ def run(
     resume: Path | Location | None = None,
     die_at: int | None = None,
     num_steps: int | None = None,
-    reference_tolerance: float | None = 0.05,
+    reference_tolerance: Tolerance | None = Tolerance(),
     packed: bool = True,
     record_gradients: bool = False,
     factor_of_rank_1: float | None = None,
@@ -205,6 +208,7 @@ def run(
         values: of the section `train`.
     """
     me = me or Rank(0, 1, torch.device("cpu"))
+    model = model if isinstance(model, Model) else Model(path=str(model))
     options = Train.model_validate(
         {"learning_rate": 1e-3, "global_batch_size": 8, "checkpoint_every_steps": 100, "tokens_per_microbatch": 64}
         | values
@@ -218,7 +222,7 @@ def run(
     smaller = mock.patch.object(export.export_policy, "__kwdefaults__", {"file_bytes": export_file_bytes})
     with layout, record, fault, tried, ends, smaller, _one_thread():
         return train(
-            model if isinstance(model, Model) else Model(path=str(model)),
+            model,
             options,
             seed=0,
             num_steps=num_steps or len(pairs) // options.global_batch_size,
@@ -229,7 +233,9 @@ def run(
             checkpoints=Kept(folder, die_at),
             export_to=Location.of(folder / MODEL_FOLDER),
             resume=Location.of(resume) if isinstance(resume, Path) else resume,
-            reference_tolerance=reference_tolerance,
+            require_reference=None
+            if reference_tolerance is None
+            else partial(require_same_start, reference_tolerance.limits(model.dtype)),
             longest=longest_of(pairs) if tries_longest else None,
             **({"is_forewarned": is_forewarned} if is_forewarned is not None else {}),
         )

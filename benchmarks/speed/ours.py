@@ -38,6 +38,7 @@ def train_ours(
     from dpo_ray.config import Model
     from dpo_ray.model.pair_scorer import TorchScorer
     from dpo_ray.pairs import TokenizedPair
+    from dpo_ray.storage.location import Location
     from dpo_ray.training.batch import Share, Step
     from dpo_ray.training.loop import train
     from dpo_ray.training.parallel import Rank
@@ -77,8 +78,9 @@ def train_ours(
         steps_from=steps_from,
         held_out=None,
         checkpoints=NoCheckpoints(),
+        export_to=Location.of(place.folder / "model"),
         resume=None,
-        reference_tolerance=None,
+        require_reference=None,
     )
     losses = [entry["loss"] for entry in state.history]
     return {"reference": reference, "steps": kept_steps(times, losses, rows, pairs_per_step, 1)}

@@ -18,6 +18,7 @@ from dpo_ray.config.losses import Loss, SigmoidLoss
 from dpo_ray.config.pairing import CandidatePairing, Pairing
 from dpo_ray.config.reward import Dtype, Reward, Rule
 from dpo_ray.config.section import Section
+from dpo_ray.config.tolerance import Tolerance
 from dpo_ray.config.tune import Tune
 from dpo_ray.errors import ConfigError
 
@@ -348,10 +349,11 @@ class Reference(Section):
     engine: Literal["vllm", "torch", "auto"] = "vllm"
     """Who computes the reference log-probs: vLLM, or the trainer's own forward in Ray actors. auto: vLLM if it is
     installed and agrees with the trainer's forward within the tolerance, or else torch; decided once for a model."""
-    tolerance: float = Field(0.05, gt=0.0)
-    """Calibration gate: the largest |Δ| in nats, over summed log-probs of re-scored completions, accepted."""
+    tolerance: Tolerance = Tolerance()
+    """Calibration gate: how far the reference log-probs may be from those of the trainer's own forward."""
     calibration_pairs: int = Field(32, ge=1)
-    """Pairs that the trainer's own forward scores again for the calibration gate."""
+    """Pairs, drawn from all of them, that both engines score for the calibration gate: some before the pass where vLLM
+    makes it, and others after it."""
 
 
 Metric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]

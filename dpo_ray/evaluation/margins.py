@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from dpo_ray.estimates import Estimate, proportion
+from dpo_ray.evaluation.agreement import NONE, Noise
 
 
-def preference_accuracy(margins: np.ndarray, noise: float = 0.0) -> Estimate | None:
+def preference_accuracy(margins: np.ndarray, noise: Noise = NONE) -> Estimate | None:
     """Share of pairs [n] whose margin (without beta, in nats) is positive.
 
-    Undefined, None, where no margin is larger than `noise`: a policy that equals the reference prefers nothing,
-    and its margins are 0 but for the difference between the engines that scored policy and reference.
+    Undefined, None, for a policy that equals the reference: it prefers nothing, and its margins are 0 but for the
+    difference between the engines that scored policy and reference. So it is where no margin is larger than that noise
+    makes them, nor their mean farther from 0 than its own error (twice) and the noise's mean: in bfloat16 a real
+    preference may hide in the noise of one pair, and shows over many.
     """
-    if len(margins) == 0 or float(np.max(np.abs(margins))) <= noise:
+    n = len(margins)
+    if n == 0:
+        return None
+    error = float(np.std(margins, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    small = float(np.max(np.abs(margins))) <= noise.margin
+    if small and abs(float(np.mean(margins))) <= 2 * error + noise.mean:
         return None
     return proportion(int(np.sum(margins > 0)), len(margins))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_ray.on_ray.pool import Pool
@@ -11,8 +11,10 @@ from dpo_ray.on_ray.session import connect
 from dpo_ray.on_ray.vllm_version import has_vllm, require_vllm
 from dpo_ray.progress import say
 from dpo_ray.shards.score import Engine
-from dpo_ray.storage.artifact import Contents, make
+from dpo_ray.storage.artifact import Artifact, Contents, make
 from dpo_ray.storage.location import Location
+
+_CANNOT = "cannot"
 
 
 class CannotServe(Exception):
@@ -23,6 +25,14 @@ class Undecided(Exception):
     """Says why this run cannot tell whether vLLM can serve the model; the next one may."""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """An engine, and why it is the one."""
+
+    engine: Engine
+    why: str
+
+
 def choose(
     output: Location,
     kind: str,
@@ -30,47 +40,57 @@ def choose(
     asked: str,
     identity: dict[str, Any],
     compare: Callable[[], dict[str, Any]],
+    judge: Callable[[dict[str, Any]], Choice],
 ) -> Engine:
-    """What `compare` chooses; torch where vLLM is not installed, or cannot serve the model.
+    """What `judge` makes of the comparison; torch where vLLM is not installed, or cannot serve the model.
 
-    The choice is an artifact of model and versions: later runs keep to it.
+    The comparison is an artifact of model and versions: later runs keep to it.
 
     Args:
-        kind: of the artifact.
-        stage: who says so.
         asked: the option that says auto, by its name.
-        identity: what the choice depends on beside vLLM's version.
-        compare: a `choice`, with more to be recorded. May raise CannotServe, and Undecided.
+
+    Others are those of `compared`.
     """
-    installed = has_vllm()
-    identity = {**identity, "vllm": require_vllm(f"{asked}=auto") if installed else None}
-
-    def decide(_: Location) -> Contents:
-        if not installed:
-            return Contents(metrics=choice("torch", "vLLM is not installed"))
-        try:
-            return Contents(metrics=compare())
-        except CannotServe as why:
-            return Contents(metrics=choice("torch", str(why)))
-
     try:
-        artifact, _ = make(output, kind, identity, {}, decide)
+        found = compared(output, kind, f"{asked}=auto", identity, compare)
     except Undecided as why:
         say(stage, f"{asked}=auto: torch for this run, for {why}")
         return "torch"
-    made = artifact.manifest.metrics
-    engine: Engine = made["engine"]
-    say(
-        stage,
-        f"{asked}=auto: {engine}, for {made['why']} (decided {artifact.manifest.created}; to decide anew, remove "
-        f"{artifact.location})",
-    )
-    return engine
+    metrics = found.manifest.metrics
+    made = Choice("torch", metrics[_CANNOT]) if _CANNOT in metrics else judge(metrics)
+    say(stage, f"{asked}=auto: {made.engine}, for {made.why} ({when(found)})")
+    return made.engine
 
 
-def choice(engine: Engine, why: str) -> dict[str, Any]:
-    """What is recorded of a choice."""
-    return {"engine": engine, "why": why}
+def compared(
+    output: Location, kind: str, asked_by: str, identity: dict[str, Any], compare: Callable[[], dict[str, Any]]
+) -> Artifact:
+    """The artifact whose metrics are what `compare` measured, or why vLLM could not be compared with anything.
+
+    Args:
+        kind: of the artifact.
+        asked_by: who needs vLLM's version.
+        identity: what the comparison depends on beside it.
+        compare: what is to be recorded. May raise CannotServe, which is recorded, and Undecided.
+    """
+    installed = has_vllm()
+    identity = {**identity, "vllm": require_vllm(asked_by) if installed else None}
+
+    def measure(_: Location) -> Contents:
+        if not installed:
+            return Contents(metrics={_CANNOT: "vLLM is not installed"})
+        try:
+            return Contents(metrics=compare())
+        except CannotServe as why:
+            return Contents(metrics={_CANNOT: str(why)})
+
+    artifact, _ = make(output, kind, identity, {}, measure)
+    return artifact
+
+
+def when(found: Artifact) -> str:
+    """Of which day a comparison is, and how to have another."""
+    return f"compared {found.manifest.created}; to compare anew, remove {found.location}"
 
 
 def tried(pool: Pool, doing: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpo_ray.config import VLLM, Config, RewardModel
-from dpo_ray.on_ray.engine_choice import Undecided, alone, choice, choose, tried
+from dpo_ray.on_ray.engine_choice import Choice, Undecided, alone, choose, tried
 from dpo_ray.on_ray.failures import raise_ours
 from dpo_ray.on_ray.pool import Pool, torch_pool
 from dpo_ray.on_ray.vllm_engine import VLLMClassifier, vllm_pool
@@ -60,8 +60,9 @@ def _engine(output: Location, config: Config, source: RewardModel, candidates: A
         "reward_engine",
         "reward",
         f"{source.label}: engine",
-        {**identity, "tolerance": _TOLERANCE},
+        identity,
         lambda: _compare_engines(config, source, candidates),
+        _judge,
     )
 
 
@@ -85,16 +86,24 @@ def _compare_engines(config: Config, source: RewardModel, candidates: Artifact) 
 
 
 def agreement(by_vllm: list[float], by_torch: list[float]) -> dict[str, Any]:
-    """The choice that these scores of the same completions make."""
+    """How far these scores of the same completions are apart; None where some are not finite."""
     spread, worst = float(np.std(by_torch)), float(np.max(np.abs(np.subtract(by_vllm, by_torch))))
-    if not math.isfinite(worst):
-        return choice("torch", "vLLM gives scores that are not finite")
-    measured = (
-        f"on {len(by_torch)} completions vLLM and transformers differ by up to {worst:.1e}, and the scores' standard "
-        f"deviation is {spread:.1e} (the limit is {_TOLERANCE:g} of it)"
+    return {
+        "completions": len(by_torch),
+        "largest_difference": worst if math.isfinite(worst) else None,
+        "standard_deviation": spread if math.isfinite(spread) else None,
+    }
+
+
+def _judge(measured: dict[str, Any]) -> Choice:
+    worst, spread = measured["largest_difference"], measured["standard_deviation"]
+    if worst is None or spread is None:
+        return Choice("torch", "vLLM gives scores that are not finite")
+    why = (
+        f"on {measured['completions']} completions vLLM and transformers differ by up to {worst:.1e}, and the scores' "
+        f"standard deviation is {spread:.1e} (the limit is {_TOLERANCE:g} of it)"
     )
-    made = choice("vllm" if worst <= _TOLERANCE * spread else "torch", measured)
-    return {**made, "largest_difference": worst, "standard_deviation": spread}
+    return Choice("vllm" if worst <= _TOLERANCE * spread else "torch", why)
 
 
 def _rows(candidates: Artifact) -> Iterator[Row]:

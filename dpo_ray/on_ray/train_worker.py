@@ -8,13 +8,16 @@ from __future__ import annotations
 import gc
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpo_ray.config import Metric, Model, Train
+from dpo_ray.config.tolerance import Limits
 from dpo_ray.errors import DpoRayError, NonFiniteLoss, PairTooLong, ReferenceMismatch
+from dpo_ray.evaluation.agreement import require_same_start
 from dpo_ray.on_ray.resume import state_of, whole_checkpoints
 from dpo_ray.progress import aside, say
 from dpo_ray.storage.location import Location
@@ -44,7 +47,8 @@ class TrainJob:
     """The pairs of the evaluations while training; None: there are none."""
     longest: LongestPair
     tokens_per_microbatch: int
-    reference_tolerance: float
+    reference_limits: Limits
+    """What policy and reference may differ by at the first step."""
     run: Location
     """Where Ray Train keeps this run's checkpoints."""
     export_to: Location
@@ -108,7 +112,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
             checkpoints=RayCheckpoints(me, options.keep_best, job.num_steps, job.run),
             export_to=job.export_to,
             resume=resume,
-            reference_tolerance=job.reference_tolerance,
+            require_reference=partial(require_same_start, job.reference_limits),
             longest=job.longest,
             memory=worker_memory(context.get_local_world_size(), options.gpus),
             **({"is_forewarned": Forewarning(me).is_due} if preemption_is_watched() else {}),

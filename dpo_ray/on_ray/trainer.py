@@ -184,7 +184,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
                 held_out=held_out.drawn(options.eval_pairs) if options.eval_every_steps is not None else None,
                 longest=_longest_pair(plan.index),
                 tokens_per_microbatch=microbatch,
-                reference_tolerance=config.reference.tolerance,
+                reference_limits=config.reference.tolerance.limits(config.model.dtype),
                 run=runs / name,
                 export_to=location / MODEL_FOLDER,
                 whose=steering.whose,

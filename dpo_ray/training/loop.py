@@ -29,7 +29,7 @@ from dpo_ray.training.optim import WeightAverage, learning_rate, make_optimizer
 from dpo_ray.training.parallel import Rank, parallelize
 from dpo_ray.training.rehearsal import require_that_it_fits
 from dpo_ray.training.selection import best_step, should_stop
-from dpo_ray.training.step import Learner
+from dpo_ray.training.step import Learner, RequireReference
 
 
 class Checkpoints(Protocol):
@@ -64,7 +64,7 @@ def train(
     checkpoints: Checkpoints,
     export_to: Location,
     resume: Location | None,
-    reference_tolerance: float | None,
+    require_reference: RequireReference | None,
     longest: LongestPair | None = None,
     memory: int = 0,
     is_forewarned: Callable[[], bool] = lambda: False,
@@ -77,7 +77,7 @@ def train(
         held_out: this rank's share of the pairs that are evaluated every `eval_every_steps`.
         export_to: the folder of the trained model; it is written before the last checkpoint is kept.
         resume: the checkpoint to go on from, wherever it lies; each rank reads its part.
-        reference_tolerance: at the first step policy and reference must agree so far, in nats a completion.
+        require_reference: called at the first step, where policy and reference are the same still.
         longest: the longest of all pairs, for which there must be memory; None: it is not looked at.
         memory: bytes of this rank, where `longest` is given.
         is_forewarned: whether a worker is about to be lost, and what was done should be kept now. Every rank calls it
@@ -123,7 +123,7 @@ def train(
         result = learner.step(
             step.share,
             rate,
-            reference_tolerance if at_start else None,
+            require_reference if at_start else None,
             with_entropies=every is not None and number % every == 0,
         )
         num_tokens += result.num_tokens

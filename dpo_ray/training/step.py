@@ -7,17 +7,18 @@ cut into micro-batches or spread over ranks: losses are summed and divided by G.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dpo_ray.config import Train
 from dpo_ray.data.pairing import mismatched
-from dpo_ray.errors import DataError, NonFiniteLoss, ReferenceMismatch
+from dpo_ray.errors import DataError, NonFiniteLoss
 from dpo_ray.losses.formulas import kl_estimate
 from dpo_ray.losses.objective import BatchTerms, pair_loss, rewards, unscaled_rewards
 from dpo_ray.losses.pair_logps import PairLogps, pair_logps, sum_by_sequence
@@ -38,6 +39,10 @@ from dpo_ray.training.parallel import (
     gathered_objects,
     summed,
 )
+
+RequireReference = Callable[[list[np.ndarray]], None]
+"""Given log π − log π_ref of the tokens of each completion of a global batch, in nats; raises ReferenceMismatch where
+these are not of one model."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +79,22 @@ class Learner:
     state: TrainState
 
     def step(
-        self, share: Share, rate: float, reference_tolerance: float | None, *, with_entropies: bool = False
+        self, share: Share, rate: float, require_reference: RequireReference | None, *, with_entropies: bool = False
     ) -> StepResult:
         """Forward, backward and update; where the loss or the gradient is not finite, the step is skipped.
 
         Args:
             rate: the learning rate.
-            reference_tolerance: largest |log π − log π_ref| of a completion in nats, where policy and reference must
-                still be the same; None where they need not be.
+            require_reference: called where policy and reference must still be the same; None where they need not be.
             with_entropies: report entropy and mean logits too.
 
-        Raises ReferenceMismatch, on every rank alike, where they are not the same.
+        Raises what require_reference does, on every rank alike.
         """
         options, me = self.options, self.me
         sums = _Sums()
         terms = self._batch_terms(share)
         coupled = self._coupled(share, terms) if options.loss.couples_batch else None
-        seen: list[Tensor] = []
+        seen: list[tuple[Tensor, Tensor]] = []
         for number, pairs in enumerate(share.microbatches):
             with accumulating(self.forward, last=number == len(share.microbatches) - 1):
                 scored = self._score(self.forward, pairs or [share.filler], with_entropies)
@@ -106,10 +110,12 @@ class Learner:
                     losses, surrogate = coupled.of(logps, first=sums.num_pairs)
                     (surrogate * me.world_size).backward()
             sums.add(_per_pair(options, losses, logps) | scored.statistics, len(pairs), scored.num_tokens)
-            if reference_tolerance is not None:
-                seen += [logps.chosen_logratios.detach().abs(), logps.rejected_logratios.detach().abs()]
-        if reference_tolerance is not None:
-            self._require_reference(seen, reference_tolerance)
+            if require_reference is not None:
+                assert scored.token_logratios is not None
+                counts = torch.stack([logps.num_chosen_tokens, logps.num_rejected_tokens], dim=1)
+                seen.append((scored.token_logratios, counts.flatten().long()))
+        if require_reference is not None:
+            require_reference(self._everywhere(seen))
         totals = sums.over_ranks(me)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -178,18 +184,20 @@ class Learner:
             raise DataError(
                 f"Pair {pairs[0].pair_id} has no reference log-probs: train on a finished reference artifact."
             )
+        reference = batch.reference_logprobs if loss.needs_reference else None
         scores: TokenScores = module(batch, with_collisions=loss.weights_by_policy, with_entropies=with_entropies)
         logps = pair_logps(
             scores.logprobs,
             batch.sequence_index,
             batch.num_pairs,
-            ref_token_logprobs=batch.reference_logprobs if loss.needs_reference else None,
+            ref_token_logprobs=reference,
             ld_alpha=loss.token_tail_weight,
             log_collisions=scores.log_collisions,
         )
         sides = [side for p in pairs for side in (p.chosen_ids, p.rejected_ids) if side]
         prompts = sum(len(p.prompt_ids) * (bool(p.chosen_ids) + bool(p.rejected_ids)) for p in pairs)
-        return _Scored(logps, _statistics(scores, batch, logps), prompts + sum(map(len, sides)))
+        ratios = scores.logprobs.detach() - reference if reference is not None else None
+        return _Scored(logps, _statistics(scores, batch, logps), prompts + sum(map(len, sides)), ratios)
 
     @torch.no_grad()
     def _batch_terms(self, share: Share) -> BatchTerms:
@@ -240,16 +248,16 @@ class Learner:
         }
         return _Coupled(losses.detach(), derivatives, first)
 
-    def _require_reference(self, distances: list[Tensor], tolerance: float) -> None:
-        mine = torch.cat([torch.zeros(1, device=self.me.device), *distances])
-        worst = float(torch.cat(gathered(mine, self.me)).max())
-        if not worst <= tolerance:
-            raise ReferenceMismatch(
-                f"At the first step a completion's log-prob under the policy and under the reference differ by "
-                f"{worst:.3g} nats, over reference.tolerance={tolerance:g}; they are the same model still. Training "
-                "would start from a wrong zero. Check that the reference artifact was made for this model; in "
-                "bfloat16, use reference.engine=torch, model.dtype=float32 or a larger reference.tolerance."
+    def _everywhere(self, seen: list[tuple[Tensor, Tensor]]) -> list[np.ndarray]:
+        """All ranks' log-ratios of tokens, by completion; seen: a micro-batch's, and its completions' lengths."""
+        ratios, lengths = (
+            torch.cat(gathered(torch.cat([torch.zeros(0, dtype=dtype, device=self.me.device), *mine]), self.me)).cpu()
+            for dtype, mine in (
+                (torch.float32, [ratios for ratios, _ in seen]),
+                (torch.long, [lengths for _, lengths in seen]),
             )
+        )
+        return np.split(ratios.numpy(), np.cumsum(lengths.numpy())[:-1])
 
     def _ids(self, share: Share) -> tuple[str, ...]:
         return tuple(i for ids in gathered_objects([p.pair_id for p in share.pairs], self.me) for i in ids)
@@ -289,6 +297,8 @@ class _Scored:
     """Entropy and mean logits, where asked for."""
     num_tokens: int
     """As the field counts them: a prompt once for each of its completions."""
+    token_logratios: Tensor | None
+    """log π − log π_ref [N] of the completion tokens, in the order of the pairs, chosen before rejected."""
 
     def stacked(self) -> Tensor:
         """All of it in one tensor, [B, columns]; unstacked gives it back."""

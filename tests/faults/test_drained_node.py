@@ -20,6 +20,7 @@ from dpo_ray.progress import WATCHED
 from dpo_ray.storage.artifact import load
 from dpo_ray.storage.location import Location
 from dpo_ray.training.batch import Step
+from dpo_ray.training.files import MODEL_FOLDER
 from dpo_ray.training.loop import train
 from dpo_ray.training.parallel import Rank
 from dpo_ray.training.plan import make_plan
@@ -154,10 +155,10 @@ def alone(arguments: list[str], folder: Path) -> Trained:
     """The same training by one worker, in this process and without Ray."""
     path, *settings = arguments
     config = load_config(path, settings[1::2])
-    [tokenized] = (folder / "out" / "artifacts" / "tokenized").iterdir()
-    rows = load(Location.of(tokenized), "tokenized", tokenized.name)
+    [manifest] = (folder / "out" / "artifacts" / "tokenized").glob("*/manifest.json")
+    rows = load(Location.of(manifest.parent), "tokenized", manifest.parent.name)
     assert rows is not None
-    plan, _ = make_plan(config, rows)
+    plan, _ = make_plan(Location.of(folder / "out"), config, rows)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -173,8 +174,9 @@ def alone(arguments: list[str], folder: Path) -> Trained:
             ),
             held_out=None,
             checkpoints=Kept(folder / "alone"),
+            export_to=Location.of(folder / "alone" / MODEL_FOLDER),
             resume=None,
-            reference_tolerance=None,
+            require_reference=None,
         )
     finally:
         torch.set_num_threads(threads)

@@ -17,6 +17,7 @@ from dpo_ray.on_ray.stream import read_share
 from dpo_ray.storage.artifact import load
 from dpo_ray.storage.location import Location
 from dpo_ray.training.batch import Step
+from dpo_ray.training.files import MODEL_FOLDER
 from dpo_ray.training.loop import train
 from dpo_ray.training.parallel import Rank
 from dpo_ray.training.plan import make_plan
@@ -108,8 +109,9 @@ def alone(arguments: list[str], folder: Path) -> list[dict]:
         steps_from=lambda start: [Step(n, share) for n, share in shares.items() if n >= start],
         held_out=None,
         checkpoints=Kept(folder / "alone"),
+        export_to=Location.of(folder / "alone" / MODEL_FOLDER),
         resume=None,
-        reference_tolerance=None,
+        require_reference=None,
     )
     return Trained(folder / "alone").metrics
 

@@ -15,8 +15,8 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.05), ("bfloat16", 5.0)])
-def test_the_main_job_runs_on_a_gpu(tmp_path, demo_model, write_preferences, dtype, tolerance):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_main_job_runs_on_a_gpu(tmp_path, demo_model, write_preferences, dtype):
     write_preferences(tmp_path / "data", preference_rows(0, 40))
     settings = {
         "run__output": str(tmp_path / "out"),
@@ -25,7 +25,6 @@ def test_the_main_job_runs_on_a_gpu(tmp_path, demo_model, write_preferences, dty
         "data__train": str(tmp_path / "data"),
         "vllm__gpus_per_actor": 1,
         "vllm__gpu_memory_utilization": 0.3,
-        "reference__tolerance": tolerance,
         "train__use_gpu": True,
         "train__num_workers": 1,
         "train__global_batch_size": 8,

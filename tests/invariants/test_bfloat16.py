@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_ray.config import Model
+from dpo_ray.errors import ReferenceMismatch
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import MODEL_FOLDER, read_history
 from tests.rounding import ulps
@@ -87,6 +89,16 @@ def test_activation_checkpointing_does_not_change_it(runs: Runs):
 
 def test_policy_and_reference_agree_at_the_start(runs: Runs):
     assert runs.of("bfloat16", 1).losses[0] == pytest.approx(math.log(2), abs=OTHER_ORDER)
+
+
+def test_a_reference_that_is_wrong_for_one_workers_pairs_stops_both(runs: Runs, tmp_path: Path):
+    last = runs.pairs["bfloat16"][2]
+    wrong = replace(last, chosen_ref_logprobs=[value - 1.0 for value in last.chosen_ref_logprobs or []])
+    with pytest.raises(ReferenceMismatch, match="of 6 completions"):  # three pairs for two workers
+        runs.gangs[2].run(
+            Model(path=str(runs.model), dtype="bfloat16"), [*runs.pairs["bfloat16"][:2], wrong], tmp_path,
+            global_batch_size=3,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(("workers", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_ray.estimates import proportion
-from dpo_ray.evaluation.agreement import margin_noise
+from dpo_ray.evaluation.agreement import Noise
 from dpo_ray.evaluation.margins import mean_wins, preference_accuracy, win_shares
 
 
@@ -25,14 +25,25 @@ def test_a_policy_that_prefers_nothing_has_no_accuracy(margins: list[float]):
 
 
 def test_margins_within_the_noise_of_the_engines_are_no_preference():
-    # Each of the two answers may be off by .25 nats, so a margin by .5.
-    metrics = {"sequence": {"max": 0.25}, "token": {"max": 0.01}}
-    noise = margin_noise(metrics)
-    assert noise == 0.5
-    assert margin_noise(metrics, per_token=True) == 0.02
+    noise = Noise(margin=0.5)
     assert preference_accuracy(np.array([0.5, -0.5, 0.1]), noise) is None
     # One margin beyond it is a policy that prefers something; then every pair counts.
     assert preference_accuracy(np.array([0.5, -0.6, 0.1]), noise) == proportion(2, 3)
+
+
+def test_a_preference_smaller_than_the_noise_of_one_pair_shows_over_many():
+    # As in bfloat16: noise of .7 nats on each margin, and a policy that prefers the chosen answers by .2.
+    noise, spread = Noise(margin=4.8), np.random.default_rng(0).normal(0, 0.7, 400)
+    assert preference_accuracy(spread, noise) is None
+    found = preference_accuracy(spread + 0.2, noise)
+    assert found is not None and found.low > 0.5
+    assert preference_accuracy(np.array([0.9, -0.7, 0.5, 0.1]), noise) is None  # mean .2 with an error of .34
+
+
+def test_a_mean_that_a_bias_makes_of_longer_answers_is_no_preference():
+    spread = np.random.default_rng(0).normal(0.1, 0.01, 400)
+    assert preference_accuracy(spread, Noise(margin=0.5, mean=0.11)) is None
+    assert preference_accuracy(spread, Noise(margin=0.5, mean=0.05)) == proportion(400, 400)
 
 
 def test_each_prompt_has_the_mean_of_its_pairings_ties_as_halves():

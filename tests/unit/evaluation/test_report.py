@@ -32,7 +32,16 @@ FULL: dict[str, Any] = {
         },
     },
     "reference": {
-        "calibration": {name: {"p50": 1e-6, "p90": 2e-6, "p99": 3e-6, "max": 4.5e-6} for name in ("token", "sequence")}
+        "calibration": {
+            **{
+                name: {"p50": 1e-6, "p90": 2e-6, "p99": 3e-6, "max": 4.5e-6}
+                for name in ("token", "worst_token", "sequence")
+            },
+            "bias_per_token": -1.5e-7,
+            "bias_standard_error": 2e-8,
+            "num_tokens": 500,
+            "num_sequences": 8,
+        }
     },
     "eval": {"accuracy": ESTIMATE, "win_rate": None},
     "samples": [{"prompt": "Why?", "before": "Long.", "after": "Short."}],

@@ -19,6 +19,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
 from dpo_ray.config import LoRA, Model, Train
+from dpo_ray.config.tolerance import Tolerance
 from dpo_ray.errors import DataError, NonFiniteLoss, ReferenceMismatch
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.training.optim import learning_rate
@@ -495,36 +496,40 @@ def test_pairs_without_reference_are_not_trained_on(small_model: Path, pairs: li
 
 
 def off(pair: TokenizedPair, nats: float) -> TokenizedPair:
-    """Its rejected completion's stored reference log-prob moved."""
-    assert pair.rejected_ref_logprobs is not None
-    return replace(pair, rejected_ref_logprobs=[pair.rejected_ref_logprobs[0] + nats, *pair.rejected_ref_logprobs[1:]])
+    """The stored reference log-probs of its answers moved, each token's."""
+    assert pair.chosen_ref_logprobs is not None and pair.rejected_ref_logprobs is not None
+    chosen, rejected = ([v + nats for v in side] for side in (pair.chosen_ref_logprobs, pair.rejected_ref_logprobs))
+    return replace(pair, chosen_ref_logprobs=chosen, rejected_ref_logprobs=rejected)
 
 
 def test_a_reference_that_is_not_the_model_stops_the_first_step(
     small_model: Path, pairs: list[TokenizedPair], tmp_path: Path
 ):
-    with pytest.raises(ReferenceMismatch, match=r"0\.06 nats.*reference\.tolerance=0\.05"):
-        run(small_model, [*pairs[:5], off(pairs[5], 0.06), *pairs[6:8]], tmp_path / "over")
+    wrong = r"of 16 completions the mean of Δ per token is -1\.0e-02 ± .*bias_per_token=0\.0001.*p99_per_token=0\.001"
+    with pytest.raises(ReferenceMismatch, match=wrong):
+        run(small_model, [off(pair, 0.01) for pair in pairs[:BATCH]], tmp_path / "over")
     assert not (tmp_path / "over").exists()
-    with pytest.raises(ReferenceMismatch, match="nan nats"):
+    with pytest.raises(ReferenceMismatch, match="99th percentile"):  # one pair of eight
+        run(small_model, [*pairs[:5], off(pairs[5], 0.01), *pairs[6:8]], tmp_path / "one")
+    with pytest.raises(ReferenceMismatch, match="not finite"):
         run(small_model, [without_a_number(pairs[0]), *pairs[1:8]], tmp_path / "nan", max_nonfinite_steps=1)
 
 
 @pytest.mark.parametrize(
-    ("place", "nats", "options"),
+    ("first", "nats", "options"),
     [
-        (5, 0.04, {}),
-        (BATCH + 5, 0.06, {}),  # by then policy and reference differ anyway
-        (5, 0.06, {"reference_tolerance": None}),
-        (5, 0.06, {"loss": {"type": "simpo"}}),
+        (0, 5e-5, {}),
+        (BATCH, 0.01, {}),  # by then policy and reference differ anyway
+        (0, 0.01, {"reference_tolerance": None}),
+        (0, 0.01, {"reference_tolerance": Tolerance(bias_per_token=0.02, p99_per_token=0.02, worst_token=0.02)}),
+        (0, 0.01, {"loss": {"type": "simpo"}}),
     ],
-    ids=["within the tolerance", "at a later step", "no tolerance", "no reference"],
+    ids=["within the tolerance", "at a later step", "no tolerance", "a wider tolerance", "no reference"],
 )
 def test_a_reference_is_held_against_the_model_at_the_first_step_only(
-    small_model: Path, pairs: list[TokenizedPair], tmp_path: Path, place: int, nats: float, options: dict[str, Any]
+    small_model: Path, pairs: list[TokenizedPair], tmp_path: Path, first: int, nats: float, options: dict[str, Any]
 ):
-    moved = [*pairs[: 2 * BATCH]]
-    moved[place] = off(moved[place], nats)
+    moved = [*pairs[:first], *(off(pair, nats) for pair in pairs[first : 2 * BATCH])]
     assert run(small_model, moved, tmp_path, **options).finished
 
 

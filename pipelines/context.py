@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,23 +11,14 @@ from typing import Any
 
 from dpo_ray.config import Config, dump_config
 from dpo_ray.data.tally import Tally
-from dpo_ray.errors import ConfigError
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.claim import kept_fresh
 from dpo_ray.storage.location import Location
+from pipelines import require_run_id
 
 STAGES_SO_FAR = "stages.json"
 """In a run's folder while it is at work: fingerprints of what its stages have made, which `dpo-ray gc` spares."""
-
-
-def require_run_id(run_id: str) -> None:
-    """Raises ConfigError where it is no plain name of a folder."""
-    if not re.fullmatch(r"\w[\w.:+=@ -]*", run_id):
-        raise ConfigError(
-            f"{run_id!r} is no name of a run. --run-id names one folder below runs/: letters, digits, spaces and "
-            "any of . _ - : + = @, beginning with a letter or a digit."
-        )
 
 
 @dataclass

@@ -172,8 +172,7 @@ def main() -> None:
     load = os.getloadavg()[2]
     text = (
         f"\n## {datetime.now(UTC):%Y-%m-%d} (commit {now['commit']})\n\n{now['hardware']}; {versions(now)}. "
-        f"Measured once; load {load:.1f} over the last 15 minutes. Manifest of the second night: "
-        f"{', '.join(sizes)}.\n\n"
+        f"Measured once; load {load:.1f} over the last 15 minutes. Second night's manifest: {', '.join(sizes)}.\n\n"
         + table(["side", "stage", "s", "requests", "requests a shard", "MB copied"], rows)
         + "\n"
     )

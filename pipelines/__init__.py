@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Literal, get_args
+
+from dpo_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from dpo_ray.config import Config
@@ -17,3 +20,12 @@ def planned(config: Config, until: Stage) -> list[str]:
     absent = {"ingest" if config.generate is not None else "generate"}
     absent |= set() if config.train.loss.needs_reference else {"reference"}
     return [stage for stage in STAGES[: STAGES.index(until) + 1] if stage not in absent]
+
+
+def require_run_id(run_id: str) -> None:
+    """Raises ConfigError where it is no plain name of a folder."""
+    if not re.fullmatch(r"\w[\w.:+=@ -]*", run_id):
+        raise ConfigError(
+            f"{run_id!r} is no name of a run. --run-id names one folder below runs/: letters, digits, spaces and "
+            "any of . _ - : + = @, beginning with a letter or a digit."
+        )

@@ -15,7 +15,7 @@ import typer
 from dpo_ray.config import Config, dump_config, load_config
 from dpo_ray.errors import ConfigError, DpoRayError, Interrupted
 from dpo_ray.progress import say
-from pipelines import STAGES, Stage, planned
+from pipelines import STAGES, Stage, planned, require_run_id
 
 if TYPE_CHECKING:
     from dpo_ray.storage.location import Location
@@ -38,8 +38,6 @@ DryRun = Annotated[bool, typer.Option(help="Print the resolved configuration and
 
 
 def _run_id(given: str | None) -> str | None:
-    from pipelines.run_id import require_run_id
-
     if given is not None:
         require_run_id(given)
     return given

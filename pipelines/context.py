@@ -16,7 +16,7 @@ from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.claim import kept_fresh
 from dpo_ray.storage.location import Location, require_absolute_output
-from pipelines.run_id import require_run_id
+from pipelines import require_run_id
 
 STAGES_SO_FAR = "stages.json"
 """In a run's folder while it is at work: fingerprints of what its stages have made, which `dpo-ray gc` spares."""

@@ -210,7 +210,7 @@ def _inspect(kind: str, shards: ShardPool, names: list[tuple[str, bool]]) -> Ite
     found: dict[str, Finished | None] = {}
     tasks = [{"task": pickle.dumps(name)} for name in names]
     work = {"fn": inspect_shards, "fn_kwargs": {"shards": shards}}
-    for result in _results(kind, tasks, Pool(inspect_shards, {}, stateless=True), work):
+    for result in _results(kind, tasks, Pool(inspect_shards, {}, stateless=True, together=_FEW), work):
         found[result["name"]] = result["finished"] and Finished.model_validate_json(result["finished"])
     yield from (found[name] for name, _ in names)
 

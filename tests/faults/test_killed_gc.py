@@ -131,9 +131,9 @@ def test_killed_at_any_moment_nothing_that_is_referred_to_is_missing(tmp_path: P
     kept, _ = stage(output, some_rows(chance))
     (output / "runs" / "late" / "summary.json").write_bytes(json.dumps({"pairs": kept.fingerprint}).encode())
     found = 0
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER, output.uri], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
+    command = [sys.executable, "-c", SERVER, output.uri]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as server:
         assert server.stdin is not None and server.stdout is not None
 
         def start(what: str) -> int:

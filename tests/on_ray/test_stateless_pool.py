@@ -12,7 +12,7 @@ import pytest
 from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage
 from dpo_ray.on_ray.session import disconnect
 from dpo_ray.shards.output import ShardOutput
-from dpo_ray.storage.artifact import read_shard
+from dpo_ray.storage.artifact import MANIFEST, Artifact, read_shard
 from dpo_ray.storage.location import Location
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("no_ray")]
@@ -43,3 +43,26 @@ def test_stages_share_processes_where_their_workers_keep_nothing(tmp_path: Path,
         disconnect()
     assert os.getpid() not in first | second
     assert bool(first & second) == stateless
+
+
+def test_many_shards_that_a_killed_run_has_left_are_looked_at_by_workers(tmp_path: Path, monkeypatch, capfd):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    output = Location.of(tmp_path)
+    tasks = [ShardTask(source={"task": n}, content=str(n), rows=1) for n in range(20)]
+
+    def stage() -> tuple[Artifact, bool]:
+        pool = Pool(ProcessShard, {}, stateless=True)
+        return shard_stage(output, "left", identity={}, inputs={}, tasks=tasks, pool=pool)
+
+    try:
+        first, _ = stage()
+        (first.location / MANIFEST).remove()
+        first.shards()[7].write_bytes(b"PAR1")
+        again, reused = stage()
+    finally:
+        disconnect()
+    said = capfd.readouterr().err
+    assert "[left] looking at 20 shards that an unfinished run has left" in said
+    assert "[left] 19 of 20 shards are finished already, 1 to compute" in said
+    entries = [[entry for n, entry in enumerate(made.manifest.files) if n != 7] for made in (first, again)]
+    assert not reused and entries[0] == entries[1] and stage() == (again, True)

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from dpo_ray.storage.location import Location
 from pipelines.cli import app
+from tests.shard_stages import age, stage
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,6 +42,17 @@ def test_dpo_ray_commands_are_accepted(command, monkeypatch):
         words.append("--dry-run")
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dpo-ray gc ")])
+def test_garbage_is_collected_as_it_says(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)[1:]
+    artifact, _ = stage(Location.of(words[1]), [1, 2])
+    age(tmp_path, 40)
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert artifact.shards()[0].exists() != ("--delete" in words)
 
 
 def test_no_command_goes_untried():

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError
 from dpo_ray.storage.artifact import Contents, make
+from pipelines import require_run_id
 from pipelines.cli import app
-from pipelines.context import STAGES_SO_FAR, RunContext, require_run_id
+from pipelines.context import STAGES_SO_FAR, RunContext
 
 CONFIGS = Path(__file__).parents[3] / "pipelines" / "configs"
 

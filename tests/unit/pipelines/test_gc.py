@@ -17,7 +17,7 @@ from pipelines import gc
 from pipelines.cli import app
 from pipelines.gc import collect, lines, seconds
 from tests.object_store import BUCKET, object_store
-from tests.shard_stages import KIND, age, stage
+from tests.shard_stages import KIND, Rows, age, stage
 
 
 @pytest.fixture
@@ -107,8 +107,6 @@ def test_old_shards_that_a_stage_at_work_has_taken_up_are_spared(output: Locatio
         """A worker that is at work while gc comes by."""
 
         def __call__(self, source: int):
-            from tests.shard_stages import Rows
-
             seen.extend(removal.what for removal in collect(output, delete=True).removals)
             return Rows()(source)
 

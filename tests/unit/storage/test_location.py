@@ -162,3 +162,13 @@ def test_removing_a_file_that_is_not_there_is_no_error(tmp_path: Path, how: str)
     target.write_bytes(b"x")
     target.remove()
     assert not target.exists()
+
+
+def test_a_file_tells_when_it_was_written_and_where_it_lies(tmp_path: Path):
+    file = Location.of(tmp_path) / "folder" / "x"
+    assert file.written() is None
+    file.write_bytes(b"")
+    os.utime(file.uri, (1234.5, 1234.5))
+    assert file.written() == 1234.5
+    assert file.parent == Location.of(tmp_path) / "folder"
+    assert Location.of("s3://bucket/a/b").parent.uri == "s3://bucket/a"

@@ -147,7 +147,9 @@ def _require_template(model: Model, key: str) -> None:
     from dpo_ray.model.tokenizer_files import has_template
 
     try:
-        if not has_template(ModelFolder.of(model).tokenizer_folder):
+        folder = ModelFolder.of(model)
+        folder.config()  # of an adapter, its base's: there must be one
+        if not has_template(folder.tokenizer_folder):
             raise missing_template(model.path)
     except ConfigError as error:
         raise ConfigError(str(error).replace("model.path", key)) from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TypeVar
 
 from dpo_ray.config import ImplicitReward, Judge
 from dpo_ray.config.section import Section
+from dpo_ray.errors import ConfigError
 from dpo_ray.model.source import HubRepository, is_hub_id
 
 _S = TypeVar("_S", bound=Section)
@@ -14,8 +16,9 @@ _S = TypeVar("_S", bound=Section)
 def pinned(section: _S) -> _S:
     """The configuration, or a part of it, with a commit as the revision of every hub id in it.
 
-    The commit is the hub's; where that cannot be asked, that of the last download. Raises ConfigError where there is
-    neither. The base that an adapter names is not in the configuration, and stays as the adapter names it.
+    The commit is the hub's; where that cannot be asked, that of the last download. Where there is neither, the revision
+    stays as it is, and whoever needs the model says what is wrong with it. The base that an adapter names is not in the
+    configuration, and stays as the adapter names it.
     """
     changes: dict[str, object] = {}
     for name in type(section).model_fields:
@@ -27,7 +30,8 @@ def pinned(section: _S) -> _S:
     for of_path, of_revision in _names(section):
         path, revision = getattr(section, of_path), getattr(section, of_revision)
         if path is not None and is_hub_id(path):
-            changes[of_revision] = HubRepository(path, revision).commit
+            with suppress(ConfigError):
+                changes[of_revision] = HubRepository(path, revision).commit
     return section.model_copy(update=changes)
 
 

@@ -229,11 +229,11 @@ def _listing(repository: str, revision: str | None) -> tuple[_Listing | None, st
     """What the hub says, asked once in a process; or None, and why it does not say it."""
     import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=_HUB_SECONDS)
-    except (OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (OfflineModeIsEnabled, HFValidationError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
         return None, _short(error)  # what was downloaded before may do
     files = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings or ()}
     return _Listing(str(info.sha), files), ""

@@ -137,6 +137,12 @@ def test_every_hub_id_of_a_configuration_gets_its_commit(hub: Hub, small_model: 
     assert ModelFolder.of(config.model).path.name == COMMIT
 
 
+def test_a_revision_that_nobody_can_resolve_stays_for_who_needs_the_model(hub: Hub):
+    hub.reachable = False
+    tree = {"run": {"name": "n", "output": "o"}, "model": {"path": "org/model", "revision": "main"}}
+    assert pinned(parse_config(tree | {"data": {"train": "x"}})).model.revision == "main"
+
+
 @pytest.fixture(scope="module")
 def store() -> Iterator[ObjectStore]:
     with object_store() as running:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,6 +133,10 @@ def test_an_adapter_that_would_have_no_base_is_refused_before_work_begins(tiny_m
         require_models(lora(tree), "train")
     require_models(lora({**tree, "lora": {"export": "merged"}}), "train")
     require_models(lora(tree), "reference")
+    saved = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**saved, "base_model_name_or_path": "/no/such/base"}))
+    with pytest.raises(ConfigError, match="/no/such/base"):
+        require_models(lora(tree), "reference")
 
 
 def test_rounds_of_adapters_alone_are_refused():

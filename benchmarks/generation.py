@@ -30,6 +30,7 @@ def ours(folder: Path, prompts: list[dict[str, str]], samples: int, max_tokens: 
     from dpo_ray.config import parse_config
     from dpo_ray.data.prompts import prompt_table, read_prompts
     from dpo_ray.on_ray.generate import sample_completions
+    from dpo_ray.on_ray.room import Need
     from dpo_ray.on_ray.session import connect
     from dpo_ray.shards.generate import Ask
     from dpo_ray.storage.location import Location
@@ -55,7 +56,7 @@ def ours(folder: Path, prompts: list[dict[str, str]], samples: int, max_tokens: 
     size = options.prompts_per_shard
     tables = [prompt_table(rows[i : i + size]) for i in range(0, len(rows), size)]
     artifact = publish_prompts(Location.of(folder / "out"), tables)
-    connect(cores + 1, 0, why="the benchmark")
+    connect(Need("the benchmark", cpus=cores, beside=1))
     began = time.monotonic()
     found, _ = sample_completions(
         Location.of(folder / "out"), config, config.model, options.sampling, [Ask(samples)], artifact

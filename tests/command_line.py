@@ -87,13 +87,14 @@ class SharedRay:
         import ray
 
         from dpo_ray.on_ray import session
+        from dpo_ray.on_ray.room import Need
         from dpo_ray.progress import WATCHED
 
         if ray.is_initialized():
             return
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(WATCHED, "5")  # as a run has it when it starts Ray: workers mark their lines
-            session.connect(_CPUS, why="tests", trains=True)
+            session.connect(Need("tests", cpus=_CPUS), trains=True)
 
 
 def in_process(*arguments: str, until: str = "") -> Finished:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -12,12 +13,12 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.command_line import LONGEST
+from tests.command_line import LONGEST, processes_with
 
 RAY = str(Path(sys.executable).parent / "ray")
 _PORTS = (
@@ -98,6 +99,9 @@ def ray_head(num_cpus: int = 4, autoscaling: dict[str, Any] | None = None) -> It
             _wait_for(head.dashboard, process)
             yield head
     finally:
+        for pid in processes_with(f"HOME={folder}"):  # nodes that an autoscaler made outlive it
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
 
 

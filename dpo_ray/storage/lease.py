@@ -173,15 +173,15 @@ def hold(
     end_work = on_lost or _interrupting(threading.current_thread())
     threading.Thread(target=lease._beat, args=(end_work,), name=f"lease {name}", daemon=True).start()
     try:
-        yield lease
-    except BaseException as error:
-        lease._ended.set()
+        try:
+            yield lease
+        finally:
+            lease._ended.set()
+            lease._give_back()
+    except BaseException as error:  # the interrupt may come as late as the giving back
         if lease.lost is None:
             raise
         raise LeaseLost(lease.lost) from error
-    finally:
-        lease._ended.set()
-        lease._give_back()
     if lease.lost is not None:
         raise LeaseLost(lease.lost)
 

@@ -15,6 +15,7 @@ import pytest
 from dpo_ray.errors import ConfigError, DataError, DpoRayError, RewardError
 from dpo_ray.on_ray.failures import WorkerError, raise_ours
 from dpo_ray.on_ray.pool import ShardWorker
+from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import connect, disconnect
 from dpo_ray.pairs import CANDIDATES
 from dpo_ray.storage.artifact import Artifact, publish, write_shard
@@ -93,7 +94,7 @@ def test_errors_of_a_task_and_of_rays_own_are_told(no_ray, monkeypatch):
     import ray
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    connect(1, why="this test")
+    connect(Need("this test"))
     try:
         with pytest.raises(DataError) as caught:
             ray.get(ray.remote(refuse).remote({"file": "a.parquet"}))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo_ray.storage.conditional import conditional_file
+from dpo_ray.storage.location import Location
 from tests.command_line import CONFIGS, DPO_RAY, LONGEST, dpo_ray, overrides, summary_of
 from tests.on_ray.test_main_job import preference_rows
 
@@ -28,7 +30,9 @@ def until(process: subprocess.Popen[str], pattern: str) -> str:
     raise AssertionError(f"{pattern!r} was not said:\n{said[-4000:]}")
 
 
-def test_one_trains_and_the_others_leave_or_wait_and_go_on_when_it_is_killed(tmp_path, tiny_model, write_preferences):
+@pytest.fixture
+def command(tmp_path: Path, tiny_model: Path, write_preferences) -> list[str]:
+    """Of a training of 240 steps."""
     write_preferences(tmp_path / "data", preference_rows(0, 24))
     settings = overrides(
         run__output=str(tmp_path / "out"),
@@ -42,18 +46,21 @@ def test_one_trains_and_the_others_leave_or_wait_and_go_on_when_it_is_killed(tmp
         train__checkpoint_every_steps=5,
         train__tokens_per_microbatch=1024,
     )
-    command = ["train", str(CONFIGS / "align_cpu.yaml"), *settings]
+    return ["train", str(CONFIGS / "align_cpu.yaml"), *settings]
 
-    def start(run_id: str) -> subprocess.Popen[str]:
-        command_line = [DPO_RAY, *command, "--run-id", run_id]
-        return subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    first = start("first")
+def start(command: list[str], run_id: str) -> subprocess.Popen[str]:
+    arguments = [DPO_RAY, *command, "--run-id", run_id]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_one_trains_and_the_others_leave_or_wait_and_go_on_when_it_is_killed(command: list[str], tmp_path: Path):
+    first = start(command, "first")
     until(first, r"\[train\].*/240 steps")
     left = dpo_ray(*command, "-o", "run.when_busy=leave")
     assert left.code == 75, left.log
     assert left.lines("Busy: The training") and left.lines("is the work of run first by")
-    second = start("second")
+    second = start(command, "second")
     until(second, r"the work of run first by .*: waiting until it has ended")
     os.kill(first.pid, signal.SIGKILL)
     first.wait(LONGEST)
@@ -65,3 +72,22 @@ def test_one_trains_and_the_others_leave_or_wait_and_go_on_when_it_is_killed(tmp
     assert summary_of(tmp_path / "out")["stages"]["train"]["reused"]
     [lease] = (tmp_path / "out" / "leases").glob("train-*.json")
     assert json.loads(Path(lease).read_text())["held"] is False
+
+
+def test_a_run_whose_training_was_taken_over_stops_and_publishes_nothing(command: list[str], tmp_path: Path):
+    run = start(command, "stalled")
+    until(run, r"\[train\].*/240 steps")
+    [file] = (tmp_path / "out" / "leases").glob("train-*.json")
+    held = conditional_file(Location.of(file))
+    other = {"holder": "other", "run_id": "nightly-2", "by": "ann@far", "machine": "far"}
+    while True:
+        seen = held.read()
+        assert seen is not None
+        if held.swap(seen, json.dumps({**json.loads(seen.content), **other}).encode()):
+            break
+    said, _ = run.communicate(timeout=LONGEST)
+    assert run.returncode == 1, said
+    assert "LeaseLost: The training" in said and "by run nightly-2 by ann@far" in said
+    assert not list((tmp_path / "out" / "artifacts" / "train").glob("*/manifest.json"))
+    assert summary_of(tmp_path / "out")["exit_code"] == 1
+    assert json.loads(file.read_text())["run_id"] == "nightly-2"

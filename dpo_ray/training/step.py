@@ -178,7 +178,8 @@ class Learner:
         )
         sides = [side for p in pairs for side in (p.chosen_ids, p.rejected_ids) if side]
         prompts = sum(len(p.prompt_ids) * (bool(p.chosen_ids) + bool(p.rejected_ids)) for p in pairs)
-        ratios = scores.logprobs.detach() - batch.reference_logprobs if loss.needs_reference else None
+        of_reference = batch.reference_logprobs if loss.needs_reference else None
+        ratios = None if of_reference is None else scores.logprobs.detach() - of_reference
         return _Scored(logps, _statistics(scores, batch, logps), prompts + sum(map(len, sides)), ratios)
 
     @torch.no_grad()

@@ -19,7 +19,8 @@ from pipelines.context import RunContext
 def reference(context: RunContext, tokenized: Artifact) -> tuple[Artifact, Artifact | None]:
     """The rows to train and to evaluate on, and the calibration of their reference scores.
 
-    Raises ReferenceMismatch, and DataError where too many rows could not be scored.
+    Raises ReferenceMismatch, before anything is scored where the engine shows there already that it does not compute
+    the trainer's model; and DataError where too many rows could not be scored.
 
     They are the rows with reference scores that the trainer's own forward reproduces, with mismatched completions
     too for a loss that uses them. A loss without a reference takes the tokenized rows as they are: nothing is scored,

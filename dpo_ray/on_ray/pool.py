@@ -12,9 +12,11 @@ import os
 import pickle
 import sys
 import traceback
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
@@ -24,7 +26,8 @@ from dpo_ray.errors import EngineDied
 from dpo_ray.on_ray.failures import carried, raise_ours
 from dpo_ray.on_ray.session import connect, is_embedded, num_cores
 from dpo_ray.progress import Progress, say
-from dpo_ray.shards.isolation import MAX_ATTEMPTS, Attempts
+from dpo_ray.shards.deaths import Deaths
+from dpo_ray.shards.isolation import Attempts
 from dpo_ray.shards.output import Shard, ShardOutput
 from dpo_ray.storage.artifact import (
     MANIFEST,
@@ -42,7 +45,8 @@ from dpo_ray.storage.artifact import (
 )
 from dpo_ray.storage.location import Location
 
-_TASK_RETRIES = 3  # where the process died; what a task raises is not tried again
+NOTES = "attempts"
+"""Folder of an unfinished artifact in which attempts are noted (dpo_ray.shards.deaths, dpo_ray.shards.isolation)."""
 
 ShardFunction = Callable[..., ShardOutput]
 """Called with a task's source; where the pool isolates, with the shard's Attempts too."""
@@ -211,24 +215,22 @@ def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask[A
         "arguments": pool.arguments,
         "streams": pool.together > 1,
         "isolates": pool.isolates,
+        "stateless": pool.stateless,
+        "run": uuid.uuid4().hex,
     }
     workers = min(most, len(tasks))
     together = min(pool.together, math.ceil(len(tasks) / workers))
-    # A worker that dies is started again and its shards with it. Ray Data would do so for ever, also with a process
-    # that dies of loading its model.
     if pool.stateless:
         carried = {
             "fn": write_shards,
             "fn_kwargs": worker,
             "compute": ray.data.TaskPoolStrategy(size=workers),
-            "max_retries": _TASK_RETRIES,
         }
     else:
         carried = {
             "fn": ShardWorker,
             "fn_constructor_kwargs": worker,
             "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=workers, max_tasks_in_flight_per_actor=2),
-            "max_restarts": MAX_ATTEMPTS,
         }
     results = ray.data.from_items(tasks, override_num_blocks=math.ceil(len(tasks) / together)).map_batches(
         **carried, batch_size=None, batch_format="pyarrow", **resources
@@ -244,6 +246,8 @@ def _compute(kind: str, location: Location, missing: list[tuple[str, ShardTask[A
             progress.advance(rows[result["name"]], note=f"shard {result['name'].removesuffix('.parquet')} done")
     except Exception as error:
         raise_ours(error, kind)
+    for note in (location / NOTES).children():
+        note.remove()  # of a process that was killed between its shard and the end of its note
 
 
 def write_shards(batch: pa.Table, **worker: Any) -> Iterator[pa.Table]:
@@ -264,15 +268,29 @@ class ShardWorker:
         arguments: dict[str, Any],
         streams: bool = False,
         isolates: bool = False,
+        stateless: bool = False,
+        run: str = "",
     ):
         self.location = location
         self.streams = streams
         self.isolates = isolates
+        self.run = run
         self.failure: bytes | None = None
+        self._build = partial(build, **arguments)
+        if stateless:
+            return
+        # Ray starts an actor that dies while it loads its model again, under the same id.
+        building = Deaths(location / NOTES / f"worker-{_actor()}.json", f"to start {_named(build)}", run)
         try:
-            self.work = build(**arguments)
+            with building.attempt():
+                _ = self.work
         except Exception as error:
             self.failure = carried(error)
+
+    @cached_property
+    def work(self) -> Any:
+        """What makes shards, built where it is needed first."""
+        return self._build()
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         tasks = [pickle.loads(pickled) for pickled in batch["task"].to_pylist()]
@@ -285,12 +303,16 @@ class ShardWorker:
     def _stream(self, tasks: list[tuple[str, Any]]) -> Iterator[pa.Table]:
         unfinished = {n: name for n, (name, _) in enumerate(tasks)}
         try:
+            for name in unfinished.values():
+                self._deaths(name).begin()
             for n, output in self.work.stream([source for _, source in tasks]):
                 self._write(unfinished[n], output)
+                self._deaths(unfinished[n]).end()
                 yield _told(unfinished.pop(n), None)
         except Exception as error:
             failure = carried(error)
             for name in unfinished.values():
+                self._deaths(name).end()
                 yield _told(name, failure)
 
     def _try(self, name: str, source: Any) -> bytes | None:
@@ -302,9 +324,10 @@ class ShardWorker:
 
     def _do(self, name: str, source: Any) -> None:
         if not self.isolates:
-            self._write(name, self.work(source))
+            with self._deaths(name).attempt():
+                self._write(name, self.work(source))
             return
-        attempts = Attempts(self.location / "attempts" / f"{name.removesuffix('.parquet')}.json")
+        attempts = Attempts(self._note(name))
         try:
             output = self.work(source, attempts)
         except EngineDied:
@@ -318,6 +341,13 @@ class ShardWorker:
         self._write(name, output)
         attempts.clear()
 
+    def _note(self, name: str) -> Location:
+        return self.location / NOTES / f"{name.removesuffix('.parquet')}.json"
+
+    def _deaths(self, name: str) -> Deaths:
+        beside = "" if not self.streams else ", with others beside it"
+        return Deaths(self._note(name), f"the shard {self.location / name}{beside}", self.run)
+
     def _write(self, name: str, output: ShardOutput) -> None:
         # The quarantine first: a shard that exists is finished, its quarantine included.
         quarantine = self.location / "quarantine" / name
@@ -326,6 +356,19 @@ class ShardWorker:
         else:
             quarantine.remove()  # of an attempt that died just after it had written this
         write_shard(self.location / name, output.table, dict(output.counters))
+
+
+def _actor() -> str:
+    import ray
+
+    found = ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None
+    return found or "local"
+
+
+def _named(build: Callable[..., Any]) -> str:
+    """A function, a class, or a partial of one."""
+    built = getattr(build, "func", build)
+    return str(getattr(built, "__qualname__", built))
 
 
 def _told(name: str, failure: bytes | None) -> pa.Table:

@@ -63,6 +63,7 @@ def arguments(tiny_model: Path, write_preferences: Any, tmp_path: Path) -> list[
         "train__epochs": NUM_STEPS // 4,
         "train__learning_rate": 1e-4,
         "train__checkpoint_every_steps": NUM_STEPS,
+        "train__num_workers": 1,
         "train__cpus_per_worker": 1.5,
         "train__max_failures": 1,
         "train__tokens_per_microbatch": 1024,

@@ -222,7 +222,8 @@ def busy_ray(no_ray: None) -> Iterator[None]:
 
 
 def splits_of(plan: StepPlan, world_size: int, reached: int) -> list[Any]:
-    made = StepFeed(plan, TOKENS, lambda: reached).configure({}, world_size, None, None)
+    notes = Location.of(Path(plan.index.shards[0]).parent / "reading")
+    made = StepFeed(plan, TOKENS, lambda: reached, notes).configure({}, world_size, None, None)
     return [split[TRAIN] for split in made]
 
 

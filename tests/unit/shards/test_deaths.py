@@ -19,9 +19,7 @@ def deaths(folder: Path, run: str = "run") -> Deaths:
 def test_after_so_many_deaths_it_is_given_up_by_name_and_may_be_tried_anew(tmp_path: Path):
     for _ in range(MOST_DEATHS):
         deaths(tmp_path).begin()  # and the process dies
-    with pytest.raises(
-        DpoRayError, match=rf"All of {MOST_DEATHS} processes died that tried the shard a \("
-    ):
+    with pytest.raises(DpoRayError, match=rf"All of {MOST_DEATHS} processes died that tried the shard a \("):
         deaths(tmp_path).begin()
     deaths(tmp_path).begin()
 

@@ -29,9 +29,9 @@ from tests.training import Kept, Trained
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
-NUM_STEPS = 400
+NUM_STEPS = 160
 """So many that none of them is the last before the node's time is up."""
-SECONDS = 10
+SECONDS = 6
 """From the warning to the deadline."""
 
 

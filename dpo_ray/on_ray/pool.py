@@ -13,10 +13,12 @@ import os
 import pickle
 import sys
 import traceback
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
@@ -27,7 +29,8 @@ from dpo_ray.on_ray.failures import carried, raise_ours
 from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import connect, is_embedded, num_cores
 from dpo_ray.progress import Progress, say
-from dpo_ray.shards.isolation import MAX_ATTEMPTS, Attempts
+from dpo_ray.shards.deaths import Deaths
+from dpo_ray.shards.isolation import Attempts
 from dpo_ray.shards.output import Shard, ShardOutput
 from dpo_ray.storage.artifact import SCHEMA_VERSION, Artifact, Contents, FileEntry, digest, make, read_manifest
 from dpo_ray.storage.location import Location
@@ -36,7 +39,8 @@ from dpo_ray.storage.shard_pool import Finished, Present, ShardPool, finished_in
 _FEW = 16  # shards that the driver inspects by itself, side by side, rather than starting Ray
 ISOLATED = "isolated"
 """Name of the folder in an artifact's own, with a note on each of its shards that an engine could not do in full."""
-_TASK_RETRIES = 3  # where the process died; what a task raises is not tried again
+NOTES = "attempts"
+"""Folder of an unfinished artifact in which attempts are noted (dpo_ray.shards.deaths, dpo_ray.shards.isolation)."""
 
 ShardFunction = Callable[..., ShardOutput]
 """Called with a task's source; where the pool isolates, with the shard's Attempts too."""
@@ -235,6 +239,8 @@ def _compute(
         "arguments": pool.arguments,
         "streams": pool.together > 1,
         "isolates": pool.isolates,
+        "stateless": pool.stateless,
+        "run": uuid.uuid4().hex,
     }
     if pool.stateless:
         work = {"fn": write_shards, "fn_kwargs": worker}
@@ -247,6 +253,8 @@ def _compute(
     for result in _results(kind, tasks, pool, work):
         found[result["name"]] = Finished.model_validate_json(result["finished"])
         progress.advance(rows[result["name"]], note=f"shard {result['name']} done")
+    for note in (location / NOTES).children():
+        note.remove()  # of a process that was killed between its shard and the end of its note
     return found
 
 
@@ -264,13 +272,11 @@ def _results(kind: str, tasks: list[dict[str, bytes]], pool: Pool, work: dict[st
         resources["runtime_env"] = {"env_vars": pool.env}
     workers = min(most, len(tasks))
     together = min(pool.together, math.ceil(len(tasks) / workers))
-    # A worker that dies is started again and its shards with it. Ray Data would do so for ever, also with a process
-    # that dies of loading its model.
     if pool.stateless:
-        work |= {"compute": ray.data.TaskPoolStrategy(size=workers), "max_retries": _TASK_RETRIES}
+        work |= {"compute": ray.data.TaskPoolStrategy(size=workers)}
     else:
         actors = ray.data.ActorPoolStrategy(min_size=1, max_size=workers, max_tasks_in_flight_per_actor=2)
-        work |= {"compute": actors, "max_restarts": MAX_ATTEMPTS}
+        work |= {"compute": actors}
     results = ray.data.from_items(tasks, override_num_blocks=math.ceil(len(tasks) / together)).map_batches(
         **work, batch_size=None, batch_format="pyarrow", **resources
     )
@@ -306,16 +312,30 @@ class ShardWorker:
         arguments: dict[str, Any],
         streams: bool = False,
         isolates: bool = False,
+        stateless: bool = False,
+        run: str = "",
     ):
         self.location = location
         self.shards = ShardPool(location.parent)
         self.streams = streams
         self.isolates = isolates
+        self.run = run
         self.failure: bytes | None = None
+        self._build = partial(build, **arguments)
+        if stateless:
+            return
+        # Ray starts an actor that dies while it loads its model again, under the same id.
+        building = Deaths(location / NOTES / f"worker-{_actor()}.json", f"to start {_named(build)}", run)
         try:
-            self.work = build(**arguments)
+            with building.attempt():
+                _ = self.work
         except Exception as error:
             self.failure = carried(error)
+
+    @cached_property
+    def work(self) -> Any:
+        """What makes shards, built where it is needed first."""
+        return self._build()
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         tasks = [pickle.loads(pickled) for pickled in batch["task"].to_pylist()]
@@ -328,12 +348,16 @@ class ShardWorker:
     def _stream(self, tasks: list[tuple[str, Any]]) -> Iterator[pa.Table]:
         unfinished = {n: name for n, (name, _) in enumerate(tasks)}
         try:
+            for name in unfinished.values():
+                self._deaths(name).begin()
             for n, output in self.work.stream([source for _, source in tasks]):
                 finished = self._write(unfinished[n], output)
+                self._deaths(unfinished[n]).end()
                 yield _told(unfinished.pop(n), finished, None)
         except Exception as error:
             failure = carried(error)
             for name in unfinished.values():
+                self._deaths(name).end()
                 yield _told(name, None, failure)
 
     def _try(self, name: str, source: Any) -> pa.Table:
@@ -345,8 +369,9 @@ class ShardWorker:
     def do(self, name: str, source: Any) -> Finished:
         """Make the shard of one task."""
         if not self.isolates:
-            return self._write(name, self.work(source))
-        attempts = Attempts(self.location / "attempts" / f"{name}.json")
+            with self._deaths(name).attempt():
+                return self._write(name, self.work(source))
+        attempts = Attempts(self._note(name))
         try:
             output = self.work(source, attempts)
         except EngineDied:
@@ -364,8 +389,28 @@ class ShardWorker:
         attempts.clear()
         return finished
 
+    def _note(self, name: str) -> Location:
+        return self.location / NOTES / f"{name}.json"
+
+    def _deaths(self, name: str) -> Deaths:
+        beside = "" if not self.streams else ", with others beside it"
+        return Deaths(self._note(name), f"the shard {name} of {self.location}{beside}", self.run)
+
     def _write(self, name: str, output: ShardOutput) -> Finished:
         return self.shards.write(name, output.table, dict(output.counters), output.quarantine)
+
+
+def _actor() -> str:
+    import ray
+
+    found = ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None
+    return found or "local"
+
+
+def _named(build: Callable[..., Any]) -> str:
+    """A function, a class, or a partial of one."""
+    built = getattr(build, "func", build)
+    return str(getattr(built, "__qualname__", built))
 
 
 def _told(name: str, finished: Finished | None, failure: bytes | None) -> pa.Table:

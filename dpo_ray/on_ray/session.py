@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -216,5 +215,3 @@ def quiet_data() -> None:
     # A shard on a slow engine may take long, and while an engine loads nothing moves at all.
     context.execution_no_progress_timeout_s = 6 * _HOURS
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # Of how often a task or an actor is tried again Ray Data has no other parameter yet.
-    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")

@@ -14,6 +14,7 @@ step of its stretch; the plan itself lies in the object store, once.
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import lru_cache
@@ -27,6 +28,7 @@ import ray.train
 
 from dpo_ray.on_ray.session import quiet_data
 from dpo_ray.pairs import TokenizedPair, tokenized_pair
+from dpo_ray.shards.deaths import Deaths
 from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
 from dpo_ray.training.batch import Share, Step
@@ -47,8 +49,14 @@ _BLOCK = pa.schema([("rank", pa.int32()), ("step", pa.int64()), ("share", pa.lar
 _PAIR_COLUMNS = [field.name for field in fields(TokenizedPair)]
 
 
-def feed_dataset(plan: StepPlan, start: int, world_size: int, tokens_per_microbatch: int) -> ray.data.Dataset:
-    """The stream of shares of the steps from `start` on, one block of one row a rank and group of steps."""
+def feed_dataset(
+    plan: StepPlan, start: int, world_size: int, tokens_per_microbatch: int, notes: Location
+) -> ray.data.Dataset:
+    """The stream of shares of the steps from `start` on, one block of one row a rank and group of steps.
+
+    Args:
+        notes: folder in which attempts at a stretch are noted while they are under way.
+    """
     quiet_data()  # Ray Train calls this in a process of its own
     steps_per_group = group_size(plan)
     groups = math.ceil((plan.num_steps - start) / steps_per_group)
@@ -61,6 +69,8 @@ def feed_dataset(plan: StepPlan, start: int, world_size: int, tokens_per_microba
         fetch_stretch,
         fn_kwargs={
             "plan": ray.put(plan),
+            "notes": notes,
+            "run": uuid.uuid4().hex,
             "num_steps": steps_per_task,
             "steps_per_group": steps_per_group,
             "world_size": world_size,
@@ -69,7 +79,6 @@ def feed_dataset(plan: StepPlan, start: int, world_size: int, tokens_per_microba
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=0,
-        max_retries=3,  # not for ever, where the process dies of what it reads
         # A second task would fill the room for what is read ahead with blocks whose turn comes after the first's.
         compute=ray.data.TaskPoolStrategy(size=1),
     )
@@ -83,10 +92,14 @@ def group_size(plan: StepPlan) -> int:
     return int(np.clip(_TOKENS_PER_GROUP // tokens_per_step, 1, _STEPS_PER_GROUP))
 
 
-def fetch_stretch(batch: pa.Table, plan: ray.ObjectRef[StepPlan], num_steps: int, **options: int) -> Iterator[pa.Table]:
-    """First step of a stretch → its blocks."""
+def fetch_stretch(
+    batch: pa.Table, plan: ray.ObjectRef[StepPlan], num_steps: int, notes: Location, run: str, **options: int
+) -> Iterator[pa.Table]:
+    """First step of a stretch → its blocks. Raises DpoRayError where processes die of it again and again."""
     first = batch["first"][0].as_py()
-    yield from share_blocks(ray.get(plan), first, first + num_steps, **options)
+    work = f"to read the pairs of the steps {first + 1} to {first + num_steps}"
+    with Deaths(notes / f"{first}.json", work, run).attempt():
+        yield from share_blocks(ray.get(plan), first, first + num_steps, **options)
 
 
 def share_blocks(
@@ -160,7 +173,7 @@ class StepFeed(ray.train.DataConfig):
     before. The stream then begins at the step that was reached.
     """
 
-    def __init__(self, plan: StepPlan, tokens_per_microbatch: int, reached: Callable[[], int]) -> None:
+    def __init__(self, plan: StepPlan, tokens_per_microbatch: int, reached: Callable[[], int], notes: Location) -> None:
         room = ray.data.ExecutionResources.for_limits(object_store_memory=_GROUPS_AHEAD * _group_bytes(plan))
         super().__init__(
             execution_options=ray.data.ExecutionOptions(preserve_order=True, resource_limits=room),
@@ -169,11 +182,12 @@ class StepFeed(ray.train.DataConfig):
         self.plan = plan
         self.tokens_per_microbatch = tokens_per_microbatch
         self.reached = reached
+        self.notes = notes
 
     def configure(
         self, datasets: Any, world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
     ) -> Any:
-        ordered = feed_dataset(self.plan, self.reached(), world_size, self.tokens_per_microbatch)
+        ordered = feed_dataset(self.plan, self.reached(), world_size, self.tokens_per_microbatch, self.notes)
         ordered.context.execution_options = self._resolve_execution_options(TRAIN)
         ordered.context.enable_progress_bars = False
         # A step may take longer than Ray Data's patience with a slow consumer.

@@ -115,7 +115,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
             require_reference=partial(require_same_start, job.reference_limits),
             longest=job.longest,
             memory=worker_memory(context.get_local_world_size(), options.gpus),
-            **({"is_forewarned": Forewarning(me).is_due} if preemption_is_watched() else {}),
+            is_forewarned=Forewarning(me).is_due if preemption_is_watched() else lambda: False,
         )
     except (NonFiniteLoss, ReferenceMismatch, PairTooLong) as error:
         return error

@@ -210,7 +210,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
         ),
         torch_config=TorchConfig(backend="nccl" if options.use_gpu else "gloo"),
         datasets={TRAIN: placeholder},
-        dataset_config=StepFeed(plan, microbatch, reached),
+        dataset_config=StepFeed(plan, microbatch, reached, runs / "reading"),
     )
     try:
         result = trainer.fit()

@@ -30,9 +30,9 @@ from tests.training import Kept, Trained
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
-NUM_STEPS = 400
+NUM_STEPS = 160
 """So many that none of them is the last before the node's time is up."""
-SECONDS = 10
+SECONDS = 6
 """From the warning to the deadline."""
 
 
@@ -64,6 +64,7 @@ def arguments(tiny_model: Path, write_preferences: Any, tmp_path: Path) -> list[
         "train__epochs": NUM_STEPS // 4,
         "train__learning_rate": 1e-4,
         "train__checkpoint_every_steps": NUM_STEPS,
+        "train__num_workers": 1,
         "train__cpus_per_worker": 1.5,
         "train__max_failures": 1,
         "train__tokens_per_microbatch": 1024,

@@ -22,6 +22,7 @@ from dpo_ray.on_ray.failures import raise_ours
 from dpo_ray.on_ray.session import quiet_data
 from dpo_ray.on_ray.stream import TRAIN, StepFeed, group_size, received_steps, share_blocks
 from dpo_ray.pairs import REFERENCE
+from dpo_ray.storage.location import Location
 from dpo_ray.training.batch import Step
 from dpo_ray.training.index import PlanIndex
 from dpo_ray.training.plan import StepPlan
@@ -219,7 +220,8 @@ def busy_ray(no_ray: None) -> Iterator[None]:
 
 
 def splits_of(plan: StepPlan, world_size: int, reached: int) -> list[Any]:
-    made = StepFeed(plan, TOKENS, lambda: reached).configure({}, world_size, None, None)
+    notes = Location.of(Path(plan.index.shards[0]).parent / "reading")
+    made = StepFeed(plan, TOKENS, lambda: reached, notes).configure({}, world_size, None, None)
     return [split[TRAIN] for split in made]
 
 

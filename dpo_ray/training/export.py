@@ -78,9 +78,9 @@ def export_policy(
             written: list[FileEntry] = []
             state = whole_state(policy)
             if me.rank == 0:
-                name, revision = base or (str(source), None)
+                of_base, revision = base or (str(source), None)
                 adapter = {name: _cast(tensor, _DTYPES[dtype or "float32"]) for name, tensor in state.items()}
-                save_adapter(rest, policy=policy, state=adapter, base=name, revision=revision)
+                save_adapter(rest, policy=policy, state=adapter, base=of_base, revision=revision)
         else:
             into = _DTYPES[dtype or stored_dtype(source)]
             files = _divided(policy, _exported(policy, merged=options.lora is not None, dtype=into), file_bytes)

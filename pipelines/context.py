@@ -14,7 +14,7 @@ from dpo_ray.config import Config, dump_config
 from dpo_ray.data.tally import Tally
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
-from dpo_ray.storage.location import Location, require_absolute_output
+from dpo_ray.storage.location import Location
 
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's, in the environment of a submitted job
 
@@ -41,7 +41,7 @@ class RunContext:
     def start(cls, config: Config, run_id: str | None = None) -> RunContext:
         """Open the run's folder and put the resolved configuration there. Raises ConfigError."""
         if _JOB in os.environ:
-            require_absolute_output(config.run.output)
+            config.run.require_absolute_output()
         output = Location.of(config.run.output)
         output.require_writable()
         run_id = run_id or f"{config.run.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"

@@ -60,8 +60,8 @@ class Run(Section):
         if "://" not in self.output and not PurePath(self.output).is_absolute() and not self.output.startswith("~"):
             raise ConfigError(
                 f"run.output is {self.output}, a relative path, which in a job on a cluster lies below Ray's "
-                "temporary working directory: what is written there is lost. Name a bucket, as in s3://bucket/folder, or the "
-                "absolute path of a folder that is mounted on all nodes."
+                "temporary working directory: what is written there is lost. Name a bucket, as in s3://bucket/folder, "
+                "or the absolute path of a folder that is mounted on all nodes."
             )
 
 

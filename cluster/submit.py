@@ -12,7 +12,6 @@ from typing import Any
 
 from dpo_ray.config import Config, dump_config
 from dpo_ray.errors import ConfigError, DpoRayError
-from dpo_ray.storage.location import require_absolute_output
 
 _SHIPPED = "config.yaml"
 
@@ -39,7 +38,7 @@ def submit_job(
     Raises ConfigError where the cluster is not reached, the submission id is taken or run.output is a relative path,
     DpoRayError where the job ended without an exit status.
     """
-    require_absolute_output(config.run.output)
+    config.run.require_absolute_output()
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     try:

@@ -15,7 +15,7 @@ from dpo_ray.data.tally import Tally
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.claim import kept_fresh
-from dpo_ray.storage.location import Location, require_absolute_output
+from dpo_ray.storage.location import Location
 from pipelines import require_run_id
 
 STAGES_SO_FAR = "stages.json"
@@ -48,7 +48,7 @@ class RunContext:
             run_id = f"{config.run.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         require_run_id(run_id)
         if _JOB in os.environ:
-            require_absolute_output(config.run.output)
+            config.run.require_absolute_output()
         output = Location.of(config.run.output)
         output.require_writable()
         context = cls(config, run_id, output)

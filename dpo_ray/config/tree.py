@@ -53,6 +53,18 @@ class Run(Section):
     """Minutes that a stage waits, at most, for a cluster to grow where it has too little room: its autoscaler is asked
     for more. 0: the run is refused at its start, as is right for a cluster that nothing adds nodes to."""
 
+    def require_absolute_output(self) -> None:
+        """Raises ConfigError where `output` is a relative path: for a job on a cluster.
+
+        A job runs in a working directory that Ray makes and removes, on whichever node it likes.
+        """
+        if "://" not in self.output and not PurePath(self.output).is_absolute() and not self.output.startswith("~"):
+            raise ConfigError(
+                f"run.output is {self.output}, a relative path, which in a job on a cluster lies below Ray's "
+                "temporary working directory: what is written there is lost. Name a bucket, as in s3://bucket/folder, "
+                "or the absolute path of a folder that is mounted on all nodes."
+            )
+
 
 class LoRA(Section):
     """Train low-rank adapters (arXiv:2106.09685) instead of all weights. The reference is the model without them."""

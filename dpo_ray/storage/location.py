@@ -275,19 +275,6 @@ class Location:
             ) from error
 
 
-def require_absolute_output(output: str) -> None:
-    """Raises ConfigError where run.output of a job on a cluster is a relative path.
-
-    A job runs in a working directory that Ray makes and removes, on whichever node it likes.
-    """
-    if "://" not in output and not Path(output).expanduser().is_absolute():
-        raise ConfigError(
-            f"run.output is {output}, a relative path, which in a job on a cluster is one below Ray's temporary "
-            "working directory: what is written there is lost. Name a bucket, as in s3://bucket/folder, or the "
-            "absolute path of a folder that is mounted on all nodes."
-        )
-
-
 def find_files(pattern: str, suffix: str | tuple[str, ...]) -> list[Location]:
     """The files that a path names: a file itself, the files with such a suffix in a folder, or the matches of a glob.
 

@@ -23,7 +23,7 @@ def test_flash_attention_equals_attention_pair_by_pair_in_values_and_gradients(h
     upstream = torch.randn(1, LENGTH, heads, 64, device="cuda")
     found = []
     for dtype in (torch.float32, torch.bfloat16):  # in float32 it is a call a pair
-        inputs = [x.to(dtype).requires_grad_() for x in exact]
+        inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
         out, _ = packed_attention(torch.nn.Module(), *inputs, None, scaling=0.125, segments=Segments(SEGMENTS))
         (out.float() * upstream).sum().backward()
         found.append([out.detach().float(), *(x.grad.float() for x in inputs)])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from dpo_ray.config import Model, Train
 from dpo_ray.errors import PairTooLong
@@ -64,6 +65,11 @@ def pair_of(tokens: int) -> LongestPair:
     return LongestPair(pair, "shard-7.parquet", 41)
 
 
+def _whole(made: Learner) -> dict[str, torch.Tensor]:
+    parameters = {name: p.detach() for name, p in made.scorer.named_parameters()}
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
+
+
 @pytest.mark.usefixtures("eight_gib")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -72,16 +78,16 @@ def test_too_long_a_pair_is_refused_by_name_and_what_fits_goes_through(
 ):
     folder = small_model(tmp_path / "model", **SIZES, max_position_embeddings=1 << 18)
     made, model = learner(folder, alone, strategy, dtype)
-    before = {name: p.detach().clone() for name, p in made.scorer.named_parameters()}
+    before = {name: p.clone() for name, p in _whole(made).items()}
     state = torch.cuda.get_rng_state()
     require_that_it_fits(made, pair_of(1536), model, 8 * GIB)
     assert "of 1536 tokens" in capfd.readouterr().err
+    assert all(torch.equal(p, before[name]) for name, p in _whole(made).items())
     with pytest.raises(PairTooLong, match=r"a1b2 \(row 41 of shard-7\.parquet\), of 240000 tokens .*out of memory"):
         require_that_it_fits(made, pair_of(240_000), model, 8 * GIB)
     assert all(p.grad is None for p in made.scorer.parameters())
     assert not made.optimizer.state
     assert torch.equal(torch.cuda.get_rng_state(), state)
-    assert all(torch.equal(p, before[name]) for name, p in made.scorer.named_parameters())
 
 
 @pytest.mark.usefixtures("eight_gib")

@@ -128,7 +128,7 @@ def test_inside_of_an_object_store_nothing_comes_by_the_machine_that_publishes(
 
     monkeypatch.setattr(Location, "_download", comes)
     monkeypatch.setattr(Location, "read_chunks", comes)
-    assert (publish(context, trained, measured) / "model.safetensors").size()
+    assert (publish(context, trained, measured, lambda: measured) / "model.safetensors").size()
 
 
 def test_below_the_gate_nothing_is_there(context: RunContext, small_model: Path):

@@ -54,9 +54,9 @@ Pairs = Sequence[TokenizedPair]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", default="hh_helpful", help="set in the folder that DPO_RAY_DATA names")
-    parser.add_argument("--pairs", type=int, default=48, help="that the engines are compared on as they are")
-    parser.add_argument("--faulty", type=int, default=16, help="of these, those that faults are tried on")
-    parser.add_argument("--max-tokens", type=int, default=512, help="of a prompt and its longer completion")
+    parser.add_argument("--pairs", type=int, default=32, help="that the engines are compared on as they are")
+    parser.add_argument("--faulty", type=int, default=12, help="of these, those that faults are tried on")
+    parser.add_argument("--max-tokens", type=int, default=384, help="of a prompt and its longer completion")
     parser.add_argument("--gpus", type=int, default=0, choices=(0, 1))
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--from", type=Path, dest="kept")
@@ -272,7 +272,7 @@ def faults(
             size = 10.0**-power
             wrong = of_size(size)
             yield name, size, wrong
-            if all(is_lost(calibration(scores, wrong), calibration(scores, right)) for scores in engines.values()):
+            if is_lost(calibration(engines["vllm"], wrong), calibration(engines["vllm"], right)):
                 break
     for name, fault in WHOLE.items():
         yield name, 0.0, with_fault(fault, 0.0)
@@ -304,7 +304,7 @@ def report(rows: Rows) -> str:
     for name in names:
         of_sides = [[row for row in found if (row["fault"], row["dtype"], row["engine"]) == (name, *s)] for s in sides]
         refused.append([name, *(smallest(of_side, rule) for of_side in of_sides for rule in (by_gate, by_sum))])
-    heads = [f"{dtype}, {engine}: {rule}" for dtype, engine in sides for rule in ("gate", "before")]
+    heads = [f"{dtype}, {engine}: {rule}" for dtype, engine in sides for rule in ("gate", "rule before")]
     return "\n".join(
         [
             f"## {datetime.now(UTC):%Y-%m-%d} (commit {setting['commit']})\n",
@@ -329,7 +329,7 @@ def measures(row: dict[str, Any]) -> list[str]:
         ", ".join(f"{token[name]:.1e}" for name in ("p50", "p99", "max")),
         ", ".join(f"{worst[name]:.1e}" for name in ("p50", "max")),
         ", ".join(f"{sequence[name]:.1e}" for name in ("p50", "max")),
-        *(f"refused {why}" if (why := rule(row)) is not None else "passes" for rule in (by_gate, by_sum)),
+        *(f"refused {why}".strip() if (why := rule(row)) is not None else "passes" for rule in (by_gate, by_sum)),
     ]
 
 

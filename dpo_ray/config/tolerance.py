@@ -21,10 +21,10 @@ class Limits:
 
 
 _BY_DTYPE: dict[Dtype, Limits] = {
-    "float32": Limits(bias_per_token=1e-4, p99_per_token=1e-3, worst_token=5e-3),
+    "float32": Limits(bias_per_token=5e-4, p99_per_token=1e-2, worst_token=5e-2),
     "bfloat16": Limits(bias_per_token=5e-3, p99_per_token=0.5, worst_token=1.0),
 }
-"""From benchmarks/reference_gate.md."""
+"""From benchmarks/reference_gate.md, which says how far above rounding they are."""
 
 
 class Tolerance(Section):

@@ -150,7 +150,7 @@ def test_auto_takes_vllm_where_it_agrees_and_keeps_to_it(tmp_path, auto: Setting
 @pytest.mark.parametrize(
     ("vllm", "why"),
     [
-        (FAR, "do not agree: the 99th percentile of |Δ| per token is 6.0e-02 (p99_per_token=0.001)"),
+        (FAR, "do not agree: the 99th percentile of |Δ| per token is 6.0e-02 (p99_per_token=0.01)"),
         ((-1.0, math.nan), "not finite"),
         (FAILURES[0], "cannot score this model: no such architecture"),
     ],
@@ -196,7 +196,7 @@ def test_vllm_that_does_not_agree_is_refused_before_the_pass_and_is_not_measured
     for _ in range(2):
         with pytest.raises(ReferenceMismatch) as refused:
             choose_engine(output, auto(engine="vllm"), rows)
-        for text in ("Nothing has been scored", "6.0e-02 (p99_per_token=0.001)", "reference.engine=torch", "remove "):
+        for text in ("Nothing has been scored", "6.0e-02 (p99_per_token=0.01)", "reference.engine=torch", "remove "):
             assert text in str(refused.value)
     assert asked == BOTH
     # The same comparison is auto's; wider limits let it pass.
@@ -285,7 +285,7 @@ def test_finished_scores_are_held_against_the_trainers_and_wider_limits_judge_th
 ):
     asked = engines_that_say(monkeypatch, None, TORCH)
     output, reference = Location.of(tmp_path / "out"), scored_rows(tmp_path, FAR)
-    with pytest.raises(ReferenceMismatch, match=r"engine vllm, float32.*of 4 completions.*p99_per_token=0\.001"):
+    with pytest.raises(ReferenceMismatch, match=r"engine vllm, float32.*of 4 completions.*p99_per_token=0\.01"):
         calibrate.calibrate(output, auto(), reference)
     wider = {"p99_per_token": 0.1, "worst_token": 0.1}
     artifact, reused = calibrate.calibrate(output, auto(tolerance=wider), reference)

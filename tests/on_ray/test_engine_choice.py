@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from dpo_ray.config.tolerance import Tolerance
 from dpo_ray.errors import ReferenceMismatch
 from dpo_ray.on_ray import calibrate
 from tests.command_line import CONFIGS, Finished, overrides, summary_of
@@ -101,4 +102,4 @@ def test_in_bfloat16_vllm_passes_and_one_that_computes_another_model_is_refused_
     assert done.code == 0, done.log
     assert engines_of(tmp_path / "right") == ["vllm"]
     found = summary_of(tmp_path / "right")["reference"]["calibration"]
-    assert found["token"]["p99"] > 1e-3  # it is bfloat16: float32's limit would have refused it
+    assert found["token"]["p99"] > Tolerance().limits("float32").p99_per_token  # so it is bfloat16

@@ -21,7 +21,16 @@ import pyarrow.compute as pc
 
 from dpo_ray.model.cache import held
 from dpo_ray.pairs import LENGTHS, Split, steers
-from dpo_ray.storage.artifact import Artifact, Contents, FileEntry, describe_file, make, open_artifact, read_shard
+from dpo_ray.storage.artifact import (
+    Artifact,
+    Contents,
+    FileEntry,
+    describe_file,
+    digest,
+    make,
+    open_artifact,
+    read_shard,
+)
 from dpo_ray.storage.location import Location
 
 KIND = "index"
@@ -168,10 +177,12 @@ def num_judging(output: Location, rows: Artifact, eval_fraction: float) -> int:
 
 
 def _made(output: Location, rows: Artifact, eval_fraction: float) -> Artifact:
+    # One that has lost a shard gets another in its place, in which an engine may have set other rows aside.
+    shards = digest([file.name for file in rows.manifest.files if file.rows is not None])
     artifact, _ = make(
         output,
         KIND,
-        {"version": _VERSION, "eval_fraction": eval_fraction},
+        {"version": _VERSION, "eval_fraction": eval_fraction, "shards": shards},
         {rows.manifest.kind: rows.fingerprint},
         lambda location: write_index(location, rows.shards(), eval_fraction),
     )

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_ray.pairs import steers
+from dpo_ray.storage.artifact import Artifact, publish, write_shard
 from dpo_ray.storage.location import Location
-from dpo_ray.training.index import Facts, num_judging
+from dpo_ray.training.index import Facts, index_of, num_judging
 from tests.indexed import artifact_of, indices, with_lengths
 from tests.object_store import BUCKET, ObjectStore, object_store
-from tests.unit.training.test_plan import index_of
+from tests.unit.training.test_plan import index_of as index_in_memory
 
 
 def rows(*given: tuple[str, str]) -> pa.Table:
@@ -92,6 +93,23 @@ def test_a_part_of_the_held_out_prompts_steers(tmp_path: Path):
     assert num_judging(output, artifact, 1.0) == 200
 
 
+def test_rows_of_which_a_shard_was_made_again_are_indexed_again(tmp_path: Path):
+    first = artifact_of(tmp_path, [rows(*[("p", "train")] * 3)])
+    output = Location.of(tmp_path / "out")
+    assert len(index_of(output, first)[0]) == 3
+    # The same artifact, whose one shard was lost; made again, it lacks a row.
+    file = write_shard(first.location / "again.parquet", rows(*[("p", "train")] * 2), {})
+    again = publish(first.location, "tokenized", identity={}, inputs={}, files=[file])
+    assert again.fingerprint == first.fingerprint
+    index, _ = index_of(output, again)
+    assert len(index) == 2 and index.shards == (file_uri(again),)
+
+
+def file_uri(rows: Artifact) -> str:
+    [shard] = rows.shards()
+    return shard.uri
+
+
 LENGTHS = st.lists(st.tuples(*[st.integers(0, 9)] * 3), max_size=20)
 
 
@@ -111,7 +129,7 @@ def test_facts_of_parts_are_those_of_the_whole(parts: list[list[tuple[int, int, 
 
 
 def test_some_pairs_of_an_index_are_an_index_of_pairs_from_all_of_it():
-    index = index_of(1000, num_shards=7)
+    index = index_in_memory(1000, num_shards=7)
     of = {
         (shard, row): n for n, (shard, row) in enumerate(zip(index.shard_of(np.arange(1000)), index.row, strict=True))
     }

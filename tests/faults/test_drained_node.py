@@ -92,12 +92,14 @@ def drain(node: Any, address: str) -> None:
 
 def start(arguments: list[str], address: str) -> subprocess.Popen[str]:
     """The training, which tells its step several times a second."""
+    # This process may have started an embedded Ray before, whose trainings are not warned.
+    inherited = {name: value for name, value in os.environ.items() if "PREEMPTION" not in name}
     return subprocess.Popen(
         [DPO_RAY, "train", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, WATCHED: "0.2", "RAY_ADDRESS": address},
+        env={**inherited, WATCHED: "0.2", "RAY_ADDRESS": address},
     )
 
 

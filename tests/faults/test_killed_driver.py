@@ -82,7 +82,7 @@ def logs(command) -> Iterator[dict[str, Finished]]:
 
 def counts(done: Finished, stage: str) -> tuple[int, int, int]:
     """Of a stage's shards: how many there are, were finished already, and were to compute."""
-    [line] = done.lines(f"[{stage}] ")[:1]
+    [line] = [line for line in done.lines(f"[{stage}] ") if "are finished already" in line][:1]
     finished, total, missing = map(int, re.findall(r"\d+", line.split("] ", 1)[1]))
     return total, finished, missing
 

@@ -41,7 +41,9 @@ def forever(attempt):
         for name, size in files.items():
             (location / MODEL_FOLDER / name).write_bytes(name.encode() + b"x" * size)
         metrics = {"first_step_loss": 0.7, "num_steps": 3, "published_step": 3, "final": {"loss": 0.6}}
-        policy = artifact.publish(location, KIND, identity={"attempt": [attempt, number]}, inputs={}, files=[],
+        entries = [artifact.describe_file(location / MODEL_FOLDER / name) for name in files]
+        entries = [entry.model_copy(update={"name": f"{MODEL_FOLDER}/{entry.name}"}) for entry in entries]
+        policy = artifact.publish(location, KIND, identity={"attempt": [attempt, number]}, inputs={}, files=entries,
                                   metrics=metrics)
         place = context.output / "artifacts" / "eval" / "e"
         measured = artifact.publish(place, "eval", identity={}, inputs={}, files=[])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ _UNITS = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 _SHORTEST_S = 2 * RENEWED_S
 _SIDE_BY_SIDE = 16  # threads; they wait for a disk or an object store
 _AT_ONCE = 256  # files that are removed before the lease is renewed
+_ADAPTER = "adapter_config.json"
 _RECORDS_OF_RUNS = ("summary.json", "stages.json", "config.yaml")
 
 
@@ -110,9 +112,9 @@ def _records_that_name(output: Location, now: float, bound: float) -> list[Locat
         of_runs[run_id].append(((info.mtime_ns or 0) / 1e9, place))
     recent = [inside for inside in of_runs.values() if now - max(at for at, _ in inside) < bound]
     found = [place for inside in recent for _, place in inside if place.name in _RECORDS_OF_RUNS]
-    found += [file for sweep in (output / "sweeps").children() for file in (sweep / "trials").children()]
-    versions = [version for name in (output / "models").children() for version in name.children()]
-    return found + [version / "adapter_config.json" for version in versions if not version.name.endswith(".json")]
+    sweeps, models = output / "sweeps", output / "models"
+    found += [sweeps.same_store(info.path) for info in sweeps.files()]
+    return found + [place for info in models.files() if (place := models.same_store(info.path)).name == _ADAPTER]
 
 
 def _text(place: Location) -> str:
@@ -126,7 +128,7 @@ def _manifest(folder: Location) -> Refers | None:
     """Of any schema; None where it cannot be read."""
     try:
         found: Any = json.loads((folder / MANIFEST).read_bytes())
-        files = frozenset(str(entry["name"]) for entry in found["files"])
+        files = frozenset(sys.intern(str(entry["name"])) for entry in found["files"])
         return Refers(frozenset(map(str, found["inputs"].values())), files)
     except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
         return None
@@ -140,20 +142,23 @@ def _claim(folder: Location) -> Claim | None:
 
 
 def _remove(artifacts: Location, removals: list[Removal], lease: Lease) -> None:
+    def remove(file: Stored) -> None:
+        lease.require()
+        (artifacts / file.name).remove()
+
     for removal in removals:  # all manifests before anything that they name
         if removal.what == "artifacts":
             lease.hold()
             (artifacts / f"{removal.folder}/{MANIFEST}").remove()
     with ThreadPoolExecutor(_SIDE_BY_SIDE) as threads:
         for removal in removals:
+            for first in range(0, len(removal.files), _AT_ONCE):
+                lease.hold()
+                list(threads.map(remove, removal.files[first : first + _AT_ONCE]))
             if removal.folder is not None:
                 lease.hold()
                 (artifacts / removal.folder).remove_folder()
-                continue
-            for first in range(0, len(removal.files), _AT_ONCE):
-                lease.hold()
-                some = removal.files[first : first + _AT_ONCE]
-                list(threads.map(lambda file: (artifacts / file.name).remove(), some))
+    lease.hold()
 
 
 def lines(found: Collected, *, as_json: bool = False) -> Iterator[str]:

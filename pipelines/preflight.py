@@ -23,6 +23,11 @@ def preflight(config: Config, until: Stage = "publish") -> None:
             check_set(config, name, paths)
     if until != "ingest":
         require_models(config, until)
+    if STAGES.index(until) >= STAGES.index("train"):
+        from dpo_ray.storage.lease import require_leases
+        from dpo_ray.storage.location import Location
+
+        require_leases(Location.of(config.run.output))
     if config.evaluate.tasks is not None and STAGES.index(until) >= STAGES.index("evaluate"):
         from dpo_ray.scoring.task_source import require_tasks
 

@@ -101,6 +101,8 @@ def _copy_model(context: RunContext, policy: Artifact, evaluation: Artifact, ver
         return
     target = Path(version.uri)
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(".*.partial"):  # of a run that was killed, for the name is leased to this one
+        shutil.rmtree(left, ignore_errors=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         _copy_files(policy, Location.of(partial))

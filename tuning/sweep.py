@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dpo_ray.config import Config, Train
-from dpo_ray.errors import ConfigError, DpoRayError
+from dpo_ray.errors import Busy, ConfigError, DpoRayError
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import connect, is_embedded, num_cores
-from dpo_ray.on_ray.trainer import tokens_per_microbatch, tokens_per_second, train_location
+from dpo_ray.on_ray.trainer import tokens_per_microbatch, tokens_per_second, train_location, training_lease
 from dpo_ray.progress import Progress, say
 from dpo_ray.storage.artifact import MANIFEST, Artifact, digest
 from dpo_ray.storage.location import Location
@@ -268,19 +268,29 @@ class Sweep:
         """Remove what nothing needs any more: checkpoints of trials that did not finish, models of those that are not
         among the best. What was there before the sweep stays."""
         kept = {t.policy for one in ranking[: self.tune.keep_models] for t in (one.trial, *one.repeats)}
-        for trial in self.records.trials.values():
+        for trial in list(self.records.trials.values()):
             if trial.number >= self.num_trials:
                 continue  # of the sweep before it was narrowed; it may be widened again
             location = self._train_location(trial)
             if location is None:
                 continue
-            if trial.state in {"stopped", "diverged"}:
-                (location / "checkpoints").remove_folder()
-                if not (location / MANIFEST).exists():
-                    location.remove_folder()
-            elif trial.state == "finished" and trial.was_trained and trial.policy not in kept:
-                (location / MANIFEST).remove()  # from here on it is unfinished, and would be computed again
+            try:
+                # Another run may be at the same training, and go on from what this one has left of it.
+                with training_lease(self.output, location, run_id=STAGE, when_busy="leave"):
+                    self._remove_training(trial, location, kept)
+            except Busy:
+                continue
+
+    def _remove_training(self, trial: Trial, location: Location, kept: Collection[str | None]) -> None:
+        if trial.state in {"stopped", "diverged"}:
+            (location / "checkpoints").remove_folder()
+            if not (location / MANIFEST).exists():
                 location.remove_folder()
+        elif trial.state == "finished" and trial.was_trained and trial.policy not in kept:
+            (location / MANIFEST).remove()  # from here on it is unfinished, and would be computed again
+            location.remove_folder()
+            # Who makes it again, another run or this one when it is widened, owns it then.
+            self.records.write(trial.model_copy(update={"was_trained": False}))
 
     def _train_location(self, trial: Trial) -> Location | None:
         try:

@@ -47,7 +47,14 @@ def content(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 def _sha256(file: Path) -> str:
     stat = file.stat()
-    remembered = cache_folder() / "hashes" / digest([str(file.absolute()), stat.st_size, stat.st_mtime_ns])
+    remembered = (
+        cache_folder()
+        / "hashes"
+        / digest(
+            # Times of content may be set, as in images that are built reproducibly; that of the last change may not.
+            [str(file.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        )
+    )
     if remembered.is_file():
         return remembered.read_text()
     value = file_hash(Location.of(file))

@@ -233,6 +233,7 @@ def _compute(
 ) -> dict[str, Finished]:
     """Have workers make these tasks' shards. location: the artifact's own folder."""
     tasks = [{"task": pickle.dumps((name, task.source))} for name, task in missing]
+    run = uuid.uuid4().hex
     worker = {
         "location": location,
         "build": pool.build,
@@ -240,7 +241,7 @@ def _compute(
         "streams": pool.together > 1,
         "isolates": pool.isolates,
         "stateless": pool.stateless,
-        "run": uuid.uuid4().hex,
+        "run": run,
     }
     if pool.stateless:
         work = {"fn": write_shards, "fn_kwargs": worker}
@@ -254,7 +255,8 @@ def _compute(
         found[result["name"]] = Finished.model_validate_json(result["finished"])
         progress.advance(rows[result["name"]], note=f"shard {result['name']} done")
     for note in (location / NOTES).children():
-        note.remove()  # of a process that was killed between its shard and the end of its note
+        if note.name.startswith(run):
+            note.remove()  # of a process that was killed between its shard and the end of its note
     return found
 
 
@@ -325,7 +327,7 @@ class ShardWorker:
         if stateless:
             return
         # Ray starts an actor that dies while it loads its model again, under the same id.
-        building = Deaths(location / NOTES / f"worker-{_actor()}.json", f"to start {_named(build)}", run)
+        building = Deaths(location / NOTES / f"{run}-worker-{_actor()}.json", f"to start {_named(build)}", run)
         try:
             with building.attempt():
                 _ = self.work
@@ -394,7 +396,7 @@ class ShardWorker:
 
     def _deaths(self, name: str) -> Deaths:
         beside = "" if not self.streams else ", with others beside it"
-        return Deaths(self._note(name), f"the shard {name} of {self.location}{beside}", self.run)
+        return Deaths(self._note(f"{self.run}-{name}"), f"the shard {name} of {self.location}{beside}", self.run)
 
     def _write(self, name: str, output: ShardOutput) -> Finished:
         return self.shards.write(name, output.table, dict(output.counters), output.quarantine)

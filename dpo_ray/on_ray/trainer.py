@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ from dpo_ray.on_ray.session import connect
 from dpo_ray.on_ray.worker_memory import least_memory
 from dpo_ray.progress import aside, say
 from dpo_ray.storage.artifact import Artifact, Contents, FileEntry, load, make, place
-from dpo_ray.storage.lease import hold
+from dpo_ray.storage.claim import claim
+from dpo_ray.storage.lease import Lease, WhenBusy, hold
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import HISTORY, KIND, MODEL_FOLDER, exported_files, num_skipped
 from dpo_ray.training.index import PlanIndex
@@ -69,18 +71,11 @@ def train_policy(
     identity, inputs = _known_by(config, rows)
     location = place(output, KIND, identity, inputs)
 
-    artifact, reused = load(location, KIND, location.name), True
+    with claim(output, location, inputs, ()):
+        artifact, reused = load(location, KIND, location.name), True
     if artifact is None:
-        with hold(
-            output,
-            f"{KIND}-{location.name}",
-            f"The training {location}",
-            run_id=run_id,
-            when_busy=config.run.when_busy,
-            tell=lambda line: say(KIND, line),
-            while_waiting=steering.while_waiting,
-            on_lost=steering.stop,
-        ) as lease:
+        waiting = {"while_waiting": steering.while_waiting, "on_lost": steering.stop}
+        with training_lease(output, location, run_id=run_id, when_busy=config.run.when_busy, **waiting) as lease:
 
             def compute(location: Location) -> Contents:
                 contents = _train(output, config, rows, location, steering)
@@ -93,6 +88,14 @@ def train_policy(
     if reused:
         say(KIND, f"reused: {artifact.location}")
     return artifact, reused
+
+
+def training_lease(
+    output: Location, location: Location, *, run_id: str, when_busy: WhenBusy, **options: Any
+) -> AbstractContextManager[Lease]:
+    """Held by who works on a training, or removes what is left of one. See dpo_ray.storage.lease.hold."""
+    what, name = f"The training {location}", f"{KIND}-{location.name}"
+    return hold(output, name, what, run_id=run_id, when_busy=when_busy, tell=lambda line: say(KIND, line), **options)
 
 
 def train_location(output: Location, config: Config, rows: Artifact) -> Location:

@@ -102,11 +102,15 @@ def _seen_by_collectors(output: Location, mine: Location) -> bool:
         return True
     now = mine.written() or 0.0
     # Seconds that a marker was not renewed for: at first by the store's time, then as long as one looks at it.
-    unchanged = {name: (at, now - at, time.monotonic()) for name, at in markers.items()}
+    unchanged = {name: (at, max(0.0, now - at), time.monotonic()) for name, at in markers.items()}
     said = False
     while any(age + time.monotonic() - since < LEASE_S for _, age, since in unchanged.values()):
         if not said:
-            say("gc", f"dpo-ray gc removes files below {output}: waiting until it has ended")
+            say(
+                "gc",
+                f"dpo-ray gc removes files below {output}: waiting until it has ended, or has given no sign for "
+                f"{LEASE_S / 60:g} min (its marker is in {folder})",
+            )
             said = True
         time.sleep(_POLL_S)
         markers = _written(folder)
@@ -132,6 +136,14 @@ class Lease:
         self.now = self._write()
         """By the store's own time, in seconds since the epoch."""
 
+    def require(self) -> None:
+        """Called before every single removal. Raises DpoRayError where the lease was not renewed in time."""
+        if time.monotonic() > self._until:
+            raise DpoRayError(
+                "gc was held up, and stages may have begun meanwhile that need what it was to remove: nothing more is "
+                "removed. The same command looks again and goes on."
+            )
+
     def hold(self) -> None:
         """Renew it; called before every few removals. Raises DpoRayError where it has run out meanwhile."""
         before, self.now = self.now, self._write()
@@ -142,7 +154,8 @@ class Lease:
             )
 
     def _write(self) -> float:
-        self._marker.write_bytes(b"{}")
+        self._until = time.monotonic() + LEASE_S / 2
+        self._marker.write_bytes(b"")  # which also a full disk has room for
         return self._marker.written() or 0.0
 
 

@@ -126,7 +126,8 @@ class _StoredFile:
 
     def __init__(self, location: Location) -> None:
         self.location = location
-        root, _, self._name = location.uri.rpartition("/")
+        # Of the bucket alone: a path is no URL, and may hold # and %.
+        root, self._name = location.in_bucket()
         self._store = _object_store(Location(root))
 
     def read(self) -> Seen | None:

@@ -29,7 +29,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dpo_ray.errors import Busy, LeaseLost
+from dpo_ray.errors import Busy, ConfigError, LeaseLost, StorageError
 from dpo_ray.storage.conditional import ConditionalFile, Seen, conditional_file
 from dpo_ray.storage.location import Location
 from dpo_ray.storage.published import who
@@ -78,6 +78,20 @@ class Clock:
 def lease_file(output: Location, name: str) -> Location:
     """Where a lease lies below the folder run.output."""
     return output / "leases" / f"{name}.json"
+
+
+def require_leases(output: Location) -> None:
+    """Raises ConfigError where leases cannot be held below run.output, which is otherwise told after hours of work."""
+    if output.is_local:
+        return
+    try:
+        conditional_file(lease_file(output, "probe")).read()
+    except StorageError as error:
+        raise ConfigError(
+            f"Leases, which keep two runs at once apart, cannot be read below run.output={output}: {error} They take "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY from the environment, or the machine's role, and not the "
+            'profiles of ~/.aws: eval "$(aws configure export-credentials --format env)" sets them.'
+        ) from error
 
 
 class Lease:

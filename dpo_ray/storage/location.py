@@ -90,7 +90,7 @@ class Location:
         """The pyarrow filesystem, made once in a process, and the path inside it. Raises ConfigError."""
         if self.is_local:
             return pafs.LocalFileSystem(), self.uri
-        root, inside = self._split()
+        root, inside = self.in_bucket()
         fs, base = _filesystem(root)
         return fs, f"{base}/{inside}" if inside else base
 
@@ -98,10 +98,10 @@ class Location:
         """The place of a path inside this one's filesystem."""
         if self.is_local:
             return Location(path)
-        root, _ = self._split()
+        root, _ = self.in_bucket()
         return Location(root + "/" + path.removeprefix(_filesystem(root)[1]).lstrip("/"))
 
-    def _split(self) -> tuple[str, str]:
+    def in_bucket(self) -> tuple[str, str]:
         """scheme://bucket, and the rest."""
         scheme, _, rest = self.uri.partition("://")
         bucket, _, inside = rest.partition("/")
@@ -234,7 +234,7 @@ class Location:
         """Remove a folder with all that is in it; without a folder, nothing."""
         fs, path = self.filesystem()
         if self.exists():
-            with self.asked():
+            with suppress(FileNotFoundError), self.asked():  # another process may remove it too
                 fs.delete_dir(path)
 
     def raise_for_store(self, error: BaseException) -> None:

@@ -78,7 +78,7 @@ def test_the_pointer_never_names_what_is_half_written(tmp_path: Path):
             publisher.stdin.write("go\n")
             publisher.stdin.flush()
             child = int(publisher.stdout.readline())
-            time.sleep(chance.uniform(0.0, 0.4))
+            time.sleep(chance.uniform(0.0, 1.2))
             os.kill(child, signal.SIGKILL)
             assert publisher.stdout.readline() == "dead\n"
             if not (folder / LATEST).exists():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, DpoRayError
 from dpo_ray.storage import claim as claims
 from dpo_ray.storage.artifact import Artifact, Contents, load, make, read_shard
 from dpo_ray.storage.location import Location
@@ -173,6 +173,30 @@ def test_it_says_what_goes_and_why_in_words_and_as_json(output: Location):
         (KIND, "shards"): 3,
         ("train", "unfinished artifacts"): 1,
     }
+
+
+def test_files_that_lie_about_are_no_hindrance(output: Location):
+    made, _ = stage(output, [1, 2])
+    for folder in ("models", "sweeps", "runs"):
+        (output / folder / "README.md").write_bytes(b"notes")
+    assert collect(output, delete=True).removals == [] and is_whole(made)
+
+
+def test_one_that_was_held_up_removes_nothing_more(output: Location, monkeypatch: pytest.MonkeyPatch):
+    stage(output, [1, 2, 3])
+    age(Path(output.uri), 10)
+    before = {name for name in names(output) if name.endswith(".parquet")}
+    remove = Location.remove
+
+    def slow(place: Location) -> None:
+        remove(place)
+        if place.name == "manifest.json":
+            monkeypatch.setattr(claims, "LEASE_S", -1.0)
+
+    monkeypatch.setattr(Location, "remove", slow)
+    with pytest.raises(DpoRayError, match="gc was held up"):
+        collect(output, delete=True)
+    assert {name for name in names(output) if name.endswith(".parquet")} == before
 
 
 def test_the_command_removes_only_with_delete(output: Location):

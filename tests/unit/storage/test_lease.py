@@ -18,7 +18,7 @@ import pytest
 from dpo_ray.errors import Busy, ConfigError, LeaseLost, StorageError
 from dpo_ray.storage import lease
 from dpo_ray.storage.conditional import conditional_file
-from dpo_ray.storage.lease import EXPIRY, Clock, Record, hold, lease_file
+from dpo_ray.storage.lease import EXPIRY, Clock, Record, hold, lease_file, require_leases
 from dpo_ray.storage.location import Location
 from tests.command_line import LONGEST
 from tests.object_store import BUCKET, object_store
@@ -253,3 +253,23 @@ def test_after_a_kill_the_other_goes_on_at_once(output: Location, tmp_path: Path
     took = time.monotonic() - began
     first.wait()
     assert second.returncode == 0 and "whose process has ended" in said and took < EXPIRY / 2, said
+
+
+def test_leases_of_paths_that_look_like_urls_lie_where_their_files_lie(output: Location):
+    for name in ("a#b", "100%", "a%20b"):
+        folder = output / name
+        with hold(folder, "n", "The work", run_id="one", tell=print):
+            assert [place.uri for place in (folder / "leases").children()] == [lease_file(folder, "n").uri]
+
+
+def test_where_leases_cannot_be_read_a_run_is_told_before_its_work(output: Location, monkeypatch: pytest.MonkeyPatch):
+    require_leases(output)
+    if output.is_local:
+        return
+
+    def fails(_: object) -> None:
+        raise StorageError("no credentials")
+
+    monkeypatch.setattr(type(conditional_file(output / "x")), "read", fails)
+    with pytest.raises(ConfigError, match=r"cannot be read below run\.output=s3://.*no credentials.*not the profiles"):
+        require_leases(output)

@@ -79,7 +79,8 @@ def groups_of(tasks: list[ShardTask[Shard]]) -> Iterator[list[ShardTask[Shard]]]
 
 
 def _find(context: RunContext, pairs: Artifact) -> tuple[Artifact, bool]:
-    inputs = {"pairs": pairs.fingerprint}
+    # Rows are named by the files that they lie in: an artifact that has lost one, and got another, is searched again.
+    inputs = {"pairs": pairs.fingerprint, "shards": digest([shard.name for shard in pairs.shards()])}
     ids, _ = shard_stage(
         context.output,
         "row_ids",
@@ -106,7 +107,7 @@ def _find(context: RunContext, pairs: Artifact) -> tuple[Artifact, bool]:
         tasks=[
             ShardTask(
                 source=Bucket(groups, bucket, buckets),
-                content=f"{pairs.fingerprint}: bucket {bucket} of {buckets}",
+                content=f"{digest(inputs)}: bucket {bucket} of {buckets}",
                 rows=rows // buckets,
             )
             for bucket in range(buckets)

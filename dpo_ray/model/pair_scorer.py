@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import TokenizedPair
 
 _TORCH_BATCH_TOKENS = 4096
+_PACKED_AT_ONCE = 4096
 
 
 class PairScorer(Protocol):
@@ -40,7 +41,7 @@ class TorchScorer:
     def score(self, pairs: Sequence[TokenizedPair]) -> tuple[list[list[float]], list[list[float]]]:
         chosen: list[list[float]] = [[] for _ in pairs]
         rejected: list[list[float]] = [[] for _ in pairs]
-        for group in first_fit([p.num_tokens for p in pairs], _TORCH_BATCH_TOKENS):
+        for group in _groups(pairs):
             members = [pairs[i] for i in group]
             try:
                 values = self.scorer(self.scorer.collate(members).to(self.device)).logprobs.tolist()
@@ -52,3 +53,11 @@ class TorchScorer:
                 chosen[i], rejected[i] = values[at:cut], values[cut:end]
                 at = end
         return chosen, rejected
+
+
+def _groups(pairs: Sequence[TokenizedPair]) -> Iterator[list[int]]:
+    """Pairs that are computed together, some thousands at a time: packing takes the square of their number."""
+    for begin in range(0, len(pairs), _PACKED_AT_ONCE):
+        some = pairs[begin : begin + _PACKED_AT_ONCE]
+        for group in first_fit([pair.num_tokens for pair in some], _TORCH_BATCH_TOKENS):
+            yield [begin + i for i in group]

@@ -47,8 +47,8 @@ class TrainJob:
     """The pairs of the evaluations while training; None: there are none."""
     longest: LongestPair
     tokens_per_microbatch: int
-    reference_limits: Limits
-    """What policy and reference may differ by at the first step."""
+    reference_limits: Limits | None
+    """What policy and reference may differ by at the first step; None: they are two models."""
     run: Location
     """Where Ray Train keeps this run's checkpoints."""
     export_to: Location
@@ -112,7 +112,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
             checkpoints=RayCheckpoints(me, options.keep_best, job.num_steps, job.run),
             export_to=job.export_to,
             resume=resume,
-            require_reference=partial(require_same_start, job.reference_limits),
+            require_reference=partial(require_same_start, limits) if (limits := job.reference_limits) else None,
             longest=job.longest,
             memory=worker_memory(context.get_local_world_size(), options.gpus),
             is_forewarned=Forewarning(me).is_due if preemption_is_watched() else lambda: False,

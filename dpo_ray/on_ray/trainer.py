@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dpo_ray.config import Config, Model, Train
+from dpo_ray.config.tolerance import Limits
 from dpo_ray.errors import DpoRayError
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.failures import raise_ours, reason_of
@@ -24,7 +25,7 @@ from dpo_ray.storage.claim import claim
 from dpo_ray.storage.lease import Lease, WhenBusy, hold
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import HISTORY, KIND, MODEL_FOLDER, exported_files, num_skipped
-from dpo_ray.training.index import PlanIndex
+from dpo_ray.training.index import PlanIndex, index_in_use
 from dpo_ray.training.longest import LongestPair
 from dpo_ray.training.plan import ORDER, StepPlan, make_plan
 from dpo_ray.training.selection import higher_is_better
@@ -123,7 +124,8 @@ def _train(output: Location, config: Config, rows: Artifact, location: Location,
     plan, held_out = make_plan(output, config, rows)
     say(KIND, f"{len(plan.index)} pairs, {plan.num_steps} steps of {config.train.global_batch_size} pairs")
     began = time.monotonic()
-    checkpoint = _run(config, plan, held_out, location, steering)
+    with index_in_use(plan.index, rows):
+        checkpoint = _run(config, plan, held_out, location, steering, _limits(config, rows))
     metrics = (checkpoint / HISTORY).read_bytes()
     (location / HISTORY).write_bytes(metrics)
     history = [json.loads(line) for line in metrics.splitlines()]
@@ -154,7 +156,23 @@ def _train(output: Location, config: Config, rows: Artifact, location: Location,
     )
 
 
-def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location, steering: Steering) -> Location:
+def _limits(config: Config, rows: Artifact) -> Limits | None:
+    """What policy and reference may differ by at the first step; None where they are two models, as in later rounds
+    with the first model as the reference."""
+    of_reference = rows.manifest.identity.get("weights")
+    if of_reference is not None and of_reference != ModelFolder.of(config.model).weights_hash():
+        return None
+    return config.reference.tolerance.limits(config.model.dtype)
+
+
+def _run(
+    config: Config,
+    plan: StepPlan,
+    held_out: PlanIndex,
+    location: Location,
+    steering: Steering,
+    reference_limits: Limits | None,
+) -> Location:
     """Run the workers to the last step. Returns where the last checkpoint is."""
     options = config.train
     connect(training_need(options), trains=True)
@@ -187,7 +205,7 @@ def _run(config: Config, plan: StepPlan, held_out: PlanIndex, location: Location
                 held_out=held_out.drawn(options.eval_pairs) if options.eval_every_steps is not None else None,
                 longest=_longest_pair(plan.index),
                 tokens_per_microbatch=microbatch,
-                reference_limits=config.reference.tolerance.limits(config.model.dtype),
+                reference_limits=reference_limits,
                 run=runs / name,
                 export_to=location / MODEL_FOLDER,
                 whose=steering.whose,

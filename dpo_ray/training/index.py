@@ -10,6 +10,7 @@ import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +32,7 @@ from dpo_ray.storage.artifact import (
     open_artifact,
     read_shard,
 )
+from dpo_ray.storage.claim import CLAIM, Claim, kept_fresh
 from dpo_ray.storage.location import Location
 
 KIND = "index"
@@ -167,6 +169,15 @@ def index_of(output: Location, rows: Artifact, eval_fraction: float = 1.0) -> tu
     artifact = _made(output, rows, eval_fraction)
     train, held_out = (IndexFile(artifact.location, rows.location, split).open() for split in get_args(Split))
     return train, held_out
+
+
+@contextmanager
+def index_in_use(index: PlanIndex, rows: Artifact) -> Iterator[None]:
+    """Have `dpo-ray gc` spare an index for as long as the block goes on: no stage that runs names it."""
+    assert index.file is not None
+    claimed = Claim(inputs={rows.manifest.kind: rows.fingerprint})
+    with kept_fresh(index.file.folder / CLAIM, claimed.model_dump_json().encode()):
+        yield
 
 
 def num_judging(output: Location, rows: Artifact, eval_fraction: float) -> int:

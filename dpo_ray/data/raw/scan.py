@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pyarrow.types as pt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -37,13 +38,14 @@ from dpo_ray.errors import DataError
 from dpo_ray.storage.artifact import digest, file_hash
 from dpo_ray.storage.location import Location
 
-VERSION = 1
+VERSION = 2
 """Of what a scan writes; raised when that changes, and all files are scanned again."""
 _SAMPLE_LINES = 64  # lines that a first look reads to learn the columns
 # Parquet is copied where a row group holds more rows than this many parts: every part reads whole row groups.
 _OVERREAD = 4
 # Parquet is copied where its parts would read more footers than this, in bytes, and more than _OVERREAD times the file.
 _FOOTER_BYTES = 1 << 28
+_EXPANDS = 4  # compressed text, about
 _SIDE_BY_SIDE = 16  # threads; they mostly wait for a disk or an object store
 _LISTED = 10  # bad files that one message names
 _MAX_TYPE = 200  # characters of a type in a message
@@ -215,7 +217,9 @@ def _scan_parquet(stamp: Stamp, rows_per_shard: RowsPerShard, folder: Location) 
         metadata = parquet.metadata
         rows = metadata.num_rows
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        text = sum(group.total_byte_size for group in groups)
+        with reading(location, "is damaged: its rows cannot be read"):
+            decoded = _decoded(parquet, rows)
+        text = max(sum(group.total_byte_size for group in groups), decoded)
         most = Limit.of(rows_per_shard, text).rows_of(rows, text)
         parts = [Part(first, min(most, rows - first)) for first in range(0, rows, most)]
         largest = max((group.num_rows for group in groups), default=0)
@@ -227,10 +231,17 @@ def _scan_parquet(stamp: Stamp, rows_per_shard: RowsPerShard, folder: Location) 
         return sha256, *_copied(_blaming_file(tables, stamp, "rows"), sha256, rows_per_shard, folder)
 
 
+def _decoded(parquet: pq.ParquetFile, rows: int) -> int:
+    """Bytes of all rows in memory, by the first ones: what they all have, as a system prompt, is in a file but once."""
+    first = next(parquet.iter_batches(ROWS_AT_ONCE, use_threads=False), None)
+    return first.nbytes * rows // first.num_rows if first is not None and first.num_rows else 0
+
+
 def _scan_lines(
     stamp: Stamp, form: Format, rows_per_shard: RowsPerShard, folder: Location
 ) -> tuple[str, list[Part], str | None]:
-    location, limit = Location(stamp.uri), Limit.of(rows_per_shard, stamp.size)
+    location = Location(stamp.uri)
+    limit = Limit.of(rows_per_shard, stamp.size if form.codec is None else _EXPANDS * stamp.size)
     with reading(location, "cannot be read"):
         if form.codec is None:
             with open_lines(location) as stream:

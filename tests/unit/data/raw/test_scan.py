@@ -315,3 +315,13 @@ def test_a_damaged_page_is_found_by_the_scan_where_the_file_is_copied(real_data:
     path.write_bytes((real_data / "dirty" / path.name).read_bytes())
     with pytest.raises(DataError, match=r"damaged_page\.parquet is damaged"):
         scanned(path, 1)
+
+
+def test_parts_of_parquet_follow_what_their_rows_take_in_memory(tmp_path: Path):
+    # The same 8 kB in each row are in the file once a row group.
+    system, path = "Be brief. " * 800, tmp_path / "f.parquet"
+    rows = {"prompt": [f"{system} {n % 7}" for n in range(2000)], "chosen": ["a"] * 2000, "rejected": ["b"] * 2000}
+    pq.write_table(pa.table(rows), path, row_group_size=100)
+    record = scan(Stamp.of(Location.of(path)), "auto", Location.of(tmp_path / "records"))
+    assert path.stat().st_size < 1 << 18 and sum(part.rows for part in record.parts) == 2000
+    assert 14 <= len(record.parts) <= 18  # a sixteenth of 16 MB each

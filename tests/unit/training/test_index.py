@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from dpo_ray.pairs import steers
 from dpo_ray.storage.artifact import Artifact, publish, write_shard
+from dpo_ray.storage.claim import CLAIM, Claim
 from dpo_ray.storage.location import Location
-from dpo_ray.training.index import Facts, index_of, num_judging
+from dpo_ray.training.index import Facts, index_in_use, index_of, num_judging
 from tests.indexed import artifact_of, indices, with_lengths
 from tests.object_store import BUCKET, ObjectStore, object_store
 from tests.unit.training.test_plan import index_of as index_in_memory
@@ -159,3 +160,13 @@ def test_what_lies_in_an_object_store_is_mapped_from_a_copy_that_is_made_once(
     assert (index.row.tolist(), held_out.row.tolist()) == ([0, 2, 0], [1])
     for array in (index.row, held_out.lengths):
         assert isinstance(array, np.memmap) and str(array.filename).startswith(str(tmp_path / "cache"))
+
+
+def test_an_index_that_is_used_is_claimed_with_the_rows_that_it_was_made_from(tmp_path: Path):
+    made = artifact_of(tmp_path, SHARDS)
+    index, _ = index_of(Location.of(tmp_path / "out"), made)
+    assert index.file is not None
+    place = index.file.folder / CLAIM
+    place.remove()
+    with index_in_use(index, made):
+        assert Claim.model_validate_json(place.read_bytes()).inputs == {"tokenized": made.fingerprint}

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from dpo_ray.config import parse_config
+from dpo_ray.model.resolve import ModelFolder
+from dpo_ray.on_ray import trainer
 from dpo_ray.on_ray.resume import newest_whole_checkpoint, resumed_step, run_name
+from dpo_ray.storage.artifact import publish
 from dpo_ray.storage.location import Location
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -86,3 +90,15 @@ def test_with_a_damaged_record_training_goes_on_from_the_newest_whole_checkpoint
     left_behind(8, name="run-2", snapshot=record(8))
     assert resumed_step(runs / "run-2", fallback=newest) == 8
     assert run.exists()
+
+
+@pytest.mark.parametrize(("of_reference", "is_held_to"), [("mine", True), ("another", False), (None, True)])
+def test_the_first_step_is_held_to_the_reference_where_that_is_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_reference: str | None, is_held_to: bool
+):
+    monkeypatch.setattr(ModelFolder, "weights_hash", lambda _: "mine")
+    config = parse_config({"run": {"name": "n", "output": "o"}, "model": {"path": "m"}, "data": {"train": "t"}})
+    identity = {} if of_reference is None else {"weights": of_reference}
+    rows = publish(Location.of(tmp_path), "reference", identity=identity, inputs={}, files=[])
+    expected = config.reference.tolerance.limits(config.model.dtype) if is_held_to else None
+    assert trainer._limits(config, rows) == expected

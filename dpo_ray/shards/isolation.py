@@ -34,6 +34,9 @@ MAX_ATTEMPTS = 64
 """A shard is an error after this many attempts. A row that kills its process costs about six, in a shard of 512."""
 # The engine is at fault after this many crashes without a range that came through.
 _HOPELESS = 6
+# As many rows tell whether the engine works at all: a batch, and few enough to hold none of some bad rows of a shard of
+# any size.
+_SAMPLE = 64
 _MESSAGE_BOUND = 500  # characters that are kept of an engine's message
 
 
@@ -124,7 +127,7 @@ def isolate(
     _account_for_death(notes, num_rows)
     _require_hope(notes, num_rows, attempts)
     results: dict[int, Value] = {}
-    while (rows := _next(notes.ranges, results)) is not None:
+    while (rows := _next(notes, results)) is not None:
         notes.in_flight, notes.message = rows.first, ""
         attempts.write(notes)
         try:
@@ -172,13 +175,21 @@ def _fail(notes: _Notes, rows: _Range, reason: Failure) -> None:
         return
     parts = min(_PARTS, rows.count)
     cuts = [rows.first + rows.count * part // parts for part in range(parts + 1)]
+    if not notes.came_through:
+        cuts = sorted({*cuts, *(min(first + _SAMPLE, end) for first, end in pairwise(cuts))})
     notes.ranges += [_Range(first=a, count=b - a) for a, b in pairwise(cuts)]
 
 
-def _next(ranges: list[_Range], results: dict[int, Value]) -> _Range | None:
-    """The largest range whose outcome is unknown. Those that came through before are last: a crash would lose them."""
-    missing = [r for r in ranges if r.first not in results]
-    return min(missing, key=lambda r: (r.well, -r.count, r.first), default=None)
+def _next(notes: _Notes, results: dict[int, Value]) -> _Range | None:
+    """The largest range whose outcome is unknown; until it is known that the engine works, one like the sample.
+
+    Those that came through before are last: a crash would lose them.
+    """
+
+    def order(rows: _Range) -> tuple[bool, int, int]:
+        return rows.well, -rows.count if notes.came_through else abs(rows.count - _SAMPLE), rows.first
+
+    return min((r for r in notes.ranges if r.first not in results), key=order, default=None)
 
 
 def _require_hope(notes: _Notes, num_rows: int, attempts: Attempts) -> None:

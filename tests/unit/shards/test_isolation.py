@@ -194,12 +194,21 @@ def test_when_all_rows_raise_the_engine_is_at_fault():
     assert attempts.kept is None  # the next run begins anew
 
 
-@pytest.mark.parametrize("num_rows", [2, 3, 8, 9, 512])
+@pytest.mark.parametrize("num_rows", [2, 3, 8, 9, 512, 65_536])
 def test_when_all_ranges_kill_the_engine_is_at_fault_and_that_is_seen_soon(num_rows: int):
     attempts = Memory()
     with pytest.raises(DpoRayError, match="the process died"):
         until_done(num_rows, engine(kills=set(range(num_rows))), attempts)
     assert attempts.kept is None
+
+
+def test_some_rows_that_kill_all_over_a_large_shard_are_not_blamed_on_the_engine():
+    num_rows = 65_536
+    kills = {num_rows * part // 8 + 4_000 for part in range(8)}
+    results, failed, deaths = until_done(num_rows, engine(kills=kills), Memory())
+    assert results == squares(num_rows, kills)
+    assert {row.place for row in failed} == kills
+    assert deaths <= 2 + len(kills) * 7
 
 
 def test_the_only_row_of_a_shard_can_be_given_up():

@@ -32,7 +32,7 @@ from dpo_ray.training.checkpoint import TrainState
 from dpo_ray.training.export import FILE_BYTES
 from dpo_ray.training.files import MODEL_FOLDER, read_history
 from dpo_ray.training.index import PlanIndex
-from dpo_ray.training.longest import LongestPair
+from dpo_ray.training.longest import LongestPair, LongestPairs
 from dpo_ray.training.loop import train
 from dpo_ray.training.parallel import Rank
 from dpo_ray.training.plan import microbatches
@@ -241,9 +241,14 @@ def run(
         )
 
 
-def longest_of(pairs: Sequence[TokenizedPair]) -> LongestPair:
-    row = max(range(len(pairs)), key=lambda row: pairs[row].num_tokens)
-    return LongestPair(pairs[row], "memory", row)
+def longest_of(pairs: Sequence[TokenizedPair]) -> LongestPairs:
+    def padded(pair: TokenizedPair) -> int:
+        return 2 * (len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)))
+
+    longest, widest = (
+        max(range(len(pairs)), key=lambda row: tokens(pairs[row])) for tokens in (lambda pair: pair.num_tokens, padded)
+    )
+    return LongestPairs(LongestPair(pairs[longest], "memory", longest), LongestPair(pairs[widest], "memory", widest))
 
 
 def _try_out(learner: Learner, longest: LongestPair, *_: Any) -> None:

@@ -23,7 +23,7 @@ from dpo_ray.progress import aside, say
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import KIND
 from dpo_ray.training.index import PlanIndex
-from dpo_ray.training.longest import LongestPair
+from dpo_ray.training.longest import LongestPairs
 from dpo_ray.training.selection import higher_is_better
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class TrainJob:
     """As in the step plan, which itself stays with the feed: it grows with the data."""
     held_out: PlanIndex | None
     """The pairs of the evaluations while training; None: there are none."""
-    longest: LongestPair
+    longest: LongestPairs
     tokens_per_microbatch: int
     reference_limits: Limits | None
     """What policy and reference may differ by at the first step; None: they are two models."""

@@ -26,7 +26,7 @@ from dpo_ray.storage.lease import Lease, WhenBusy, hold
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import HISTORY, KIND, MODEL_FOLDER, exported_files, num_skipped
 from dpo_ray.training.index import PlanIndex, index_in_use
-from dpo_ray.training.longest import LongestPair
+from dpo_ray.training.longest import LongestPair, LongestPairs
 from dpo_ray.training.plan import ORDER, StepPlan, make_plan
 from dpo_ray.training.selection import higher_is_better
 
@@ -203,7 +203,7 @@ def _run(
                 pairs_per_epoch=len(plan.index),
                 hidden_size=plan.hidden_size,
                 held_out=held_out.drawn(options.eval_pairs) if options.eval_every_steps is not None else None,
-                longest=_longest_pair(plan.index),
+                longest=_longest_pairs(plan.index),
                 tokens_per_microbatch=microbatch,
                 reference_limits=reference_limits,
                 run=runs / name,
@@ -256,15 +256,19 @@ def training_need(options: Train) -> Need:
     )
 
 
-def _longest_pair(index: PlanIndex) -> LongestPair:
+def _longest_pairs(index: PlanIndex) -> LongestPairs:
+    longest, widest = index.facts.longest, index.facts.widest
+    assert longest is not None and widest is not None  # a plan has a step
+    return LongestPairs(packed=_pair_at(index, longest), padded=_pair_at(index, widest))
+
+
+def _pair_at(index: PlanIndex, place: int) -> LongestPair:
     import numpy as np
 
     from dpo_ray.on_ray.stream import read_share
 
-    place = index.facts.longest
-    assert place is not None  # a plan has a step
     at = np.array([place])
-    [pair] = read_share(index, at, 0, 1, index.facts.longest_tokens, 1).pairs
+    [pair] = read_share(index, at, 0, 1, int(index.lengths[place].sum()), 1).pairs
     return LongestPair(pair, index.shards[int(index.shard_of(at)[0])], int(index.row[place]))
 
 

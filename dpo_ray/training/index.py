@@ -36,7 +36,7 @@ from dpo_ray.storage.claim import CLAIM, Claim, kept_fresh
 from dpo_ray.storage.location import Location
 
 KIND = "index"
-_VERSION = 1
+_VERSION = 2
 _ARRAYS = {"offsets": np.int64, "row": np.int32, "lengths": np.int32}
 _READERS = 8  # files that are waited for at once
 _SHARDS_AHEAD = 64
@@ -55,16 +55,24 @@ class Facts:
     """The pair with the most tokens, the first of equals; None: there is no pair."""
     longest_tokens: int
     """Of its prompt and both completions."""
+    widest: int | None
+    """The pair with the most tokens where each completion is a row with its prompt, padded; the first of equals."""
+    widest_tokens: int
 
     @classmethod
     def of(cls, lengths: np.ndarray, before: Facts | None = None) -> Facts:
         """Of some pairs [n, 3], and of all pairs before them."""
-        before = before or cls(0, 0, (0, 0, 0), None, 0)
+        before = before or cls(0, 0, (0, 0, 0), None, 0, None, 0)
         if not len(lengths):
             return before
-        whole = lengths.sum(axis=1, dtype=np.int64)
-        place, most = int(whole.argmax()), int(whole.max())
-        longer = before.longest is None or most > before.longest_tokens
+        longest, longest_tokens = _most(
+            lengths.sum(axis=1, dtype=np.int64), before.num_pairs, before.longest, before.longest_tokens
+        )
+        completions = lengths[:, 1:]
+        width = lengths[:, 0].astype(np.int64) + completions.max(axis=1)
+        widest, widest_tokens = _most(
+            width * (completions > 0).sum(axis=1), before.num_pairs, before.widest, before.widest_tokens
+        )
         prompt, chosen, rejected = (
             int(a + b) for a, b in zip(before.tokens, lengths.sum(axis=0, dtype=np.int64), strict=True)
         )
@@ -72,9 +80,19 @@ class Facts:
             num_pairs=before.num_pairs + len(lengths),
             num_unpaired=before.num_unpaired + int((lengths[:, 1:] == 0).any(axis=1).sum()),
             tokens=(prompt, chosen, rejected),
-            longest=before.num_pairs + place if longer else before.longest,
-            longest_tokens=most if longer else before.longest_tokens,
+            longest=longest,
+            longest_tokens=longest_tokens,
+            widest=widest,
+            widest_tokens=widest_tokens,
         )
+
+
+def _most(tokens: np.ndarray, first: int, before: int | None, before_tokens: int) -> tuple[int, int]:
+    """The pair with the most tokens, and how many: of these [n], from the pair `first` on, and the one before."""
+    place = int(tokens.argmax())
+    if before is not None and tokens[place] <= before_tokens:
+        return before, before_tokens
+    return first + place, int(tokens[place])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The longest pair of a training: it decides how much memory is needed at most, and is looked at before the first step.
 
 A pair that is longer than a micro-batch is one of its own. Where it does not fit, the training would end wherever the
-plan has put it, and again there after every restart.
+plan has put it, and again there after every restart. Which pair is the longest depends on how the model takes pairs.
 """
 
 from __future__ import annotations
@@ -28,3 +28,13 @@ class LongestPair:
             f"the longest pair, {self.pair.pair_id} (row {self.row} of {self.shard}), of {self.pair.num_tokens} tokens "
             f"({prompt} of the prompt, {chosen} chosen, {rejected} rejected)"
         )
+
+
+@dataclass(frozen=True)
+class LongestPairs:
+    """The longest pair for either layout of a micro-batch."""
+
+    packed: LongestPair
+    """The most tokens where a prompt is there once for both completions."""
+    padded: LongestPair
+    """The most tokens where each completion is a row with its prompt, padded to the longer one."""

@@ -24,7 +24,7 @@ from dpo_ray.training.batch import Share, Step
 from dpo_ray.training.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
 from dpo_ray.training.export import export_policy
 from dpo_ray.training.files import EXPORTED, num_skipped
-from dpo_ray.training.longest import LongestPair
+from dpo_ray.training.longest import LongestPairs
 from dpo_ray.training.optim import WeightAverage, learning_rate, make_optimizer
 from dpo_ray.training.parallel import Rank, parallelize
 from dpo_ray.training.rehearsal import require_that_it_fits
@@ -65,7 +65,7 @@ def train(
     export_to: Location,
     resume: Location | None,
     require_reference: RequireReference | None,
-    longest: LongestPair | None = None,
+    longest: LongestPairs | None = None,
     memory: int = 0,
     is_forewarned: Callable[[], bool] = lambda: False,
 ) -> TrainState:
@@ -112,7 +112,7 @@ def train(
     if state.finished:
         return state  # the last checkpoint is already kept; only its publication was interrupted
     if longest is not None:
-        require_that_it_fits(learner, longest, model, memory)
+        require_that_it_fits(learner, longest.packed if scorer.packs else longest.padded, model, memory)
 
     for step in steps_from(state.next_step):
         began = time.monotonic()

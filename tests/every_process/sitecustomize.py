@@ -1,7 +1,7 @@
 """Python runs this at the start of every process that has this folder in PYTHONPATH, Ray's and vLLM's too.
 
 With DPO_RAY_COVERAGE coverage.py measures the process, from the first import of a package of ours on: it slows every
-line that a process runs, and most of Ray's processes run none of ours. What was seen is saved every second too, for Ray
+line that a process runs, and most of Ray's processes run none of ours. What was seen is saved now and then too, for Ray
 ends its workers by SIGKILL, and coverage.py by itself saves at the end.
 """
 
@@ -22,6 +22,9 @@ PACKAGES = ("dpo_ray", "pipelines", "tuning", "cluster")
 # Folders, not names of packages: for names coverage.py looks again whenever sys.path changes, and then takes out of
 # sys.modules what another thread imports meanwhile.
 FOLDERS = [os.path.join(ROOT, package) for package in PACKAGES]
+
+# Seconds between two saves. Each looks up the paths of all our files, so they grow rarer the longer a process lives.
+SOONEST, RAREST = 1, 32
 
 measured = None
 """The process's Coverage, once it has begun."""
@@ -50,8 +53,10 @@ def _begin() -> None:
     ends = threading.Event()
 
     def keep() -> None:
-        while not ends.wait(1):
+        seconds = SOONEST
+        while not ends.wait(seconds):
             measured.save()
+            seconds = min(2 * seconds, RAREST)
 
     keeper = threading.Thread(target=keep, daemon=True)
     keeper.start()

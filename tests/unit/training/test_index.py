@@ -127,6 +127,8 @@ def test_facts_of_parts_are_those_of_the_whole(parts: list[list[tuple[int, int, 
     assert found.num_unpaired == sum(min(chosen, rejected) == 0 for _, chosen, rejected in whole.tolist())
     sums = whole.sum(axis=1).tolist()
     assert (found.longest, found.longest_tokens) == ((sums.index(max(sums)), max(sums)) if sums else (None, 0))
+    padded = [(prompt + max(sides)) * sum(side > 0 for side in sides) for prompt, *sides in whole.tolist()]
+    assert (found.widest, found.widest_tokens) == ((padded.index(max(padded)), max(padded)) if sums else (None, 0))
 
 
 def test_some_pairs_of_an_index_are_an_index_of_pairs_from_all_of_it():

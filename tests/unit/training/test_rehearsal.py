@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -88,6 +89,24 @@ def test_the_random_state_and_the_gradients_are_as_before(small_model: Path, pai
     assert not made.optimizer.state
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_which_pair_is_the_longest_depends_on_the_layout(
+    small_model: Path, pairs: list[TokenizedPair], tmp_path: Path, packed: bool
+):
+    long_prompt, long_answers = pair_of(40, 5, 5), pair_of(2, 30, 28)
+    tried = []
+    with mock.patch.object(Learner, "rehearse", lambda _, pair: tried.append(pair)):
+        run(
+            small_model,
+            [*pairs, long_prompt, long_answers],
+            tmp_path,
+            loss={"type": "simpo"},
+            packed=packed,
+            tries_longest=True,
+        )
+    assert tried == [long_answers if packed else long_prompt]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_where_memory_ends_it_is_told_by_name_before_the_first_step(
     gang: Gang, small_model: Path, pairs: list[TokenizedPair], tmp_path: Path, workers: int
@@ -114,10 +133,10 @@ def test_where_others_never_come_to_tell_the_one_without_memory_says_so(
     monkeypatch.setattr(rehearsal, "_told_by_all", nobody)
     made = learner(small_model)
     with pytest.raises(DistStoreError):
-        try_out(made, longest_of(pairs))
+        try_out(made, longest_of(pairs).packed)
     monkeypatch.setattr(made, "rehearse", memory_ends)
     with pytest.raises(DataError, match=r"Memory does not suffice .*rank 0: CUDA out of memory"):
-        try_out(made, longest_of(pairs))
+        try_out(made, longest_of(pairs).packed)
 
 
 def memory_for(folder: Path, pair: TokenizedPair, share: float) -> int:

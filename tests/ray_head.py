@@ -40,11 +40,12 @@ class RayHead:
     address: str
     """What RAY_ADDRESS is to be."""
     folder: str
+    token: str | None
 
     @property
     def env(self) -> dict[str, str]:
         """Of a process that joins it."""
-        return {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": self.address}
+        return {**_authentication(self.token), "RAY_ADDRESS": self.address}
 
     @contextmanager
     def node(self, *arguments: str, wrapped: Sequence[str] = ()) -> Iterator[None]:
@@ -55,7 +56,7 @@ class RayHead:
         """
         ports = [f"--{name}={port}" for name, port in zip(_PORTS, free_ports(len(_PORTS)), strict=True)]
         command = [*wrapped, RAY, "start", f"--address={self.address}", "--num-cpus=2", *_COMMON, *ports, *arguments]
-        with _running(command, self.folder, {}):
+        with _running(command, self.folder, self.env):
             yield
 
 
@@ -63,22 +64,25 @@ _COMMON = ("--object-store-memory=200000000", "--disable-usage-stats", "--block"
 
 
 @contextmanager
-def ray_head(num_cpus: int = 4, autoscaling: dict[str, Any] | None = None) -> Iterator[RayHead]:
+def ray_head(
+    num_cpus: int = 4, autoscaling: dict[str, Any] | None = None, token: str | None = None
+) -> Iterator[RayHead]:
     """Start one.
 
     Args:
         autoscaling: types of the nodes that Ray's autoscaler may add on this machine, by name.
+        token: what it demands of all who join it.
     """
     gcs, dashboard, client, *others = free_ports(3 + len(_PORTS))
     # Unix sockets lie below it, and their paths have to be short.
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     arguments = [f"--{name}={port}" for name, port in zip(_PORTS, others, strict=True)]
-    env = {}
+    env = _authentication(token)
     if autoscaling is not None:
         file = Path(folder) / "autoscaling.json"
         file.write_text(json.dumps(_fake_multinode(f"127.0.0.1:{gcs}", autoscaling)))
         arguments.append(f"--autoscaling-config={file}")
-        env = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        env |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     command = [
         RAY,
         "start",
@@ -95,14 +99,20 @@ def ray_head(num_cpus: int = 4, autoscaling: dict[str, Any] | None = None) -> It
     ]
     try:
         with _running(command, folder, env) as process:
-            head = RayHead(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", folder)
-            _wait_for(head.dashboard, process)
+            head = RayHead(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", folder, token)
+            _wait_for(head, process)
             yield head
     finally:
         for pid in processes_with(f"HOME={folder}"):  # nodes that an autoscaler made outlive it
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _authentication(token: str | None) -> dict[str, str]:
+    if token is None:
+        return {"RAY_AUTH_MODE": "disabled"}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
 
 def _fake_multinode(gcs: str, types: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +146,7 @@ def _fake_multinode(gcs: str, types: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _running(command: list[str], folder: str, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": folder, **env}
+    environment = {**os.environ, "HOME": folder, **env}
     with ExitStack() as stack:
         log = stack.enter_context(tempfile.TemporaryFile())
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -155,13 +165,16 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
+def _wait_for(head: RayHead, process: subprocess.Popen[bytes]) -> None:
+    request = urllib.request.Request(f"{head.dashboard}/api/jobs/")
+    if head.token is not None:
+        request.add_header("Authorization", f"Bearer {head.token}")
     deadline = time.monotonic() + LONGEST
     while time.monotonic() < deadline:
         assert process.poll() is None, "the Ray head ended at its start"
         try:
-            with urllib.request.urlopen(f"{address}/api/jobs/", timeout=60):
+            with urllib.request.urlopen(request, timeout=60):
                 return
         except OSError:
             time.sleep(1)
-    raise AssertionError(f"no dashboard at {address} within {LONGEST:g} seconds")
+    raise AssertionError(f"no dashboard at {head.dashboard} within {LONGEST:g} seconds")

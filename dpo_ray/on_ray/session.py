@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from dpo_ray.errors import ConfigError, DpoRayError
 from dpo_ray.on_ray.preemption import watch_for_preemption
@@ -18,6 +20,7 @@ from dpo_ray.progress import WATCHED, say
 _HOURS = 3600
 _SECONDS_TO_REACH = 20
 _TRIES = "RAY_gcs_server_port_wait_time_s"
+_AUTH_MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _WORKER_ENV = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -30,6 +33,8 @@ class _Session:
     is_open: bool = False
     has_dashboard: bool = False
     wait_minutes: float = 0
+    token: str | None = None
+    """Of the embedded Ray; one for all that this process starts, for Ray reads it once."""
 
 
 _session = _Session()
@@ -127,28 +132,52 @@ def disconnect() -> None:
 
     _session.is_open = False
     ray.shutdown()
+    if _session.token is not None and os.environ.get(_TOKEN) == _session.token:
+        del os.environ[_TOKEN]
+        os.environ.pop(_AUTH_MODE, None)  # Ray has set it
 
 
 def _join() -> None:
-    """Join the cluster of RAY_ADDRESS. Raises ConfigError where none answers."""
+    """Join the cluster of RAY_ADDRESS. Raises ConfigError where none answers, or where it refuses us."""
     import ray
+    from ray.exceptions import AuthenticationError
 
     address = os.environ["RAY_ADDRESS"]
     watched = {WATCHED: os.environ[WATCHED]} if WATCHED in os.environ else {}
     try:
         _reach(address)
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS is {address}, and no Ray cluster answers there ({short(str(error))}). {_WAYS_OUT}"
+        ) from error
+    try:
         with _few_tries():
             ray.init(
                 log_to_driver=True,
                 logging_level=logging.WARNING,
                 runtime_env={"env_vars": {**_WORKER_ENV, **watched}},
             )
-    except OSError as error:
+    except (OSError, AuthenticationError) as error:
         raise ConfigError(
-            f"RAY_ADDRESS is {address}, and no Ray cluster answers there ({short(str(error))}). Name the address of "
-            "one that runs, as in 10.0.0.1:6379 (the dashboard's is another), or unset RAY_ADDRESS: the work then "
-            "starts a Ray of its own on this machine."
+            f"RAY_ADDRESS is {address}, and what listens there does not let us in ({short(str(error))}). Where the "
+            f"cluster asks for a token, set {_AUTH_MODE}=token and its token, as {_TOKEN} or in the file that "
+            f"{_TOKEN_PATH} names; here {_known_token()}. Where it is no Ray, or of another version: {_WAYS_OUT}"
         ) from error
+
+
+_WAYS_OUT = (
+    "Name the address of one that runs, as in 10.0.0.1:6379 (the dashboard's is another), or unset RAY_ADDRESS: the "
+    "work then starts a Ray of its own on this machine."
+)
+
+
+def _known_token() -> str:
+    """What this process would show a cluster, in words; not the token itself."""
+    mode = f"{_AUTH_MODE} is {os.environ.get(_AUTH_MODE, 'not set')}"
+    if _TOKEN in os.environ:
+        return f"{mode}, and {_TOKEN} is set"
+    path = Path(os.environ.get(_TOKEN_PATH, "~/.ray/auth_token")).expanduser()
+    return f"{mode}, and {path} {'holds a token' if path.exists() else 'does not exist'}"
 
 
 @contextmanager
@@ -182,6 +211,10 @@ def _start_embedded(num_cpus: float) -> None:
     # be of no use.
     for name, value in _WORKER_ENV.items():
         os.environ.setdefault(name, value)
+    # Its ports are open to the network, so Ray demands a token. One that Ray makes by itself stays in the user's home,
+    # and every Ray that is started there demands it from then on.
+    if not {_AUTH_MODE, _TOKEN, _TOKEN_PATH} & os.environ.keys():
+        _session.token = os.environ[_TOKEN] = _session.token or secrets.token_hex(32)
     for attempt in (1, 2):
         try:
             # "local": not another Ray that happens to run on this machine; who means that one sets RAY_ADDRESS.

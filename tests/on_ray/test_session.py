@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +16,9 @@ from dpo_ray.errors import ConfigError
 from dpo_ray.on_ray import session
 from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import connect, disconnect, num_cores
+from tests.ray_head import ray_head
+
+AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 @pytest.fixture
@@ -29,7 +37,7 @@ def test_an_address_at_which_no_ray_answers_is_named(monkeypatch, listening: str
     monkeypatch.setenv("RAY_ADDRESS", listening)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(ConfigError, match=rf"RAY_ADDRESS is {listening}, and no .* unset RAY_ADDRESS"):
+    with pytest.raises(ConfigError, match=rf"RAY_ADDRESS is {listening}, and what .* unset RAY_ADDRESS"):
         connect(Need("this test"))
 
 
@@ -61,6 +69,49 @@ def test_an_embedded_ray_is_started_again_for_work_that_needs_more_cpus(no_ray, 
             connect(Need("train.use_gpu", gpus=64))
     finally:
         disconnect()
+
+
+@pytest.mark.ray
+def test_an_embedded_ray_asks_for_a_token_that_is_nowhere_once_it_has_ended(no_ray, monkeypatch, tmp_path: Path):
+    for name in ("RAY_ADDRESS", *AUTHENTICATION):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for _ in range(2):  # the second one in the same process too
+        try:
+            connect(Need("a small stage"))
+            assert os.environ["RAY_AUTH_MODE"] == "token" and len(os.environ["RAY_AUTH_TOKEN"]) == 64
+        finally:
+            disconnect()
+        assert not (tmp_path / ".ray" / "auth_token").exists()
+        assert not [name for name in AUTHENTICATION if name in os.environ]
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[str]:
+    """The address of a Ray that demands a token."""
+    with ray_head(token="a" * 64) as head:
+        yield head.address
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "here RAY_AUTH_MODE is not set, and /.*/.ray/auth_token does not exist"),
+        ({"RAY_AUTH_MODE": "token"}, "here RAY_AUTH_MODE is token, and /.*/.ray/auth_token does not exist"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "b" * 64}, "here RAY_AUTH_MODE is token, and .*TOKEN is set"),
+    ],
+    ids=["nothing", "no token", "another token"],
+)
+def test_a_cluster_that_wants_another_token_is_named(guarded: str, tmp_path: Path, given: dict[str, str], told: str):
+    program = "from dpo_ray.on_ray.session import join; join()"
+    environment = {name: value for name, value in os.environ.items() if name not in AUTHENTICATION}
+    environment |= {"RAY_ADDRESS": guarded, "HOME": str(tmp_path), **given}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert re.search(rf"ConfigError: RAY_ADDRESS is {guarded}, and what listens .* let us in .*{told}", last)
+    assert "b" * 64 not in done.stderr
 
 
 @pytest.mark.ray

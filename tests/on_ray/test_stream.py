@@ -219,6 +219,36 @@ def busy_ray(no_ray: None) -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.ray
+def test_while_workers_compute_the_feed_takes_few_rounds_a_second(
+    busy_ray: None, index: PlanIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where a block is ready that there is no room for yet."""
+    import ray
+
+    rounds = 0
+
+    class Counted(stream.Unhurried):
+        def on_execution_step(self, executor: Any) -> None:
+            nonlocal rounds
+            rounds += 1
+            super().on_execution_step(executor)
+
+    monkeypatch.setattr(stream, "Unhurried", Counted)
+    plan = plan_over(index, 400)
+    fed = stream.feed_dataset(plan, 0, 2, TOKENS, Location.of(tmp_path))
+    room = ray.data.ExecutionResources.for_limits(object_store_memory=200_000)
+    fed.context.execution_options = ray.data.ExecutionOptions(preserve_order=True, resource_limits=room)
+    blocks = iter(fed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    next(blocks)
+    time.sleep(2)  # what may be read ahead is
+    before, began = rounds, time.monotonic()
+    time.sleep(2)
+    assert 0 < rounds - before <= (time.monotonic() - began) / stream._SECONDS_A_ROUND + 1
+    read = 1 + sum(1 for _ in blocks)
+    assert read == 2 * -(-plan.num_steps // group_size(plan))
+
+
 def splits_of(plan: StepPlan, world_size: int, reached: int) -> list[Any]:
     notes = Location.of(Path(plan.index.shards[0]).parent / "reading")
     made = StepFeed(plan, TOKENS, lambda: reached, notes).configure({}, world_size, None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -316,6 +317,21 @@ def _record(
     return closing_lines(context, summary, terminal.log)
 
 
+_ROOM = (
+    "free some space there or name another run.output. `dpo-ray gc OUTPUT` lists what of a run.output nothing needs any "
+    "more; temporary files go where TMPDIR says."
+)
+_RIGHTS = "let this user write there, or name another run.output."
+_OF_THE_DISK = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EROFS: _RIGHTS,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+}
+"""What to do about errors that are no defect of ours, by their number."""
+
+
 def main() -> None:
     """Entry point of the console script."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # our progress lines, in place of every library's bars
@@ -327,6 +343,14 @@ def main() -> None:
         sys.exit(error.exit_code)
     except Exception as error:
         _show_traceback()
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            place = error.filename or "what was to be written"
+            typer.echo(
+                f"\n{os.strerror(error.errno)}: {place}. What is finished is kept, and the same command goes on from "
+                f"there once this is mended: {_OF_THE_DISK[error.errno]}{_log_of(error)}",
+                err=True,
+            )
+            sys.exit(1)
         last = traceback.extract_tb(error.__traceback__)[-1]
         typer.echo(
             f"\nUnexpected {type(error).__name__}: {error} ({last.filename}:{last.lineno}). What is finished is kept. "

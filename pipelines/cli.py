@@ -318,8 +318,8 @@ def _record(
 
 
 _ROOM = (
-    "free some space there or name another run.output. `dpo-ray gc OUTPUT` lists what of a run.output nothing needs any "
-    "more; temporary files go where TMPDIR says."
+    "free some space there or name another run.output. `dpo-ray gc OUTPUT` lists what of a run.output nothing needs; "
+    "temporary files go where TMPDIR says."
 )
 _RIGHTS = "let this user write there, or name another run.output."
 _OF_THE_DISK = {

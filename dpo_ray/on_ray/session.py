@@ -33,8 +33,6 @@ class _Session:
     is_open: bool = False
     has_dashboard: bool = False
     wait_minutes: float = 0
-    token: str | None = None
-    """Of the embedded Ray; one for all that this process starts, for Ray reads it once."""
 
 
 _session = _Session()
@@ -132,9 +130,6 @@ def disconnect() -> None:
 
     _session.is_open = False
     ray.shutdown()
-    if _session.token is not None and os.environ.get(_TOKEN) == _session.token:
-        del os.environ[_TOKEN]
-        os.environ.pop(_AUTH_MODE, None)  # Ray has set it
 
 
 def _join() -> None:
@@ -212,9 +207,9 @@ def _start_embedded(num_cpus: float) -> None:
     for name, value in _WORKER_ENV.items():
         os.environ.setdefault(name, value)
     # Its ports are open to the network, so Ray demands a token. One that Ray makes by itself stays in the user's home,
-    # and every Ray that is started there demands it from then on.
+    # and every Ray that is started there demands it from then on. This one ends with the process, which reads it once.
     if not {_AUTH_MODE, _TOKEN, _TOKEN_PATH} & os.environ.keys():
-        _session.token = os.environ[_TOKEN] = _session.token or secrets.token_hex(32)
+        os.environ[_TOKEN] = secrets.token_hex(32)
     for attempt in (1, 2):
         try:
             # "local": not another Ray that happens to run on this machine; who means that one sets RAY_ADDRESS.

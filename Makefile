@@ -25,11 +25,13 @@ KILLS ?= 10
 KILL_SEED ?= $(shell date +%s)
 
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Which of the tests run.
+SELECTED ?= -m "not long"
 # Which lines run is measured in every process, and each leaves its data in this folder.
 MEASURED := $(CURDIR)/.coverage-data
 COVERED := DPO_RAY_COVERAGE=$(MEASURED)/.coverage PYTHONPATH=$(CURDIR)/tests/every_process$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test test-integrations chaos lint style types tests env bench clean
+.PHONY: demo test test-all test-integrations chaos lint style types tests env bench clean
 
 # PyTorch's CPU build into the environment whose pip is $(1): from where pip looks, or else from PyTorch's own index.
 define install_torch
@@ -46,8 +48,12 @@ demo: $(READY)
 test: $(READY) style
 	@$(MAKE) --no-print-directory --jobs=2 types tests
 
+# With those runs too that take longest, each of a path that shorter tests hold in its parts.
+test-all: export SELECTED :=
+test-all: test
+
 tests: $(READY)
-	$(COVERED) $(PYTEST)
+	$(COVERED) $(PYTEST) $(SELECTED)
 
 test-integrations: $(LM_EVAL_READY)
 	$(LM_EVAL_VENV)/bin/python -m pytest -m integration tests/integrations

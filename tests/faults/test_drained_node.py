@@ -28,7 +28,7 @@ from tests.command_line import CONFIGS, DPO_RAY, overrides, processes_below
 from tests.faults.test_killed_training import weights
 from tests.training import Kept, Trained
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.long]
 
 NUM_STEPS = 160
 """So many that none of them is the last before the node's time is up."""

@@ -14,7 +14,7 @@ import pytest
 
 from tests.command_line import CONFIGS, DPO_RAY, LONGEST, dpo_ray, overrides, summary_of
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm, pytest.mark.long]
 
 ROUNDS = 2
 RULE = [{"function": "dpo_ray.rewards:length_window", "arguments": {"at_most": 4, "unit": "words"}}]

@@ -14,7 +14,7 @@ import pytest
 
 from tests.command_line import CONFIGS, DPO_RAY, LONGEST, overrides, processes_below, processes_with, summary_of
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.long]
 
 RATES = [1e-4, 3e-4, 1e-3]
 MARK = "DPO_RAY_KILLED_SWEEP"

@@ -198,6 +198,7 @@ def _answers(address: str) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_a_recipe_with_a_judge_behind_a_server(run, demo_model, tmp_path):
     with served(demo_model, tmp_path / "server.log") as address:
         judge = {

@@ -24,10 +24,10 @@ give_up() {
   exit "$2"
 }
 
-field() { kubectl get rayjob "$1" -o "jsonpath={$2}" 2>"$said"; }
+field() { kubectl get rayjob "$1" -o "jsonpath=$2" 2>"$said"; }
 
 create() {
-  entrypoint=$(field "$TEMPLATE" .spec.entrypoint) || return 1
+  entrypoint=$(field "$TEMPLATE" '{.spec.entrypoint}') || return 1
   quoted=$(printf '%s --run-id %s' "$entrypoint" "$run" | sed 's/[\\"]/\\&/g')
   owner="{\"apiVersion\": \"batch/v1\", \"kind\": \"Job\", \"name\": \"$JOB_NAME\", \"uid\": \"$JOB_UID\"}"
   own="{\"metadata\": {\"name\": \"$run\", \"ownerReferences\": [$owner]}, \"spec\": {\"entrypoint\": \"$quoted\"}}"
@@ -53,7 +53,7 @@ done
 
 # What came of it, by the exit code that Ray tells in its message.
 finish() {
-  message=$(field "$run" .status.message)
+  message=$(field "$run" '{.status.message}')
   code=$(printf '%s\n' "$message" | sed -n 's/.*entrypoint command failed with exit code \(-\{0,1\}[0-9][0-9]*\).*/\1/p' | head -n 1)
   printf '%s\n' "$message" | tail -n 20
   case $code in
@@ -72,7 +72,7 @@ finish() {
 misses=0
 before=
 while :; do
-  if state=$(field "$run" '.status.jobDeploymentStatus}/{.status.jobStatus}/{.status.reason'); then
+  if state=$(field "$run" '{.status.jobDeploymentStatus}/{.status.jobStatus}/{.status.reason}'); then
     misses=0
     [ "$state" = "$before" ] || say "$run: $state"
     before=$state
@@ -80,7 +80,7 @@ while :; do
       Complete/SUCCEEDED/*) exit 0 ;;
       Complete/* | Failed/*/AppFailed | ValidationFailed/*) finish "$state" ;;
       Failed/*/*DeadlineExceeded)
-        say "$run: $(field "$run" .status.message)"
+        say "$run: $(field "$run" '{.status.message}')"
         say "$run did not end in time. What is finished is kept, and the next run goes on from there."
         exit 124
         ;;

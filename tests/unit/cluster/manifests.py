@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -111,16 +110,6 @@ def parse(words: list[str]) -> None:
     with program.make_context("dpo-ray", words[1:]) as context:
         name, command, rest = program.resolve_command(context, words[1:])
         command.make_context(name, rest, parent=context)
-
-
-def dpo_ray_commands(script: str) -> Iterator[list[str]]:
-    """The commands of dpo-ray in a shell script, as words; variables stand as they are written."""
-    for line in script.replace("\\\n", " ").splitlines():
-        if line.lstrip().startswith("#"):
-            continue
-        words = shlex.split(line, comments=True) if "dpo-ray " in line else []
-        if "dpo-ray" in words:
-            yield words[words.index("dpo-ray") :]
 
 
 def pod_specs(found: Any) -> Iterator[dict[str, Any]]:

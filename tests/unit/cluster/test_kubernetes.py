@@ -136,7 +136,10 @@ def test_what_kubernetes_checks_beside_the_schemas_holds(overlay: str):
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_what_an_object_refers_to_is_there(overlay: str):
     found = build(KUBERNETES / overlay)
-    names = {kind: {one["metadata"]["name"] for one in found if one["kind"] == kind} for kind in ("ConfigMap", "ServiceAccount")}
+    names = {
+        kind: {one["metadata"]["name"] for one in found if one["kind"] == kind}
+        for kind in ("ConfigMap", "ServiceAccount")
+    }
     specs = [spec for one in found for spec in pod_specs(one)]
     assert specs
     for spec in specs:
@@ -170,7 +173,9 @@ def test_a_command_that_does_not_exist_is_found():
 def test_the_configuration_that_it_names_is_there_and_loads():
     [mount] = [
         mount
-        for mount in RAYJOB["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
+        for mount in RAYJOB["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0][
+            "volumeMounts"
+        ]
         if mount["name"] == "config"
     ]
     path = Path(shlex.split(RAYJOB["spec"]["entrypoint"])[2])

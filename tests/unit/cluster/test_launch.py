@@ -25,12 +25,16 @@ JOB, RUN = "dpo-ray-nightly-29402520", "dpo-ray-nightly-29402520-run"
 RUNNING = {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}
 SUCCEEDED = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
 UNREACHABLE = "Unable to connect to the server: dial tcp 10.0.0.1:443: i/o timeout"
-EXIT_CODES = sorted({one.exit_code for _, one in inspect.getmembers(errors, inspect.isclass) if hasattr(one, "exit_code")})
+EXIT_CODES = sorted(
+    {one.exit_code for _, one in inspect.getmembers(errors, inspect.isclass) if hasattr(one, "exit_code")}
+)
 
 
 def failed(code: int | str, tail: str = "the last words") -> dict[str, str]:
     """The status of a RayJob whose entrypoint ended with an exit code, with Ray's message."""
-    message = f"Job entrypoint command failed with exit code {code}, last available logs (truncated to 20,000 chars):\n{tail}"
+    message = (
+        f"Job entrypoint command failed with exit code {code}, last available logs (truncated to 20,000 chars):\n{tail}"
+    )
     return {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed", "message": message}
 
 
@@ -58,7 +62,7 @@ class Cluster:
         self.folder = folder
         (folder / "bin").mkdir()
         kubectl = folder / "bin" / "kubectl"
-        kubectl.write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} {fake_kubectl.__file__} \"$@\"\n")
+        kubectl.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {fake_kubectl.__file__} "$@"\n')
         kubectl.chmod(0o755)
         self.put("objects", {"dpo-ray": template()})
         self.put("story", [SUCCEEDED])
@@ -124,7 +128,9 @@ def test_a_run_is_made_of_the_template_and_waited_for(cluster: Cluster, patched_
     parse(shlex.split(run["spec"]["entrypoint"]))
     # What is told at each change, and where the log is.
     states = [line.split(" ", 1)[1] for line in said.splitlines() if f" {RUN}: " in line]
-    assert states == [f"{RUN}: {state}" for state in ("//", "Initializing//", "Running/RUNNING/", "Complete/SUCCEEDED/")]
+    assert states == [
+        f"{RUN}: {state}" for state in ("//", "Initializing//", "Running/RUNNING/", "Complete/SUCCEEDED/")
+    ]
     assert f"kubectl logs --follow job/{RUN}" in said
 
 
@@ -143,7 +149,7 @@ def test_kuberays_own_job_has_another_name_than_the_cronjobs(cluster: Cluster):
 
 def test_an_entrypoint_may_have_quotes(cluster: Cluster):
     changed = template()
-    changed["spec"]["entrypoint"] = "dpo-ray run run.yaml -o 'train.loss={\"type\": \"ipo\"}' -o run.name=a\\\\b"
+    changed["spec"]["entrypoint"] = 'dpo-ray run run.yaml -o \'train.loss={"type": "ipo"}\' -o run.name=a\\\\b'
     cluster.put("objects", {"dpo-ray": changed})
     code, said = cluster.launch()
     assert code == 0, said
@@ -207,9 +213,18 @@ def test_a_run_that_was_killed_is_not_taken_for_a_pod_that_was(cluster: Cluster,
     "status",
     [
         {"jobDeploymentStatus": "Failed", "reason": "SubmissionFailed", "message": "Job submission has failed."},
-        {"jobDeploymentStatus": "ValidationFailed", "reason": "ValidationFailed", "message": "The RayJob spec is invalid"},
+        {
+            "jobDeploymentStatus": "ValidationFailed",
+            "reason": "ValidationFailed",
+            "message": "The RayJob spec is invalid",
+        },
         {"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED", "message": "Job was intentionally stopped."},
-        {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed", "message": "No more of the head"},
+        {
+            "jobDeploymentStatus": "Failed",
+            "jobStatus": "FAILED",
+            "reason": "AppFailed",
+            "message": "No more of the head",
+        },
     ],
     ids=lambda status: status.get("reason", "stopped"),
 )
@@ -318,7 +333,7 @@ def test_ray_tells_an_exit_code_in_the_words_that_are_looked_for():
     words = source.replace('"\n', "").replace('f"', "").replace('"', "")
     assert "Job entrypoint command" in words
     assert "failed with exit code {return_code}, " in source
-    assert 'entrypoint command failed with exit code' in (NIGHTLY / "launch.sh").read_text()
+    assert "entrypoint command failed with exit code" in (NIGHTLY / "launch.sh").read_text()
     # In K8sJobMode its own command line flattens them.
     cli = (Path(ray.origin).parent / "dashboard/modules/job/cli.py").read_text()
     assert "if job_status == JobStatus.FAILED:\n                sys.exit(1)" in cli

@@ -1,7 +1,7 @@
-"""A kubectl with one RayJob as a template and a script of what becomes of its copies: what launch.sh asks for, and no more.
+"""A kubectl that knows a few RayJobs and a story of what becomes of one: what launch.sh asks for, and no more.
 
-Its folder, FAKE_KUBECTL, has `objects.json` (name → RayJob), `story.json` (statuses of a run, one for each look; the last
-one stays; text is what kubectl fails with) and `calls.jsonl`.
+Its folder, FAKE_KUBECTL, has `objects.json` (name → RayJob), `story.json` (statuses of a run, one for each look; the
+last one stays; text is what kubectl fails with), `refusals.json` (of creations), and `calls.jsonl`.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def the(kind: str, found: list[dict[str, Any]]) -> dict[str, Any]:
 
 @cache
 def kuberay_schema(kind: str) -> dict[str, Any]:
-    """Strict JSON Schema of a kind of KubeRay's, from the CRDs in the folder DPO_RAY_CRDS; skips the test without it."""
+    """Strict JSON Schema of a kind of KubeRay's, from the CRDs in the folder DPO_RAY_CRDS; skips without it."""
     folder = os.environ.get("DPO_RAY_CRDS")
     if not folder:
         pytest.skip("KubeRay's CRDs are kept outside the repository: set DPO_RAY_CRDS to the folder of rayjobs.yaml.gz")

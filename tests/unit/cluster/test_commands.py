@@ -1,4 +1,4 @@
-"""The commands of the operator's page, and of the README where they are of other programs than ours, name what is there."""
+"""The operator's page, and the README where it calls other programs than ours: their commands name what is there."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_command_with_a_mistake_is_found():
         "dpo-ray submit cluster/manifests/kubernetes/site/run.yaml",
         "export RAY_AUTH_MODE=none",
     ):
-        with pytest.raises(Exception, match="."):
+        with pytest.raises(Exception, match=r"."):
             test_a_command_names_what_is_there(wrong)
 
 

@@ -21,8 +21,10 @@ FAKES = {
     # Its own options come first.
     "srun": 'while case $1 in --*) true ;; *) false ;; esac; do shift; done; exec "$@"',
     "ray": 'echo "$@" >> ray.txt; while [ "$1" != -- ]; do shift; done; shift; exec "$@"',
-    "dpo-ray": f'{sys.executable} -c \'import json, os, sys; json.dump([sys.argv[1:], dict(os.environ)], open("run.json", "w"))\''
-    ' "$@"; exit "$CODE"',
+    "dpo-ray": f"""{sys.executable} -c '
+import json, os, sys
+json.dump([sys.argv[1:], dict(os.environ)], open("run.json", "w"))
+' "$@"; exit $CODE""",
 }
 
 

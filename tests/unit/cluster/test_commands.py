@@ -62,7 +62,7 @@ def of_kubectl(words: list[str]) -> None:
     if verb == "apply":
         assert (ROOT / option(words, "-k") / "kustomization.yaml").is_file()
         return
-    assert verb in {"create", "get", "logs", "delete", "patch", "port-forward"}
+    assert verb in {"create", "get", "logs", "label", "delete", "patch", "port-forward"}
     if words[2] != "namespace":
         assert (
             option(words, "-n") == "dpo-ray"

@@ -211,6 +211,20 @@ def test_workers_come_from_nothing_and_go_again():
     assert {group["groupName"]: group["minReplicas"] for group in cluster["workerGroupSpecs"]} == {"cpu": 0, "gpu": 0}
 
 
+def test_shared_memory_holds_rays_object_store():
+    # Ray takes 30% of the memory for it, and where /dev/shm has less, /tmp.
+    specs = list(pod_specs(RAYJOB["spec"]["rayClusterSpec"]))
+    assert len(specs) == 3
+    for spec in specs:
+        [shm] = [volume["emptyDir"] for volume in spec["volumes"] if volume["name"] == "shm"]
+        assert shm["medium"] == "Memory"
+        assert quantity(shm["sizeLimit"]) >= 0.3 * quantity(spec["containers"][0]["resources"]["limits"]["memory"])
+
+
+def test_a_run_of_its_own_leaves_the_template_alone():
+    assert the("RayJob", build(KUBERNETES / "job"))["metadata"]["name"] != RAYJOB["metadata"]["name"]
+
+
 def test_with_kueue_a_cluster_is_let_in_as_a_whole():
     cluster = the("RayJob", build(KUBERNETES / "nightly-kueue"))["spec"]["rayClusterSpec"]
     assert cluster["enableInTreeAutoscaling"] is False

@@ -212,6 +212,22 @@ def show(output: Annotated[str, typer.Argument(help="An output folder, or the fo
 
 
 @app.command()
+def lineage(
+    output: Annotated[str, typer.Argument(help="The output folder.")],
+    asked: Annotated[
+        str, typer.Argument(help="A model: name, name/version or version. Or a pair id, a file, or a partition.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Tell what a published model was made from, or which published models have seen a row or a file."""
+    from dpo_ray.storage.location import Location
+    from pipelines.lineage import lines, trace_back
+
+    for line in lines(trace_back(Location.of(output), asked), as_json=as_json):
+        typer.echo(line)
+
+
+@app.command()
 def gc(
     output: Annotated[str, typer.Argument(help="The output folder.")],
     delete: Annotated[bool, typer.Option("--delete", help="Remove what is listed.")] = False,

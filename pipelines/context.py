@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from dpo_ray.config import Config, dump_config
+from dpo_ray.config import Config, Model, dump_config
 from dpo_ray.data.tally import Tally
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.claim import kept_fresh
+from dpo_ray.storage.lineage import SourceFile
 from dpo_ray.storage.location import Location
 from pipelines import require_run_id
 
@@ -34,6 +35,10 @@ class RunContext:
     """Name of a stage → its entry in summary.json."""
     results: dict[str, Any] = field(default_factory=dict)
     """The other entries of summary.json."""
+    sources: dict[str, SourceFile] = field(default_factory=dict)
+    """Name of a shard of pairs → the file that its rows are from."""
+    models: dict[str, Model] = field(default_factory=dict)
+    """Fingerprint of a policy → the model that it was trained from."""
     begins: Callable[[str], None] = field(default=lambda name: None)
     """Told the name of each stage as it begins."""
     table: Callable[[Sequence[Sequence[str]]], None] = field(default=lambda rows: None)

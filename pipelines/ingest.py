@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dpo_ray.config import Columns, Config, Data, Paths
 from dpo_ray.config.layouts import Layout, recognise, texts_of
@@ -16,6 +17,8 @@ from dpo_ray.on_ray.scan import scan_files
 from dpo_ray.pairs import Split
 from dpo_ray.shards.ingest import IngestShard, RawShard, identity
 from dpo_ray.storage.artifact import Artifact, digest
+from dpo_ray.storage.lineage import FOLDER as LINEAGE
+from dpo_ray.storage.lineage import SourceFile
 from dpo_ray.storage.location import Location, find_files
 from pipelines.context import RunContext
 
@@ -88,7 +91,7 @@ def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
     for pattern in [paths] if isinstance(paths, str) else paths:
         found = find_files(pattern, SUFFIXES)
         # A folder may hold the output as well, whose shards would look like preference data in the next run.
-        inside = tuple(f"{_real(output)}/{name}/" for name in ("artifacts", "runs", "models"))
+        inside = tuple(f"{_real(output)}/{name}/" for name in ("artifacts", "runs", "models", LINEAGE))
         if not _real(Location.of(pattern)).startswith(inside):
             found = [file for file in found if not _real(file).startswith(inside)]
         if not found:
@@ -103,6 +106,14 @@ def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
 def _real(place: Location) -> str:
     """One spelling of a place, whatever links and dots lead to it."""
     return os.path.realpath(place.uri) if place.is_local else place.uri
+
+
+def known_files(output: Location) -> Iterator[tuple[str, str]]:
+    """Every file that a run below `output` has read: where it lay then, and the sha256 of its bytes."""
+    for place in (output / FILES).children():
+        if place.name.endswith(".json"):
+            record = json.loads(place.read_bytes())  # of an earlier version, too
+            yield record["uri"], record["sha256"]
 
 
 def _layout(found: Peek | FileRecord, source: str, config: Config) -> Layout | None:
@@ -133,11 +144,14 @@ def _ingest(context: RunContext, sides: list[_Side]) -> tuple[Artifact, bool]:
     found = map_files(lambda record: (record, _layout(record, record.uri, context.config)), records)
     data.require_used({layout for _, layout in found if layout is not None})
     tasks: list[ShardTask[RawShard]] = []
+    sources: list[SourceFile] = []
+    """Of each task."""
     for key, files, split in sides:
         side, found = found[: len(files)], found[len(files) :]
         _require_rows([record for record, _ in side], key)
         for record, layout in side:
             tasks += [] if layout is None else _tasks(record, layout, folder, split, data)
+            sources += [SourceFile(uri=record.uri, key=key, sha256=record.sha256)] * (len(tasks) - len(sources))
     tasks = each_its_own(tasks)
     options = {
         "held_out_fraction": data.held_out_fraction,
@@ -154,6 +168,7 @@ def _ingest(context: RunContext, sides: list[_Side]) -> tuple[Artifact, bool]:
         tasks=tasks,
         pool=Pool(IngestShard, options, stateless=True),
     )
+    context.sources.update(zip((shard.name for shard in artifact.shards()), sources, strict=True))
     require_enough_kept(artifact, data.max_quarantined_fraction)
     return artifact, reused
 

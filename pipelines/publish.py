@@ -20,6 +20,7 @@ from dpo_ray.storage.location import Location
 from dpo_ray.storage.published import CARD, is_complete, latest, move, published_folder, was_latest
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
+from pipelines.trace import keep_lineage
 
 STAGE = "publish"
 _COPIES = 8  # at once
@@ -75,6 +76,7 @@ def _publish(context: RunContext, policy: Artifact, evaluation: Artifact, lease:
     version = folder / policy.fingerprint
     if not is_complete(version):
         _copy_model(context, policy, evaluation, version)
+    keep_lineage(context.output, policy, run_id=context.run_id, models=context.models, sources=context.sources)
     context.results["published"] = version.uri
     standing = latest(folder)
     if standing is not None and standing.action != "publish" and was_latest(folder, version.name):

@@ -204,11 +204,22 @@ def _move(output: str, name: str, command: str, move: Callable[[Location], Move]
 
 
 @app.command()
-def show(output: Annotated[str, typer.Argument(help="An output folder, or the folder of one run.")]) -> None:
-    """Show the runs and published models of an output folder."""
-    from pipelines.show import show_output
+def show(
+    output: Annotated[str, typer.Argument(help="An output folder, or the folder of one run.")],
+    last: Annotated[int, typer.Option(min=1, help="The newest so many runs.")] = 20,
+    every: Annotated[bool, typer.Option("--all", help="All runs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show the newest runs of an output folder: data, measures, outcome, cost; and which models are the latest."""
+    from dpo_ray.storage.location import Location
+    from pipelines.history import lines, page
 
-    show_output(output)
+    place = Location.of(output)
+    if (place / "summary.json").exists():
+        typer.echo((place / "summary.json").read_bytes().decode())
+        return
+    for line in lines(page(place, None if every else last), as_json=as_json):
+        typer.echo(line)
 
 
 @app.command()

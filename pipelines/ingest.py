@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from dpo_ray.config import Columns, Config, Data, Paths
 from dpo_ray.config.layouts import Layout, recognise, texts_of
@@ -15,11 +17,13 @@ from dpo_ray.errors import DataError
 from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage
 from dpo_ray.on_ray.scan import scan_files
 from dpo_ray.pairs import Split
+from dpo_ray.progress import say
 from dpo_ray.shards.ingest import IngestShard, RawShard, identity
 from dpo_ray.storage.artifact import Artifact, digest
 from dpo_ray.storage.lineage import FOLDER as LINEAGE
-from dpo_ray.storage.lineage import SourceFile
+from dpo_ray.storage.lineage import SourceFile, read_policy
 from dpo_ray.storage.location import Location, find_files
+from dpo_ray.storage.published import latest, published_folder
 from pipelines.context import RunContext
 
 FILES = "artifacts/files"
@@ -32,7 +36,25 @@ _Side = tuple[str, list[Location], Split | None]
 
 def ingest(context: RunContext) -> Artifact:
     """The pairs of data.train and data.eval. Raises DataError on unreadable files and on too many bad rows."""
-    return context.stage("ingest", lambda: _ingest(context, _sides(context.config)))
+    pairs = context.stage("ingest", lambda: _ingest(context, _sides(context.config)))
+    context.results["input"] = _input(context, pairs)
+    return pairs
+
+
+def _input(context: RunContext, pairs: Artifact) -> dict[str, Any]:
+    """Which data a run has read, and what of it the published model has not been trained on: files by their content."""
+    folder = published_folder(context.output, context.config.run.name)
+    standing = latest(folder)
+    record = read_policy(context.output, standing.version) if standing is not None else None
+    known = {file.sha256 for file in record.sources} if record is not None else set()
+    rows: Counter[SourceFile] = Counter()
+    for shard in pairs.manifest.files:
+        if shard.rows is not None:
+            rows[context.sources[shard.name.rpartition("/")[2]]] += shard.counters["read"]
+    new = [file for file in rows if file.sha256 not in known]
+    found = {"files": len(rows), "rows": rows.total(), "new_files": len(new), "new_rows": sum(rows[f] for f in new)}
+    say("ingest", "{rows} rows in {files} files, new: {new_rows} in {new_files}".format(**found))
+    return {**found, "compared_with": standing.version if record is not None and standing is not None else None}
 
 
 def ingest_set(context: RunContext, key: str, paths: Paths) -> Artifact:

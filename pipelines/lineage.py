@@ -95,8 +95,8 @@ def versions(output: Location) -> Iterator[Version]:
 
 
 def _version(output: Location, asked: str) -> Version | None:
-    inside = Location.of(asked).uri.removeprefix(f"{output.uri}/models/") if "/" in asked else asked
-    name, _, version = inside.partition("/")
+    models, place = f"{output.uri}/models/", Location.of(asked).uri
+    name, _, version = (place.removeprefix(models) if place.startswith(models) else asked).partition("/")
     if version:
         return next((one for one in versions(output) if (one.name, one.version) == (name, version)), None)
     if asked in {folder.name for folder in (output / "models").children()}:

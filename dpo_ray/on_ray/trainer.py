@@ -18,6 +18,7 @@ from dpo_ray.on_ray.failures import raise_ours, reason_of
 from dpo_ray.on_ray.resume import newest_whole_checkpoint, resumed_step, run_name, state_of
 from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import connect
+from dpo_ray.on_ray.usage import used
 from dpo_ray.on_ray.worker_memory import least_memory
 from dpo_ray.progress import aside, say
 from dpo_ray.storage.artifact import Artifact, Contents, FileEntry, load, make, place
@@ -176,6 +177,7 @@ def _run(
     """Run the workers to the last step. Returns where the last checkpoint is."""
     options = config.train
     connect(training_need(options), trains=True)
+    used(options.num_workers, options.gpus)
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 

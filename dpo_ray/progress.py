@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 WATCHED = "DPO_RAY_WATCHED"
@@ -66,7 +68,23 @@ def aside(whose: str) -> None:
 _whose: str | None = None
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """Within it nothing is said by this process."""
+    global _is_silent
+    before, _is_silent = _is_silent, True
+    try:
+        yield
+    finally:
+        _is_silent = before
+
+
+_is_silent = False
+
+
 def _write(mark: str, stage: str, text: str) -> None:
+    if _is_silent:
+        return
     if _whose is not None:
         mark, stage = "", f"{stage}, {_whose}"
     # Not print: Ray Train replaces it on its workers, and the line would come twice.

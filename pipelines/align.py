@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,16 +45,22 @@ def align(context: RunContext, until: Stage = "publish") -> None:
     if until == "tokenize":
         tokenized_preferences(context)
         return
-    prepared = prepare_reference(context)
     if until == "reference":
+        prepare_reference(context)
         return
-    policy = train(context, prepared.rows)
+    policy, measure = train_and_measure(context)
     if until == "train":
         return
-    measure = partial(evaluate, context, prepared.pairs, prepared.rows, prepared.calibration, policy)
     evaluation = measure()
     if until == "publish":
         publish(context, policy, evaluation, measure)
+
+
+def train_and_measure(context: RunContext) -> tuple[Artifact, Callable[[], Artifact]]:
+    """The stages up to train: the policy, and what makes its evaluation, each time it is called."""
+    prepared = prepare_reference(context)
+    policy = train(context, prepared.rows)
+    return policy, partial(evaluate, context, prepared.pairs, prepared.rows, prepared.calibration, policy)
 
 
 def preferences(context: RunContext) -> tuple[Artifact, Artifact]:

@@ -265,7 +265,15 @@ def _run_until(stage: Stage, path: Path, overrides: list[str] | None, dry_run: b
 
         align(context, until=stage)
 
-    _carry_out(config, run_id, work, plan=planned(config, stage), check_for=stage)
+    def is_done(context: RunContext) -> bool:
+        from pipelines.nothing_new import is_nothing_new
+
+        return is_nothing_new(context)
+
+    publishes = stage == "publish"
+    _carry_out(
+        config, run_id, work, plan=planned(config, stage), check_for=stage, is_done=is_done if publishes else None
+    )
 
 
 def _print_plan(config: Config, stage: Stage) -> None:
@@ -283,12 +291,14 @@ def _carry_out(
     *,
     plan: list[str],
     check_for: Stage | None = None,
+    is_done: Callable[[RunContext], bool] | None = None,
 ) -> None:
     """Run the work in a run's folder, seen by a person and with a log file, and close with what came of it.
 
     Args:
         plan: the stages of the work.
         check_for: the last stage whose needs are checked before.
+        is_done: finds out, without Ray, whether there is nothing to do.
     """
     from pipelines.terminal import captured
 
@@ -301,13 +311,18 @@ def _carry_out(
             preflight(config, check_for)
         from dpo_ray.model.pin import pinned
 
-        lines = _record(terminal, pinned(config), run_id, work, plan)
+        lines = _record(terminal, pinned(config), run_id, work, plan, is_done)
     for line in lines:
         typer.echo(line)
 
 
 def _record(
-    terminal: Terminal, config: Config, run_id: str | None, work: Callable[[RunContext], None], plan: list[str]
+    terminal: Terminal,
+    config: Config,
+    run_id: str | None,
+    work: Callable[[RunContext], None],
+    plan: list[str],
+    is_done: Callable[[RunContext], bool] | None,
 ) -> list[str]:
     """Do the work; whatever comes of it, the run's folder gets its log, its summary and its report.
 
@@ -325,11 +340,12 @@ def _record(
     context.table = terminal.display.table
     try:
         with _told_when_interrupted():
-            if not is_embedded():
-                from pipelines.needs import check_cluster
+            if is_done is None or not is_done(context):
+                if not is_embedded():
+                    from pipelines.needs import check_cluster
 
-                check_cluster(config, context.output, plan)
-            work(context)
+                    check_cluster(config, context.output, plan)
+                work(context)
     except BaseException as error:
         code = error.exit_code if isinstance(error, DpoRayError) else 1
         reason = str(error) if isinstance(error, DpoRayError) else f"{type(error).__name__}: {error}"

@@ -19,7 +19,7 @@ from dpo_ray.storage.location import Location
 from dpo_ray.storage.published import latest
 
 _SIDE_BY_SIDE = 16  # threads; they mostly wait for a disk or an object store
-_BEGAN = re.compile(r"\d{8}T\d{6}Z")
+_TIME = re.compile(r"\d{8}T\d{6}Z")
 _WIDTH = 160  # of the table where no terminal says how wide it is
 _MOST_REASON = 100  # characters of a reason in the table; --json has all
 
@@ -51,8 +51,8 @@ def _newest_first(folder: Location) -> list[str]:
     times: dict[str, float] = {}
     untimed = []
     for name, at in folder.entries():
-        if found := _BEGAN.findall(name):
-            times[name] = _seconds(found[-1])
+        if (began := _began(name)) is not None:
+            times[name] = began
         elif at is not None:
             times[name] = at
         else:
@@ -63,11 +63,13 @@ def _newest_first(folder: Location) -> list[str]:
     return sorted(times, key=lambda name: (-times[name], name))
 
 
-def _seconds(time: str) -> float:
+def _began(name: str) -> float | None:
+    """In seconds since the epoch, where the name of a run tells."""
     try:
-        return datetime.strptime(time, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()
+        found = _TIME.findall(name)
+        return datetime.strptime(found[-1], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp() if found else None
     except ValueError:  # digits of something else
-        return 0.0
+        return None
 
 
 def _run(folder: Location) -> dict[str, Any]:

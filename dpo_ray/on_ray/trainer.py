@@ -23,6 +23,7 @@ from dpo_ray.on_ray.worker_memory import least_memory
 from dpo_ray.progress import aside, say
 from dpo_ray.storage.artifact import Artifact, Contents, FileEntry, load, make, place
 from dpo_ray.storage.claim import claim
+from dpo_ray.storage.finished import about_to_compute
 from dpo_ray.storage.lease import Lease, WhenBusy, hold
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import HISTORY, KIND, MODEL_FOLDER, exported_files, num_skipped
@@ -76,6 +77,7 @@ def train_policy(
     with claim(output, location, inputs, ()):
         artifact, reused = load(location, KIND, location.name), True
     if artifact is None:
+        about_to_compute(location)
         waiting = {"while_waiting": steering.while_waiting, "on_lost": steering.stop}
         with training_lease(output, location, run_id=run_id, when_busy=config.run.when_busy, **waiting) as lease:
 

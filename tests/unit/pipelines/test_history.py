@@ -66,12 +66,12 @@ def test_runs_stand_by_time_whatever_they_are_called(tmp_path: Path):
 
 def test_of_many_runs_only_the_shown_ones_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for n in range(300):
-        write(tmp_path, f"n-20261101T{n:06d}Z")
+        write(tmp_path, f"n-20261101T{n // 60:02d}{n % 60:02d}00Z")
     read: list[str] = []
     real = Location.read_bytes
     monkeypatch.setattr(Location, "read_bytes", lambda place: read.append(place.uri) or real(place))
     found = page(Location.of(tmp_path), 7)
-    assert len(read) == 7 and [run["run_id"] for run in found.runs] == [f"n-20261101T{299 - n:06d}Z" for n in range(7)]
+    assert len(read) == 7 and [run["run_id"] for run in found.runs] == [f"n-20261101T04{59 - n}00Z" for n in range(7)]
     assert "The newest 7 of 300 runs; --last N or --all shows more." in list(lines(found))
     assert len(page(Location.of(tmp_path), None).runs) == 300
 

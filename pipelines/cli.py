@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dpo_ray.storage.location import Location
     from dpo_ray.storage.published import Move
     from pipelines.context import RunContext
+    from pipelines.hooks import Ended
     from pipelines.terminal import Terminal
 
 app = typer.Typer(
@@ -270,10 +271,8 @@ def _run_until(stage: Stage, path: Path, overrides: list[str] | None, dry_run: b
 
         return is_nothing_new(context)
 
-    publishes = stage == "publish"
-    _carry_out(
-        config, run_id, work, plan=planned(config, stage), check_for=stage, is_done=is_done if publishes else None
-    )
+    may_be_done = is_done if stage == "publish" else None
+    _carry_out(config, run_id, work, plan=planned(config, stage), check_for=stage, is_done=may_be_done)
 
 
 def _print_plan(config: Config, stage: Stage) -> None:
@@ -300,9 +299,11 @@ def _carry_out(
         check_for: the last stage whose needs are checked before.
         is_done: finds out, without Ray, whether there is nothing to do.
     """
+    from pipelines.hooks import require_hooks, told_when_ended
     from pipelines.terminal import captured
 
-    with captured() as terminal, _told_when_interrupted():
+    require_hooks(config)
+    with captured() as terminal, _told_when_interrupted(), told_when_ended(config) as ended:
         terminal.display.plan(plan)
         if check_for is not None:
             from pipelines.preflight import preflight
@@ -311,7 +312,7 @@ def _carry_out(
             preflight(config, check_for)
         from dpo_ray.model.pin import pinned
 
-        lines = _record(terminal, pinned(config), run_id, work, plan, is_done)
+        lines = _record(terminal, pinned(config), run_id, work, plan, is_done, ended)
     for line in lines:
         typer.echo(line)
 
@@ -323,6 +324,7 @@ def _record(
     work: Callable[[RunContext], None],
     plan: list[str],
     is_done: Callable[[RunContext], bool] | None,
+    ended: Ended,
 ) -> list[str]:
     """Do the work; whatever comes of it, the run's folder gets its log, its summary and its report.
 
@@ -334,6 +336,7 @@ def _record(
     from pipelines.show import closing_lines
 
     context = RunContext.start(config, run_id)
+    ended.folder = context.folder.uri
     if context.folder.is_local:
         terminal.keep_log(Path(context.folder.uri))
     context.begins = terminal.display.stage
@@ -349,12 +352,12 @@ def _record(
     except BaseException as error:
         code = error.exit_code if isinstance(error, DpoRayError) else 1
         reason = str(error) if isinstance(error, DpoRayError) else f"{type(error).__name__}: {error}"
-        summary = context.write_summary(code, [reason])
+        ended.summary = summary = context.write_summary(code, [reason])
         write_report(context, summary)
         raise
     finally:
         disconnect()
-    summary = context.write_summary(0, [])
+    ended.summary = summary = context.write_summary(0, [])
     write_report(context, summary)
     return closing_lines(context, summary, terminal.log)
 

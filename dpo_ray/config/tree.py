@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from dpo_ray.config.hooks import Hooks
 from dpo_ray.config.iterate import Iterate
 from dpo_ray.config.layouts import Layout, fields_of
 from dpo_ray.config.losses import Loss, SigmoidLoss
@@ -52,6 +53,9 @@ class Run(Section):
     wait_for_resources: float = Field(15.0, ge=0.0)
     """Minutes that a stage waits, at most, for a cluster to grow where it has too little room: its autoscaler is asked
     for more. 0: the run is refused at its start, as is right for a cluster that nothing adds nodes to."""
+
+    hooks: Hooks = Hooks()
+    """Who is told how the run ended."""
 
     def require_absolute_output(self) -> None:
         """Raises ConfigError where `output` is a relative path: for a job on a cluster.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from dpo_ray.config import Model
 from dpo_ray.evaluation.report import html_report
 from dpo_ray.on_ray.session import expect_training
 from dpo_ray.storage.artifact import Artifact
@@ -56,10 +57,13 @@ def align(context: RunContext, until: Stage = "publish") -> None:
         publish(context, policy, evaluation, measure)
 
 
-def train_and_measure(context: RunContext) -> tuple[Artifact, Callable[[], Artifact]]:
-    """The stages up to train: the policy, and what makes its evaluation, each time it is called."""
+def train_and_measure(context: RunContext, start: Model | None = None) -> tuple[Artifact, Callable[[], Artifact]]:
+    """The stages up to train: the policy, and what makes its evaluation, each time it is called.
+
+    start: as of pipelines.train.
+    """
     prepared = prepare_reference(context)
-    policy = train(context, prepared.rows)
+    policy = train(context, prepared.rows, start)
     return policy, partial(evaluate, context, prepared.pairs, prepared.rows, prepared.calibration, policy)
 
 

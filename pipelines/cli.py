@@ -106,6 +106,7 @@ def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = Fals
     from tuning.space import require_space
 
     loaded = load_config(config, override)
+    _require_start_from_model(loaded, "sweep", "the trials")
     require_space(loaded)
     if dry_run:
         from pipelines.show import plan_lines, sweep_lines
@@ -150,6 +151,7 @@ def iterate(config: ConfigPath, override: Overrides = None, dry_run: DryRun = Fa
     loaded = load_config(config, override)
     if loaded.iterate is None:
         raise ConfigError(f"{config} has no section iterate: add one, such as -o iterate.rounds=3.")
+    _require_start_from_model(loaded, "iterate", "the first round")
     if dry_run:
         from pipelines.show import iterate_lines
 
@@ -164,6 +166,15 @@ def iterate(config: ConfigPath, override: Overrides = None, dry_run: DryRun = Fa
         iterate(context)
 
     _carry_out(loaded, run_id, work, plan=planned(loaded, "publish"), check_for="publish")
+
+
+def _require_start_from_model(config: Config, command: str, who: str) -> None:
+    """Raises ConfigError where train.start says otherwise, which these commands do not follow."""
+    if config.train.start != "base":
+        raise ConfigError(
+            f"train.start={config.train.start} is for `dpo-ray run` and its stages: in `dpo-ray {command}` {who} "
+            "start from model.path. Set train.start=base; to go on from a published model, name it as model.path."
+        )
 
 
 Published = Annotated[str, typer.Argument(help="The name that models are published under: run.name.")]

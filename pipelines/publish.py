@@ -116,7 +116,9 @@ def stays(version: Location, standing: Move) -> bool:
 
 
 def _copy_model(context: RunContext, policy: Artifact, evaluation: Artifact, version: Location) -> None:
-    card = model_card(context.config, context.run_id, policy.manifest.metrics, evaluation.manifest.metrics)
+    start = context.models.get(policy.fingerprint, context.config.model)
+    measured = evaluation.manifest.metrics
+    card = model_card(context.config, context.run_id, policy.manifest.metrics, measured, started_from=start.path)
     if not version.is_local:
         # No folder can be renamed there: the card, whose presence makes a version complete, is written last.
         _copy_files(policy, version)

@@ -28,6 +28,7 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
     """What a run would do, stage by stage."""
     train, loss, win_rate, tasks = config.train, config.train.loss, config.evaluate.win_rate, config.evaluate.tasks
     beta = getattr(loss, "beta", None)  # a few losses have none
+    start = "from the published model, if there is one, " if train.start == "published" else ""
     before = ", before and after" if config.reference.engine != "torch" else ""
     if config.generate is not None:
         generate = config.generate
@@ -70,7 +71,7 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
         (
             "train",
             f"{loss.type}, {f'beta {beta:g}, ' if beta is not None else ''}learning rate {train.learning_rate:g}, "
-            f"{train.epochs} epoch(s), steps of {train.global_batch_size} pairs on {train.num_workers} worker(s)",
+            f"{start}{train.epochs} epoch(s), steps of {train.global_batch_size} pairs on {train.num_workers} worker(s)",
         ),
         (
             "evaluate",

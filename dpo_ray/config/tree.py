@@ -388,6 +388,9 @@ class EarlyStopping(Section):
 class Train(Section):
     loss: Loss = SigmoidLoss(type="sigmoid")
     """The loss; each type takes only the options that it uses."""
+    start: Literal["base", "published"] = "base"
+    """Whose weights training starts with: those of `model`, or those of what is published under run.name now, which
+    must descend from `model`; where nothing is, those of `model`. The reference is `model` either way."""
     learning_rate: float = Field(1e-6, gt=0.0)
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -452,6 +455,7 @@ class Train(Section):
     def identity(self) -> dict[str, Any]:
         """The options that change the result, and not just where or how fast it is computed."""
         execution = {
+            "start",  # the weights themselves are part of what a training is known by
             "tokens_per_microbatch",
             "num_workers",
             "min_workers",
@@ -676,6 +680,11 @@ class Config(Section):
             raise ValueError(
                 "with model.lora.export=adapter the second round's model would be an adapter, and would train one of a "
                 " merged model that is kept nowhere: set model.lora.export=merged"
+            )
+        if self.train.start == "published" and lora is not None and lora.export == "adapter":
+            raise ValueError(
+                "train.start=published with model.lora.export=adapter would train an adapter of a merged model that is "
+                "kept nowhere: set model.lora.export=merged, or train.start=base"
             )
         others = [one.path for one in self.generate.models if one.path is not None] if self.generate else []
         if self.iterate is not None and others:

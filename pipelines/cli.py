@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -49,15 +50,49 @@ RunId = Annotated[
 ]
 
 
+Since = Annotated[
+    str | None, typer.Option(help="Only files of data.train of this day and later ones, as in 2026-11-01: data.since.")
+]
+Until = Annotated[str | None, typer.Option(help="Only files of data.train up to this day, it included: data.until.")]
+Partitions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--partition", help="Only files below such folders, as in date=2026-11-01. Repeatable: data.partitions."
+    ),
+]
+
+
+def _chosen(since: str | None, until: str | None, partitions: list[str] | None) -> list[str]:
+    """The options as overrides."""
+    named = {"since": since, "until": until, "partitions": json.dumps(partitions) if partitions else None}
+    return [f"data.{name}={value}" for name, value in named.items() if value is not None]
+
+
 @app.command()
-def run(config: ConfigPath, override: Overrides = None, dry_run: DryRun = False, run_id: RunId = None) -> None:
+def run(
+    config: ConfigPath,
+    override: Overrides = None,
+    dry_run: DryRun = False,
+    run_id: RunId = None,
+    since: Since = None,
+    until: Until = None,
+    partition: Partitions = None,
+) -> None:
     """Run the main job: from preference data or prompts to a published model."""
-    _run_until("publish", config, override, dry_run, run_id)
+    _run_until("publish", config, [*(override or []), *_chosen(since, until, partition)], dry_run, run_id)
 
 
 def _stage_command(stage: Stage) -> None:
-    def command(config: ConfigPath, override: Overrides = None, dry_run: DryRun = False, run_id: RunId = None) -> None:
-        _run_until(stage, config, override, dry_run, run_id)
+    def command(
+        config: ConfigPath,
+        override: Overrides = None,
+        dry_run: DryRun = False,
+        run_id: RunId = None,
+        since: Since = None,
+        until: Until = None,
+        partition: Partitions = None,
+    ) -> None:
+        _run_until(stage, config, [*(override or []), *_chosen(since, until, partition)], dry_run, run_id)
 
     command.__doc__ = f"Run the stages up to {stage}; what is finished is taken over."
     app.command(name=stage)(command)
@@ -77,11 +112,20 @@ def train(
     reference: Annotated[
         str | None, typer.Option(help="Train on this finished reference artifact instead of this configuration's own.")
     ] = None,
+    since: Since = None,
+    until: Until = None,
+    partition: Partitions = None,
 ) -> None:
     """Run the stages up to train; what is finished is taken over."""
+    chosen = _chosen(since, until, partition)
     if reference is None:
-        _run_until("train", config, override, dry_run, run_id)
+        _run_until("train", config, [*(override or []), *chosen], dry_run, run_id)
         return
+    if chosen:
+        raise ConfigError(
+            f"--reference names the rows to train on, and {chosen[0]} chooses among files that are not read then: "
+            "leave one of them out."
+        )
     from pipelines.preflight import require_reference_use
 
     loaded = load_config(config, override)

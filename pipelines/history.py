@@ -150,7 +150,9 @@ def _table(runs: list[dict[str, Any]]) -> Iterator[str]:
 def _rows(read: dict[str, Any] | None) -> str:
     if read is None:
         return ""
-    return f"{read['rows']} in {read['files']} files\nnew: {read['new_rows']} in {read['new_files']}"
+    days = list(read["days"])
+    of = f"\n{days[0]}" + (f" to {days[-1]}" if len(days) > 1 else "") if days else ""
+    return f"{read['rows']} in {read['files']} files{of}\nnew: {read['new_rows']} in {read['new_files']}"
 
 
 def _told_outcome(run: dict[str, Any]) -> str:

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from dpo_ray.config import Columns, Config, Data, Paths
 from dpo_ray.config.layouts import Layout, recognise, texts_of
 from dpo_ray.data.quarantine import require_enough_kept
 from dpo_ray.data.raw.files import SUFFIXES, Stamp
+from dpo_ray.data.raw.partitions import in_partitions, in_period
 from dpo_ray.data.raw.scan import FileRecord, Peek, map_files, peek, read_record, require_usable
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage
 from dpo_ray.on_ray.scan import scan_files
 from dpo_ray.pairs import Split
-from dpo_ray.progress import say
 from dpo_ray.shards.ingest import IngestShard, RawShard, identity
 from dpo_ray.storage.artifact import Artifact, digest
 from dpo_ray.storage.lineage import FOLDER as LINEAGE
-from dpo_ray.storage.lineage import SourceFile, read_policy
+from dpo_ray.storage.lineage import SourceFile
 from dpo_ray.storage.location import Location, find_files
-from dpo_ray.storage.published import latest, published_folder
 from pipelines.context import RunContext
+from pipelines.input import tell_input
 
 FILES = "artifacts/files"
 """Below run.output: what was found out about the input files."""
@@ -37,24 +35,8 @@ _Side = tuple[str, list[Location], Split | None]
 def ingest(context: RunContext) -> Artifact:
     """The pairs of data.train and data.eval. Raises DataError on unreadable files and on too many bad rows."""
     pairs = context.stage("ingest", lambda: _ingest(context, _sides(context.config)))
-    context.results["input"] = _input(context, pairs)
+    context.results["input"] = tell_input(context, pairs)
     return pairs
-
-
-def _input(context: RunContext, pairs: Artifact) -> dict[str, Any]:
-    """Which data a run has read, and what of it the published model has not been trained on: files by their content."""
-    folder = published_folder(context.output, context.config.run.name)
-    standing = latest(folder)
-    record = read_policy(context.output, standing.version) if standing is not None else None
-    known = {file.sha256 for file in record.sources} if record is not None else set()
-    rows: Counter[SourceFile] = Counter()
-    for shard in pairs.manifest.files:
-        if shard.rows is not None:
-            rows[context.sources[shard.name.rpartition("/")[2]]] += shard.counters["read"]
-    new = [file for file in rows if file.sha256 not in known]
-    found = {"files": len(rows), "rows": rows.total(), "new_files": len(new), "new_rows": sum(rows[f] for f in new)}
-    say("ingest", "{rows} rows in {files} files, new: {new_rows} in {new_files}".format(**found))
-    return {**found, "compared_with": standing.version if record is not None and standing is not None else None}
 
 
 def ingest_set(context: RunContext, key: str, paths: Paths) -> Artifact:
@@ -98,10 +80,20 @@ def _known(file: Location, config: Config) -> tuple[Peek | FileRecord, Layout | 
 def _sides(config: Config) -> list[_Side]:
     data, output = config.data, Location.of(config.run.output)
     assert data.train is not None
-    train = input_files(data.train, "data.train", output)
+    train = chosen_files(data, input_files(data.train, "data.train", output))
     if not data.eval:
         return [("data.train", train, None)]
     return [("data.train", train, "train"), ("data.eval", input_files(data.eval, "data.eval", output), "eval")]
+
+
+def chosen_files(data: Data, files: list[Location]) -> list[Location]:
+    """Those that data.since, data.until and data.partitions leave. Raises DataError where they leave none."""
+    uris = [file.uri for file in files]
+    if data.since is not None or data.until is not None:
+        uris = in_period(uris, data.since, data.until)
+    if data.partitions:
+        uris = in_partitions(uris, data.partitions)
+    return [Location(uri) for uri in uris]
 
 
 def input_files(paths: Paths, key: str, output: Location) -> list[Location]:

@@ -45,11 +45,13 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
         ]
     else:
         data = config.data
+        chosen = "".join(f", {name}={value}" for name, value in data.chooses_files.items())
         held_out = _listed(data.eval) if data.eval else f"{data.held_out_fraction:g} of the prompts"
         first = [
             (
                 "ingest",
-                f"pairs of {_listed(data.train or ())}, held out: {held_out}; without duplicates and contradictions",
+                f"pairs of {_listed(data.train or ())}{chosen}, held out: {held_out}; "
+                "without duplicates and contradictions",
             )
         ]
     steps = [
@@ -71,7 +73,8 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
         (
             "train",
             f"{loss.type}, {f'beta {beta:g}, ' if beta is not None else ''}learning rate {train.learning_rate:g}, "
-            f"{start}{train.epochs} epoch(s), steps of {train.global_batch_size} pairs on {train.num_workers} worker(s)",
+            f"{start}{train.epochs} epoch(s), steps of {train.global_batch_size} pairs "
+            f"on {train.num_workers} worker(s)",
         ),
         (
             "evaluate",

@@ -7,6 +7,7 @@ A default stands here and nowhere else.
 from __future__ import annotations
 
 from collections import Counter
+from datetime import date
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
@@ -148,6 +149,14 @@ class Data(Section):
     """Preference data, Parquet or JSON lines (.jsonl, .ndjson, also .gz or .zst): a file, a folder or a glob, local or
     a URI, or a list of these. What lies in run.output is taken only where a path leads into it. Left out when
     `generate` makes the pairs."""
+    since: date | None = None
+    """Of `train` only the files of this day and later ones, as their paths tell (date=2026-11-01/…, or a date in the
+    file's name). Held-out data named by `eval` is taken whole."""
+    until: date | None = None
+    """Of `train` only the files up to this day, it included."""
+    partitions: tuple[Annotated[str, Field(pattern=r"^[^=/]+=[^/]+$")], ...] = ()
+    """Of `train` only the files in these Hive-style folders, such as date=2026-11-01: in any of those with the same
+    key, and in one of each key."""
     eval: Paths | None = None
     """Held-out preference data, named likewise. Left out: held_out_fraction of the prompts of `train`."""
     layout: Literal["auto", Layout] = "auto"
@@ -199,8 +208,20 @@ class Data(Section):
                 "or set data.layout=ranked"
             )
 
+    @property
+    def chooses_files(self) -> dict[str, str]:
+        """Options that choose among the files of `train` → their values as text."""
+        chosen = {"since": self.since, "until": self.until, "partitions": ", ".join(self.partitions) or None}
+        return {f"data.{name}": str(value) for name, value in chosen.items() if value is not None}
+
     @model_validator(mode="after")
     def _all_used(self) -> Data:
+        if self.since is not None and self.until is not None and self.until < self.since:
+            raise ConfigError(
+                f"data.until={self.until} lies before data.since={self.since}, so that no day is left: swap them"
+            )
+        if self.train is None and (given := list(self.chooses_files)):
+            raise ConfigError(f"{given[0]} chooses among the files of data.train, and there are none: leave it out")
         if self.layout != "auto":
             self.require_used({self.layout})
         if self.eval is not None and self.held_out_fraction != Data.model_fields["held_out_fraction"].default:

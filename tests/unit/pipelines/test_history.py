@@ -23,7 +23,14 @@ SUMMARY: dict[str, Any] = {
     "exit_code": 0,
     "began": "2026-11-26T02:00:00Z",
     "cost": {"hours": 1.5, "worker_hours": 6.0, "gpu_hours": 5.0},
-    "input": {"files": 3, "rows": 300, "new_files": 1, "new_rows": 100, "compared_with": "aaaa"},
+    "input": {
+        "files": 3,
+        "rows": 300,
+        "new_files": 1,
+        "new_rows": 100,
+        "compared_with": "aaaa",
+        "days": {"2026-11-24": {}, "2026-11-26": {}},
+    },
     "stages": {
         "ingest": {"rows": {"in": 300, "kept": 290, "dropped": {"empty_response": 10}}},
         "duplicates": {"rows": {"in": 290, "kept": 286, "dropped": {"duplicate": 4}}},
@@ -89,8 +96,8 @@ def test_a_row_tells_data_measures_outcome_and_cost(tmp_path: Path):
     assert found.runs[0]["dropped"] == {"empty_response": 10, "duplicate": 4, "prompt_too_long": 1}
     said = "\n".join(lines(found))
     for text in (
-        "300 in 3 files", "new: 100 in 1", "10 empty_response", "0.700 [0.600, 0.800]", "1.5 h", "5 GPU-hours",
-        "published: 0123456789abcdef", "exit code 4", "nothing new: fedcba9876543210", "unfinished",
+        "300 in 3 files", "2026-11-24 to 2026-11-26", "new: 100 in 1", "10 empty_response", "0.700 [0.600, 0.800]", "1.5 h",
+        "5 GPU-hours", "published: 0123456789abcdef", "exit code 4", "nothing new: fedcba9876543210", "unfinished",
     ):  # fmt: skip
         assert text in said, text
     assert "x" * 300 not in said.replace("\n", "")

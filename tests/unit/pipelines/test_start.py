@@ -1,4 +1,4 @@
-"""Nights that go on from the published model: what they train from, against which reference, and what is known of it."""
+"""Nights that go on from the published model: what they train from, against which reference, and their lineage."""
 
 from __future__ import annotations
 

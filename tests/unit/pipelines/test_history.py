@@ -96,7 +96,8 @@ def test_a_row_tells_data_measures_outcome_and_cost(tmp_path: Path):
     assert found.runs[0]["dropped"] == {"empty_response": 10, "duplicate": 4, "prompt_too_long": 1}
     said = "\n".join(lines(found))
     for text in (
-        "300 in 3 files", "2026-11-24 to 2026-11-26", "new: 100 in 1", "10 empty_response", "0.700 [0.600, 0.800]", "1.5 h",
+        "300 in 3 files", "2026-11-24 to 2026-11-26",
+        "new: 100 in 1", "10 empty_response", "0.700 [0.600, 0.800]", "1.5 h",
         "5 GPU-hours", "published: 0123456789abcdef", "exit code 4", "nothing new: fedcba9876543210", "unfinished",
     ):  # fmt: skip
         assert text in said, text

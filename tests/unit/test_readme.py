@@ -62,7 +62,7 @@ def test_garbage_is_collected_as_it_says(command, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An output folder, below it out/align, with a run and a published model that was made from a file of a partition."""
+    """A folder with out/align, where a run has published a model that was made from a file of a partition."""
     folder = tmp_path_factory.mktemp("readme")
     place = Location.of(folder / "out/align")
     summary = {"run_id": "r", "exit_code": 0, "stages": {}, "published": "p/v", "reasons": []}

@@ -69,21 +69,21 @@ _whose: str | None = None
 
 
 @contextmanager
-def silent() -> Iterator[None]:
-    """Within it nothing is said by this process."""
-    global _is_silent
-    before, _is_silent = _is_silent, True
+def silent(*, but: str) -> Iterator[None]:
+    """Within it nothing is said by this process, except the lines of one stage."""
+    global _only
+    before, _only = _only, but
     try:
         yield
     finally:
-        _is_silent = before
+        _only = before
 
 
-_is_silent = False
+_only: str | None = None
 
 
 def _write(mark: str, stage: str, text: str) -> None:
-    if _is_silent:
+    if _only not in {None, stage}:
         return
     if _whose is not None:
         mark, stage = "", f"{stage}, {_whose}"

@@ -38,7 +38,7 @@ def _is_published(context: RunContext, start: Model, standing: Move) -> bool:
     # Stages that turn out to be unfinished are not this run's yet.
     probe = replace(context, stages={}, results={}, begins=lambda name: None)
     try:
-        with only_finished(), silent():
+        with only_finished(), silent(but="gc"):  # which may have to be waited for
             policy, measure = train_and_measure(probe, start)
             evaluation = measure()
     except NotFinished:

@@ -59,7 +59,7 @@ FILES = [f"/d/date=2026-11-0{n}/lang={lang}/a.parquet" for n in (1, 2, 3) for la
     [(SECOND, None, {2, 3}), (None, SECOND, {1, 2}), (SECOND, SECOND, {2}), (FIRST, THIRD, {1, 2, 3})],
 )
 def test_both_ends_of_a_period_are_in_it(since: date | None, until: date | None, days: set[int]):
-    assert in_period(FILES, since, until) == [file for file in FILES if int(file[13:15]) in days]
+    assert in_period(FILES, since, until) == [file for file in FILES if int(file[16:18]) in days]
 
 
 def test_a_period_without_files_names_the_days_that_there_are():

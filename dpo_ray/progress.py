@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 WATCHED = "DPO_RAY_WATCHED"
@@ -66,7 +68,23 @@ def aside(whose: str) -> None:
 _whose: str | None = None
 
 
+@contextmanager
+def silent(*, but: str) -> Iterator[None]:
+    """Within it nothing is said by this process, except the lines of one stage."""
+    global _only
+    before, _only = _only, but
+    try:
+        yield
+    finally:
+        _only = before
+
+
+_only: str | None = None
+
+
 def _write(mark: str, stage: str, text: str) -> None:
+    if _only not in {None, stage}:
+        return
     if _whose is not None:
         mark, stage = "", f"{stage}, {_whose}"
     # Not print: Ray Train replaces it on its workers, and the line would come twice.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from dpo_ray.config import Model
 from dpo_ray.evaluation.report import html_report
 from dpo_ray.on_ray.session import expect_training
 from dpo_ray.storage.artifact import Artifact
@@ -44,16 +46,25 @@ def align(context: RunContext, until: Stage = "publish") -> None:
     if until == "tokenize":
         tokenized_preferences(context)
         return
-    prepared = prepare_reference(context)
     if until == "reference":
+        prepare_reference(context)
         return
-    policy = train(context, prepared.rows)
+    policy, measure = train_and_measure(context)
     if until == "train":
         return
-    measure = partial(evaluate, context, prepared.pairs, prepared.rows, prepared.calibration, policy)
     evaluation = measure()
     if until == "publish":
         publish(context, policy, evaluation, measure)
+
+
+def train_and_measure(context: RunContext, start: Model | None = None) -> tuple[Artifact, Callable[[], Artifact]]:
+    """The stages up to train: the policy, and what makes its evaluation, each time it is called.
+
+    start: as of pipelines.train.
+    """
+    prepared = prepare_reference(context)
+    policy = train(context, prepared.rows, start)
+    return policy, partial(evaluate, context, prepared.pairs, prepared.rows, prepared.calibration, policy)
 
 
 def preferences(context: RunContext) -> tuple[Artifact, Artifact]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 import traceback
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from dpo_ray.storage.location import Location
     from dpo_ray.storage.published import Move
     from pipelines.context import RunContext
+    from pipelines.hooks import Ended
     from pipelines.terminal import Terminal
 
 app = typer.Typer(
@@ -49,15 +51,49 @@ RunId = Annotated[
 ]
 
 
+Since = Annotated[
+    str | None, typer.Option(help="Only files of data.train of this day and later ones, as in 2026-11-01: data.since.")
+]
+Until = Annotated[str | None, typer.Option(help="Only files of data.train up to this day, it included: data.until.")]
+Partitions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--partition", help="Only files below such folders, as in date=2026-11-01. Repeatable: data.partitions."
+    ),
+]
+
+
+def _chosen(since: str | None, until: str | None, partitions: list[str] | None) -> list[str]:
+    """The options as overrides."""
+    named = {"since": since, "until": until, "partitions": json.dumps(partitions) if partitions else None}
+    return [f"data.{name}={value}" for name, value in named.items() if value is not None]
+
+
 @app.command()
-def run(config: ConfigPath, override: Overrides = None, dry_run: DryRun = False, run_id: RunId = None) -> None:
+def run(
+    config: ConfigPath,
+    override: Overrides = None,
+    dry_run: DryRun = False,
+    run_id: RunId = None,
+    since: Since = None,
+    until: Until = None,
+    partition: Partitions = None,
+) -> None:
     """Run the main job: from preference data or prompts to a published model."""
-    _run_until("publish", config, override, dry_run, run_id)
+    _run_until("publish", config, [*(override or []), *_chosen(since, until, partition)], dry_run, run_id)
 
 
 def _stage_command(stage: Stage) -> None:
-    def command(config: ConfigPath, override: Overrides = None, dry_run: DryRun = False, run_id: RunId = None) -> None:
-        _run_until(stage, config, override, dry_run, run_id)
+    def command(
+        config: ConfigPath,
+        override: Overrides = None,
+        dry_run: DryRun = False,
+        run_id: RunId = None,
+        since: Since = None,
+        until: Until = None,
+        partition: Partitions = None,
+    ) -> None:
+        _run_until(stage, config, [*(override or []), *_chosen(since, until, partition)], dry_run, run_id)
 
     command.__doc__ = f"Run the stages up to {stage}; what is finished is taken over."
     app.command(name=stage)(command)
@@ -77,11 +113,20 @@ def train(
     reference: Annotated[
         str | None, typer.Option(help="Train on this finished reference artifact instead of this configuration's own.")
     ] = None,
+    since: Since = None,
+    until: Until = None,
+    partition: Partitions = None,
 ) -> None:
     """Run the stages up to train; what is finished is taken over."""
+    chosen = _chosen(since, until, partition)
     if reference is None:
-        _run_until("train", config, override, dry_run, run_id)
+        _run_until("train", config, [*(override or []), *chosen], dry_run, run_id)
         return
+    if chosen:
+        raise ConfigError(
+            f"--reference names the rows to train on, and {chosen[0]} chooses among files that are not read then: "
+            "leave one of them out."
+        )
     from pipelines.preflight import require_reference_use
 
     loaded = load_config(config, override)
@@ -106,6 +151,7 @@ def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = Fals
     from tuning.space import require_space
 
     loaded = load_config(config, override)
+    _require_start_from_model(loaded, "sweep", "the trials")
     require_space(loaded)
     if dry_run:
         from pipelines.show import plan_lines, sweep_lines
@@ -150,6 +196,7 @@ def iterate(config: ConfigPath, override: Overrides = None, dry_run: DryRun = Fa
     loaded = load_config(config, override)
     if loaded.iterate is None:
         raise ConfigError(f"{config} has no section iterate: add one, such as -o iterate.rounds=3.")
+    _require_start_from_model(loaded, "iterate", "the first round")
     if dry_run:
         from pipelines.show import iterate_lines
 
@@ -164,6 +211,15 @@ def iterate(config: ConfigPath, override: Overrides = None, dry_run: DryRun = Fa
         iterate(context)
 
     _carry_out(loaded, run_id, work, plan=planned(loaded, "publish"), check_for="publish")
+
+
+def _require_start_from_model(config: Config, command: str, who: str) -> None:
+    """Raises ConfigError where train.start says otherwise, which these commands do not follow."""
+    if config.train.start != "base":
+        raise ConfigError(
+            f"train.start={config.train.start} is for `dpo-ray run` and its stages: in `dpo-ray {command}` {who} "
+            "start from model.path. Set train.start=base; to go on from a published model, name it as model.path."
+        )
 
 
 Published = Annotated[str, typer.Argument(help="The name that models are published under: run.name.")]
@@ -205,11 +261,38 @@ def _move(output: str, name: str, command: str, move: Callable[[Location], Move]
 
 
 @app.command()
-def show(output: Annotated[str, typer.Argument(help="An output folder, or the folder of one run.")]) -> None:
-    """Show the runs and published models of an output folder."""
-    from pipelines.show import show_output
+def show(
+    output: Annotated[str, typer.Argument(help="An output folder, or the folder of one run.")],
+    last: Annotated[int, typer.Option(min=1, help="The newest so many runs.")] = 20,
+    every: Annotated[bool, typer.Option("--all", help="All runs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show the newest runs of an output folder: data, measures, outcome, cost; and which models are the latest."""
+    from dpo_ray.storage.location import Location
+    from pipelines.history import lines, page
 
-    show_output(output)
+    place = Location.of(output)
+    if (place / "summary.json").exists():
+        typer.echo((place / "summary.json").read_bytes().decode())
+        return
+    for line in lines(page(place, None if every else last), as_json=as_json):
+        typer.echo(line)
+
+
+@app.command()
+def lineage(
+    output: Annotated[str, typer.Argument(help="The output folder.")],
+    asked: Annotated[
+        str, typer.Argument(help="A model: name, name/version or version. Or a pair id, a file, or a partition.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Tell what a published model was made from, or which published models have seen a row or a file."""
+    from dpo_ray.storage.location import Location
+    from pipelines.lineage import lines, trace_back
+
+    for line in lines(trace_back(Location.of(output), asked), as_json=as_json):
+        typer.echo(line)
 
 
 @app.command()
@@ -239,7 +322,13 @@ def _run_until(stage: Stage, path: Path, overrides: list[str] | None, dry_run: b
 
         align(context, until=stage)
 
-    _carry_out(config, run_id, work, plan=planned(config, stage), check_for=stage)
+    def is_done(context: RunContext) -> bool:
+        from pipelines.nothing_new import is_nothing_new
+
+        return is_nothing_new(context)
+
+    may_be_done = is_done if stage == "publish" else None
+    _carry_out(config, run_id, work, plan=planned(config, stage), check_for=stage, is_done=may_be_done)
 
 
 def _print_plan(config: Config, stage: Stage) -> None:
@@ -257,16 +346,20 @@ def _carry_out(
     *,
     plan: list[str],
     check_for: Stage | None = None,
+    is_done: Callable[[RunContext], bool] | None = None,
 ) -> None:
     """Run the work in a run's folder, seen by a person and with a log file, and close with what came of it.
 
     Args:
         plan: the stages of the work.
         check_for: the last stage whose needs are checked before.
+        is_done: finds out, without Ray, whether there is nothing to do.
     """
+    from pipelines.hooks import require_hooks, told_when_ended
     from pipelines.terminal import captured
 
-    with captured() as terminal, _told_when_interrupted():
+    require_hooks(config)
+    with captured() as terminal, _told_when_interrupted(), told_when_ended(config) as ended:
         terminal.display.plan(plan)
         if check_for is not None:
             from pipelines.preflight import preflight
@@ -275,13 +368,19 @@ def _carry_out(
             preflight(config, check_for)
         from dpo_ray.model.pin import pinned
 
-        lines = _record(terminal, pinned(config), run_id, work, plan)
+        lines = _record(terminal, pinned(config), run_id, work, plan, is_done, ended)
     for line in lines:
         typer.echo(line)
 
 
 def _record(
-    terminal: Terminal, config: Config, run_id: str | None, work: Callable[[RunContext], None], plan: list[str]
+    terminal: Terminal,
+    config: Config,
+    run_id: str | None,
+    work: Callable[[RunContext], None],
+    plan: list[str],
+    is_done: Callable[[RunContext], bool] | None,
+    ended: Ended,
 ) -> list[str]:
     """Do the work; whatever comes of it, the run's folder gets its log, its summary and its report.
 
@@ -293,26 +392,28 @@ def _record(
     from pipelines.show import closing_lines
 
     context = RunContext.start(config, run_id)
+    ended.folder = context.folder.uri
     if context.folder.is_local:
         terminal.keep_log(Path(context.folder.uri))
     context.begins = terminal.display.stage
     context.table = terminal.display.table
     try:
         with _told_when_interrupted():
-            if not is_embedded():
-                from pipelines.needs import check_cluster
+            if is_done is None or not is_done(context):
+                if not is_embedded():
+                    from pipelines.needs import check_cluster
 
-                check_cluster(config, context.output, plan)
-            work(context)
+                    check_cluster(config, context.output, plan)
+                work(context)
     except BaseException as error:
         code = error.exit_code if isinstance(error, DpoRayError) else 1
         reason = str(error) if isinstance(error, DpoRayError) else f"{type(error).__name__}: {error}"
-        summary = context.write_summary(code, [reason])
+        ended.summary = summary = context.write_summary(code, [reason])
         write_report(context, summary)
         raise
     finally:
         disconnect()
-    summary = context.write_summary(0, [])
+    ended.summary = summary = context.write_summary(0, [])
     write_report(context, summary)
     return closing_lines(context, summary, terminal.log)
 

@@ -10,13 +10,16 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from dpo_ray.config import Config, dump_config
+from dpo_ray.config import Config, Model, Train, dump_config
 from dpo_ray.data.tally import Tally
+from dpo_ray.on_ray.usage import metered
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.claim import kept_fresh
+from dpo_ray.storage.lineage import SourceFile
 from dpo_ray.storage.location import Location
 from pipelines import require_run_id
+from pipelines.cost import cost_of
 
 STAGES_SO_FAR = "stages.json"
 """In a run's folder while it is at work: fingerprints of what its stages have made, which `dpo-ray gc` spares."""
@@ -34,10 +37,15 @@ class RunContext:
     """Name of a stage → its entry in summary.json."""
     results: dict[str, Any] = field(default_factory=dict)
     """The other entries of summary.json."""
+    sources: dict[str, SourceFile] = field(default_factory=dict)
+    """Name of a shard of pairs → the file that its rows are from."""
+    models: dict[str, Model] = field(default_factory=dict)
+    """Fingerprint of a policy → the model that it was trained from."""
     begins: Callable[[str], None] = field(default=lambda name: None)
     """Told the name of each stage as it begins."""
     table: Callable[[Sequence[Sequence[str]]], None] = field(default=lambda rows: None)
     """Shown a table that stands below the stages, its head first, while a stage is at work."""
+    began: datetime = field(default_factory=lambda: datetime.now(UTC))
     variant: str = ""
     """Which of several ways of doing the stages this is, where there are several."""
 
@@ -69,7 +77,7 @@ class RunContext:
         self.begins(name)
         began = time.monotonic()
         so_far = {name: entry["fingerprint"] for name, entry in self.stages.items()}
-        with kept_fresh(self.folder / STAGES_SO_FAR, json.dumps(so_far).encode()):
+        with kept_fresh(self.folder / STAGES_SO_FAR, json.dumps(so_far).encode()), metered() as usage:
             artifact, reused = make()
         counters = artifact.manifest.counters
         tally = Tally.of(counters) if counters else None  # of what is no table of rows nothing is counted
@@ -81,6 +89,8 @@ class RunContext:
             "seconds": round(time.monotonic() - began, 1),
             "rows": {"in": tally and tally.read, "kept": tally and tally.kept, "dropped": dropped},
             "noted": tally.noted if tally else {},
+            "workers": usage.workers,
+            "gpus": usage.gpus,
         }
         if not reused:
             rows = f"{tally.kept} rows, " if tally and artifact.manifest.rows is not None else ""
@@ -90,9 +100,13 @@ class RunContext:
 
     def write_summary(self, exit_code: int, reasons: list[str]) -> dict[str, Any]:
         """Write summary.json; readers see the whole of it or none."""
+        seconds = (datetime.now(UTC) - self.began).total_seconds()
         summary = {
             "run_id": self.run_id,
             "exit_code": exit_code,
+            "began": f"{self.began:%Y-%m-%dT%H:%M:%SZ}",
+            "seconds": round(seconds, 1),
+            "cost": cost_of(self.stages, seconds, self._trials()),
             "stages": self.stages,
             "published": None,
             **self.results,
@@ -101,3 +115,8 @@ class RunContext:
         (self.folder / "summary.json").write_bytes(json.dumps(summary, indent=1, ensure_ascii=False).encode())
         (self.folder / STAGES_SO_FAR).remove()
         return summary
+
+    def _trials(self) -> tuple[float, int, Train] | None:
+        """Of a sweep, what cost_of wants to know of its trials."""
+        sweep = self.results.get("sweep")
+        return (sweep["seconds"], sweep["at_once"], self.config.train) if sweep else None

@@ -20,6 +20,7 @@ from dpo_ray.pairs import PAIRS, PROMPTS, steers
 from dpo_ray.progress import say
 from dpo_ray.shards.generate import Ask
 from dpo_ray.storage.artifact import Artifact, Contents, digest, make, read_shard, write_shard
+from dpo_ray.storage.lineage import SourceFile
 from dpo_ray.storage.location import Location
 from pipelines.context import RunContext
 
@@ -46,7 +47,17 @@ def generate(
     prompts = publish_prompts(context.output, tables)
     candidates = _candidates(context, options, prompts)
     scores = score_by(scoring or context, "reward", options.reward, candidates)
-    return context.stage("pair", lambda: _pair(context, options, candidates, scores))
+    pairs = context.stage("pair", lambda: _pair(context, options, candidates, scores))
+    from_prompts(context, pairs)
+    return pairs
+
+
+def from_prompts(context: RunContext, pairs: Artifact) -> None:
+    """Note that these pairs were made of generate.prompts."""
+    options = context.config.generate
+    assert options is not None
+    source = SourceFile(uri=options.prompts, key="generate.prompts")
+    context.sources.update({shard.name: source for shard in pairs.shards()})
 
 
 def prompts_by_side(config: Config, options: Generate) -> dict[str, list[dict[str, Any]]]:

@@ -13,7 +13,7 @@ from dpo_ray.evaluation.margins import preference_accuracy
 from dpo_ray.on_ray.score import score_policy
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
-from dpo_ray.storage.published import latest, published_folder
+from dpo_ray.storage.published import compared_version, published_folder
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
 from pipelines.deduplicate import deduplicate
@@ -51,7 +51,7 @@ def score_sets(context: RunContext, policy: Artifact, rows: Artifact, scores: Ar
     gate, named = context.config.publish.gate.no_regression, context.config.evaluate.sets
     found = {}
     if HELD_OUT in gate:
-        version, published = _published(context, rows, context.config.train.eval_fraction)
+        version, published = _published(context, policy, rows, context.config.train.eval_fraction)
         found[HELD_OUT] = ScoredSet(rows, scores, published, version)
     for name, paths in named.items():
         mine = context.other(of_set(context.config), f"set {name}")
@@ -59,7 +59,7 @@ def score_sets(context: RunContext, policy: Artifact, rows: Artifact, scores: Ar
         tokenized = tokenize(mine, pairs, deduplicate(mine, pairs))
         scored_rows, _ = reference(mine, tokenized)
         of_policy = score(mine, "score", policy.fingerprint, policy.location / MODEL_FOLDER, scored_rows, 1.0)
-        version, published = _published(mine, scored_rows, 1.0) if name in gate else (None, None)
+        version, published = _published(mine, policy, scored_rows, 1.0) if name in gate else (None, None)
         found[name] = ScoredSet(scored_rows, of_policy, published, version)
     return found
 
@@ -89,14 +89,15 @@ def _mean(values: np.ndarray) -> Estimate:
     return bootstrap(lambda of: float(values[of].mean()), len(values))
 
 
-def _published(context: RunContext, rows: Artifact, eval_fraction: float) -> tuple[str | None, Artifact | None]:
-    """The version that is the latest now, and its scores of these rows."""
+def _published(
+    context: RunContext, policy: Artifact, rows: Artifact, eval_fraction: float
+) -> tuple[str | None, Artifact | None]:
+    """The version that the policy is compared with, and its scores of these rows."""
     folder = published_folder(context.output, context.config.run.name)
-    standing = latest(folder)
-    if standing is None:
+    version = compared_version(folder, policy.fingerprint)
+    if version is None:
         return None, None
-    scores = score(context, "score_published", standing.version, folder / standing.version, rows, eval_fraction)
-    return standing.version, scores
+    return version, score(context, "score_published", version, folder / version, rows, eval_fraction)
 
 
 def score(

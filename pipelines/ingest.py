@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dpo_ray.config import Columns, Config, Data, Paths
 from dpo_ray.config.layouts import Layout, recognise, texts_of
 from dpo_ray.data.quarantine import require_enough_kept
 from dpo_ray.data.raw.files import SUFFIXES, Stamp
+from dpo_ray.data.raw.partitions import in_partitions, in_period
 from dpo_ray.data.raw.scan import FileRecord, Peek, map_files, peek, read_record, require_usable
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage
@@ -16,8 +18,11 @@ from dpo_ray.on_ray.scan import scan_files
 from dpo_ray.pairs import Split
 from dpo_ray.shards.ingest import IngestShard, RawShard, identity
 from dpo_ray.storage.artifact import Artifact, digest
+from dpo_ray.storage.lineage import FOLDER as LINEAGE
+from dpo_ray.storage.lineage import SourceFile
 from dpo_ray.storage.location import Location, find_files
 from pipelines.context import RunContext
+from pipelines.input import tell_input
 
 FILES = "artifacts/files"
 """Below run.output: what was found out about the input files."""
@@ -29,7 +34,9 @@ _Side = tuple[str, list[Location], Split | None]
 
 def ingest(context: RunContext) -> Artifact:
     """The pairs of data.train and data.eval. Raises DataError on unreadable files and on too many bad rows."""
-    return context.stage("ingest", lambda: _ingest(context, _sides(context.config)))
+    pairs = context.stage("ingest", lambda: _ingest(context, _sides(context.config)))
+    context.results["input"] = tell_input(context, pairs)
+    return pairs
 
 
 def ingest_set(context: RunContext, key: str, paths: Paths) -> Artifact:
@@ -73,10 +80,20 @@ def _known(file: Location, config: Config) -> tuple[Peek | FileRecord, Layout | 
 def _sides(config: Config) -> list[_Side]:
     data, output = config.data, Location.of(config.run.output)
     assert data.train is not None
-    train = input_files(data.train, "data.train", output)
+    train = chosen_files(data, input_files(data.train, "data.train", output))
     if not data.eval:
         return [("data.train", train, None)]
     return [("data.train", train, "train"), ("data.eval", input_files(data.eval, "data.eval", output), "eval")]
+
+
+def chosen_files(data: Data, files: list[Location]) -> list[Location]:
+    """Those that data.since, data.until and data.partitions leave. Raises DataError where they leave none."""
+    uris = [file.uri for file in files]
+    if data.since is not None or data.until is not None:
+        uris = in_period(uris, data.since, data.until)
+    if data.partitions:
+        uris = in_partitions(uris, data.partitions)
+    return [Location(uri) for uri in uris]
 
 
 def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
@@ -88,7 +105,7 @@ def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
     for pattern in [paths] if isinstance(paths, str) else paths:
         found = find_files(pattern, SUFFIXES)
         # A folder may hold the output as well, whose shards would look like preference data in the next run.
-        inside = tuple(f"{_real(output)}/{name}/" for name in ("artifacts", "runs", "models"))
+        inside = tuple(f"{_real(output)}/{name}/" for name in ("artifacts", "runs", "models", LINEAGE))
         if not _real(Location.of(pattern)).startswith(inside):
             found = [file for file in found if not _real(file).startswith(inside)]
         if not found:
@@ -103,6 +120,14 @@ def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
 def _real(place: Location) -> str:
     """One spelling of a place, whatever links and dots lead to it."""
     return os.path.realpath(place.uri) if place.is_local else place.uri
+
+
+def known_files(output: Location) -> Iterator[tuple[str, str]]:
+    """Every file that a run below `output` has read: where it lay then, and the sha256 of its bytes."""
+    for place in (output / FILES).children():
+        if place.name.endswith(".json"):
+            record = json.loads(place.read_bytes())  # of an earlier version, too
+            yield record["uri"], record["sha256"]
 
 
 def _layout(found: Peek | FileRecord, source: str, config: Config) -> Layout | None:
@@ -133,11 +158,14 @@ def _ingest(context: RunContext, sides: list[_Side]) -> tuple[Artifact, bool]:
     found = map_files(lambda record: (record, _layout(record, record.uri, context.config)), records)
     data.require_used({layout for _, layout in found if layout is not None})
     tasks: list[ShardTask[RawShard]] = []
+    sources: list[SourceFile] = []
+    """Of each task."""
     for key, files, split in sides:
         side, found = found[: len(files)], found[len(files) :]
         _require_rows([record for record, _ in side], key)
         for record, layout in side:
             tasks += [] if layout is None else _tasks(record, layout, folder, split, data)
+            sources += [SourceFile(uri=record.uri, key=key, sha256=record.sha256)] * (len(tasks) - len(sources))
     tasks = each_its_own(tasks)
     options = {
         "held_out_fraction": data.held_out_fraction,
@@ -154,6 +182,7 @@ def _ingest(context: RunContext, sides: list[_Side]) -> tuple[Artifact, bool]:
         tasks=tasks,
         pool=Pool(IngestShard, options, stateless=True),
     )
+    context.sources.update(zip((shard.name for shard in artifact.shards()), sources, strict=True))
     require_enough_kept(artifact, data.max_quarantined_fraction)
     return artifact, reused
 

@@ -20,7 +20,7 @@ from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
 from pipelines.deduplicate import deduplicate
 from pipelines.evaluate import evaluate
-from pipelines.generate import generate, prompts_by_side
+from pipelines.generate import from_prompts, generate, prompts_by_side
 from pipelines.publish import publish
 from pipelines.reference import reference
 from pipelines.tokenize import tokenize
@@ -162,7 +162,9 @@ def _with_replay(
         pool=Pool(ReplayShard, {}, stateless=True),
         unit="pairs",
     )
-    return context.stage("replay", stage)
+    replayed = context.stage("replay", stage)
+    from_prompts(context, replayed)
+    return replayed
 
 
 def _training_pairs(pairs: Artifact) -> int:

@@ -28,6 +28,10 @@ def preflight(config: Config, until: Stage = "publish") -> None:
         from dpo_ray.storage.location import Location
 
         require_leases(Location.of(config.run.output))
+        if config.train.start == "published":
+            from pipelines.start import starting_model
+
+            starting_model(config, Location.of(config.run.output))
     if config.evaluate.tasks is not None and STAGES.index(until) >= STAGES.index("evaluate"):
         from dpo_ray.scoring.task_source import require_tasks
 

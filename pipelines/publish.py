@@ -17,9 +17,19 @@ from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.lease import Lease, WhenBusy, hold
 from dpo_ray.storage.location import Location
-from dpo_ray.storage.published import CARD, is_complete, latest, move, published_folder, was_latest
+from dpo_ray.storage.published import (
+    CARD,
+    Move,
+    compared_version,
+    is_complete,
+    latest,
+    move,
+    published_folder,
+    was_latest,
+)
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
+from pipelines.trace import keep_lineage
 
 STAGE = "publish"
 _COPIES = 8  # at once
@@ -51,9 +61,9 @@ def publish(context: RunContext, policy: Artifact, evaluation: Artifact, measure
     name = context.config.run.name
     with name_lease(context.output, name, context.run_id, context.config.run.when_busy) as lease:
         compared = _compared(context, evaluation)
-        standing = latest(published_folder(context.output, name)) if compared else None
-        if standing is not None and compared != {standing.version}:
-            say(STAGE, f"{standing.version} was published meanwhile: the gate is to compare with it")
+        standing = compared_version(published_folder(context.output, name), policy.fingerprint) if compared else None
+        if standing is not None and compared != {standing}:
+            say(STAGE, f"{standing} was published meanwhile: the gate is to compare with it")
             evaluation = measure()
         return _publish(context, policy, evaluation, lease)
 
@@ -75,10 +85,10 @@ def _publish(context: RunContext, policy: Artifact, evaluation: Artifact, lease:
     version = folder / policy.fingerprint
     if not is_complete(version):
         _copy_model(context, policy, evaluation, version)
+    keep_lineage(context.output, policy, run_id=context.run_id, models=context.models, sources=context.sources)
     context.results["published"] = version.uri
     standing = latest(folder)
-    if standing is not None and standing.action != "publish" and was_latest(folder, version.name):
-        # A run that makes the same model again, as a nightly one without new data does, undoes nobody's decision.
+    if standing is not None and standing.action != "publish" and stays(version, standing):
         say(
             STAGE,
             f"{version} was published before, and the latest stays {standing.version}: {standing.action} by "
@@ -92,8 +102,23 @@ def _publish(context: RunContext, policy: Artifact, evaluation: Artifact, lease:
     return version
 
 
+def stays(version: Location, standing: Move) -> bool:
+    """Whether publishing a version, which its run has made again, would leave the pointer where it is.
+
+    So it does where the version is the latest, and where somebody has moved the pointer away from it: a run that makes
+    the same model again undoes nobody's decision. standing: the pointer.
+    """
+    if not is_complete(version):
+        return False
+    return standing.version == version.name or (
+        standing.action != "publish" and was_latest(version.parent, version.name)
+    )
+
+
 def _copy_model(context: RunContext, policy: Artifact, evaluation: Artifact, version: Location) -> None:
-    card = model_card(context.config, context.run_id, policy.manifest.metrics, evaluation.manifest.metrics)
+    start = context.models.get(policy.fingerprint, context.config.model)
+    measured = evaluation.manifest.metrics
+    card = model_card(context.config, context.run_id, policy.manifest.metrics, measured, started_from=start.path)
     if not version.is_local:
         # No folder can be renamed there: the card, whose presence makes a version complete, is written last.
         _copy_files(policy, version)

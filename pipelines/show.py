@@ -1,4 +1,4 @@
-"""What a person reads: the plan before a run, the closing lines after it, and what an output folder holds."""
+"""What a person reads of a run: the plan before it, and the closing lines after it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_ray.config import BASE_MODEL, Config, Paths
 from dpo_ray.config.reward import named
-from dpo_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipelines import Stage
@@ -29,6 +28,7 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
     """What a run would do, stage by stage."""
     train, loss, win_rate, tasks = config.train, config.train.loss, config.evaluate.win_rate, config.evaluate.tasks
     beta = getattr(loss, "beta", None)  # a few losses have none
+    start = "from the published model, if there is one, " if train.start == "published" else ""
     before = ", before and after" if config.reference.engine != "torch" else ""
     if config.generate is not None:
         generate = config.generate
@@ -45,11 +45,13 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
         ]
     else:
         data = config.data
+        chosen = "".join(f", {name}={value}" for name, value in data.chooses_files.items())
         held_out = _listed(data.eval) if data.eval else f"{data.held_out_fraction:g} of the prompts"
         first = [
             (
                 "ingest",
-                f"pairs of {_listed(data.train or ())}, held out: {held_out}; without duplicates and contradictions",
+                f"pairs of {_listed(data.train or ())}{chosen}, held out: {held_out}; "
+                "without duplicates and contradictions",
             )
         ]
     steps = [
@@ -71,7 +73,8 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
         (
             "train",
             f"{loss.type}, {f'beta {beta:g}, ' if beta is not None else ''}learning rate {train.learning_rate:g}, "
-            f"{train.epochs} epoch(s), steps of {train.global_batch_size} pairs on {train.num_workers} worker(s)",
+            f"{start}{train.epochs} epoch(s), steps of {train.global_batch_size} pairs "
+            f"on {train.num_workers} worker(s)",
         ),
         (
             "evaluate",
@@ -192,37 +195,3 @@ def _measured(config: Config, evaluation: dict[str, Any]) -> list[str]:
 
 def _interval(found: dict[str, Any]) -> str:
     return f"{found['value']:.3f}, 95% interval {found['low']:.3f} to {found['high']:.3f} (n={found['n']})"
-
-
-def show_output(output: str) -> None:
-    """Print the runs of an output folder, newest first, and the published models. Raises ConfigError."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from dpo_ray.storage.location import Location
-
-    place = Location.of(output)
-    console = Console()
-    if (place / "summary.json").exists():
-        console.print_json((place / "summary.json").read_bytes().decode())
-        return
-    runs = (place / "runs").children()
-    if not runs:
-        raise ConfigError(f"{place} holds no run: name the folder given as run.output, or a folder below its runs/.")
-    table = Table("run", "exit", "accuracy", "win rate", "published")
-    for folder in sorted(runs, key=lambda r: r.name, reverse=True):
-        if not (folder / "summary.json").exists():
-            table.add_row(folder.name, "unfinished", "", "", "")
-            continue
-        summary = json.loads((folder / "summary.json").read_bytes())
-        evaluation = summary.get("eval") or {}
-        cells = [_estimate(evaluation.get(name)) for name in ("accuracy", "win_rate")]
-        table.add_row(folder.name, str(summary["exit_code"]), *cells, summary["published"] or "")
-    console.print(table)
-    for model in (place / "models").children():
-        if (model / "latest.json").exists():
-            console.print(f"{model.name}: latest is {json.loads((model / 'latest.json').read_bytes())['version']}")
-
-
-def _estimate(found: dict[str, Any] | None) -> str:
-    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" if found else ""

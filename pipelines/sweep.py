@@ -152,6 +152,7 @@ def _judge(context: RunContext, prepared: Prepared, chosen: Config, outcome: Out
     reasons: list[str] = []
     try:
         policy = mine.stage("train", lambda: train_policy(context.output, chosen, prepared.rows, run_id=context.run_id))
+        mine.models[policy.fingerprint] = chosen.model
         measure = partial(evaluate, mine, prepared.pairs, prepared.rows, prepared.calibration, policy)
         evaluation = measure()
         final |= {name: evaluation.manifest.metrics[name] for name in ("accuracy", "win_rate")}

@@ -200,6 +200,8 @@ def _require_searchable(config: Config, path: str) -> None:
             "it changes which pairs are held out, so trials would not be measured on the same ones"
             + "; name the held-out pairs as data.eval" * (path == "data.train")
         )
+    elif path == "train.start":
+        reason = "trials start from model.path; search that"
     elif top == "train" and not _changes_training(config, path):
         reason = "it decides where and how fast trials train, and not what they learn: all its values give one model"
     elif path in {"train.eval_every_steps", "train.eval_pairs", "train.eval_fraction"}:

@@ -4,6 +4,7 @@
 needs neither torch nor Ray, for a mistake in the file is to be told at once.
 """
 
+from dpo_ray.config.hooks import Hook, Hooks
 from dpo_ray.config.iterate import Iterate
 from dpo_ray.config.load import dump_config, load_config, parse_config
 from dpo_ray.config.pairing import CandidatePairing, Pairing
@@ -48,6 +49,8 @@ __all__ = [
     "Evaluate",
     "Gate",
     "Generate",
+    "Hook",
+    "Hooks",
     "ImplicitReward",
     "Iterate",
     "Judge",

@@ -7,11 +7,13 @@ A default stands here and nowhere else.
 from __future__ import annotations
 
 from collections import Counter
+from datetime import date
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from dpo_ray.config.hooks import Hooks
 from dpo_ray.config.iterate import Iterate
 from dpo_ray.config.layouts import Layout, fields_of
 from dpo_ray.config.losses import Loss, SigmoidLoss
@@ -52,6 +54,9 @@ class Run(Section):
     wait_for_resources: float = Field(15.0, ge=0.0)
     """Minutes that a stage waits, at most, for a cluster to grow where it has too little room: its autoscaler is asked
     for more. 0: the run is refused at its start, as is right for a cluster that nothing adds nodes to."""
+
+    hooks: Hooks = Hooks()
+    """Who is told how the run ended."""
 
     def require_absolute_output(self) -> None:
         """Raises ConfigError where `output` is a relative path: for a job on a cluster.
@@ -144,6 +149,14 @@ class Data(Section):
     """Preference data, Parquet or JSON lines (.jsonl, .ndjson, also .gz or .zst): a file, a folder or a glob, local or
     a URI, or a list of these. What lies in run.output is taken only where a path leads into it. Left out when
     `generate` makes the pairs."""
+    since: date | None = None
+    """Of `train` only the files of this day and later ones, as their paths tell (date=2026-11-01/…, or a date in the
+    file's name). Held-out data named by `eval` is taken whole."""
+    until: date | None = None
+    """Of `train` only the files up to this day, it included."""
+    partitions: tuple[Annotated[str, Field(pattern=r"^[^=/]+=[^/]+$")], ...] = ()
+    """Of `train` only the files in these Hive-style folders, such as date=2026-11-01: in any of those with the same
+    key, and in one of each key."""
     eval: Paths | None = None
     """Held-out preference data, named likewise. Left out: held_out_fraction of the prompts of `train`."""
     layout: Literal["auto", Layout] = "auto"
@@ -195,8 +208,20 @@ class Data(Section):
                 "or set data.layout=ranked"
             )
 
+    @property
+    def chooses_files(self) -> dict[str, str]:
+        """Options that choose among the files of `train` → their values as text."""
+        chosen = {"since": self.since, "until": self.until, "partitions": ", ".join(self.partitions) or None}
+        return {f"data.{name}": str(value) for name, value in chosen.items() if value is not None}
+
     @model_validator(mode="after")
     def _all_used(self) -> Data:
+        if self.since is not None and self.until is not None and self.until < self.since:
+            raise ConfigError(
+                f"data.until={self.until} lies before data.since={self.since}, so that no day is left: swap them"
+            )
+        if self.train is None and (given := list(self.chooses_files)):
+            raise ConfigError(f"{given[0]} chooses among the files of data.train, and there are none: leave it out")
         if self.layout != "auto":
             self.require_used({self.layout})
         if self.eval is not None and self.held_out_fraction != Data.model_fields["held_out_fraction"].default:
@@ -384,6 +409,9 @@ class EarlyStopping(Section):
 class Train(Section):
     loss: Loss = SigmoidLoss(type="sigmoid")
     """The loss; each type takes only the options that it uses."""
+    start: Literal["base", "published"] = "base"
+    """Whose weights training starts with: those of `model`, or those of what is published under run.name now, which
+    must descend from `model`; where nothing is, those of `model`. The reference is `model` either way."""
     learning_rate: float = Field(1e-6, gt=0.0)
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -448,6 +476,7 @@ class Train(Section):
     def identity(self) -> dict[str, Any]:
         """The options that change the result, and not just where or how fast it is computed."""
         execution = {
+            "start",  # the weights themselves are part of what a training is known by
             "tokens_per_microbatch",
             "num_workers",
             "min_workers",
@@ -672,6 +701,11 @@ class Config(Section):
             raise ValueError(
                 "with model.lora.export=adapter the second round's model would be an adapter, and would train one of a "
                 " merged model that is kept nowhere: set model.lora.export=merged"
+            )
+        if self.train.start == "published" and lora is not None and lora.export == "adapter":
+            raise ValueError(
+                "train.start=published with model.lora.export=adapter would train an adapter of a merged model that is "
+                "kept nowhere: set model.lora.export=merged, or train.start=base"
             )
         others = [one.path for one in self.generate.models if one.path is not None] if self.generate else []
         if self.iterate is not None and others:

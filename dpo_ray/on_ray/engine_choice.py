@@ -8,6 +8,7 @@ from typing import Any
 
 from dpo_ray.on_ray.pool import Pool
 from dpo_ray.on_ray.session import connect
+from dpo_ray.on_ray.usage import used
 from dpo_ray.on_ray.vllm_version import has_vllm, require_vllm
 from dpo_ray.progress import say
 from dpo_ray.shards.score import Engine
@@ -118,6 +119,7 @@ def tried(pool: Pool, doing: str) -> Any:
 def alone(pool: Pool) -> Any:
     """What the function of a pool returns, in a process of its own that ends with it, and its engine's memory too."""
     connect(replace(pool.need, beside=0))
+    used(1, pool.num_gpus)
     import ray
 
     function: Callable[..., Any] = pool.build

@@ -28,6 +28,7 @@ from dpo_ray.errors import DataError, EngineDied
 from dpo_ray.on_ray.failures import carried, raise_ours
 from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import connect, is_embedded, num_cores
+from dpo_ray.on_ray.usage import used
 from dpo_ray.progress import Progress, say
 from dpo_ray.shards.deaths import Deaths
 from dpo_ray.shards.isolation import Attempts
@@ -273,6 +274,7 @@ def _results(kind: str, tasks: list[dict[str, bytes]], pool: Pool, work: dict[st
     if pool.env:
         resources["runtime_env"] = {"env_vars": pool.env}
     workers = min(most, len(tasks))
+    used(workers, pool.num_gpus)
     together = min(pool.together, math.ceil(len(tasks) / workers))
     if pool.stateless:
         work |= {"compute": ray.data.TaskPoolStrategy(size=workers)}

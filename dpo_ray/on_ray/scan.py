@@ -16,6 +16,7 @@ from dpo_ray.on_ray.failures import raise_ours
 from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import connect
 from dpo_ray.progress import Progress, say
+from dpo_ray.storage.finished import about_to_compute
 from dpo_ray.storage.location import Location
 
 _STAGE = "ingest"
@@ -32,6 +33,7 @@ def scan_files(folder: Location, files: list[Location], rows_per_shard: RowsPerS
     records = map_files(lambda stamp: read_record(folder, stamp, rows_per_shard), stamps)
     missing = dict.fromkeys(stamp for stamp, record in zip(stamps, records, strict=True) if record is None)
     if missing:
+        about_to_compute("files that were not looked through")
         _scan(folder, list(missing), rows_per_shard)
         records = map_files(lambda stamp: read_record(folder, stamp, rows_per_shard), stamps)
     assert all(records)

@@ -16,6 +16,7 @@ from dpo_ray.on_ray.preemption import watch_for_preemption
 from dpo_ray.on_ray.room import Cluster, Need, Nodes, await_room, require_room
 from dpo_ray.origin import short
 from dpo_ray.progress import WATCHED, say
+from dpo_ray.storage.finished import about_to_compute
 
 _HOURS = 3600
 _SECONDS_TO_REACH = 20
@@ -58,6 +59,7 @@ def connect(need: Need, *, trains: bool = False) -> None:
 
     Raises ConfigError where the cluster is too small, for work would wait there for ever.
     """
+    about_to_compute("what Ray is asked for")
     _session.trains |= trains
     if _session.is_open and is_embedded() and not _serves(need.all_cpus, trains):
         # It was started for an earlier stage, of which nothing is left in it.

@@ -18,10 +18,12 @@ from dpo_ray.on_ray.failures import raise_ours, reason_of
 from dpo_ray.on_ray.resume import newest_whole_checkpoint, resumed_step, run_name, state_of
 from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import connect
+from dpo_ray.on_ray.usage import used
 from dpo_ray.on_ray.worker_memory import least_memory
 from dpo_ray.progress import aside, say
 from dpo_ray.storage.artifact import Artifact, Contents, FileEntry, load, make, place
 from dpo_ray.storage.claim import claim
+from dpo_ray.storage.finished import about_to_compute
 from dpo_ray.storage.lease import Lease, WhenBusy, hold
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import HISTORY, KIND, MODEL_FOLDER, exported_files, num_skipped
@@ -75,6 +77,7 @@ def train_policy(
     with claim(output, location, inputs, ()):
         artifact, reused = load(location, KIND, location.name), True
     if artifact is None:
+        about_to_compute(location)
         waiting = {"while_waiting": steering.while_waiting, "on_lost": steering.stop}
         with training_lease(output, location, run_id=run_id, when_busy=config.run.when_busy, **waiting) as lease:
 
@@ -176,6 +179,7 @@ def _run(
     """Run the workers to the last step. Returns where the last checkpoint is."""
     options = config.train
     connect(training_need(options), trains=True)
+    used(options.num_workers, options.gpus)
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 

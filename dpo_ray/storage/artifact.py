@@ -26,6 +26,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 from dpo_ray.errors import DataError, StorageError
 from dpo_ray.progress import say
 from dpo_ray.storage.claim import claim
+from dpo_ray.storage.finished import about_to_compute
 from dpo_ray.storage.location import Location
 
 SCHEMA_VERSION = 2
@@ -188,6 +189,7 @@ def make(
             if not makes_lost:
                 raise _lacks(location, manifest, lost)
             say(kind, f"{location} has lost {len(lost)} files, the first being {lost[0]}: they are made again")
+        about_to_compute(location)
         made = compute(location)
     artifact = publish(
         location,

@@ -184,6 +184,13 @@ class Location:
             infos: list[pafs.FileInfo] = fs.get_file_info(selected)
             return infos
 
+    def entries(self) -> list[tuple[str, float | None]]:
+        """Names of children, and when each was written, in the store's seconds since the epoch: None of a folder of an
+        object store. Unfinished files are not listed."""
+        infos = self._infos(recursive=False)
+        named = [(info.base_name, info.mtime_ns) for info in infos if not info.base_name.startswith(".")]
+        return [(name, at / 1e9 if at is not None else None) for name, at in sorted(named, key=lambda one: one[0])]
+
     def children(self) -> list[Location]:
         """Children by name; empty where there is no such folder. Unfinished files are not listed."""
         names = sorted(info.base_name for info in self._infos(recursive=False))

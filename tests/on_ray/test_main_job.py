@@ -112,6 +112,22 @@ def test_a_second_run_reuses_every_stage_and_starts_no_ray(first_run, job):
     assert "pipelines.align" in imported and not imported & {"ray", "torch", "transformers", "vllm"}
     assert all(stage["reused"] for stage in summary_of(folder / "out")["stages"].values())
     assert "starting Ray" not in again.log
+    assert again.lines(f"[publish] nothing new: these data and this configuration have made {published_name(folder)}")
+
+
+def published_name(folder: Path) -> str:
+    """The version that stands."""
+    return json.loads((folder / "out" / "models" / "numbers" / "latest.json").read_text())["version"]
+
+
+def test_what_the_model_was_trained_on_is_known_of_each_file(first_run):
+    folder, _, summary = first_run
+    told = json.loads(in_process("lineage", str(folder / "out"), "train-00000.parquet", "--json").log)
+    [one] = told["models"]
+    stages = summary["stages"]
+    assert one["read"] == 40 == stages["ingest"]["rows"]["in"]
+    assert one["trained"] == stages["train"]["rows"]["kept"] and one["held_out"] == 40 - one["trained"]
+    assert stages["train"]["workers"] == 2 and summary["cost"]["worker_hours"] > 0
 
 
 def test_show_lists_the_run_and_the_published_model(first_run, monkeypatch):
@@ -162,6 +178,26 @@ def test_new_shards_cost_only_themselves(first_run, job, one_ray, write_preferen
     assert done.code == 0, done.log
     for stage in ("pairs", "tokenized", "reference"):
         assert done.lines(f"[{stage}] 8 of 10 shards are finished already, 2 to compute"), done.log
+
+
+def test_a_night_goes_on_from_the_published_model_against_the_same_reference(
+    first_run, job, one_ray, write_preferences
+):
+    folder, run = job
+    first = published_name(folder)
+    write_preferences(folder / "data", preference_rows(40, 10), name="train-00001.parquet")
+    done = run(by=one_ray, train__start="published", **SMALL_TRAINING)
+    assert done.code == 0, done.log
+    summary = summary_of(folder / "out")
+    assert summary["train"]["started_from"].endswith(f"/models/numbers/{first}") and published_name(folder) != first
+    loss, zero = summary["train"]["first_step_loss"], summary["train"]["zero_margin_loss"]
+    assert abs(loss - zero) > NEAR / 100  # the policy is not the reference any more
+    weights = first_run[2]["stages"]["reference"]["fingerprint"], summary["stages"]["reference"]["fingerprint"]
+    manifests = [json.loads((folder / f"out/artifacts/reference/{one}/manifest.json").read_text()) for one in weights]
+    assert manifests[0]["identity"] == manifests[1]["identity"]
+    told = json.loads(in_process("lineage", str(folder / "out"), "numbers", "--json").log)
+    assert [one["policy"] for one in told["policies"]] == [published_name(folder), first]
+    assert run(by=one_ray, train__start="published", **SMALL_TRAINING).lines("nothing new")
 
 
 def test_a_lost_file_is_made_again_and_no_other(first_run, job, one_ray):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
+from dpo_ray.data.seen_rows import SEEN_ROWS, write_seen_rows
+from dpo_ray.storage.lineage import PolicyLineage, ShardLineage, SourceFile, StartModel, ids_file, write_policy
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.published import CARD, move
 from pipelines.cli import app
 from tests.shard_stages import age, stage
 
@@ -53,6 +58,44 @@ def test_garbage_is_collected_as_it_says(command, monkeypatch, tmp_path):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert artifact.shards()[0].exists() != ("--delete" in words)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with out/align, where a run has published a model that was made from a file of a partition."""
+    folder = tmp_path_factory.mktemp("readme")
+    place = Location.of(folder / "out/align")
+    summary = {"run_id": "r", "exit_code": 0, "stages": {}, "published": "p/v", "reasons": []}
+    (place / "runs/r/summary.json").write_bytes(json.dumps(summary).encode())
+    (place / "models/aligned/v" / CARD).write_bytes(b"card")
+    move(place / "models/aligned", "v", action="publish", why="it passed its gate", run_id="r")
+    shard = ShardLineage(pairs="p.parquet", rows="t.parquet", source=0, read=1, trained=1, held_out=0)
+    ids = pa.table({"pair": [0x2CFFB58E0B76C737], "row": [0], "held_out": [False]}, schema=SEEN_ROWS)
+    for kind, name in (("pairs", shard.pairs), ("tokenized", shard.rows)):
+        write_seen_rows(ids, ids_file(place, kind, name))
+    write_policy(
+        place,
+        PolicyLineage(
+            policy="v",
+            run_id="r",
+            model=StartModel(weights="w", path="m"),
+            rows_kind="tokenized",
+            sources=[SourceFile(uri="/data/date=2026-11-01/a.parquet", key="data.train", sha256="s")],
+            artifacts=[],
+            shards=[shard],
+        ),
+    )
+    return folder
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("dpo-ray show ", "dpo-ray lineage "))])
+@pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["words", "json"])
+def test_what_is_asked_of_an_output_folder_is_answered(command: str, as_json: list[str], output: Path, monkeypatch):
+    monkeypatch.chdir(output)
+    result = CliRunner().invoke(app, [*shlex.split(command)[1:], *as_json])
+    assert result.exit_code == 0, result.output
+    assert "aligned" in result.output and ("trained" in result.output or " show " in command)
+    assert not as_json or json.loads(result.output)
 
 
 def test_no_command_goes_untried():

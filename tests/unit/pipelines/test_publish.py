@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from safetensors.torch import load_file
 
@@ -13,8 +14,10 @@ from dpo_ray.config import Config
 from dpo_ray.errors import Busy, GateFailed
 from dpo_ray.model.folders import HASHES
 from dpo_ray.model.resolve import resolve
+from dpo_ray.pairs import PAIRS, TOKENIZED, PreferencePair, pair_row, tokenized_row
 from dpo_ray.storage import artifact
-from dpo_ray.storage.artifact import Artifact, describe_file
+from dpo_ray.storage.artifact import Artifact, describe_file, write_shard
+from dpo_ray.storage.lineage import read_policy
 from dpo_ray.storage.location import Location
 from dpo_ray.storage.published import CARD, LATEST, latest, move, rollback
 from dpo_ray.training.files import KIND, MODEL_FOLDER
@@ -58,7 +61,25 @@ def policy(context: RunContext, model: Path) -> Artifact:
         describe_file(location / MODEL_FOLDER / n).model_copy(update={"name": f"{MODEL_FOLDER}/{n}"}) for n in names
     ]
     metrics = {"first_step_loss": 0.693, "num_steps": 3, "published_step": 3, "final": {"loss": 0.6}}
-    return artifact.publish(location, KIND, identity={}, inputs={}, files=files, metrics=metrics)
+    identity, inputs = {"weights": "w"}, {"pairs": rows(context).fingerprint}
+    return artifact.publish(location, KIND, identity=identity, inputs=inputs, files=files, metrics=metrics)
+
+
+def rows(context: RunContext) -> Artifact:
+    """A tokenized pair, made from a pair: what the policy was trained on."""
+    pair = PreferencePair(({"role": "user", "content": "Why?"},), "so", "no")
+    tokenized = tokenized_row(pair.pair_id, pair.prompt_id, "train", [1], [2], [3])
+    tables = {
+        "pairs": pa.Table.from_pylist([pair_row(pair, "train")], schema=PAIRS),
+        "tokenized": pa.Table.from_pylist([tokenized], schema=TOKENIZED),
+    }
+    inputs: dict[str, str] = {}
+    for kind, table in tables.items():
+        location = artifact.place(context.output, kind, {}, inputs)
+        files = [write_shard(location / f"{kind}.parquet", table, {"read": 1})]
+        made = artifact.publish(location, kind, identity={}, inputs=inputs, files=files)
+        inputs = {kind: made.fingerprint}
+    return made
 
 
 def evaluation(context: RunContext, low: float) -> Artifact:
@@ -82,6 +103,8 @@ def test_every_file_of_the_model_arrives_with_its_card_and_the_pointer(context: 
     latest = json.loads((context.output / "models" / "n" / LATEST).read_bytes())
     assert (latest["path"], latest["version"]) == (version.uri, trained.fingerprint)
     assert {f.name for f in (context.output / "models" / "n").children()} == {LATEST, "history", trained.fingerprint}
+    kept = read_policy(context.output, trained.fingerprint)
+    assert kept is not None and [(shard.read, shard.trained) for shard in kept.shards] == [(1, 1)]
 
 
 def test_cut_off_before_its_end_it_is_copied_again(

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.storage.location import Location
-from dpo_ray.storage.published import CARD, LATEST, history, latest, move, promote, rollback, was_latest
+from dpo_ray.storage.published import (
+    CARD,
+    LATEST,
+    compared_version,
+    history,
+    latest,
+    move,
+    promote,
+    rollback,
+    was_latest,
+)
 
 
 @pytest.fixture
@@ -167,3 +177,19 @@ def test_a_move_that_was_recorded_and_never_made_is_no_move(output: Location, mo
     publish(output, "c")
     assert was_latest(output / "models/n", "c") and was_latest(output / "models/n", "b")
     assert rollback(output, "n", "by hand").version == "a"
+
+
+def test_a_version_is_compared_with_the_latest_and_never_with_itself(output: Location):
+    folder = output / "models/n"
+    assert compared_version(folder, "a") is None
+    publish(output, "a")
+    assert compared_version(folder, "a") is None and compared_version(folder, "b") == "a"
+    publish(output, "b")
+    publish(output, "b")
+    assert compared_version(folder, "b") == "a" and compared_version(folder, "c") == "b"
+    rollback(output, "n", "by hand")
+    assert compared_version(folder, "b") == "a" and compared_version(folder, "a") is None
+    (output / "models/n/a" / CARD).remove()
+    publish(output, "c")
+    publish(output, "b")
+    assert compared_version(folder, "b") == "c"

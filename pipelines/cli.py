@@ -204,6 +204,47 @@ def _move(output: str, name: str, command: str, move: Callable[[Location], Move]
 
 
 @app.command()
+def doctor(
+    config: ConfigPath,
+    override: Overrides = None,
+    start_engine: Annotated[
+        bool,
+        typer.Option("--start-engine", help="Start vLLM too, which fetches the model's weights and takes a while."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Look whether a configuration can run here, or on the cluster of RAY_ADDRESS, before anything is computed."""
+    from dpo_ray.on_ray.session import disconnect
+    from pipelines.doctor.examination import examine_file
+    from pipelines.doctor.lines import as_told, exit_code, last_words
+    from pipelines.terminal import captured
+
+    with captured() as terminal, _told_when_interrupted():
+        try:
+            found = list(
+                examine_file(
+                    config,
+                    override,
+                    starts_engine=start_engine,
+                    begins=lambda name: terminal.display.progress(f"[doctor] {name}"),
+                )
+            )
+        finally:
+            disconnect()
+    code = exit_code(found)
+    if as_json:
+        typer.echo(as_told(found))
+    else:
+        for line in found:
+            typer.secho(str(line), fg={"ok": None, "warning": "yellow", "failed": "red"}[line.status])
+        log = f" What libraries said meanwhile is in {terminal.log}." if code and terminal.tells_more() else ""
+        typer.echo(f"{last_words(found)}{log}")
+    if not code or as_json or not terminal.tells_more():
+        terminal.log.unlink()
+    raise typer.Exit(code)
+
+
+@app.command()
 def show(output: Annotated[str, typer.Argument(help="An output folder, or the folder of one run.")]) -> None:
     """Show the runs and published models of an output folder."""
     from pipelines.show import show_output

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dpo_ray.errors import ConfigError, DpoRayError
+from dpo_ray.on_ray.authentication import WAY_IN
 from dpo_ray.on_ray.preemption import watch_for_preemption
 from dpo_ray.on_ray.room import Cluster, Need, Nodes, await_room, require_room
 from dpo_ray.origin import short
@@ -143,6 +144,10 @@ def _join() -> None:
                 logging_level=logging.WARNING,
                 runtime_env={"env_vars": {**_WORKER_ENV, **watched}},
             )
+    except ray.exceptions.AuthenticationError as error:
+        raise ConfigError(
+            f"The Ray cluster at RAY_ADDRESS={address} does not let this process in: {short(str(error))} {WAY_IN}"
+        ) from error
     except OSError as error:
         raise ConfigError(
             f"RAY_ADDRESS is {address}, and no Ray cluster answers there ({short(str(error))}). Name the address of "

@@ -6,6 +6,7 @@ bins           items into groups: batches, first fit, spread over ranks
 estimates      proportions and their intervals
 pairs          the rows that stages hand to each other, and their schemas
 storage        paths and object stores, files of packages, artifacts with their manifests and shards; lineage, garbage
+machine        what a machine has: packages, GPUs and their driver, disks, a clock
 origin         where in whose code an error came about
 rewards        rules that score completions
 config         the configuration: the sections, reading them, what is wrong with them

@@ -261,6 +261,98 @@ def _move(output: str, name: str, command: str, move: Callable[[Location], Move]
 
 
 @app.command()
+def doctor(
+    config: ConfigPath,
+    override: Overrides = None,
+    start_engine: Annotated[
+        bool,
+        typer.Option("--start-engine", help="Start vLLM too, which fetches the model's weights and takes a while."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Look whether a configuration can run here, or on the cluster of RAY_ADDRESS, before anything is computed."""
+    from dpo_ray.on_ray.session import disconnect
+    from pipelines.doctor.examination import examine_file
+    from pipelines.doctor.lines import as_told, exit_code, last_words
+    from pipelines.terminal import captured
+
+    with captured() as terminal, _told_when_interrupted():
+        try:
+            found = list(
+                examine_file(
+                    config,
+                    override,
+                    starts_engine=start_engine,
+                    begins=lambda name: terminal.display.progress(f"[doctor] {name}"),
+                )
+            )
+        finally:
+            disconnect()
+    code = exit_code(found)
+    if as_json:
+        typer.echo(as_told(found))
+    else:
+        for line in found:
+            typer.secho(str(line), fg={"ok": None, "warning": "yellow", "failed": "red"}[line.status])
+        log = f" What libraries said meanwhile is in {terminal.log}." if code and terminal.tells_more() else ""
+        typer.echo(f"{last_words(found)}{log}")
+    if not code or as_json or not terminal.tells_more():
+        terminal.log.unlink()
+    raise typer.Exit(code)
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    override: Overrides = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Tokenize all rows first; a run takes that over.")] = False,
+    sample: Annotated[int, typer.Option(min=1, help="Rows that are tokenized where nothing is yet.")] = 2000,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=0.0, help="State how fast the training is, instead of earlier runs.")
+    ] = None,
+    mfu: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Or the share of the peak that is reached.")
+    ] = None,
+    peak_tflops: Annotated[float | None, typer.Option(min=0.0, help="Peak of a GPU, or a worker, in TFLOP/s.")] = None,
+    memory_gib: Annotated[float | None, typer.Option(min=0.0, help="Memory of a GPU, or of a worker on CPUs.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(min=0.0, help="Of a GPU; of a process without one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Count what a run will take: rows, tokens, memory, time, cost; and what it takes over. Nothing is computed."""
+    loaded = load_config(config, override)
+    from pipelines.plan.speeds import Stated
+
+    stated = Stated(tokens_per_second, mfu, peak_tflops)
+    if exact:
+        if loaded.generate is not None:
+            raise ConfigError(
+                "--exact tokenizes all rows, and with `generate` they are sampled first, which is most of the work. "
+                "Leave --exact out, or run `dpo-ray generate`."
+            )
+        _tokenize_all(loaded)
+    from dpo_ray.model.pin import pinned
+    from pipelines.plan.render import lines
+    from pipelines.plan.stages import as_dict, make_plan
+
+    memory = int(memory_gib * 2**30) if memory_gib is not None else None
+    made = make_plan(pinned(loaded), rows=sample, stated=stated, memory=memory, price=price_per_hour)
+    if as_json:
+        typer.echo(json.dumps(as_dict(made)))
+        return
+    for line in lines(made):
+        typer.echo(line)
+
+
+def _tokenize_all(config: Config) -> None:
+    def work(context: RunContext) -> None:
+        from pipelines.align import align
+
+        align(context, until="tokenize")
+
+    _carry_out(config, None, work, plan=planned(config, "tokenize"), check_for="tokenize", quiet=True)
+
+
+@app.command()
 def show(
     output: Annotated[str, typer.Argument(help="An output folder, or the folder of one run.")],
     last: Annotated[int, typer.Option(min=1, help="The newest so many runs.")] = 20,
@@ -347,6 +439,7 @@ def _carry_out(
     plan: list[str],
     check_for: Stage | None = None,
     is_done: Callable[[RunContext], bool] | None = None,
+    quiet: bool = False,
 ) -> None:
     """Run the work in a run's folder, seen by a person and with a log file, and close with what came of it.
 
@@ -354,6 +447,7 @@ def _carry_out(
         plan: the stages of the work.
         check_for: the last stage whose needs are checked before.
         is_done: finds out, without Ray, whether there is nothing to do.
+        quiet: without closing words.
     """
     from pipelines.hooks import require_hooks, told_when_ended
     from pipelines.terminal import captured
@@ -369,7 +463,7 @@ def _carry_out(
         from dpo_ray.model.pin import pinned
 
         lines = _record(terminal, pinned(config), run_id, work, plan, is_done, ended)
-    for line in lines:
+    for line in () if quiet else lines:
         typer.echo(line)
 
 

@@ -28,20 +28,20 @@ FILES = "artifacts/files"
 """Below run.output: what was found out about the input files."""
 
 
-_Side = tuple[str, list[Location], Split | None]
+Side = tuple[str, list[Location], Split | None]
 """Key of the configuration, its files, and the side of the split that they are; None: it is cut from them."""
 
 
 def ingest(context: RunContext) -> Artifact:
     """The pairs of data.train and data.eval. Raises DataError on unreadable files and on too many bad rows."""
-    pairs = context.stage("ingest", lambda: _ingest(context, _sides(context.config)))
+    pairs = context.stage("ingest", lambda: _ingest(context, sides(context.config)))
     context.results["input"] = tell_input(context, pairs)
     return pairs
 
 
 def ingest_set(context: RunContext, key: str, paths: Paths) -> Artifact:
     """Files of preferences as held-out pairs. Raises as `ingest` does. key: of the configuration, for messages."""
-    side: _Side = (key, input_files(paths, key, context.output), "eval")
+    side: Side = (key, input_files(paths, key, context.output), "eval")
     return context.stage("ingest", lambda: _ingest(context, [side]))
 
 
@@ -52,7 +52,7 @@ def check_inputs(config: Config) -> None:
     their rows are unpaired and the loss compares two answers; ConfigError where an option is of no use to them.
     """
     layouts = set()
-    for key, files, _ in _sides(config):
+    for key, files, _ in sides(config):
         found = map_files(lambda file: _known(file, config), files)
         _require_rows([file for file, _ in found], key)
         layouts |= {layout for _, layout in found if layout is not None}
@@ -74,10 +74,10 @@ def of_set(config: Config) -> Config:
 def _known(file: Location, config: Config) -> tuple[Peek | FileRecord, Layout | None]:
     folder = Location.of(config.run.output) / FILES
     found = read_record(folder, Stamp.of(file), config.data.rows_per_shard) or peek(file)
-    return found, _layout(found, str(file), config)
+    return found, layout_of(found, str(file), config)
 
 
-def _sides(config: Config) -> list[_Side]:
+def sides(config: Config) -> list[Side]:
     data, output = config.data, Location.of(config.run.output)
     assert data.train is not None
     train = chosen_files(data, input_files(data.train, "data.train", output))
@@ -130,7 +130,7 @@ def known_files(output: Location) -> Iterator[tuple[str, str]]:
             yield record["uri"], record["sha256"]
 
 
-def _layout(found: Peek | FileRecord, source: str, config: Config) -> Layout | None:
+def layout_of(found: Peek | FileRecord, source: str, config: Config) -> Layout | None:
     """What the rows of a file are, None for an empty file of JSON lines, which has no columns to be wrong."""
     if not found.has_rows and not found.columns:
         return None
@@ -151,11 +151,11 @@ def _require_rows(found: Sequence[Peek | FileRecord], key: str) -> None:
         raise DataError(f"{key} names {len(found)} readable files, but not a single row is in them.")
 
 
-def _ingest(context: RunContext, sides: list[_Side]) -> tuple[Artifact, bool]:
+def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
     data, seed = context.config.data, context.config.run.seed
     folder = context.output / FILES
     records = scan_files(folder, [file for _, files, _ in sides for file in files], data.rows_per_shard)
-    found = map_files(lambda record: (record, _layout(record, record.uri, context.config)), records)
+    found = map_files(lambda record: (record, layout_of(record, record.uri, context.config)), records)
     data.require_used({layout for _, layout in found if layout is not None})
     tasks: list[ShardTask[RawShard]] = []
     sources: list[SourceFile] = []

@@ -37,11 +37,7 @@ def check_cluster(config: Config, output: Location, plan: Sequence[str]) -> None
 
 def require_room_for_all(config: Config, plan: Sequence[str], nodes: Nodes) -> None:
     """Raises ConfigError naming every stage that has no room, where none is waited for; else says so."""
-    missing: dict[str, list[str]] = {}
-    for stage, need in needs(config, plan):
-        reason = lacking(nodes, need)
-        if reason is not None and stage not in missing.setdefault(reason, []):
-            missing[reason].append(stage)
+    missing = without_room(config, plan, nodes)
     if not missing:
         return
     said = " ".join(f"{', '.join(stages)}: {reason}" for reason, stages in missing.items())
@@ -56,6 +52,16 @@ def require_room_for_all(config: Config, plan: Sequence[str], nodes: Nodes) -> N
         f"{said} The cluster is asked for it when the stage begins, which then waits up to {minutes:g} minutes "
         "(run.wait_for_resources). Where nothing adds nodes, 0 refuses such a run at its start.",
     )
+
+
+def without_room(config: Config, plan: Sequence[str], nodes: Nodes) -> dict[str, list[str]]:
+    """What is missing, in a sentence → the stages that have no room for it."""
+    missing: dict[str, list[str]] = {}
+    for stage, need in needs(config, plan):
+        reason = lacking(nodes, need)
+        if reason is not None and stage not in missing.setdefault(reason, []):
+            missing[reason].append(stage)
+    return missing
 
 
 def needs(config: Config, plan: Sequence[str]) -> list[tuple[str, Need]]:

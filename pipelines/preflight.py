@@ -2,40 +2,74 @@
 
 from __future__ import annotations
 
-from dpo_ray.config import Config, ImplicitReward, Judge, Model, Reward, RewardModel, Rule
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from dpo_ray.config import Config, ImplicitReward, Judge, Model, Paths, Reward, RewardModel, Rule
 from dpo_ray.errors import ConfigError, DataError
 from pipelines import STAGES, Stage
 
 
 def preflight(config: Config, until: Stage = "publish") -> None:
     """Everything that can be known to be wrong before long work begins. Raises ConfigError or DataError."""
-    require_consistent(config, until)
+    for _, check in checks(config, until):
+        check()
+
+
+def checks(config: Config, until: Stage = "publish") -> Iterator[tuple[str, Callable[[], None]]]:
+    """What is looked at, in order: what it is about, and what raises ConfigError or DataError where it is wrong."""
+    yield "configuration", partial(require_consistent, config, until)
     if config.data.train is not None:
-        from pipelines.ingest import check_inputs
-
-        check_inputs(config)
+        yield "data", partial(_require_inputs, config)
     if config.generate is not None:
-        require_prompts(config, until)
-    if config.evaluate.sets and STAGES.index(until) >= STAGES.index("evaluate"):
-        from pipelines.ingest import check_set
-
+        yield "prompts", partial(require_prompts, config, until)
+    if STAGES.index(until) >= STAGES.index("evaluate"):
         for name, paths in config.evaluate.sets.items():
-            check_set(config, name, paths)
+            yield f"set {name}", partial(_require_set, config, name, paths)
     if until != "ingest":
-        require_models(config, until)
+        for key, model in models(config, until).items():
+            yield f"model {model.path}", partial(_require_template, model, key)
+        if config.model.lora is not None:
+            yield "adapter", partial(_require_base, config, until)
     if STAGES.index(until) >= STAGES.index("train"):
-        from dpo_ray.storage.lease import require_leases
-        from dpo_ray.storage.location import Location
-
-        require_leases(Location.of(config.run.output))
+        yield "leases", partial(_require_leases, config)
         if config.train.start == "published":
-            from pipelines.start import starting_model
-
-            starting_model(config, Location.of(config.run.output))
+            yield "start", partial(_require_start, config)
     if config.evaluate.tasks is not None and STAGES.index(until) >= STAGES.index("evaluate"):
-        from dpo_ray.scoring.task_source import require_tasks
+        yield "tasks", partial(_require_tasks, config)
 
-        require_tasks(config.evaluate.tasks)
+
+def _require_inputs(config: Config) -> None:
+    from pipelines.ingest import check_inputs
+
+    check_inputs(config)
+
+
+def _require_set(config: Config, name: str, paths: Paths) -> None:
+    from pipelines.ingest import check_set
+
+    check_set(config, name, paths)
+
+
+def _require_leases(config: Config) -> None:
+    from dpo_ray.storage.lease import require_leases
+    from dpo_ray.storage.location import Location
+
+    require_leases(Location.of(config.run.output))
+
+
+def _require_start(config: Config) -> None:
+    from dpo_ray.storage.location import Location
+    from pipelines.start import starting_model
+
+    starting_model(config, Location.of(config.run.output))
+
+
+def _require_tasks(config: Config) -> None:
+    from dpo_ray.scoring.task_source import require_tasks
+
+    assert config.evaluate.tasks is not None
+    require_tasks(config.evaluate.tasks)
 
 
 def require_prompts(config: Config, until: Stage) -> None:
@@ -128,20 +162,26 @@ def require_reference_use(config: Config) -> None:
 
 
 def require_models(config: Config, until: Stage = "publish") -> None:
-    """Models that can be found, each with a tokenizer and a chat template: that of `model`, and those that are sampled.
+    """Models that can be found, each with a tokenizer and a chat template. Raises ConfigError."""
+    for key, model in models(config, until).items():
+        _require_template(model, key)
+    _require_base(config, until)
 
-    Raises ConfigError.
-    """
-    models = {"model.path": config.model}
+
+def models(config: Config, until: Stage = "publish") -> dict[str, Model]:
+    """Key of the configuration → the model that it names: that of `model`, and those that are sampled."""
+    found = {"model.path": config.model}
     if config.generate is not None:
         for number, one in enumerate(config.generate.models):
             if one.path is not None:
-                models[f"generate.models[{number}].path"] = one.model(config.model)
+                found[f"generate.models[{number}].path"] = one.model(config.model)
     win_rate = config.evaluate.win_rate
     if win_rate is not None and win_rate.against is not None and STAGES.index(until) >= STAGES.index("evaluate"):
-        models["evaluate.win_rate.against.path"] = win_rate.against.model()
-    for key, model in models.items():
-        _require_template(model, key)
+        found["evaluate.win_rate.against.path"] = win_rate.against.model()
+    return found
+
+
+def _require_base(config: Config, until: Stage) -> None:
     lora = config.model.lora
     if lora is not None and lora.export == "adapter" and STAGES.index(until) >= STAGES.index("train"):
         from dpo_ray.model.resolve import adapter_base

@@ -31,7 +31,17 @@ def put_object(self):
     with lock:
         return put(self)
 S3Response.put_object = put_object
-main()
+if CONDITIONAL:
+    main()
+else:
+    from moto.server import DomainDispatcherApplication
+    serve = DomainDispatcherApplication.__call__
+    def without_conditions(self, environ, start_response):
+        for name in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"):
+            environ.pop(name, None)
+        return serve(self, environ, start_response)
+    DomainDispatcherApplication.__call__ = without_conditions
+    main()
 """
 """moto's server looks at If-Match and If-None-Match and then writes, in several threads: here nobody comes between."""
 
@@ -53,11 +63,17 @@ class ObjectStore:
 
 
 @contextmanager
-def object_store() -> Iterator[ObjectStore]:
-    """Start the endpoint on a free port, point this process's environment at it, and stop it at the end."""
+def object_store(*, conditional: bool = True, knows_keys: bool = True) -> Iterator[ObjectStore]:
+    """Start the endpoint on a free port, point this process's environment at it, and stop it at the end.
+
+    Args:
+        conditional: whether it heeds the conditions of conditional writes.
+        knows_keys: whether it lets anybody in whatever the credentials are; otherwise, once the bucket is made, nobody.
+    """
     with tempfile.TemporaryFile("w+") as log, pytest.MonkeyPatch.context() as patch:
-        command = [sys.executable, "-c", _SERVER, "-H", "127.0.0.1", "-p", "0"]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        command = [sys.executable, "-c", f"CONDITIONAL = {conditional}\n{_SERVER}", "-H", "127.0.0.1", "-p", "0"]
+        login = {} if knows_keys else {"INITIAL_NO_AUTH_ACTION_COUNT": "1"}
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **login})
         try:
             env = {
                 "AWS_ENDPOINT_URL": _address(process, log),

@@ -1,90 +1,12 @@
-"""How many floating-point operations a DPO step needs on the shared layout, and how fast a machine multiplies matrices.
-
-P, C, R tokens of a pair's prompt, chosen and rejected completion. A multiplication and its addition count as two. Each
-matrix of the model costs 2 operations a token and weight forward, and twice that backward. Norms, activations, softmax
-and the optimizer are not counted: a floor is what the matrices alone need.
-"""
+"""The matrix products of a step, and how fast a machine computes them. What a step needs: dpo_ray.training.flops."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
-Lengths = tuple[int, int, int]
-"""P, C, R."""
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The matrices of a decoder."""
-
-    backbone: tuple[tuple[int, int], ...]
-    """[out, in] of every matrix between the embeddings and the head, in all layers."""
-    head: tuple[int, int]
-    """[V, H] of the LM head."""
-    num_layers: int
-    attention_width: int
-    """Query heads times their size."""
-
-    @classmethod
-    def of(cls, config: Any) -> ModelShape:
-        """Read from the model that a transformers configuration makes, without its weights."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        found = [m.weight.shape for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
-        vocabulary, hidden = model.get_output_embeddings().weight.shape
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(
-            backbone=tuple((rows, columns) for rows, columns in found),
-            head=(vocabulary, hidden),
-            num_layers=config.num_hidden_layers,
-            attention_width=config.num_attention_heads * head_size,
-        )
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> ModelShape:
-        """What dataclasses.asdict and JSON made of one."""
-        vocabulary, hidden = value["head"]
-        return cls(
-            backbone=tuple((rows, columns) for rows, columns in value["backbone"]),
-            head=(vocabulary, hidden),
-            num_layers=value["num_layers"],
-            attention_width=value["attention_width"],
-        )
-
-
-def scored_pairs(lengths: Lengths) -> int:
-    """Query-key pairs of a layer's causal attention over [prompt|chosen] and the rejected tokens behind the prompt."""
-    prompt, chosen, rejected = lengths
-    whole = prompt + chosen
-    return whole * (whole + 1) // 2 + rejected * prompt + rejected * (rejected + 1) // 2
-
-
-def attention_flops(shape: ModelShape, lengths: Lengths) -> int:
-    """Forward two products of queries with keys and of scores with values; backward four of that size."""
-    return 12 * shape.attention_width * shape.num_layers * scored_pairs(lengths)
-
-
-def pair_flops(shape: ModelShape, lengths: Lengths) -> int:
-    """Forward and backward of a pair whose prompt is computed once; the head on the completions alone."""
-    prompt, chosen, rejected = lengths
-    weights = sum(rows * columns for rows, columns in shape.backbone)
-    vocabulary, hidden = shape.head
-    backbone = 6 * weights * (prompt + chosen + rejected)
-    head = 6 * vocabulary * hidden * (chosen + rejected)
-    return backbone + head + attention_flops(shape, lengths)
-
-
-def flops(shape: ModelShape, pairs: Iterable[Lengths]) -> int:
-    """Of all the pairs together."""
-    return sum(pair_flops(shape, lengths) for lengths in pairs)
-
+from dpo_ray.training.flops import ModelShape
 
 Gemm = tuple[int, int, int]
 """m, k, n of [m, k] times [k, n]."""

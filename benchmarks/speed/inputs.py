@@ -13,9 +13,9 @@ from typing import Any
 
 from benchmarks.record import write_json, write_lines
 from benchmarks.side_by_side import SEED, preference_pairs, token_ids
-from benchmarks.speed.flops import ModelShape
 from benchmarks.speed.pairs import generated_pairs, select
 from benchmarks.speed.runs import Place, Setting
+from dpo_ray.training.flops import ModelShape
 
 
 def write_pairs(place: Place, setting: Setting) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 from benchmarks.record import Rows
 from benchmarks.side_by_side import SEED, longest
-from benchmarks.speed.flops import Lengths
+
+Lengths = tuple[int, int, int]
+"""Tokens of a pair's prompt, chosen and rejected completion."""
 
 
 def select(rows: Iterable[dict[str, Any]], count: int, max_tokens: int) -> Rows:

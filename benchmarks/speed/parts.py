@@ -11,10 +11,10 @@ from contextlib import nullcontext
 from benchmarks.record import read_lines, table, write_json
 from benchmarks.side_by_side import SEED, longest
 from benchmarks.speed.clock import device
-from benchmarks.speed.flops import Lengths, gemm_rate, gemms
+from benchmarks.speed.flops import gemm_rate, gemms
 from benchmarks.speed.inputs import model_of, tokenized
 from benchmarks.speed.ours import train_ours
-from benchmarks.speed.pairs import fixed_pair, lengths_of, shared_tokens
+from benchmarks.speed.pairs import Lengths, fixed_pair, lengths_of, shared_tokens
 from benchmarks.speed.runs import Place, Setting, speed
 
 

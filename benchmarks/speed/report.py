@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import Rows, read_lines, table, versions
-from benchmarks.speed.flops import ModelShape, flops
 from benchmarks.speed.pairs import lengths_of, padded_tokens, real_tokens, shared_tokens
 from benchmarks.speed.runs import OURS, TUNED, Place, Setting, Speed, speed
+from dpo_ray.training.flops import ModelShape, flops
 
 BUSY = 0.7
 """Cores that others use at a run's start, above which the report marks it."""

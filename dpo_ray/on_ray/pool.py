@@ -12,12 +12,13 @@ import multiprocessing
 import os
 import pickle
 import sys
+import time
 import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
@@ -91,6 +92,25 @@ class Pool:
         return Need(self.why, cpus=self.num_cpus, gpus=self.num_gpus, beside=1, wanted_cpus=wanted)
 
 
+COMPUTED = "computed"
+"""Among the metrics of an artifact of shards: Computed."""
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What the run that made an artifact computed of it itself, and did not take over: for who plans the next one."""
+
+    rows: int
+    shards: int
+    seconds: float
+    """From the first task to the last, the start of Ray and of the workers included."""
+    workers: int
+    """Side by side, at most."""
+    cpus: float
+    """Of each worker."""
+    gpus: float
+
+
 def shard_tasks(artifact: Artifact) -> list[ShardTask[Shard]]:
     """One task for each shard of a finished artifact."""
     return [
@@ -134,9 +154,18 @@ def shard_stage(
         found = _take_over(kind, location, set(names), pool.isolates)
         missing = [(n, t) for n, t in dict(zip(names, tasks, strict=True)).items() if n not in found]
         say(kind, f"{len(found)} of {len(set(names))} shards are finished already, {len(missing)} to compute")
+        began = time.monotonic()
         if missing:
             found |= _compute(kind, location, missing, pool, unit)
-        return _contents([found[name] for name in dict.fromkeys(names)])
+        computed = Computed(
+            rows=sum(task.rows for _, task in missing),
+            shards=len(missing),
+            seconds=round(time.monotonic() - began, 1),
+            workers=min(_most(pool, len(missing)), len(missing)),
+            cpus=pool.num_cpus,
+            gpus=pool.num_gpus,
+        )
+        return replace(_contents([found[name] for name in dict.fromkeys(names)]), metrics={COMPUTED: asdict(computed)})
 
     artifact, reused = make(output, kind, identity, inputs, compute, tasks=names, makes_lost=True)
     if reused:
@@ -266,14 +295,12 @@ def _results(kind: str, tasks: list[dict[str, bytes]], pool: Pool, work: dict[st
     import ray.data
 
     connect(pool.need)
-    # On a cluster Ray knows what there is room for, and its autoscaler what can be added.
-    most = pool.num_actors or (num_cores() if is_embedded() else len(tasks))
     resources: dict[str, Any] = {"num_cpus": pool.num_cpus}
     if pool.num_gpus:
         resources["num_gpus"] = pool.num_gpus
     if pool.env:
         resources["runtime_env"] = {"env_vars": pool.env}
-    workers = min(most, len(tasks))
+    workers = min(_most(pool, len(tasks)), len(tasks))
     used(workers, pool.num_gpus)
     together = min(pool.together, math.ceil(len(tasks) / workers))
     if pool.stateless:
@@ -292,6 +319,11 @@ def _results(kind: str, tasks: list[dict[str, bytes]], pool: Pool, work: dict[st
             yield result
     except Exception as error:
         raise_ours(error, kind)
+
+
+def _most(pool: Pool, tasks: int) -> int:
+    """Workers at most. On a cluster Ray knows what there is room for, and its autoscaler what can be added."""
+    return pool.num_actors or (num_cores() if is_embedded() else tasks)
 
 
 def write_shards(batch: pa.Table, **worker: Any) -> Iterator[pa.Table]:

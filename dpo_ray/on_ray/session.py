@@ -9,9 +9,9 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from dpo_ray.errors import ConfigError, DpoRayError
+from dpo_ray.on_ray.authentication import MODE, PATH, TOKEN, WAY_IN, described
 from dpo_ray.on_ray.preemption import watch_for_preemption
 from dpo_ray.on_ray.room import Cluster, Need, Nodes, await_room, require_room
 from dpo_ray.origin import short
@@ -21,7 +21,6 @@ from dpo_ray.storage.finished import about_to_compute
 _HOURS = 3600
 _SECONDS_TO_REACH = 20
 _TRIES = "RAY_gcs_server_port_wait_time_s"
-_AUTH_MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _WORKER_ENV = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -156,9 +155,8 @@ def _join() -> None:
             )
     except (OSError, AuthenticationError) as error:
         raise ConfigError(
-            f"RAY_ADDRESS is {address}, and what listens there does not let us in ({short(str(error))}). Where the "
-            f"cluster asks for a token, set {_AUTH_MODE}=token and its token, as {_TOKEN} or in the file that "
-            f"{_TOKEN_PATH} names; here {_known_token()}. Where it is no Ray, or of another version: {_WAYS_OUT}"
+            f"RAY_ADDRESS is {address}, and what listens there does not let us in ({short(str(error))}); here "
+            f"{described()}. {WAY_IN} Where it is no Ray, or one of another version: {_WAYS_OUT}"
         ) from error
 
 
@@ -166,15 +164,6 @@ _WAYS_OUT = (
     "Name the address of one that runs, as in 10.0.0.1:6379 (the dashboard's is another), or unset RAY_ADDRESS: the "
     "work then starts a Ray of its own on this machine."
 )
-
-
-def _known_token() -> str:
-    """What this process would show a cluster, in words; not the token itself."""
-    mode = f"{_AUTH_MODE} is {os.environ.get(_AUTH_MODE, 'not set')}"
-    if _TOKEN in os.environ:
-        return f"{mode}, and {_TOKEN} is set"
-    path = Path(os.environ.get(_TOKEN_PATH, "~/.ray/auth_token")).expanduser()
-    return f"{mode}, and {path} {'holds a token' if path.exists() else 'does not exist'}"
 
 
 @contextmanager
@@ -210,8 +199,8 @@ def _start_embedded(num_cpus: float) -> None:
         os.environ.setdefault(name, value)
     # Its ports are open to the network, so Ray demands a token. One that Ray makes by itself stays in the user's home,
     # and every Ray that is started there demands it from then on. This one ends with the process, which reads it once.
-    if not {_AUTH_MODE, _TOKEN, _TOKEN_PATH} & os.environ.keys():
-        os.environ[_TOKEN] = secrets.token_hex(32)
+    if not {MODE, TOKEN, PATH} & os.environ.keys():
+        os.environ[TOKEN] = secrets.token_hex(32)
     for attempt in (1, 2):
         try:
             # "local": not another Ray that happens to run on this machine; who means that one sets RAY_ADDRESS.

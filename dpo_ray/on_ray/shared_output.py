@@ -5,25 +5,15 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dpo_ray.errors import ConfigError
+from dpo_ray.on_ray.ask_nodes import Node, alive, ask
 from dpo_ray.progress import say
 from dpo_ray.storage.location import Location
 
 _SECONDS_TO_ANSWER = 120
 _SECONDS_TO_APPEAR = 5  # a network file system may show a file late
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node that is alive."""
-
-    id: str
-    name: str
-    """Host name and address."""
 
 
 Read = Callable[[Sequence[Node], Path], list[str | None]]
@@ -39,7 +29,7 @@ def require_seen_by_all(output: Location, nodes: Sequence[Node] | None = None, r
     """
     if not output.is_local:
         return
-    nodes = _alive() if nodes is None else nodes
+    nodes = alive() if nodes is None else nodes
     token = uuid.uuid4().hex
     file = output / f".seen-{token[:8]}"
     file.write_bytes(token.encode())
@@ -62,35 +52,9 @@ def require_seen_by_all(output: Location, nodes: Sequence[Node] | None = None, r
         say("start", f"{output} is seen by {len(nodes) - len(silent)} nodes; those that join later have to see it too")
 
 
-def _alive() -> list[Node]:
-    import ray
-
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    return [Node(node["NodeID"], f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})") for node in alive]
-
-
 def _read_on(nodes: Sequence[Node], file: Path) -> list[str | None]:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    task = ray.remote(num_cpus=0, max_retries=0)(read_token)
-    asked = [
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(str(file))
-        for node in nodes
-    ]
-    ray.wait(asked, num_returns=len(asked), timeout=_SECONDS_TO_ANSWER)
-    return [_answer(one) for one in asked]
-
-
-def _answer(asked: Any) -> str | None:
-    import ray
-
-    try:
-        answer: str = ray.get(asked, timeout=0)
-    except (ray.exceptions.RaySystemError, ray.exceptions.RayError):  # it has left the cluster, or is slow to answer
-        ray.cancel(asked, force=True)
-        return None
-    return answer
+    answers = ask(nodes, read_token, lambda node: (str(file),), seconds=_SECONDS_TO_ANSWER)
+    return [answer.value if answer is not None else None for answer in answers]
 
 
 def read_token(file: str) -> str:

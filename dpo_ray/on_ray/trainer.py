@@ -31,6 +31,7 @@ from dpo_ray.training.index import PlanIndex, index_in_use
 from dpo_ray.training.longest import LongestPair, LongestPairs
 from dpo_ray.training.plan import ORDER, StepPlan, make_plan
 from dpo_ray.training.selection import higher_is_better
+from dpo_ray.training.steps import Steps
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -155,6 +156,7 @@ def _train(output: Location, config: Config, rows: Artifact, location: Location,
             "published_step": exported_step,
             "tokens_per_second": sum(m["tokens_per_second"] for m in history) / len(history),
             "seconds": round(time.monotonic() - began, 1),
+            "steps": Steps.of(history, config.train).as_dict(),
         },
     )
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -153,6 +155,28 @@ def place(output: Location, kind: str, identity: dict[str, Any], inputs: dict[st
     return output / "artifacts" / kind / fingerprint(kind, identity, inputs)
 
 
+class Unfinished(Exception):
+    """An artifact that is not finished was asked for where nothing is computed (only_finished)."""
+
+    def __init__(self, location: Location, kind: str, tasks: Sequence[str]):
+        super().__init__(f"{location} is not finished")
+        self.location, self.kind, self.tasks = location, kind, tuple(tasks)
+
+
+_only_finished: ContextVar[bool] = ContextVar("_only_finished", default=False)
+
+
+@contextmanager
+def only_finished() -> Iterator[None]:
+    """Within it nothing is computed, claimed or written: `make` gives finished artifacts, and raises Unfinished where
+    there is none. For who asks what a run would take over."""
+    token = _only_finished.set(True)
+    try:
+        yield
+    finally:
+        _only_finished.reset(token)
+
+
 def make(
     output: Location,
     kind: str,
@@ -177,9 +201,15 @@ def make(
         tasks: what the shards are made from, whose finished ones may be in the pool: see dpo_ray.storage.shard_pool.
         makes_lost: compute makes again what a finished artifact has lost; otherwise that is an error.
 
-    Raises DataError where there is a manifest, but not of this artifact, or where a file of it is missing.
+    Raises DataError where there is a manifest, but not of this artifact, or where a file of it is missing; Unfinished
+    where nothing is to be computed (only_finished).
     """
     location = place(output, kind, identity, inputs)
+    if _only_finished.get():
+        manifest = _manifest(location, kind, location.name)
+        if manifest is None or _missing(location, manifest):
+            raise Unfinished(location, kind, tasks)
+        return Artifact(location=location, manifest=manifest), True
     with claim(output, location, inputs, tasks):
         manifest = _manifest(location, kind, location.name)
         lost = _missing(location, manifest) if manifest is not None else []

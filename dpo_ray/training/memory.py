@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_ray.config import Model, Train
+from dpo_ray.config import LoRA, Model, Train
 from dpo_ray.errors import ConfigError
 from dpo_ray.model import attention
 from dpo_ray.model.logprobs import TILE_TOKENS
@@ -61,6 +61,26 @@ def shape_of(folder: ModelFolder) -> Shape:
         vocabulary=config.vocab_size,
         heads=config.num_attention_heads,
     )
+
+
+def trained_parameters(folder: ModelFolder, lora: LoRA | None) -> int:
+    """How many parameters are trained: those of the adapters, or all. No weights are loaded."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder.description, trust_remote_code=folder.trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=folder.trust_remote_code)
+        if lora is not None:
+            from dpo_ray.model.lora import add_adapters
+
+            add_adapters(model, lora)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def checkpoint_bytes(trained: int, train: Train) -> int:
+    """Of a checkpoint of so many trained parameters: weights, AdamW's two moments, and their average, in float32."""
+    return trained * 4 * (3 + (train.ema_decay is not None))
 
 
 def state_bytes(shape: Shape, model: Model, train: Train, num_workers: int) -> int:

@@ -11,7 +11,8 @@ import pytest
 
 from dpo_ray.errors import ConfigError
 from dpo_ray.on_ray import shared_output
-from dpo_ray.on_ray.shared_output import Node, read_token, require_seen_by_all
+from dpo_ray.on_ray.ask_nodes import Node
+from dpo_ray.on_ray.shared_output import read_token, require_seen_by_all
 from dpo_ray.storage.location import Location
 from tests.command_line import CONFIGS, LONGEST, dpo_ray, overrides
 from tests.on_ray.test_main_job import preference_rows

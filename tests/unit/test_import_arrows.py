@@ -65,6 +65,7 @@ ROOMS = {
     "estimates": set(),
     "pairs": set(),
     "storage": {"errors", "progress"},
+    "machine": {"storage"},
     "origin": set(),
     "rewards": {"errors"},
     "config": {"errors"},

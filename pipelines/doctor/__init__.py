@@ -1,0 +1,1 @@
+"""`dpo-ray doctor`: whether a configuration can run here, looked at before anything is computed."""

@@ -1,0 +1,204 @@
+"""A sample of the source, brought through ingest and tokenization here, in one process and without Ray."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+
+from dpo_ray.config import Config
+from dpo_ray.data.chat import ChatTokenizer
+from dpo_ray.data.duplicates import PairsShard
+from dpo_ray.data.prompts import read_prompts
+from dpo_ray.data.raw.files import Stamp, format_of, open_lines
+from dpo_ray.data.raw.json_lines import is_blank, raw_lines
+from dpo_ray.data.raw.parquet import open_parquet
+from dpo_ray.data.raw.parts import Part, RawPart
+from dpo_ray.data.raw.scan import peek
+from dpo_ray.errors import DataError
+from dpo_ray.model.resolve import ModelFolder
+from dpo_ray.pairs import LENGTHS
+from dpo_ray.shards.ingest import IngestShard, RawShard
+from dpo_ray.shards.tokenize import TokenizeShard
+from dpo_ray.storage.artifact import write_shard
+from dpo_ray.storage.location import Location
+from pipelines.ingest import layout_of, sides
+from pipelines.plan.counts import Counts
+from pipelines.plan.counts import Side as Counted
+
+_FILES = 64  # that a sample is drawn from, at most
+_PIECES = 8  # places in a file that rows are taken from
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Rows of one file."""
+
+    sources: list[RawPart]
+    rows: int
+    of: float
+    """Rows of the whole file; of plain JSON lines by the length of those that were drawn."""
+
+
+def sample(config: Config, rows: int) -> Counts:
+    """Rows and tokens of data.train and data.eval by so many of their rows, drawn at places that are the same each
+    time. Duplicates over the files, and rows whose prompts are on both sides, are not seen.
+
+    Raises DataError where no row of the sample is kept.
+    """
+    dice = random.Random(0)
+    found: dict[str, list[np.ndarray]] = {"train": [], "eval": []}
+    each: dict[str, list[float]] = {"train": [], "eval": []}
+    read, seen, num_files = 0.0, 0, 0
+    tokenize = TokenizeShard(config.model, config.data)
+    with tempfile.TemporaryDirectory(prefix="dpo-ray-plan-") as scratch:
+        for key, files, split in sides(config):
+            drawn_files = files if len(files) <= _FILES else dice.sample(files, _FILES)
+            num_files += len(files)
+            sizes = {file: Stamp.of(file).size for file in drawn_files}
+            for number, file in enumerate(drawn_files):
+                # So each row of the sample stands for as many of the source.
+                share = max(1, round(rows * sizes[file] / max(1, sum(sizes.values()))))
+                layout = layout_of(peek(file), str(file), config)
+                if layout is None:
+                    continue
+                folder = Path(scratch) / f"{key}-{number}"
+                drawn = _draw(file, share, dice, folder)
+                if not drawn.rows:
+                    continue
+                stands_for = drawn.of / drawn.rows * len(files) / len(drawn_files)
+                read += drawn.of * len(files) / len(drawn_files)
+                seen += drawn.rows
+                for n, source in enumerate(drawn.sources):
+                    pairs = _ingest(config)(RawShard(source, layout, split)).table
+                    place = Location.of(folder / f"pairs-{n}.parquet")
+                    write_shard(place, pairs, {})
+                    table = tokenize(PairsShard(place.uri)).table
+                    for side in found:
+                        kept = table.filter(pc.equal(table["split"], side))
+                        lengths = np.stack([kept[name].to_numpy() for name in LENGTHS], axis=1)
+                        found[side].append(lengths.astype(np.int64))
+                        each[side] += [stands_for] * len(lengths)
+    if not each["train"]:
+        raise DataError(
+            f"Of a sample of {seen} rows none is kept to train on, so nothing can be counted. Run `dpo-ray tokenize`, "
+            "which names the reasons, or sample more rows (--sample)."
+        )
+    counted = {
+        side: Counted(np.concatenate(parts), sum(each[side]) / max(1, len(each[side]))) for side, parts in found.items()
+    }
+    how = (
+        f"estimated from {seen} rows of {num_files} files, drawn at random places; duplicates are not seen "
+        "(--exact tokenizes all rows)"
+    )
+    return Counts(read, counted["train"], counted["eval"], False, how)
+
+
+def of_prompts(config: Config, rows: int) -> Counts:
+    """Of a configuration with `generate`: the prompts are counted and a sample of them tokenized; completions and pairs
+    are as many, and as long, as they can be at most."""
+    options = config.generate
+    assert options is not None
+    chat = ChatTokenizer(ModelFolder.of(config.model).tokenizer(), config.model.template_arguments)
+    by_side = read_prompts(options.prompts, config.data.held_out_fraction, config.run.seed, options.system_prompt)
+    longest = min(options.sampling.max_tokens, config.data.max_completion_tokens)
+    pairs_each = options.pairing.pairs_per_prompt
+    counted, seen = {}, 0
+    for side, prompts in by_side.items():
+        drawn = prompts if len(prompts) <= rows else random.Random(0).sample(prompts, rows)
+        seen += len(drawn)
+        lengths = [len(prompt.ids) for prompt in chat.prompts([(row["prompt"], None) for row in drawn])]
+        kept = [n for n in lengths if n <= config.data.max_prompt_tokens]
+        each = len(prompts) / max(1, len(drawn)) * pairs_each
+        counted[side] = Counted(np.array([(n, longest, longest) for n in kept], dtype=np.int64).reshape(-1, 3), each)
+    total = sum(map(len, by_side.values()))
+    how = (
+        f"{total} prompts are counted, {seen} of them tokenized; at most {pairs_each} pairs of each, and completions "
+        f"of up to {longest} tokens (generate.sampling.max_tokens): an upper bound"
+    )
+    return Counts(float(total), counted["train"], counted["eval"], False, how)
+
+
+def _ingest(config: Config) -> IngestShard:
+    data = config.data
+    return IngestShard(
+        data.held_out_fraction,
+        config.run.seed,
+        columns=data.columns,
+        pairing=data.pairing,
+        max_characters=data.max_characters,
+    )
+
+
+def _draw(file: Location, count: int, dice: random.Random, folder: Path) -> _Drawn:
+    """About `count` rows of a file."""
+    folder.mkdir(parents=True)
+    form = format_of(file.uri)
+    if form.is_parquet:
+        with open_parquet(file) as parquet:
+            total = parquet.metadata.num_rows
+        parts = _places(total, count, dice)
+        return _Drawn([RawPart(file.uri, Part(first, rows)) for first, rows in parts], sum(r for _, r in parts), total)
+    target = folder / "lines.jsonl"
+    if form.codec is not None:
+        lines, total = _reservoir(file, count, dice)
+    else:
+        lines, total = _at_places(file, count, dice)
+    target.write_bytes(b"".join(line + b"\n" for line in lines))
+    return _Drawn([RawPart(str(target))] if lines else [], len(lines), total)
+
+
+def _places(total: int, count: int, dice: random.Random) -> list[tuple[int, int]]:
+    """First row and number of rows of pieces that do not overlap; all rows where there are no more than asked for."""
+    if total <= count:
+        return [(0, total)] if total else []
+    size = max(1, count // _PIECES)
+    starts = sorted(dice.sample(range(total // size), min(_PIECES, total // size)))
+    return [(start * size, size) for start in starts]
+
+
+def _reservoir(file: Location, count: int, dice: random.Random) -> tuple[list[bytes], float]:
+    """Lines of a compressed file, which is read to its end, each as likely as any other; and how many it has."""
+    kept: list[bytes] = []
+    total = 0
+    with open_lines(file) as stream:
+        for line in _rows(raw_lines(stream)):
+            total += 1
+            if len(kept) < count:
+                kept.append(line)
+            elif (place := dice.randrange(total)) < count:
+                kept[place] = line
+    return kept, total
+
+
+def _at_places(file: Location, count: int, dice: random.Random) -> tuple[list[bytes], float]:
+    """Lines of a plain file at some places in it, and how many the whole file has, by their length."""
+    size = Stamp.of(file).size
+    fs, path = file.filesystem()
+    kept: list[bytes] = []
+    taken = 0
+    with fs.open_input_file(path) as stream:
+        first = list(itertools.islice(raw_lines(stream), count))
+        if len(first) < count:
+            return list(_rows(iter(first))), sum(not is_blank(line) for line, _ in first)
+        per_piece = max(1, count // _PIECES)
+        span = sum(n for _, n in first) // len(first) * per_piece
+        for start in sorted(dice.randrange(max(1, size - 2 * span)) for _ in range(_PIECES)):
+            stream.seek(start)
+            lines = raw_lines(stream)
+            if start:
+                next(lines)  # the end of one that began before
+            for line, num_bytes in itertools.islice(lines, per_piece):
+                taken += num_bytes
+                kept += [] if is_blank(line) else [line]
+    return kept, size * len(kept) / max(1, taken)
+
+
+def _rows(lines: Iterator[tuple[bytes, int]]) -> Iterator[bytes]:
+    return (line for line, _ in lines if not is_blank(line))

@@ -2,81 +2,111 @@
 
 from __future__ import annotations
 
-import asyncio
 import shlex
 import sys
-import tempfile
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from dpo_ray.config import Config, dump_config
-from dpo_ray.errors import ConfigError, DpoRayError
+from cluster.jobs import Outcome, connected, follow, outcome
+from cluster.shipment import CONFIG, packed, runtime_env
+from dpo_ray.config import Config
+from dpo_ray.errors import ConfigError
+from dpo_ray.origin import short
+from dpo_ray.storage.artifact import digest
 
-_SHIPPED = "config.yaml"
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+_MOST_ATTEMPTS = 1000
 
 
-def submit_job(
-    config: Config,
-    address: str,
-    *,
-    command: str,
-    submission_id: str | None,
-    executable: str,
-    wait: bool,
-) -> int:
+@dataclass(frozen=True)
+class Submission:
+    """What is to run, and with what."""
+
+    command: str
+    """Of dpo-ray."""
+    executable: str = "dpo-ray"
+    """What to call there: dpo-ray, or its absolute path."""
+    submission_id: str | None = None
+    """A name that the cluster accepts once. None: one is made up."""
+    period: str | None = None
+    """What the run is for, as a day: the job's name is made of it and the configuration, and such a job runs once."""
+    ship: Sequence[Path] = ()
+    """Files and folders that lie beside the configuration in the job's folder, and whose modules can be imported."""
+    env: Sequence[str] = ()
+    """Environment variables of this process that the job is given."""
+    runtime_env: Path | None = None
+    """YAML with further fields of Ray's runtime environment."""
+
+
+def submit_job(config: Config, address: str | None, submission: Submission, *, wait: bool) -> int:
     """Ship the resolved configuration, run `dpo-ray <command>` on the cluster and, if asked to wait, stream its log.
 
-    Only the configuration travels; the cluster's own installation of dpo-ray runs it. Paths in it are the cluster's.
+    The cluster's own installation of dpo-ray runs it. Paths in the configuration are the cluster's. Of a period, the
+    job that runs or has succeeded already is followed or told of; after one that failed comes the next attempt.
 
     Args:
-        address: the head's dashboard, as in http://127.0.0.1:8265.
-        submission_id: a name that the cluster accepts once.
-        executable: what to call there: dpo-ray, or its absolute path.
+        address: the head's dashboard, as in http://127.0.0.1:8265; None: where Ray looks.
 
     Returns the exit status of the job's own process, 0 without waiting.
-    Raises ConfigError where the cluster is not reached, the submission id is taken or run.output is a relative path,
-    DpoRayError where the job ended without an exit status.
+    Raises ConfigError where the cluster is not reached or refuses us, the submission id is taken, run.output is a
+    relative path or something that is to travel is not there; DpoRayError where the job ended without an exit status,
+    or the cluster is lost while it is followed.
     """
     config.run.require_absolute_output()
-    from ray.job_submission import JobStatus, JobSubmissionClient
-
-    try:
-        client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        raise ConfigError(
-            f"No Ray dashboard answers at {address} ({_short(error)}). Name the head's dashboard, as in "
-            "http://127.0.0.1:8265; from outside a Kubernetes cluster, forward its port first."
-        ) from error
-    with tempfile.TemporaryDirectory(prefix="dpo-ray-submit-") as folder:
-        (Path(folder) / _SHIPPED).write_text(dump_config(config), encoding="utf-8")
-        try:
-            job = client.submit_job(
-                entrypoint=shlex.join([executable, command, _SHIPPED]),
-                submission_id=submission_id or f"dpo-ray-{uuid.uuid4().hex[:10]}",
-                runtime_env={"working_dir": folder},
-            )
-        except RuntimeError as error:
-            raise ConfigError(
-                f"The job was not accepted at {address}: {_short(error)} A submission id is used once; to run again, "
-                "leave --submission-id out or name another."
-            ) from error
-    sys.stderr.write(f"Submitted {job}. Its log: ray job logs --address {address} {job}\n")
+    if submission.period is not None and submission.submission_id is not None:
+        raise ConfigError("--period makes the job's name, and --submission-id gives it: leave one of them out.")
+    with packed(config, Path.cwd(), submission.ship) as (folder, shipped):
+        environment = runtime_env(folder, submission.env, submission.runtime_env)
+        client = connected(address)
+        entrypoint = shlex.join([submission.executable, submission.command, CONFIG])
+        job, found = _name(client, config, submission)
+        if found is None:
+            try:
+                client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=job,
+                    runtime_env=environment,
+                    metadata={"period": submission.period} if submission.period is not None else {},
+                )
+            except RuntimeError as error:
+                found = outcome(client, job) if submission.period is not None else None  # another was faster
+                if found is None:
+                    raise ConfigError(
+                        f"The job was not accepted: {short(str(error))} A submission id is used once; to run again, "
+                        "leave --submission-id out or name another."
+                    ) from error
+    _tell(job, found, shipped, address)
     if not wait:
         return 0
-    asyncio.run(_follow(client, job))
-    info = client.get_job_info(job)
-    if info.status == JobStatus.SUCCEEDED:
-        return 0
-    if info.driver_exit_code is None:
-        raise DpoRayError(f"The job {job} ended as {info.status} without an exit status: {info.message}")
-    return int(info.driver_exit_code)
+    return follow(client, job) if found is None or not found.ended else found.exit_code()
 
 
-async def _follow(client: Any, job: str) -> None:
-    async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
+def _name(client: JobSubmissionClient, config: Config, submission: Submission) -> tuple[str, Outcome | None]:
+    """The job's submission id, and what is known of that job where it is there already and is not to run anew."""
+    if submission.period is None:
+        return submission.submission_id or f"dpo-ray-{uuid.uuid4().hex[:10]}", None
+    told = digest({"command": submission.command, "config": config.model_dump(mode="json")})
+    stem = f"{config.run.name}-{submission.period}-{told[:8]}"
+    for attempt in range(1, _MOST_ATTEMPTS):
+        name = stem if attempt == 1 else f"{stem}-{attempt}"
+        found = outcome(client, name)
+        if found is None or not found.failed:
+            return name, found
+    raise ConfigError(f"The period {submission.period} has failed {_MOST_ATTEMPTS - 1} times on this cluster.")
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[-300:]
+def _tell(job: str, found: Outcome | None, shipped: Sequence[str], address: str | None) -> None:
+    there = f" --address {address}" if address is not None else ""
+    if found is None:
+        carried = f", and with it {', '.join(shipped)}" if shipped else ""
+        said = f"Submitted {job}{carried}."
+    else:
+        said = f"{job} is of this period and this configuration, and {found.status}: it is not run twice."
+    sys.stderr.write(
+        f"{said} `dpo-ray job logs {job}{there} --follow` shows its log, `dpo-ray job cancel {job}{there}` ends it.\n"
+    )

@@ -1,0 +1,112 @@
+"""What travels with a job: the resolved configuration, the user's own modules that it names, and what is asked for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from dpo_ray.config import Config, Rule, dump_config
+from dpo_ray.errors import ConfigError
+
+CONFIG = "config.yaml"
+_LIMIT = 100 << 20  # bytes; Ray refuses more than 500 MiB, and keeps what it takes on the head
+_LEFT_OUT = shutil.ignore_patterns("__pycache__", ".git", ".venv", "*.pyc")
+_OURS = ("working_dir", "py_modules")
+
+
+@contextmanager
+def packed(config: Config, here: Path, also: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
+    """A folder with all that travels, which is gone afterwards; and the names in it, beside the configuration.
+
+    Modules of rules travel that lie in `here`, as they do when the run is started there; others are the cluster's.
+
+    Raises ConfigError where something is not there, has a name that is taken, or is too large.
+    """
+    with TemporaryDirectory(prefix="dpo-ray-submit-") as made:
+        folder = Path(made)
+        (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
+        for source in [*also, *(module for module in _own_modules(config, here) if module.name not in _names(also))]:
+            _take(source, folder)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        if size > _LIMIT:
+            raise ConfigError(
+                f"What is to travel with the job takes {size >> 20} MiB, of {_LIMIT >> 20} at most. Ship modules only, "
+                "and put data and models where the cluster's nodes reach them."
+            )
+        yield folder, sorted(path.name for path in folder.iterdir() if path.name != CONFIG)
+
+
+def runtime_env(folder: Path, names: Sequence[str], file: Path | None) -> dict[str, Any]:
+    """Ray's runtime environment of the job.
+
+    Args:
+        names: environment variables of this process that the job is to have.
+        file: YAML with further fields of it, as pip, uv, image_uri or env_vars.
+
+    Raises ConfigError where a variable is not set here, or the file is none of these.
+    """
+    given = _read(file) if file is not None else {}
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"--env {missing[0]}: this variable is not set here, so that the job cannot be given it. Set it, or leave "
+            "--env out."
+        )
+    variables = {**given.get("env_vars", {}), **{name: os.environ[name] for name in names}}
+    return {**given, **({"env_vars": variables} if variables else {}), "working_dir": str(folder)}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--runtime-env {file} cannot be read: {error}") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"--runtime-env {file} is to hold fields of a Ray runtime environment, as `pip: [textstat]`.")
+    if taken := [name for name in _OURS if name in given]:
+        raise ConfigError(
+            f"--runtime-env {file} has {taken[0]}, which is made of the configuration and what is shipped: take it "
+            "out, and name files and folders by --ship."
+        )
+    from ray.runtime_env import RuntimeEnv
+
+    try:
+        RuntimeEnv(**given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--runtime-env {file} is no runtime environment of Ray: {error}") from error
+    return given
+
+
+def _names(paths: Sequence[Path]) -> set[str]:
+    return {path.absolute().name for path in paths}
+
+
+def _own_modules(config: Config, here: Path) -> list[Path]:
+    """Files and packages in a folder that are the modules of the configuration's rules."""
+    rewards = [config.generate.reward] if config.generate is not None else []
+    rewards += [config.evaluate.win_rate.reward] if config.evaluate.win_rate is not None else []
+    rules = [source for reward in rewards for source in reward if isinstance(source, Rule)]
+    tops = {rule.function.partition(":")[0].partition(".")[0] for rule in rules}
+    found = (path for top in sorted(tops) for path in (here / f"{top}.py", here / top) if path.exists())
+    # The installed one is the cluster's.
+    return [path for path in found if path.name != "dpo_ray"]
+
+
+def _take(source: Path, folder: Path) -> None:
+    source = source.absolute()
+    target = folder / source.name
+    if target.exists():
+        raise ConfigError(f"--ship {source}: something else that travels is called {source.name}. Rename one of them.")
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=_LEFT_OUT)
+    elif source.is_file():
+        shutil.copy2(source, target)
+    else:
+        raise ConfigError(f"--ship {source}: there is no such file or folder.")

@@ -77,6 +77,9 @@ def _read(file: Path) -> dict[str, Any]:
         )
     from ray.runtime_env import RuntimeEnv
 
+    if unknown := sorted(given.keys() - RuntimeEnv.known_fields):
+        fields = ", ".join(sorted(name for name in RuntimeEnv.known_fields if name[0] != "_" and name not in _OURS))
+        raise ConfigError(f"--runtime-env {file} has {unknown[0]}, which Ray's runtime environments lack: {fields}.")
     try:
         RuntimeEnv(**given)
     except (TypeError, ValueError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 import sys
 import uuid
@@ -15,7 +17,6 @@ from cluster.shipment import CONFIG, packed, runtime_env
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError
 from dpo_ray.origin import short
-from dpo_ray.storage.artifact import digest
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -90,8 +91,8 @@ def _name(client: JobSubmissionClient, config: Config, submission: Submission) -
     """The job's submission id, and what is known of that job where it is there already and is not to run anew."""
     if submission.period is None:
         return submission.submission_id or f"dpo-ray-{uuid.uuid4().hex[:10]}", None
-    told = digest({"command": submission.command, "config": config.model_dump(mode="json")})
-    stem = f"{config.run.name}-{submission.period}-{told[:8]}"
+    work = json.dumps([submission.command, config.model_dump(mode="json")], sort_keys=True)
+    stem = f"{config.run.name}-{submission.period}-{hashlib.sha256(work.encode()).hexdigest()[:8]}"
     for attempt in range(1, _MOST_ATTEMPTS):
         name = stem if attempt == 1 else f"{stem}-{attempt}"
         found = outcome(client, name)

@@ -188,9 +188,7 @@ def submit(
     submission_id: Annotated[str | None, typer.Option(help="Name of the job; the cluster accepts it once.")] = None,
     period: Annotated[
         str | None,
-        typer.Option(
-            help="What the run is for, as 2026-11-01: a job of it that runs or went well runs no second time."
-        ),
+        typer.Option(help="What the run is for, as 2026-11-01: a job that runs or went well runs no second time."),
     ] = None,
     ship: Annotated[
         list[Path] | None, typer.Option(help="A file or folder that travels with the configuration. Repeatable.")

@@ -17,6 +17,7 @@ from dpo_ray.storage.location import Location
 from dpo_ray.storage.published import CARD, move
 from pipelines.cli import app
 from tests.shard_stages import age, stage
+from tests.unit.cluster.manifests import parse
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -98,6 +99,11 @@ def test_what_is_asked_of_an_output_folder_is_answered(command: str, as_json: li
     assert result.exit_code == 0, result.output
     assert "aligned" in result.output and ("trained" in result.output or " show " in command)
     assert not as_json or json.loads(result.output)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dpo-ray job ")])
+def test_commands_on_jobs_are_accepted(command: str):  # and carried out in tests/on_ray/test_submit.py
+    parse(shlex.split(command))
 
 
 def test_no_command_goes_untried():

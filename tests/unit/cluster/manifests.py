@@ -17,6 +17,7 @@ import kubernetes_validate
 import pytest
 import typer
 import yaml
+from typer.core import TyperGroup
 
 from pipelines.cli import app
 
@@ -106,10 +107,12 @@ def mistakes(found: dict[str, Any]) -> list[str]:
 def parse(words: list[str]) -> None:
     """Raises a usage error where the command line of dpo-ray does not take these words, the program's name first."""
     assert words[0] == "dpo-ray", words
-    program = typer.main.get_command(app)
-    with program.make_context("dpo-ray", words[1:]) as context:
-        name, command, rest = program.resolve_command(context, words[1:])
-        command.make_context(name, rest, parent=context)
+    command: Any = typer.main.get_command(app)
+    name, rest, parent = "dpo-ray", words[1:], None
+    while isinstance(command, TyperGroup):
+        parent = command.make_context(name, list(rest), parent=parent)
+        name, command, rest = command.resolve_command(parent, rest)
+    command.make_context(name, rest, parent=parent)
 
 
 def pod_specs(found: Any) -> Iterator[dict[str, Any]]:

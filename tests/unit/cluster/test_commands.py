@@ -97,7 +97,7 @@ def test_a_command_with_a_mistake_is_found():
         "ray up cluster/manifests/ray_up/gcp.yaml",
         "ray get-auth-token --make",
         "sbatch cluster/manifests/slurm/nightly.sbatch",
-        "dpo-ray submit cluster/manifests/kubernetes/site/run.yaml",
+        "dpo-ray submit cluster/manifests/kubernetes/site/run.yaml --adress http://127.0.0.1:8265",
         "export RAY_AUTH_MODE=none",
     ):
         with pytest.raises(Exception, match=r"."):

@@ -1,0 +1,109 @@
+"""What travels with a job, and what is refused before it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import shipment
+from cluster.shipment import CONFIG, packed, runtime_env
+from dpo_ray.config import Config, parse_config
+from dpo_ray.errors import ConfigError
+
+
+def config(*functions: str) -> Config:
+    reward: list[dict[str, Any]] = [{"function": function, "name": f"r{n}"} for n, function in enumerate(functions)]
+    generate = {"prompts": "/data/prompts.jsonl", "reward": reward} if reward else None
+    values = {"run": {"name": "n", "output": "/out"}, "model": {"path": "/model"}} | (
+        {"generate": generate} if generate else {}
+    )
+    return parse_config(values if generate else values | {"data": {"train": "/data"}})
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    folder = tmp_path / "here"
+    (folder / "rules" / "__pycache__").mkdir(parents=True)
+    (folder / "rules" / "__pycache__" / "a.cpython-311.pyc").touch()
+    (folder / "rules" / "__init__.py").touch()
+    (folder / "rules" / "brief.py").write_text("brief = True")
+    (folder / "short.py").write_text("short = True")
+    (folder / "unused.py").touch()
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_modules_of_rules_that_lie_here_travel_and_no_others(here: Path):
+    rules = ("rules.brief:brief", "short:short", "dpo_ray.rewards:likely", "elsewhere:one")
+    with packed(config(*rules), here, []) as (folder, told):
+        assert names(folder) == [CONFIG, "rules/__init__.py", "rules/brief.py", "short.py"]
+        assert told == ["rules", "short.py"]
+        assert "function: short:short" in (folder / CONFIG).read_text()
+    assert not folder.exists()
+
+
+def test_what_is_named_travels_too_and_a_module_only_once(here: Path):
+    with packed(config("short:short"), here, [here / "short.py", here / "unused.py"]) as (folder, told):
+        assert told == ["short.py", "unused.py"]
+    with packed(config(), here, []) as (folder, told):
+        assert names(folder) == [CONFIG] and told == []
+
+
+def test_what_cannot_travel_is_refused_by_name(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with (
+        pytest.raises(ConfigError, match=r"--ship .*/missing: there is no such"),
+        packed(config(), here, [here / "missing"]),
+    ):
+        pass
+    (tmp_path / "short.py").touch()
+    both = [here / "short.py", tmp_path / "short.py"]
+    with (
+        pytest.raises(ConfigError, match=r"something else that travels is called short\.py"),
+        packed(config(), here, both),
+    ):
+        pass
+    (tmp_path / CONFIG).touch()
+    with pytest.raises(ConfigError, match=r"is called config\.yaml"), packed(config(), here, [tmp_path / CONFIG]):
+        pass
+    monkeypatch.setattr(shipment, "_LIMIT", 10)
+    with pytest.raises(ConfigError, match="takes 0 MiB, of 0 at most"), packed(config(), here, []):
+        pass
+
+
+def test_the_jobs_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MY_KEY", "told")
+    assert runtime_env(tmp_path, [], None) == {"working_dir": str(tmp_path)}
+    file = tmp_path / "env.yaml"
+    file.write_text("pip: [textstat]\nenv_vars: {MY_KEY: other, ANOTHER: one}\n")
+    made = runtime_env(tmp_path, ["MY_KEY"], file)
+    assert made == {
+        "working_dir": str(tmp_path),
+        "pip": ["textstat"],
+        "env_vars": {"MY_KEY": "told", "ANOTHER": "one"},
+    }
+    with pytest.raises(ConfigError, match="--env NOT_THERE: this variable is not set here"):
+        runtime_env(tmp_path, ["NOT_THERE"], None)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "cannot be read"),
+        ("[1, 2", "cannot be read"),
+        ("- textstat", "is to hold fields"),
+        ("working_dir: /somewhere", "has working_dir, which is made of the configuration"),
+        ("pip: 3", "is no runtime environment of Ray"),
+        ("pipe: [textstat]", "has pipe, which Ray's runtime environments lack: .*pip"),
+    ],
+)
+def test_what_is_no_runtime_environment_is_refused(tmp_path: Path, content: str | None, told: str):
+    file = tmp_path / "env.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=told):
+        runtime_env(tmp_path, [], file)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dpo_ray import errors
 from tests.unit.cluster import fake_kubectl
@@ -62,7 +63,7 @@ class Cluster:
         self.folder = folder
         (folder / "bin").mkdir()
         kubectl = folder / "bin" / "kubectl"
-        kubectl.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {fake_kubectl.__file__} "$@"\n')
+        kubectl.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S {fake_kubectl.__file__} "$@"\n')
         kubectl.chmod(0o755)
         self.put("objects", {"dpo-ray": template()})
         self.put("story", [SUCCEEDED])
@@ -83,6 +84,7 @@ class Cluster:
         settings = {
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "FAKE_KUBECTL": str(self.folder),
+            "PYTHONPATH": str(Path(yaml.__file__).parents[1]),  # -S starts Python faster, and without its packages
             "TMPDIR": str(self.folder),
             "TEMPLATE": "dpo-ray",
             "JOB_NAME": JOB,
@@ -197,6 +199,12 @@ def test_a_gate_that_refuses_is_no_failure_in_what_is_said(cluster: Cluster):
 def test_the_first_exit_code_counts_and_not_what_the_log_says_of_others(cluster: Cluster):
     cluster.put("story", [failed(3, tail="a helper: entrypoint command failed with exit code 4, or so")])
     assert cluster.launch()[0] == 3
+
+
+def test_a_gate_is_told_from_a_failure_also_where_the_message_is_late(cluster: Cluster):
+    cluster.put("story", [RUNNING, failed(4) | {"unread": 1}, failed(4)])
+    code, said = cluster.launch()
+    assert code == 4, said
 
 
 @pytest.mark.parametrize("code", [-9, 137, 139])

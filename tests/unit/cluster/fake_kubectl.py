@@ -1,8 +1,8 @@
 """A kubectl that knows a few RayJobs and a story of what becomes of one: what launch.sh asks for, and no more.
 
 Its folder, FAKE_KUBECTL, has `objects.json` (name → RayJob), `story.json` (statuses of a run, one for each look; the
-last one stays; text is what kubectl fails with; `unread`: its message cannot be had), `refusals.json` (of creations), and
-`calls.jsonl`.
+last one stays; text is what kubectl fails with; `unread`: its message cannot be had), `refusals.json` (of creations)
+and `calls.jsonl`.
 """
 
 from __future__ import annotations

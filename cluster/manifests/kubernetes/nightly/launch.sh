@@ -34,7 +34,7 @@ create() {
   kubectl get rayjob "$TEMPLATE" -o json 2>"$said" >"$said.template" || return 1
   kubectl patch --local --type merge -f "$said.template" -p "$(cat "$(dirname "$0")/as_run.yaml")" -o json 2>"$said" >"$said.run" || return 1
   kubectl patch --local --type merge -f "$said.run" -p "$own" -o json 2>"$said" >"$said.own" || return 1
-  kubectl create -f "$said.own" 2>"$said" || return 1
+  kubectl create -f "$said.own" >/dev/null 2>"$said" || return 1
 }
 
 misses=0
@@ -84,11 +84,16 @@ finish() {
 }
 
 misses=0
-before=
+before=nothing
 while :; do
   if state=$(field "$run" '{.status.jobDeploymentStatus}/{.status.jobStatus}/{.status.reason}'); then
-    [ "$state" = "$before" ] || say "$run: $state"
-    before=$state
+    if [ "$state" != "$before" ]; then
+      before=$state
+      case $state in
+        //) say "$run: KubeRay's operator has not looked at it yet" ;;
+        *) say "$run: ${state%/}" ;;
+      esac
+    fi
     case $state in
       Complete/SUCCEEDED/*) exit 0 ;;
       Complete/* | Failed/* | ValidationFailed/*)

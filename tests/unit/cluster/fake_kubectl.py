@@ -1,7 +1,8 @@
 """A kubectl that knows a few RayJobs and a story of what becomes of one: what launch.sh asks for, and no more.
 
 Its folder, FAKE_KUBECTL, has `objects.json` (name → RayJob), `story.json` (statuses of a run, one for each look; the
-last one stays; text is what kubectl fails with), `refusals.json` (of creations), and `calls.jsonl`.
+last one stays; text is what kubectl fails with; `unread`: its message cannot be had), `refusals.json` (of creations)
+and `calls.jsonl`.
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ def get(words: list[str]) -> None:
             fail(status)
         objects[name]["status"] = status
         write("objects.json", objects)
+    if "status.message" in wanted and objects[name]["status"].pop("unread", 0):
+        write("objects.json", objects)
+        fail("Unable to connect to the server: EOF")
     if wanted == "name":
         print(f"rayjob.ray.io/{name}")
     elif wanted == "json":

@@ -34,28 +34,42 @@ create() {
   kubectl get rayjob "$TEMPLATE" -o json 2>"$said" >"$said.template" || return 1
   kubectl patch --local --type merge -f "$said.template" -p "$(cat "$(dirname "$0")/as_run.yaml")" -o json 2>"$said" >"$said.run" || return 1
   kubectl patch --local --type merge -f "$said.run" -p "$own" -o json 2>"$said" >"$said.own" || return 1
-  kubectl create -f "$said.own" 2>"$said" || return 1
+  kubectl create -f "$said.own" >/dev/null 2>"$said" || return 1
 }
 
 misses=0
-until found=$(kubectl get rayjob "$run" --ignore-not-found -o name 2>"$said") && [ -n "$found" ]; do
-  create && say "$run is created. Its log: kubectl logs --follow job/$run" && break
-  case $(cat "$said") in
-    *AlreadyExists*) continue ;;
-    *NotFound*) give_up "There is no RayJob $TEMPLATE to copy, or no RayJobs at all: apply the overlay, and install KubeRay" 2 ;;
-    *Forbidden* | *Invalid* | *BadRequest*) give_up "$run was refused" 2 ;;
-  esac
+missed() {
   misses=$((misses + 1))
   [ "$misses" -lt "$patience" ] || give_up "The API server did not answer $patience times in a row" 69
   sleep "$seconds"
-done
-[ -z "$found" ] || say "$run is there already: waiting for its end. Its log: kubectl logs --follow job/$run"
+}
 
-# What came of it, by the exit code that Ray tells in its message.
+while :; do
+  if found=$(kubectl get rayjob "$run" --ignore-not-found -o name 2>"$said") && [ -n "$found" ]; then
+    say "$run is there already: waiting for its end. Its log: kubectl logs --follow job/$run"
+    break
+  elif create; then
+    say "$run is created. Its log: kubectl logs --follow job/$run"
+    break
+  fi
+  case $(cat "$said") in
+    *NotFound*) give_up "There is no RayJob $TEMPLATE to copy, or no RayJobs at all: apply the overlay, and install KubeRay" 2 ;;
+    *Forbidden* | *Invalid* | *BadRequest*) give_up "$run was refused" 2 ;;
+  esac
+  missed # AlreadyExists as well: the next look finds it
+done
+
+# What came of a run that did not succeed, by the exit code that Ray tells in the message.
 finish() {
-  message=$(field "$run" '{.status.message}')
-  code=$(printf '%s\n' "$message" | sed -n 's/.*entrypoint command failed with exit code \(-\{0,1\}[0-9][0-9]*\).*/\1/p' | head -n 1)
+  state=$1 message=$2
   printf '%s\n' "$message" | tail -n 20
+  case $state in
+    */*DeadlineExceeded)
+      say "$run did not end in time ($state). What is finished is kept, and the next run goes on from there."
+      exit 124
+      ;;
+  esac
+  code=$(printf '%s\n' "$message" | sed -n 's/.*entrypoint command failed with exit code \(-\{0,1\}[0-9][0-9]*\).*/\1/p' | head -n 1)
   case $code in
     4)
       say "$run: the gate refused the model (exit code 4), and what was published before still is. Its measures: runs/$run in run.output"
@@ -65,33 +79,36 @@ finish() {
     -*) say "$run: its process was killed by signal ${code#-}" && code=1 ;;
     *) code=1 ;;
   esac
-  say "$run failed with exit code $code ($1). What is finished is kept. Its log: kubectl logs job/$run. To run it again: kubectl create job --from=cronjob/NAME AGAIN"
+  say "$run failed with exit code $code ($state). What is finished is kept, and the next run goes on from there. Its log: kubectl logs job/$run"
   exit "$code"
 }
 
 misses=0
-before=
+before=nothing
 while :; do
   if state=$(field "$run" '{.status.jobDeploymentStatus}/{.status.jobStatus}/{.status.reason}'); then
-    misses=0
-    [ "$state" = "$before" ] || say "$run: $state"
-    before=$state
+    if [ "$state" != "$before" ]; then
+      before=$state
+      case $state in
+        //) say "$run: KubeRay's operator has not looked at it yet" ;;
+        *) say "$run: ${state%/}" ;;
+      esac
+    fi
     case $state in
       Complete/SUCCEEDED/*) exit 0 ;;
-      Complete/* | Failed/*/AppFailed | ValidationFailed/*) finish "$state" ;;
-      Failed/*/*DeadlineExceeded)
-        say "$run: $(field "$run" '{.status.message}')"
-        say "$run did not end in time. What is finished is kept, and the next run goes on from there."
-        exit 124
+      Complete/* | Failed/* | ValidationFailed/*)
+        message=$(field "$run" '{.status.message}') && finish "$state" "$message"
+        missed # without the message, a gate that refused would pass for a failure
         ;;
-      Failed/*) finish "$state" ;;
+      *)
+        misses=0
+        sleep "$seconds"
+        ;;
     esac
   else
     case $(cat "$said") in
       *NotFound*) give_up "$run was deleted before it ended" 1 ;;
     esac
-    misses=$((misses + 1))
-    [ "$misses" -lt "$patience" ] || give_up "The API server did not answer $patience times in a row" 69
+    missed
   fi
-  sleep "$seconds"
 done

@@ -139,6 +139,16 @@ def test_a_damaged_record_is_still_an_error(job: Job):
     json.loads((job.output / "runs").joinpath(summary(job)["run_id"], "summary.json").read_text())
 
 
+def test_of_a_model_that_was_published_without_its_lineage_it_is_kept_then(job: Job):
+    assert job.run().code == 0
+    kept = job.output / "lineage/policies" / f"{job.published()}.json"
+    before = json.loads(kept.read_text())
+    shutil.rmtree(job.output / "lineage")
+    assert again(job).lines("nothing new")
+    after = json.loads(kept.read_text())
+    assert after["shards"] == before["shards"] and after["sources"] == before["sources"]
+
+
 def test_only_within_the_block_work_is_refused():
     about_to_compute("a")
     with only_finished(), pytest.raises(NotFinished, match="b"):

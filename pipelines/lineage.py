@@ -134,7 +134,8 @@ def _of_model(output: Location, version: Version) -> Answer:
     policies: list[Answer] = []
     unknown = None
     try:
-        policies += (_policy(output, found) for found in ancestry(output, version.version))
+        for found in ancestry(output, version.version):
+            policies.append(_policy(output, found))
     except Gone as gone:
         unknown = str(gone)
     return {**answer, "policies": policies, "unknown": unknown}
@@ -171,7 +172,8 @@ def _each_version(output: Location) -> Iterator[tuple[Version, list[PolicyLineag
     for version in versions(output):
         found: list[PolicyLineage] = []
         try:
-            found += ancestry(output, version.version)
+            for one in ancestry(output, version.version):
+                found.append(one)
         except Gone as gone:
             yield version, found, str(gone)
             continue

@@ -42,7 +42,7 @@ def page(output: Location, last: int | None) -> Page:
         raise ConfigError(f"{output} holds no run: name the folder given as run.output, or a folder below its runs/.")
     with ThreadPoolExecutor(_SIDE_BY_SIDE) as threads:
         runs = list(threads.map(lambda name: _run(output / "runs" / name), names[:last]))
-    standing = {folder.name: latest(folder) for folder in (output / "models").children()}
+    standing = {name: latest(output / "models" / name) for name in (output / "models").folders()}
     return Page(runs, len(names), {name: move.version for name, move in standing.items() if move is not None})
 
 
@@ -50,7 +50,7 @@ def _newest_first(folder: Location) -> list[str]:
     """Names of runs, by the time in them; of others by when something was last written there."""
     times: dict[str, float] = {}
     untimed = []
-    for name, at in folder.entries():
+    for name, at in folder.folders().items():
         if (began := _began(name)) is not None:
             times[name] = began
         elif at is not None:

@@ -26,7 +26,7 @@ from dpo_ray.progress import say
 Event = Literal["success", "gate_failed", "error"]
 _STAGE = "hooks"
 _AGAIN = (429, 500, 502, 503, 504)
-_PAUSE_S = 60  # at most between two requests, whatever the server asks for
+_PAUSE_S = 60  # at most between two requests
 
 
 @dataclass
@@ -151,7 +151,7 @@ def _post(hook: Hook, content: bytes) -> str | None:
         total=hook.max_retries,
         backoff_factor=1,
         backoff_max=_PAUSE_S,
-        retry_after_max=_PAUSE_S,
+        respect_retry_after_header=False,  # a server may ask for hours
         status_forcelist=_AGAIN,
         allowed_methods=None,
         raise_on_status=False,

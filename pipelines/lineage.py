@@ -66,7 +66,7 @@ def trace_back(output: Location, asked: str) -> Answer:
         asked: a model's name (its latest version), name/version, version or folder; a pair id; a file by its path or
             the end of it, or a partition such as date=2026-11-01.
     """
-    if not (output / "models").children():
+    if not (output / "models").folders():
         raise ConfigError(f"{output} holds no published model: name the folder given as run.output.")
     version = _version(output, asked)
     if version is not None:
@@ -78,7 +78,7 @@ def trace_back(output: Location, asked: str) -> Answer:
 
 def versions(output: Location) -> Iterator[Version]:
     """All versions of all names, also those whose folders were removed."""
-    for folder in (output / "models").children():
+    for folder in (output / "models" / name for name in (output / "models").folders()):
         complete = complete_versions(folder)
         first: dict[str, Move] = {}
         for move in history(folder):
@@ -99,7 +99,7 @@ def _version(output: Location, asked: str) -> Version | None:
     name, _, version = (place.removeprefix(models) if place.startswith(models) else asked).partition("/")
     if version:
         return next((one for one in versions(output) if (one.name, one.version) == (name, version)), None)
-    if asked in {folder.name for folder in (output / "models").children()}:
+    if asked in (output / "models").folders():
         standing = latest(published_folder(output, asked))
         if standing is None:
             raise ConfigError(f"Nothing was published under the name {asked}.")
@@ -134,7 +134,8 @@ def _of_model(output: Location, version: Version) -> Answer:
     policies: list[Answer] = []
     unknown = None
     try:
-        policies += (_policy(output, found) for found in ancestry(output, version.version))
+        for found in ancestry(output, version.version):
+            policies.append(_policy(output, found))
     except Gone as gone:
         unknown = str(gone)
     return {**answer, "policies": policies, "unknown": unknown}
@@ -171,7 +172,8 @@ def _each_version(output: Location) -> Iterator[tuple[Version, list[PolicyLineag
     for version in versions(output):
         found: list[PolicyLineage] = []
         try:
-            found += ancestry(output, version.version)
+            for one in ancestry(output, version.version):
+                found.append(one)
         except Gone as gone:
             yield version, found, str(gone)
             continue
@@ -286,7 +288,7 @@ def _of_file(output: Location, asked: str) -> Answer:
     if not uris and not moved:
         raise ConfigError(
             f"{asked} is no model, no pair id (16 hex digits) and no file that a run below {output} has read. Name a "
-            f"model ({', '.join(folder.name for folder in (output / 'models').children())}), a pair id, a file by its "
+            f"model ({', '.join((output / 'models').folders())}), a pair id, a file by its "
             "path or the end of it, or a partition such as date=2026-11-01."
         )
     files = [{"uri": uri, "sha256": sha256} for uri, sha256 in {**moved, **uris}.items()]

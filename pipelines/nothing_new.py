@@ -13,6 +13,7 @@ from pipelines.align import train_and_measure
 from pipelines.context import RunContext
 from pipelines.publish import STAGE, stays
 from pipelines.start import start_of_published, starting_model
+from pipelines.trace import keep_lineage
 
 
 def is_nothing_new(context: RunContext) -> bool:
@@ -46,6 +47,8 @@ def _is_published(context: RunContext, start: Model, standing: Move) -> bool:
     version = folder / policy.fingerprint
     if not stays(version, standing) or failed_conditions(context.config.publish.gate, evaluation.manifest.metrics):
         return False
+    # Of a model that an earlier dpo-ray has published it is not kept yet.
+    keep_lineage(context.output, policy, run_id=context.run_id, models=probe.models, sources=probe.sources)
     context.stages.update(probe.stages)
     context.results.update(probe.results)
     context.results["published"] = version.uri

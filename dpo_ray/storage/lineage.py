@@ -64,6 +64,7 @@ class ShardLineage(_Record):
     dropped: dict[str, int] = {}
     """Reason → rows."""
     trained: int
+    """Rows to train on; of them, those that did not fill the last step were left out of it."""
     held_out: int
 
 

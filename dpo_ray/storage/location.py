@@ -184,12 +184,12 @@ class Location:
             infos: list[pafs.FileInfo] = fs.get_file_info(selected)
             return infos
 
-    def entries(self) -> list[tuple[str, float | None]]:
-        """Names of children, and when each was written, in the store's seconds since the epoch: None of a folder of an
-        object store. Unfinished files are not listed."""
-        infos = self._infos(recursive=False)
-        named = [(info.base_name, info.mtime_ns) for info in infos if not info.base_name.startswith(".")]
-        return [(name, at / 1e9 if at is not None else None) for name, at in sorted(named, key=lambda one: one[0])]
+    def folders(self) -> dict[str, float | None]:
+        """Names of the folders in this one, and when something was last written right in each, in seconds since the
+        epoch: None in an object store, where folders have no time."""
+        infos = sorted(self._infos(recursive=False), key=lambda info: info.base_name)
+        found = [info for info in infos if info.type == pafs.FileType.Directory and not info.base_name.startswith(".")]
+        return {info.base_name: info.mtime_ns / 1e9 if info.mtime_ns is not None else None for info in found}
 
     def children(self) -> list[Location]:
         """Children by name; empty where there is no such folder. Unfinished files are not listed."""

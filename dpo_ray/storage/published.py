@@ -96,12 +96,13 @@ def was_latest(folder: Location, version: str) -> bool:
 def compared_version(folder: Location, version: str) -> str | None:
     """Which published version a new one is compared with: the latest, but never itself, as when it is made again.
 
-    Then it is the one that it took the place of. None where there is none.
+    Then it is the one that it took the place of when it was published. None where there is none.
     """
     standing = latest(folder)
     if standing is None or standing.version != version:
         return standing.version if standing is not None else None
-    before = [one.previous for one in moves(folder) if one.version == version and one.previous != version]
+    made = [one for one in moves(folder) if one.version == version and one.action == "publish"]
+    before = [one.previous for one in made if one.previous != version]
     return before[-1] if before and before[-1] is not None and is_complete(folder / before[-1]) else None
 
 

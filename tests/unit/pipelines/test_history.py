@@ -89,6 +89,9 @@ def test_a_row_tells_data_measures_outcome_and_cost(tmp_path: Path):
     write(tmp_path, "n-20261124T020000Z", nothing_new={"version": "fedcba9876543210"})
     write(tmp_path, "n-20261123T020000Z", exit_code=3, reasons=["x" * 500])
     (tmp_path / "runs/n-20261122T020000Z").mkdir()
+    for folder in ("runs", "models"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "README.md").write_text("notes")
     found = page(Location.of(tmp_path), 20)
     assert [run["outcome"] for run in found.runs] == [
         "published", "not published", "nothing new", "failed", "unfinished"

@@ -17,6 +17,7 @@ from pipelines import lineage
 from pipelines.gc import collect
 from pipelines.lineage import lines, trace_back
 from tests.command_line import in_process
+from tests.object_store import BUCKET, object_store
 from tests.shard_stages import age
 from tests.whole_run import Job, number_rows, pair_id, word_model
 
@@ -199,3 +200,14 @@ def test_the_command_prints_words_or_json(job: Job):
     told = in_process("lineage", str(job.output), "b.jsonl", "--json")
     assert json.loads(told.log)["what"] == "file"
     assert in_process("lineage", str(job.output), "nosuch").code == 2
+
+
+def test_the_same_in_an_object_store(job: Job):
+    with object_store():
+        output = Location.of(f"s3://{BUCKET}/team/out")
+        for folder in ("models", "lineage"):
+            Location.of(job.output / folder).copy_folder_to(output / folder)
+        assert fates(output, TRAINED) == [("trained", [])] * 2
+        version = output / "models" / "numbers" / job.published()
+        assert trace_back(output, version.uri)["version"] == job.published()
+        assert [one["read"] for one in trace_back(output, "b.jsonl")["models"]] == [8]

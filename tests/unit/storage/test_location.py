@@ -172,3 +172,12 @@ def test_a_file_tells_when_it_was_written_and_where_it_lies(tmp_path: Path):
     assert file.written() == 1234.5
     assert file.parent == Location.of(tmp_path) / "folder"
     assert Location.of("s3://bucket/a/b").parent.uri == "s3://bucket/a"
+
+
+def test_folders_are_told_with_their_times_and_files_are_not(tmp_path: Path):
+    for name in ("b", "a", ".hidden"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (100.5, 100.5))
+    (tmp_path / "file").write_bytes(b"")
+    assert Location.of(tmp_path).folders() == {"a": 100.5, "b": 100.5}
+    assert Location.of(tmp_path / "none").folders() == {}

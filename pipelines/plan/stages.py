@@ -19,8 +19,9 @@ from dpo_ray.shards.ingest import IngestShard
 from dpo_ray.storage.artifact import Manifest
 from dpo_ray.training.flops import FORWARD, ModelShape, passes
 from dpo_ray.training.memory import Shape, shape_of, worker_memory
+from dpo_ray.training.plan import StepPlan
 from pipelines import planned
-from pipelines.plan.counts import Counts, exact
+from pipelines.plan.counts import Counts, Side, exact
 from pipelines.plan.memory import Memory, of_scoring, of_training, resident
 from pipelines.plan.reached import Reached, reached
 from pipelines.plan.sample import of_prompts, sample
@@ -277,7 +278,7 @@ class _Estimate:
                 "data."
             )
         state, left = self._state("train")
-        tokens = self.epochs * counts.train.tokens
+        tokens = self._trained_tokens()
         evaluated = 0.0
         if train.eval_every_steps is not None:
             share = min(1.0, train.eval_pairs / max(1.0, counts.held_out.pairs))
@@ -304,6 +305,14 @@ class _Estimate:
             seconds, why,
         )  # fmt: skip
 
+    def _trained_tokens(self) -> float:
+        """Of all steps; exactly where the pairs are known that the last epoch leaves out."""
+        counts, train = self.counts, self.config.train
+        if counts.index is None:
+            return self.epochs * counts.train.tokens
+        steps = StepPlan(counts.index, train.global_batch_size, train.epochs, self.config.run.seed, hidden_size=1)
+        return train.epochs * counts.train.tokens - Side(counts.index.lengths[steps.left_out()]).tokens
+
     @property
     def training_flops(self) -> float:
         """Of all steps."""
@@ -317,7 +326,7 @@ class _Estimate:
             rate = stated.mfu * stated.peak_tflops * _TERA
             how = f"stated: --mfu {stated.mfu:g} of --peak-tflops {stated.peak_tflops:g}"
             return flops / rate / processes, f"{flops / _TERA:.3g} TFLOP; {how}"
-        tokens = self.epochs * self.counts.train.tokens
+        tokens = self._trained_tokens()
         if stated.tokens_per_second is not None:
             rate = self.training_flops / (tokens / stated.tokens_per_second) / self.config.train.num_workers
             return flops / rate / processes, f"stated: --tokens-per-second {stated.tokens_per_second:g} of the training"

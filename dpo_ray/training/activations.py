@@ -33,7 +33,7 @@ def counted_bytes_per_token(folder: ModelFolder, model: Model, train: Train) -> 
         return None
     layer = (of_two - of_one) / (3 * _TOKENS)
     if not train.activation_checkpointing:
-        return layers * layer
+        return float(layers * layer)
     size = 2 if model.dtype == "bfloat16" else 4
     return float(layer + layers * size * config.get_text_config().hidden_size)
 

@@ -67,6 +67,16 @@ class StepPlan:
             yield step, rest[: self.global_batch_size]
             rest = rest[self.global_batch_size :]
 
+    def left_out(self) -> np.ndarray:
+        """Row numbers of the pairs at the end of the last epoch that fill no step, [fewer than global_batch_size]."""
+        missing = len(self.index) * self.epochs - self.num_steps * self.global_batch_size
+        found: list[np.ndarray] = []
+        windows = self._windows(self.num_steps * self.global_batch_size)
+        while sum(map(len, found)) < missing:
+            found.append(next(windows))
+        rows: np.ndarray = np.concatenate([np.zeros(0, dtype=np.int64), *found])[:missing]
+        return rows
+
     def _windows(self, skip: int) -> Iterator[np.ndarray]:
         """The pairs in their order, epoch after epoch without end, in pieces that are shuffled in themselves.
 

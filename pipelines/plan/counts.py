@@ -13,7 +13,7 @@ from dpo_ray.config import Config
 from dpo_ray.storage.artifact import Artifact, Unfinished, only_finished
 from dpo_ray.storage.location import Location
 from dpo_ray.training.flops import ModelShape, total_flops
-from dpo_ray.training.index import index_of, write_index
+from dpo_ray.training.index import PlanIndex, index_of, write_index
 
 _AT_ONCE = 1 << 20  # pairs
 
@@ -68,6 +68,8 @@ class Counts:
     exact: bool
     how: str
     """Where the numbers come from, for a person."""
+    index: PlanIndex | None = None
+    """Of all the pairs to train on, where they are counted exactly."""
 
 
 def exact(config: Config, rows: Artifact) -> Counts:
@@ -76,11 +78,16 @@ def exact(config: Config, rows: Artifact) -> Counts:
     try:
         with only_finished():
             train, held_out = index_of(output, rows)
-        sides = [np.asarray(one.lengths) for one in (train, held_out)]
     except Unfinished:
         with tempfile.TemporaryDirectory(prefix="dpo-ray-plan-") as folder:
             write_index(Location.of(folder), rows.shards())
-            sides = [np.load(Path(folder) / f"{split}-lengths.npy") for split in ("train", "eval")]
+            train, held_out = (_loaded(Path(folder), split, rows) for split in ("train", "eval"))
     read = rows.manifest.counters.get("read", rows.manifest.rows or 0)
     how = f"counted on all {rows.manifest.rows} rows of {rows.location}"
-    return Counts(read, Side(sides[0]), Side(sides[1]), True, how)
+    return Counts(read, Side(train.lengths), Side(held_out.lengths), True, how, train)
+
+
+def _loaded(folder: Path, split: str, rows: Artifact) -> PlanIndex:
+    """One side of an index that lies in a folder of this process's own."""
+    offsets, row, lengths = (np.load(folder / f"{split}-{name}.npy") for name in ("offsets", "row", "lengths"))
+    return PlanIndex.of([shard.uri for shard in rows.shards()], offsets, row, lengths, rows.manifest.rows or 0)

@@ -11,6 +11,8 @@ from pathlib import Path
 from dpo_ray.config import Config, LoRA
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.logprobs import TILE_TOKENS
+from dpo_ray.model.resolve import ModelFolder
+from dpo_ray.training.activations import counted_bytes_per_token
 from dpo_ray.training.memory import (
     MOST_TOKENS_CPU,
     MOST_TOKENS_GPU,
@@ -68,10 +70,12 @@ def of_training(config: Config, shape: Shape, pairs: Side, has: int | None, proc
     share = math.ceil(train.global_batch_size / train.num_workers) * (pairs.tokens_once / max(1.0, pairs.pairs))
     tokens = max(pairs.longest, min(limit, math.ceil(share)))
     state = state_bytes(shape, model, train, workers)
-    batch = tokens * bytes_per_token(shape, model, train)
+    counted = counted_bytes_per_token(ModelFolder.of(model), model, train)
+    batch = int(tokens * (counted if counted is not None else bytes_per_token(shape, model, train)))
     logits = 3 * TILE_TOKENS * 4 * shape.vocabulary
     parts = (
-        f"weights, gradients, optimizer {state / _GIB:.2f} + {tokens} tokens at once {batch / _GIB:.2f} + logits "
+        f"weights, gradients, optimizer {state / _GIB:.2f} + {tokens} tokens at once {batch / _GIB:.2f} "
+        f"({'counted on two of its layers' if counted is not None else 'a bound by its shape'}) + logits "
         f"{logits / _GIB:.2f} + the process {process / _GIB:.2f} GiB"
     )
     knob = _knob(config, shape, pairs.longest, has) if lacking is not None and has is not None else None

@@ -44,12 +44,22 @@ class _Looking(RunContext):
     """A run that takes over what is finished, and writes nothing."""
 
     reached: Reached = field(default_factory=Reached)
+    within: str | None = None
+    """The stage that the present ones are parts of."""
 
     def stage(self, name: str, make: Callable[[], tuple[Artifact, bool]]) -> Artifact:
-        self.reached.at = name
+        self.reached.at = self.within or name
         artifact, _ = make()
-        self.reached.finished[name] = artifact
+        if self.within is None:
+            self.reached.finished[name] = artifact
         self.stages[name] = {"fingerprint": artifact.fingerprint}
+        return artifact
+
+    def whole(self, name: str, work: Callable[[], Artifact]) -> Artifact:
+        """A stage of several parts."""
+        self.within = self.reached.at = name
+        artifact = self.reached.finished[name] = work()
+        self.within = None
         return artifact
 
 
@@ -62,7 +72,7 @@ def reached(config: Config) -> Reached:
             _walk(context)
         context.reached.at = None
     except Unfinished as end:
-        if end.tasks:
+        if end.tasks and context.within is None:
             present = ShardPool(end.location.parent).present().by_task
             context.reached.shards = sum(task in present for task in end.tasks), len(end.tasks)
         if end.kind == TRAIN and (checkpoint := newest_whole_checkpoint(end.location / "checkpoints")) is not None:
@@ -72,7 +82,7 @@ def reached(config: Config) -> Reached:
 
 def _walk(context: _Looking) -> None:
     if context.config.generate is not None:
-        pairs = generate(context)
+        pairs = context.whole("generate", lambda: generate(context))
     else:
         context.reached.at = "ingest"
         _require_scanned(context)
@@ -81,8 +91,7 @@ def _walk(context: _Looking) -> None:
     tokenized = tokenize(context, pairs, left_out)
     rows, calibration = reference(context, tokenized)
     policy = context.stage(TRAIN, lambda: _policy(context, rows))
-    context.reached.at = "evaluate"
-    evaluate(context, pairs, rows, calibration, policy)
+    context.whole("evaluate", lambda: evaluate(context, pairs, rows, calibration, policy))
 
 
 def _require_scanned(context: _Looking) -> None:

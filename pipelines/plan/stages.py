@@ -19,8 +19,9 @@ from dpo_ray.shards.ingest import IngestShard
 from dpo_ray.storage.artifact import Manifest
 from dpo_ray.training.flops import FORWARD, ModelShape, passes
 from dpo_ray.training.memory import Shape, shape_of, worker_memory
+from dpo_ray.training.plan import StepPlan
 from pipelines import planned
-from pipelines.plan.counts import Counts, exact
+from pipelines.plan.counts import Counts, Side, exact
 from pipelines.plan.memory import Memory, of_scoring, of_training, resident
 from pipelines.plan.reached import Reached, reached
 from pipelines.plan.sample import of_prompts, sample
@@ -98,8 +99,6 @@ def make_plan(
         counts = of_prompts(config, rows)
     else:
         counts = sample(config, rows)
-    if config.train.loss.needs_reference and found.at == "calibrate":
-        found = replace(found, at="reference", shards=(1, 1))
     estimate = _Estimate(config, counts, found, stated, memory)
     return Plan(tuple(estimate.stages()), counts, found, price)
 
@@ -147,22 +146,17 @@ class _Estimate:
             return min((int(gpu.memory * train.gpus) for gpu in gpus if gpu.memory is not None), default=None)
         return worker_memory(train.num_workers, 0)
 
-    def _state(self, name: str, parts: tuple[str, ...] = ()) -> tuple[str, float]:
+    def _state(self, name: str) -> tuple[str, float]:
         """How a stage stands, and the share of it that is left."""
         found = self.found
-        at = next((one for one in (name, *parts) if found.at is not None and found.at.startswith(one)), None)
-        if at is None:
-            return ("reused", 0.0) if self._is_finished(name, parts) else ("to do", 1.0)
+        if found.at != name:
+            return ("reused", 0.0) if name in found.finished else ("to do", 1.0)
         if found.step is not None:
-            done = found.step / max(1, self.num_steps)
-            return f"goes on after step {found.step}", max(0.0, 1 - done)
+            return f"goes on after step {found.step}", max(0.0, 1 - found.step / max(1, self.num_steps))
         if found.shards is not None and found.shards[0]:
             done, of = found.shards
             return f"{of - done} of {of} shards", 1 - done / of
         return "to do", 1.0
-
-    def _is_finished(self, name: str, parts: tuple[str, ...]) -> bool:
-        return name in self.found.finished or any(part in self.found.finished for part in parts)
 
     def _rows_stage(self, name: str, kind: str, rows: float, matches: Callable[[Manifest], bool]) -> Stage:
         """A stage that only carries rows, by as many workers as there are cores."""
@@ -204,7 +198,11 @@ class _Estimate:
 
     def _reference(self) -> Stage:
         config, counts = self.config, self.counts
-        state, left = self._state("reference", ("calibrate", "mismatched"))
+        state, left = self._state("reference")
+        if self.found.at == "mismatched":
+            state, left = "mismatched to do", 1.0
+        elif self.found.at == "calibrate":
+            state = "calibration to do"
         by_vllm = config.reference.engine == "vllm" or (config.reference.engine == "auto" and has_vllm())
         pool = vllm_pool(config, IngestShard, {}) if by_vllm else torch_pool(config, IngestShard, {})
         weights = ModelFolder.of(config.model).weights_hash()
@@ -222,7 +220,7 @@ class _Estimate:
 
     def _evaluate(self) -> Stage:
         config, counts = self.config, self.counts
-        state, left = self._state("evaluate", ("score", "sample", "judge", "log_ratios", "merge", "tasks"))
+        state, left = self._state("evaluate")
         share = min(1.0, config.evaluate.max_pairs / max(1.0, counts.held_out.pairs))
         flops = share * FORWARD * counts.held_out.flops(self.matrices)
         pool = torch_pool(config, IngestShard, {})
@@ -277,7 +275,7 @@ class _Estimate:
                 "data."
             )
         state, left = self._state("train")
-        tokens = self.epochs * counts.train.tokens
+        tokens = self._trained_tokens()
         evaluated = 0.0
         if train.eval_every_steps is not None:
             share = min(1.0, train.eval_pairs / max(1.0, counts.held_out.pairs))
@@ -304,6 +302,14 @@ class _Estimate:
             seconds, why,
         )  # fmt: skip
 
+    def _trained_tokens(self) -> float:
+        """Of all steps; exactly where the pairs are known that the last epoch leaves out."""
+        counts, train = self.counts, self.config.train
+        if counts.index is None:
+            return self.epochs * counts.train.tokens
+        steps = StepPlan(counts.index, train.global_batch_size, train.epochs, self.config.run.seed, hidden_size=1)
+        return train.epochs * counts.train.tokens - Side(counts.index.lengths[steps.left_out()]).tokens
+
     @property
     def training_flops(self) -> float:
         """Of all steps."""
@@ -317,7 +323,7 @@ class _Estimate:
             rate = stated.mfu * stated.peak_tflops * _TERA
             how = f"stated: --mfu {stated.mfu:g} of --peak-tflops {stated.peak_tflops:g}"
             return flops / rate / processes, f"{flops / _TERA:.3g} TFLOP; {how}"
-        tokens = self.epochs * self.counts.train.tokens
+        tokens = self._trained_tokens()
         if stated.tokens_per_second is not None:
             rate = self.training_flops / (tokens / stated.tokens_per_second) / self.config.train.num_workers
             return flops / rate / processes, f"stated: --tokens-per-second {stated.tokens_per_second:g} of the training"

@@ -15,6 +15,7 @@ from dpo_ray.storage.artifact import (
     MANIFEST,
     Artifact,
     Contents,
+    Unfinished,
     describe_file,
     digest,
     file_hash,
@@ -22,6 +23,7 @@ from dpo_ray.storage.artifact import (
     inspect_shard,
     load,
     make,
+    only_finished,
     place,
     publish,
     read_manifest,
@@ -285,3 +287,23 @@ def test_the_hash_of_a_file_is_sha256_of_its_bytes(tmp_path: Path):
     assert file_hash(location) == hashlib.sha256(content).hexdigest()
     entry = describe_file(location)
     assert (entry.name, entry.rows, entry.bytes) == ("big", None, len(content))
+
+
+def test_who_only_asks_gets_what_is_finished_and_has_nothing_computed_or_written(tmp_path: Path):
+    output = Location.of(tmp_path)
+
+    def compute(location: Location) -> Contents:
+        return Contents(files=[write_shard(location / "part-0.parquet", TABLE, {})])
+
+    with only_finished(), pytest.raises(Unfinished) as asked:
+        make(output, "pairs", IDENTITY, INPUTS, compute, tasks=["a", "b"])
+    assert (asked.value.kind, asked.value.tasks) == ("pairs", ("a", "b"))
+    assert list(tmp_path.iterdir()) == []
+    made, _ = make(output, "pairs", IDENTITY, INPUTS, compute)
+    before = sorted((file, file.stat().st_mtime_ns) for file in tmp_path.rglob("*"))
+    with only_finished():
+        assert make(output, "pairs", IDENTITY, INPUTS, compute) == (made, True)
+    assert sorted((file, file.stat().st_mtime_ns) for file in tmp_path.rglob("*")) == before
+    made.shards()[0].remove()
+    with only_finished(), pytest.raises(Unfinished):
+        make(output, "pairs", IDENTITY, INPUTS, compute, makes_lost=True)

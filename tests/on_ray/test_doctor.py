@@ -1,0 +1,39 @@
+"""The doctor on a Ray head: what its nodes have, and a token that they ask for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import CONFIGS, dpo_ray, overrides
+from tests.on_ray.test_main_job import preference_rows
+from tests.ray_head import ray_head
+
+pytestmark = pytest.mark.ray
+
+
+def test_a_cluster_is_looked_at_node_by_node(tmp_path: Path, tiny_model: Path, write_preferences):
+    write_preferences(tmp_path / "data", preference_rows(0, 12))
+    values = {
+        "run__output": str(tmp_path / "out"),
+        "model__path": str(tiny_model),
+        "data__train": str(tmp_path / "data"),
+        "reference__engine": "torch",
+        "train__num_workers": 3,
+        "run__wait_for_resources": 0,
+    }
+    command = ["doctor", str(CONFIGS / "align_cpu.yaml"), "--json"]
+    with ray_head(num_cpus=4) as head:
+        done = dpo_ray(*command, *overrides(**values), env=head.env)
+        small = dpo_ray(*command, *overrides(**values, train__cpus_per_worker=2), env=head.env)
+    assert done.code == 0, done.log
+    found = json.loads(done.lines('{"exit_code"')[0])["lines"]
+    said = {line["check"]: line["said"] for line in found}
+    assert said["nodes"] == "1 of 1 nodes answered"
+    assert "has 4 CPUs and 0 GPUs on 1 nodes" in next(x["said"] for x in found if x["check"] == "cluster")
+    assert small.code == 2
+    failed = [x for x in json.loads(small.lines('{"exit_code"')[0])["lines"] if x["status"] == "failed"]
+    assert [x["check"] for x in failed] == ["cluster"]
+    assert "train: The Ray cluster has 4 CPUs, but this needs 6 at once" in failed[0]["said"]

@@ -44,7 +44,7 @@ _STEPS_PER_GROUP = 8  # Ray takes about 10 ms for a block; eight steps hide that
 _TOKENS_PER_GROUP = 4 << 20  # of long pairs and large batches a group has fewer steps: at most about 64 MiB
 _GROUPS_PER_TASK = 16  # one that dies begins its stretch again
 _MOST_TASKS = 1024  # of a long plan they have more groups: Ray is given all tasks before the first begins
-_SECONDS_A_ROUND = 0.01  # about what Ray takes for a block
+_SECONDS_TO_REST = 0.01  # about what Ray takes for a block
 _GROUPS_AHEAD = 4  # one that workers train on, one that each has fetched already, and two on their way
 
 _BLOCK = pa.schema([("rank", pa.int32()), ("step", pa.int64()), ("share", pa.large_binary())])
@@ -90,18 +90,24 @@ def feed_dataset(
 
 
 class Unhurried:
-    """Has Ray Data's loop over its operators take a rest in every round, in the process that feeds the workers.
+    """Has Ray Data's loop over its operators rest where a round moved no block, in the process that feeds the workers.
 
     The loop waits for tasks, but not while one has a block ready that may not be taken over yet: and so it is for most
     of a training, which would keep a core busy that workers may need.
     """
+
+    def __init__(self) -> None:
+        self._moved = -1
 
     def before_execution_starts(self, executor: Any) -> None:
         """As Ray calls it; nothing is done."""
 
     def on_execution_step(self, executor: Any) -> None:
         """A round has ended."""
-        time.sleep(_SECONDS_A_ROUND)
+        moved = sum(op.metrics.num_inputs_received + op.metrics.num_outputs_taken for op in executor._topology)
+        if moved == self._moved:
+            time.sleep(_SECONDS_TO_REST)
+        self._moved = moved
 
     def after_execution_succeeds(self, executor: Any) -> None:
         """As Ray calls it; nothing is done."""

@@ -244,7 +244,7 @@ def test_while_workers_compute_the_feed_takes_few_rounds_a_second(
     time.sleep(2)  # what may be read ahead is
     before, began = rounds, time.monotonic()
     time.sleep(2)
-    assert 0 < rounds - before <= (time.monotonic() - began) / stream._SECONDS_A_ROUND + 1
+    assert 0 < rounds - before <= (time.monotonic() - began) / stream._SECONDS_TO_REST + 1
     read = 1 + sum(1 for _ in blocks)
     assert read == 2 * -(-plan.num_steps // group_size(plan))
 

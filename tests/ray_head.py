@@ -40,11 +40,13 @@ class RayHead:
     address: str
     """What RAY_ADDRESS is to be."""
     folder: str
+    token: str | None = None
+    """That it asks for."""
 
     @property
     def env(self) -> dict[str, str]:
         """Of a process that joins it."""
-        return {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": self.address}
+        return {**_authentication(self.token), "RAY_ADDRESS": self.address}
 
     @contextmanager
     def node(self, *arguments: str, wrapped: Sequence[str] = ()) -> Iterator[None]:
@@ -63,22 +65,25 @@ _COMMON = ("--object-store-memory=200000000", "--disable-usage-stats", "--block"
 
 
 @contextmanager
-def ray_head(num_cpus: int = 4, autoscaling: dict[str, Any] | None = None) -> Iterator[RayHead]:
+def ray_head(
+    num_cpus: int = 4, autoscaling: dict[str, Any] | None = None, token: str | None = None
+) -> Iterator[RayHead]:
     """Start one.
 
     Args:
+        token: who joins has to send it.
         autoscaling: types of the nodes that Ray's autoscaler may add on this machine, by name.
     """
     gcs, dashboard, client, *others = free_ports(3 + len(_PORTS))
     # Unix sockets lie below it, and their paths have to be short.
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     arguments = [f"--{name}={port}" for name, port in zip(_PORTS, others, strict=True)]
-    env = {}
+    env = _authentication(token)
     if autoscaling is not None:
         file = Path(folder) / "autoscaling.json"
         file.write_text(json.dumps(_fake_multinode(f"127.0.0.1:{gcs}", autoscaling)))
         arguments.append(f"--autoscaling-config={file}")
-        env = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        env |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     command = [
         RAY,
         "start",
@@ -95,8 +100,8 @@ def ray_head(num_cpus: int = 4, autoscaling: dict[str, Any] | None = None) -> It
     ]
     try:
         with _running(command, folder, env) as process:
-            head = RayHead(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", folder)
-            _wait_for(head.dashboard, process)
+            head = RayHead(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", folder, token)
+            _wait_for(head, process)
             yield head
     finally:
         for pid in processes_with(f"HOME={folder}"):  # nodes that an autoscaler made outlive it
@@ -155,13 +160,19 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
+def _authentication(token: str | None) -> dict[str, str]:
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
+
+
+def _wait_for(head: RayHead, process: subprocess.Popen[bytes]) -> None:
+    headers = {"Authorization": f"Bearer {head.token}"} if head.token else {}
+    request = urllib.request.Request(f"{head.dashboard}/api/jobs/", headers=headers)
     deadline = time.monotonic() + LONGEST
     while time.monotonic() < deadline:
         assert process.poll() is None, "the Ray head ended at its start"
         try:
-            with urllib.request.urlopen(f"{address}/api/jobs/", timeout=60):
+            with urllib.request.urlopen(request, timeout=60):
                 return
         except OSError:
             time.sleep(1)
-    raise AssertionError(f"no dashboard at {address} within {LONGEST:g} seconds")
+    raise AssertionError(f"no dashboard at {head.dashboard} within {LONGEST:g} seconds")

@@ -48,3 +48,11 @@ def find_token(environ: Mapping[str, str] = os.environ) -> Token | None:
     if named:
         raise ConfigError(f"RAY_AUTH_TOKEN_PATH is {named}, an empty file. {WAY_IN}")
     return None
+
+
+def what_is_sent() -> str:
+    """By this process to a cluster, in words."""
+    token = find_token()
+    if mode() != "token":
+        return f"this process sends none (RAY_AUTH_MODE is {mode()})"
+    return f"this process sends that of {token.place}, which may be another one" if token else "there is none here"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dpo_ray.errors import ConfigError, DpoRayError
-from dpo_ray.on_ray.authentication import WAY_IN
+from dpo_ray.on_ray.authentication import WAY_IN, what_is_sent
 from dpo_ray.on_ray.preemption import watch_for_preemption
 from dpo_ray.on_ray.room import Cluster, Need, Nodes, await_room, require_room
 from dpo_ray.origin import short
@@ -138,21 +138,26 @@ def _join() -> None:
     watched = {WATCHED: os.environ[WATCHED]} if WATCHED in os.environ else {}
     try:
         _reach(address)
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS is {address}, and no Ray cluster answers there ({short(str(error))}). Name the address of "
+            "one that runs, as in 10.0.0.1:6379 (the dashboard's is another), or unset RAY_ADDRESS: the work then "
+            "starts a Ray of its own on this machine."
+        ) from error
+    try:
         with _few_tries():
             ray.init(
                 log_to_driver=True,
                 logging_level=logging.WARNING,
                 runtime_env={"env_vars": {**_WORKER_ENV, **watched}},
             )
-    except ray.exceptions.AuthenticationError as error:
+    except (OSError, ray.exceptions.AuthenticationError) as error:
+        # Ray says the same of a cluster whose token this process lacks as of a stranger who listens there.
         raise ConfigError(
-            f"The Ray cluster at RAY_ADDRESS={address} does not let this process in: {short(str(error))} {WAY_IN}"
-        ) from error
-    except OSError as error:
-        raise ConfigError(
-            f"RAY_ADDRESS is {address}, and no Ray cluster answers there ({short(str(error))}). Name the address of "
-            "one that runs, as in 10.0.0.1:6379 (the dashboard's is another), or unset RAY_ADDRESS: the work then "
-            "starts a Ray of its own on this machine."
+            f"RAY_ADDRESS is {address}, and no Ray cluster that lets this process in answers there, though somebody "
+            f"listens ({short(str(error))}). Either it is no head's address, as in 10.0.0.1:6379 (the dashboard's is another); "
+            f"or it asks for a token, and {what_is_sent()}. {WAY_IN} Or unset RAY_ADDRESS: the work then starts a Ray "
+            "of its own on this machine."
         ) from error
 
 

@@ -155,9 +155,9 @@ def _join() -> None:
         # Ray says the same of a cluster whose token this process lacks as of a stranger who listens there.
         raise ConfigError(
             f"RAY_ADDRESS is {address}, and no Ray cluster that lets this process in answers there, though somebody "
-            f"listens ({short(str(error))}). Either it is no head's address, as in 10.0.0.1:6379 (the dashboard's is another); "
-            f"or it asks for a token, and {what_is_sent()}. {WAY_IN} Or unset RAY_ADDRESS: the work then starts a Ray "
-            "of its own on this machine."
+            f"listens ({short(str(error))}). Either it is no head's address, as in 10.0.0.1:6379 (the dashboard's is "
+            f"another); or it asks for a token, and {what_is_sent()}. {WAY_IN} Or unset RAY_ADDRESS: the work then "
+            "starts a Ray of its own on this machine."
         ) from error
 
 

@@ -84,8 +84,11 @@ def checkpoint_bytes(trained: int, train: Train) -> int:
 
 
 def state_bytes(shape: Shape, model: Model, train: Train, num_workers: int) -> int:
-    """Weights, gradients and AdamW's moments on one worker, and the computing copy in bfloat16."""
+    """Weights, gradients and AdamW's moments on one worker, what gradients travel in, and the computing copy in
+    bfloat16."""
     whole = 4 if model.lora is not None else 16  # adapters themselves are small beside it
+    if train.strategy == "ddp" and model.dtype == "float32" and num_workers > 1 and model.lora is None:
+        whole += 4  # DistributedDataParallel's buckets
     copy = 2 if model.dtype == "bfloat16" else 0
     sharded = num_workers if train.strategy == "fsdp" else 1
     return shape.parameters * whole // sharded + shape.parameters * copy // sharded

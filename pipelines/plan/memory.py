@@ -13,6 +13,7 @@ from dpo_ray.errors import ConfigError
 from dpo_ray.model.logprobs import TILE_TOKENS
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.training.activations import counted_bytes_per_token
+from dpo_ray.training.index import PlanIndex
 from dpo_ray.training.memory import (
     MOST_TOKENS_CPU,
     MOST_TOKENS_GPU,
@@ -22,11 +23,13 @@ from dpo_ray.training.memory import (
     state_bytes,
     tokens_that_fit,
 )
+from dpo_ray.training.plan import StepPlan
 from pipelines.plan.counts import Side
 
 _GIB = 2**30
 _WIDTH = {"float32": 4, "bfloat16": 2}
 _MOST_WORKERS = 64
+_STEPS = 200  # of a training that are packed, to see how large its micro-batches are
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,13 @@ class Memory:
     """What would make it fit."""
 
 
-def of_training(config: Config, shape: Shape, pairs: Side, has: int | None, process: int) -> Memory:
+def of_training(
+    config: Config, shape: Shape, pairs: Side, index: PlanIndex | None, has: int | None, process: int
+) -> Memory:
     """Of a worker.
 
     Args:
+        index: of all pairs, where they are known: the largest micro-batch is then that of the training's own plan.
         has: bytes of a worker, where they are known.
         process: bytes of a process that has loaded the libraries, and no model.
     """
@@ -66,9 +72,11 @@ def of_training(config: Config, shape: Shape, pairs: Side, has: int | None, proc
             limit = tokens_that_fit(shape, model, train, memory=has, num_workers=workers)
         except ConfigError as error:
             limit, lacking = 0, str(error)
-    # A worker's share of a step may be less than a micro-batch may have.
-    share = math.ceil(train.global_batch_size / train.num_workers) * (pairs.tokens_once / max(1.0, pairs.pairs))
-    tokens = max(pairs.longest, min(limit, math.ceil(share)))
+    if index is not None:
+        tokens = _largest_microbatch(config, shape, index, max(1, limit))
+    else:  # a worker's share of a step may be less than a micro-batch may have
+        share = math.ceil(train.global_batch_size / train.num_workers) * (pairs.tokens_once / max(1.0, pairs.pairs))
+        tokens = max(pairs.longest, min(limit, math.ceil(share)))
     state = state_bytes(shape, model, train, workers)
     counted = counted_bytes_per_token(ModelFolder.of(model), model, train)
     batch = int(tokens * (counted if counted is not None else bytes_per_token(shape, model, train)))
@@ -114,6 +122,17 @@ def resident(path: Path = Path("/proc/self/status")) -> int:
     except OSError:
         return 0
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)
+
+
+def _largest_microbatch(config: Config, shape: Shape, index: PlanIndex, limit: int) -> int:
+    """Tokens, over the first steps of the training, and of the longest pair, which is tried before them."""
+    train = config.train
+    steps = StepPlan(index, train.global_batch_size, train.epochs, config.run.seed, shape.hidden)
+    tokens = index.facts.longest_tokens
+    for _, rows in itertools.islice(steps.steps(), _STEPS):
+        for rank in steps.microbatches(rows, train.num_workers, limit):
+            tokens = max(tokens, *(int(index.lengths[batch].sum()) for batch in rank))
+    return tokens
 
 
 def _room(config: Config, shape: Shape, has: int) -> float:

@@ -281,7 +281,7 @@ class _Estimate:
             share = min(1.0, train.eval_pairs / max(1.0, counts.held_out.pairs))
             evaluated = -(-self.num_steps // train.eval_every_steps) * share
         flops = self.training_flops + FORWARD * evaluated * counts.held_out.flops(self.matrices)
-        memory = of_training(config, self.shape, counts.train, self.memory, self.process)
+        memory = of_training(config, self.shape, counts.train, counts.index, self.memory, self.process)
         need: Need = training_need(train)
         seconds: float | None
         if not left:

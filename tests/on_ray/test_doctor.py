@@ -13,6 +13,8 @@ from tests.ray_head import ray_head
 
 pytestmark = pytest.mark.ray
 
+TOKEN = "0123456789abcdef0123456789abcdef"
+
 
 def test_a_cluster_is_looked_at_node_by_node(tmp_path: Path, tiny_model: Path, write_preferences):
     write_preferences(tmp_path / "data", preference_rows(0, 12))
@@ -37,3 +39,24 @@ def test_a_cluster_is_looked_at_node_by_node(tmp_path: Path, tiny_model: Path, w
     failed = [x for x in json.loads(small.lines('{"exit_code"')[0])["lines"] if x["status"] == "failed"]
     assert [x["check"] for x in failed] == ["cluster"]
     assert "train: The Ray cluster has 4 CPUs, but this needs 6 at once" in failed[0]["said"]
+
+
+def test_a_cluster_that_asks_for_a_token_is_told_from_none(tmp_path: Path, tiny_model: Path, write_preferences):
+    write_preferences(tmp_path / "data", preference_rows(0, 12))
+    values = {
+        "run__output": str(tmp_path / "out"),
+        "model__path": str(tiny_model),
+        "data__train": str(tmp_path / "data"),
+    }
+    command = ["doctor", str(CONFIGS / "align_cpu.yaml"), *overrides(**values, reference__engine="torch")]
+    with ray_head(token=TOKEN) as head:
+        kept_out = dpo_ray(*command, env={**head.env, "RAY_AUTH_MODE": "disabled"})
+        let_in = dpo_ray(*command, env=head.env)
+    assert kept_out.code == 2, kept_out.log
+    [said] = kept_out.lines("failed  cluster: ")
+    assert "does not let us in" in said and "here RAY_AUTH_MODE is disabled, and no token is found" in said
+    assert "set RAY_AUTH_MODE=token" in said
+    assert kept_out.lines("ok      output: "), "the others are looked at all the same"
+    assert let_in.code == 0, let_in.log
+    assert let_in.lines("ok      Ray's token: RAY_AUTH_MODE is token")
+    assert TOKEN not in kept_out.log + let_in.log

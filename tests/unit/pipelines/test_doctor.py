@@ -18,6 +18,7 @@ from dpo_ray import machine
 from dpo_ray.config import Config, parse_config
 from dpo_ray.machine import Disk, Machine
 from dpo_ray.on_ray.ask_nodes import Answer, Node
+from dpo_ray.on_ray.authentication import described
 from dpo_ray.on_ray.session import join
 from dpo_ray.storage import probe
 from pipelines.doctor import examination
@@ -313,6 +314,7 @@ def test_a_token_that_is_not_there_or_that_others_can_read(tree, tmp_path: Path,
     assert [(x.status, "no token is sent" in x.said) for x in lines(tree, "Ray's token", joined)] == [("warning", True)]
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     failure(lines(tree, "Ray's token", joined), "no token is found here", "ray get-auth-token", "~/.ray/auth_token")
+    assert described() == "RAY_AUTH_MODE is token, and no token is found"
     token = tmp_path / ".ray" / "auth_token"
     token.parent.mkdir()
     token.write_text("secret-of-the-cluster")

@@ -17,7 +17,15 @@ from dpo_ray.model.policy import CompletionScorer
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.training import memory
-from dpo_ray.training.memory import MOST_TOKENS_CPU, MOST_TOKENS_GPU, Shape, bytes_per_token, shape_of, tokens_that_fit
+from dpo_ray.training.memory import (
+    MOST_TOKENS_CPU,
+    MOST_TOKENS_GPU,
+    Shape,
+    bytes_per_token,
+    shape_of,
+    state_bytes,
+    tokens_that_fit,
+)
 
 GIB = 2**30
 EIGHT_BILLION = Shape(parameters=8_000_000_000, layers=32, hidden=4096, intermediate=14336, vocabulary=128256, heads=32)
@@ -87,6 +95,14 @@ def test_worked_by_hand():
     # 0.8 · 8 GiB − 135e6 · 16 B of state − 3 · 256 · 4 · 49152 B of logits, over 30 · 4 · (18 · 576 + 4 · 1536) B.
     expected = (0.8 * 8 * GIB - 135e6 * 16 - 3072 * 49152) // (30 * 4 * (18 * 576 + 4 * 1536))
     assert fits(SMALL, 8, model={"dtype": "float32"}, use_gpu=True) == int(expected)
+
+
+def test_replicas_in_float32_have_their_gradients_twice():
+    model, train = Model(path="m"), Train(strategy="ddp")
+    assert state_bytes(SMALL, model, train, 1) == 16 * SMALL.parameters
+    assert state_bytes(SMALL, model, train, 2) == 20 * SMALL.parameters
+    assert state_bytes(SMALL, model, Train(strategy="fsdp"), 2) == 8 * SMALL.parameters
+    assert state_bytes(SMALL, Model(path="m", lora={}), train, 2) == 4 * SMALL.parameters
 
 
 def test_more_workers_checkpointing_and_adapters_make_room():

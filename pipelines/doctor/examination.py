@@ -244,7 +244,9 @@ class _Examination:
         minutes = self.config.run.wait_for_resources
         for reason, stages in missing.items():
             said = f"{', '.join(stages)}: {reason} Lower those settings, or use a cluster with more or larger nodes."
-            if grows and minutes:
+            if stages == ["sweep"]:
+                yield "warning", f"{said} Only `dpo-ray sweep` needs it."
+            elif grows and minutes:
                 yield (
                     "warning",
                     f"{said} The stage will ask the cluster's autoscaler for it, and wait {minutes:g} minutes "

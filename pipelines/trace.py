@@ -32,7 +32,7 @@ _SIDE_BY_SIDE = 16  # threads; they mostly wait for a disk or an object store
 
 
 class Gone(Exception):
-    """An artifact on the way is not there any more; says which."""
+    """An artifact on the way is not there any more, or not named; says which."""
 
 
 def keep_lineage(
@@ -223,7 +223,9 @@ def _made_from(output: Location, policy: Artifact) -> dict[str, Artifact]:
 
 
 def _input_of(artifact: Artifact, name: str, made: Mapping[str, Artifact]) -> Artifact:
-    fingerprint = artifact.manifest.inputs[name]
+    fingerprint = artifact.manifest.inputs.get(name)
+    if fingerprint is None:
+        raise Gone(f"{artifact.location} does not say which {name} it was made from")
     if fingerprint not in made:
         raise Gone(f"the artifact {name} {fingerprint}, which {artifact.location} was made from, was removed")
     return made[fingerprint]

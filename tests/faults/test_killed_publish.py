@@ -43,7 +43,11 @@ def forever(attempt):
         metrics = {"first_step_loss": 0.7, "num_steps": 3, "published_step": 3, "final": {"loss": 0.6}}
         entries = [artifact.describe_file(location / MODEL_FOLDER / name) for name in files]
         entries = [entry.model_copy(update={"name": f"{MODEL_FOLDER}/{entry.name}"}) for entry in entries]
-        policy = artifact.publish(location, KIND, identity={"attempt": [attempt, number]}, inputs={}, files=entries,
+        artifacts = context.output / "artifacts"
+        artifact.publish(artifacts / "pairs" / "p", "pairs", identity={}, inputs={}, files=[])
+        artifact.publish(artifacts / "tokenized" / "t", "tokenized", identity={}, inputs={"pairs": "p"}, files=[])
+        identity = {"attempt": [attempt, number], "weights": "w"}
+        policy = artifact.publish(location, KIND, identity=identity, inputs={"pairs": "t"}, files=entries,
                                   metrics=metrics)
         place = context.output / "artifacts" / "eval" / "e"
         measured = artifact.publish(place, "eval", identity={}, inputs={}, files=[])

@@ -100,7 +100,7 @@ def test_a_period_runs_once_and_again_after_it_failed(head, job_settings):
     nothing = {**job_settings, "data__train": "/nowhere/*.parquet"}
     first, second = (submit(head, "ingest", nothing, "--period", "2026-11-01") for _ in range(2))
     assert first.code == second.code == 3
-    names = [re.search(r"Submitted (align-2026-11-01-\w{8}(-2)?)\.", done.log) for done in (first, second)]
+    names = [re.search(r"Submitted (aligned-2026-11-01-\w{8}(-2)?)\.", done.log) for done in (first, second)]
     assert names[0] and names[1] and names[1][1] == f"{names[0][1]}-2"
     good = [submit(head, "ingest", job_settings, "--period", "2026-11-01") for _ in range(2)]
     assert [done.code for done in good] == [0, 0], good[1].log

@@ -111,9 +111,10 @@ def test_one_whose_likelihoods_fell_is_refused(train, published):
     assert latest(output) == published
 
 
-def test_the_same_command_again_undoes_nothing_and_is_no_regression_to_itself(train, published):
+def test_the_same_command_again_undoes_nothing_and_is_held_against_what_was_published_before(train, published):
     run, output = train
     done = run("right", {"accuracy_above": 0.5, "chosen_drop_below": 5.0, "no_regression": {"held_out": 0.1}})
     assert done.code == 0, done.log
-    assert summary_of(output)["eval"]["sets"]["held_out"]["change"]["value"] == 0.0
-    assert latest(output)["version"] == published["version"]
+    assert f"nothing new: these data and this configuration have made {published['version']} already" in done.log
+    assert summary_of(output)["eval"]["sets"]["held_out"]["version"] is None
+    assert latest(output) == published

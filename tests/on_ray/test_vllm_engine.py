@@ -13,7 +13,6 @@ import torch
 
 from dpo_ray.config import VLLM, Model, Sampling
 from dpo_ray.errors import EngineDied
-from dpo_ray.model import resolve
 from dpo_ray.on_ray import vllm_engine
 from dpo_ray.on_ray.vllm_engine import VLLMSampler, VLLMScorer
 from dpo_ray.pairs import TokenizedPair
@@ -44,22 +43,23 @@ def test_logits_of_scored_prompts_stay_below_a_gibibyte(vocab_size: int, tokens:
     assert tokens == 128 or tokens * vocab_size * 9 <= 2**30
 
 
-def engine_arguments(monkeypatch: pytest.MonkeyPatch, scores: bool, **options: Any) -> dict[str, Any]:
-    """What vLLM would be built with, for a vocabulary of 151 936."""
+def engine_arguments(monkeypatch: pytest.MonkeyPatch, folder: Path, scores: bool, **options: Any) -> dict[str, Any]:
+    """What vLLM would be built with for the model in a folder, if its vocabulary were of 151 936."""
     text = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=151_936))
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **arguments: arguments))
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: text)
-    monkeypatch.setattr(resolve, "resolve", lambda *_: Path("m"))
-    return vllm_engine._engine(Model(path="m"), "float32", VLLM(**options), 8192, scores)
+    return vllm_engine._engine(Model(path=str(folder)), "float32", VLLM(**options), 8192, scores)
 
 
-def test_a_scoring_engine_on_cpu_computes_only_tokens_whose_logits_have_room(monkeypatch: pytest.MonkeyPatch):
-    built = engine_arguments(monkeypatch, True, max_num_seqs=1000)
+def test_a_scoring_engine_on_cpu_computes_only_tokens_whose_logits_have_room(
+    monkeypatch: pytest.MonkeyPatch, small_model: Path
+):
+    built = engine_arguments(monkeypatch, small_model, True, max_num_seqs=1000)
     assert (built["max_num_batched_tokens"], built["max_num_seqs"], built["max_model_len"]) == (785, 785, 8193)
     assert built["enable_chunked_prefill"]
-    assert engine_arguments(monkeypatch, True, max_num_batched_tokens=64)["max_num_batched_tokens"] == 64
+    assert engine_arguments(monkeypatch, small_model, True, max_num_batched_tokens=64)["max_num_batched_tokens"] == 64
     for scores, gpus in ((False, 0), (True, 1)):  # no logits of prompts, or those of few tokens at a time
-        assert "max_num_batched_tokens" not in engine_arguments(monkeypatch, scores, gpus_per_actor=gpus)
+        assert "max_num_batched_tokens" not in engine_arguments(monkeypatch, small_model, scores, gpus_per_actor=gpus)
 
 
 class FakeVLLM:

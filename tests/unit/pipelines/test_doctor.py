@@ -292,7 +292,7 @@ def test_a_node_with_a_full_disk_and_without_a_package(tree, here: Machine):
     assert "worker (10.0.0.2): Ray's temporary folder, /tmp/ray/s" in found[1] and "it is 99% full" in found[1]
 
 
-def test_an_address_that_nothing_answers_at(tree, monkeypatch: pytest.MonkeyPatch):
+def test_an_address_that_nothing_answers_at(no_ray: None, tree, monkeypatch: pytest.MonkeyPatch):
     [port] = free_ports(1)
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     found = list(examine_quietly(parse_config(tree), cluster([None, None], join=join), monkeypatch))

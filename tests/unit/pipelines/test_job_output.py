@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.submit import submit_job
+from cluster.submit import Submission, submit_job
 from dpo_ray.config import Config, parse_config
 from dpo_ray.errors import ConfigError
 from pipelines.context import RunContext
@@ -21,9 +21,7 @@ def config(output: str) -> Config:
 @pytest.mark.parametrize("output", ["runs/out", "./out"])
 def test_a_relative_output_is_refused_before_it_is_shipped(output: str):
     with pytest.raises(ConfigError, match=rf"run\.output is {output}, a relative path.*s3://"):
-        submit_job(
-            config(output), "http://127.0.0.1:9", command="run", submission_id=None, executable="dpo-ray", wait=True
-        )
+        submit_job(config(output), "http://127.0.0.1:9", Submission("run"), wait=True)
 
 
 def test_in_a_job_that_ray_was_given_a_relative_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

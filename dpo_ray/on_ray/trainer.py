@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -240,7 +242,8 @@ def _run(
         dataset_config=StepFeed(plan, microbatch, reached, runs / "reading"),
     )
     try:
-        result = trainer.fit()
+        with _ctrl_c_as_before():
+            result = trainer.fit()
     except Exception as error:
         raise_ours(error, KIND)
     if result.error is not None:
@@ -249,6 +252,17 @@ def _run(
         raise result.return_value
     assert result.checkpoint is not None
     return runs.same_store(result.checkpoint.path)
+
+
+@contextmanager
+def _ctrl_c_as_before() -> Iterator[None]:
+    """Ray Train's own answer to SIGINT ends the training, and would stay: later stages could not be interrupted."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def training_need(options: Train) -> Need:

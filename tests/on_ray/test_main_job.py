@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -151,6 +152,7 @@ def test_a_gate_that_does_not_hold_publishes_nothing_and_exits_4(first_run, job,
 
 def test_training_stops_early_and_takes_the_best_weights_from_its_checkpoint(first_run, job, one_ray):
     folder, run = job
+    at_ctrl_c = signal.getsignal(signal.SIGINT)
     done = run(
         "train",
         partial(one_ray, until="were best by"),
@@ -169,6 +171,7 @@ def test_training_stops_early_and_takes_the_best_weights_from_its_checkpoint(fir
     train = summary_of(folder / "out")["train"]
     assert train["num_steps"] == train["published_step"] + 3 < train["planned_steps"]
     assert done.lines(f"the weights of step {train['published_step']} were best by eval_loss")
+    assert signal.getsignal(signal.SIGINT) is at_ctrl_c  # Ray Train has one of its own
 
 
 def test_new_shards_cost_only_themselves(first_run, job, one_ray, write_preferences):

@@ -220,7 +220,7 @@ def run(
     tried = mock.patch.object(loop, "require_that_it_fits", _try_out) if tries_longest else nullcontext()
     ends = mock.patch.object(Learner, "rehearse", memory_ends) if memory_ends_on_rank == me.rank else nullcontext()
     smaller = mock.patch.object(export.export_policy, "__kwdefaults__", {"file_bytes": export_file_bytes})
-    with layout, record, fault, tried, ends, smaller, _one_thread():
+    with layout, record, fault, tried, ends, smaller, one_thread():
         return train(
             model,
             options,
@@ -260,7 +260,7 @@ def memory_ends(*_: Any) -> None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """The model is too small for more, which only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

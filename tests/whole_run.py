@@ -28,7 +28,7 @@ from dpo_ray.storage.location import Location
 from dpo_ray.training.files import HISTORY, MODEL_FOLDER
 from tests.command_line import Finished, in_process
 from tests.shard_stages import without_ray
-from tests.training import VOCABULARY
+from tests.training import VOCABULARY, one_thread
 
 
 def word_model(folder: Path, model: Path) -> Path:
@@ -46,18 +46,6 @@ def word_model(folder: Path, model: Path) -> Path:
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     tokenizer.save_pretrained(folder)
     return folder
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -12,9 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +26,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 from dpo_ray.errors import DataError, StorageError
 from dpo_ray.progress import say
 from dpo_ray.storage.claim import claim
-from dpo_ray.storage.finished import about_to_compute
+from dpo_ray.storage.finished import NotFinished, about_to_compute, only_looks
 from dpo_ray.storage.location import Location
 
 SCHEMA_VERSION = 2
@@ -155,26 +153,12 @@ def place(output: Location, kind: str, identity: dict[str, Any], inputs: dict[st
     return output / "artifacts" / kind / fingerprint(kind, identity, inputs)
 
 
-class Unfinished(Exception):
-    """An artifact that is not finished was asked for where nothing is computed (only_finished)."""
+class Unfinished(NotFinished):
+    """An artifact that is not finished was asked for where nothing is written."""
 
     def __init__(self, location: Location, kind: str, tasks: Sequence[str]):
         super().__init__(f"{location} is not finished")
         self.location, self.kind, self.tasks = location, kind, tuple(tasks)
-
-
-_only_finished: ContextVar[bool] = ContextVar("_only_finished", default=False)
-
-
-@contextmanager
-def only_finished() -> Iterator[None]:
-    """Within it nothing is computed, claimed or written: `make` gives finished artifacts, and raises Unfinished where
-    there is none. For who asks what a run would take over."""
-    token = _only_finished.set(True)
-    try:
-        yield
-    finally:
-        _only_finished.reset(token)
 
 
 def make(
@@ -202,10 +186,10 @@ def make(
         makes_lost: compute makes again what a finished artifact has lost; otherwise that is an error.
 
     Raises DataError where there is a manifest, but not of this artifact, or where a file of it is missing; Unfinished
-    where nothing is to be computed (only_finished).
+    where nothing is to be written; NotFinished where nothing is to be computed (dpo_ray.storage.finished).
     """
     location = place(output, kind, identity, inputs)
-    if _only_finished.get():
+    if only_looks():
         manifest = _manifest(location, kind, location.name)
         if manifest is None or _missing(location, manifest):
             raise Unfinished(location, kind, tasks)

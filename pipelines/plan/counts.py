@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from dpo_ray.config import Config
-from dpo_ray.storage.artifact import Artifact, Unfinished, only_finished
+from dpo_ray.storage.artifact import Artifact, Unfinished
+from dpo_ray.storage.finished import only_finished
 from dpo_ray.storage.location import Location
 from dpo_ray.training.flops import ModelShape, total_flops
 from dpo_ray.training.index import PlanIndex, index_of, write_index
@@ -76,7 +77,7 @@ def exact(config: Config, rows: Artifact) -> Counts:
     """Of tokenized pairs, with or without reference scores."""
     output = Location.of(config.run.output)
     try:
-        with only_finished():
+        with only_finished(claims=False):
             train, held_out = index_of(output, rows)
     except Unfinished:
         with tempfile.TemporaryDirectory(prefix="dpo-ray-plan-") as folder:

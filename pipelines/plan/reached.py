@@ -12,7 +12,8 @@ from dpo_ray.data.raw.files import Stamp
 from dpo_ray.data.raw.scan import map_files, read_record
 from dpo_ray.on_ray.resume import newest_whole_checkpoint, state_of
 from dpo_ray.on_ray.trainer import train_location
-from dpo_ray.storage.artifact import Artifact, Unfinished, load, only_finished
+from dpo_ray.storage.artifact import Artifact, Unfinished, load
+from dpo_ray.storage.finished import only_finished
 from dpo_ray.storage.location import Location
 from dpo_ray.storage.shard_pool import ShardPool
 from dpo_ray.training.files import KIND as TRAIN
@@ -68,7 +69,7 @@ def reached(config: Config) -> Reached:
     context = _Looking(config, "plan", Location.of(config.run.output))
     try:
         # What stages say of what they take over is for who runs them.
-        with only_finished(), redirect_stderr(io.StringIO()):
+        with only_finished(claims=False), redirect_stderr(io.StringIO()):
             _walk(context)
         context.reached.at = None
     except Unfinished as end:

@@ -23,13 +23,13 @@ from dpo_ray.storage.artifact import (
     inspect_shard,
     load,
     make,
-    only_finished,
     place,
     publish,
     read_manifest,
     read_shard,
     write_shard,
 )
+from dpo_ray.storage.finished import only_finished
 from dpo_ray.storage.location import Location
 
 IDENTITY = {"max_tokens": 8, "seed": 0}
@@ -295,15 +295,15 @@ def test_who_only_asks_gets_what_is_finished_and_has_nothing_computed_or_written
     def compute(location: Location) -> Contents:
         return Contents(files=[write_shard(location / "part-0.parquet", TABLE, {})])
 
-    with only_finished(), pytest.raises(Unfinished) as asked:
+    with only_finished(claims=False), pytest.raises(Unfinished) as asked:
         make(output, "pairs", IDENTITY, INPUTS, compute, tasks=["a", "b"])
     assert (asked.value.kind, asked.value.tasks) == ("pairs", ("a", "b"))
     assert list(tmp_path.iterdir()) == []
     made, _ = make(output, "pairs", IDENTITY, INPUTS, compute)
     before = sorted((file, file.stat().st_mtime_ns) for file in tmp_path.rglob("*"))
-    with only_finished():
+    with only_finished(claims=False):
         assert make(output, "pairs", IDENTITY, INPUTS, compute) == (made, True)
     assert sorted((file, file.stat().st_mtime_ns) for file in tmp_path.rglob("*")) == before
     made.shards()[0].remove()
-    with only_finished(), pytest.raises(Unfinished):
+    with only_finished(claims=False), pytest.raises(Unfinished):
         make(output, "pairs", IDENTITY, INPUTS, compute, makes_lost=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -32,6 +33,12 @@ class PreferencePair:
     rejected: str | None
     tools: str | None = None
     """The tools that the chat template shows with the prompt: JSON text of a list, None where there are none."""
+    weight: float | None = None
+    """How many pairs it counts as in the loss, above 0; None: one."""
+    margin: float | None = None
+    """By how much the reward of chosen is known to lie above that of rejected, in units of the reward; None: unknown."""
+    preference: float | None = None
+    """The probability that chosen is the better answer, from .5, a tie, to 1; None: certain."""
 
     @property
     def pair_id(self) -> str:
@@ -68,6 +75,12 @@ class TokenizedPair:
     """The completion of a row with another prompt; see pairing.mismatched_rows."""
     mismatched_ref_logprobs: list[float] | None = None
     """Reference log-probs of mismatched_ids after this pair's own prompt."""
+    source: str | None = None
+    """The source of a mixture that it is of; None: there is no mixture."""
+    weight: float | None = None
+    """As PreferencePair has it; so are the next two."""
+    margin: float | None = None
+    preference: float | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -78,6 +91,12 @@ class TokenizedPair:
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _IDS = pa.list_(pa.int32())
 _LOGPROBS = pa.list_(pa.float32())
+
+JUDGED = ("weight", "margin", "preference")
+"""Columns of how a pair was judged, each null where that is not known; see PreferencePair."""
+CARRIED = ("source", *JUDGED)
+"""Columns that go with a pair from ingest to training. `source`: the one of data.train that it is of, by name."""
+_CARRIED = [("source", pa.string()), *((name, pa.float64()) for name in JUDGED)]
 
 PROMPTS = pa.schema(
     [
@@ -142,6 +161,7 @@ PAIRS = pa.schema(
         ("chosen", pa.string()),
         ("rejected", pa.string()),
         ("tools", pa.string()),
+        *_CARRIED,
     ]
 )
 
@@ -160,6 +180,7 @@ TOKENIZED = pa.schema(
         ("chosen_ids", _IDS),
         ("rejected_ids", _IDS),
         *((name, pa.int32()) for name in LENGTHS),
+        *_CARRIED,
     ]
 )
 
@@ -172,6 +193,7 @@ SCORES = pa.schema(
         ("rejected_reward", pa.float64()),
         ("chosen_logps", pa.float64()),
         ("chosen_ref_logps", pa.float64()),
+        ("source", pa.string()),
     ]
 )
 """What a policy gives to a held-out pair. The rewards are as the loss sees them, without its scale beta, in nats; null
@@ -190,7 +212,7 @@ def prompt_id(prompt: list[Message], tools: str | None = None) -> str:
     return _digest(prompt if tools is None else [prompt, tools])
 
 
-def pair_row(pair: PreferencePair, split: Split) -> dict[str, Any]:
+def pair_row(pair: PreferencePair, split: Split, source: str | None = None) -> dict[str, Any]:
     """A pair as a row of PAIRS."""
     return {
         "pair_id": pair.pair_id,
@@ -201,6 +223,8 @@ def pair_row(pair: PreferencePair, split: Split) -> dict[str, Any]:
         "chosen": pair.chosen,
         "rejected": pair.rejected,
         "tools": pair.tools,
+        "source": source,
+        **{name: getattr(pair, name) for name in JUDGED},
     }
 
 
@@ -211,9 +235,15 @@ def split_of(identifier: str, held_out_fraction: float, seed: int) -> Split:
 
 
 def tokenized_row(
-    pair_id: str, prompt_id: str, split: Split, prompt_ids: list[int], chosen_ids: list[int], rejected_ids: list[int]
+    pair_id: str,
+    prompt_id: str,
+    split: Split,
+    prompt_ids: list[int],
+    chosen_ids: list[int],
+    rejected_ids: list[int],
+    carried: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A row of TOKENIZED."""
+    """A row of TOKENIZED. carried: the row of PAIRS, for the columns that go with it; None: they are null."""
     ids = (prompt_ids, chosen_ids, rejected_ids)
     return {
         "pair_id": pair_id,
@@ -223,6 +253,7 @@ def tokenized_row(
         "chosen_ids": chosen_ids,
         "rejected_ids": rejected_ids,
         **{name: len(side) for name, side in zip(LENGTHS, ids, strict=True)},
+        **{name: (carried or {}).get(name) for name in CARRIED},
     }
 
 
@@ -237,6 +268,7 @@ def tokenized_pair(row: dict[str, Any]) -> TokenizedPair:
         rejected_ref_logprobs=row.get("rejected_ref_logprobs"),
         mismatched_ids=row.get("mismatched_ids"),
         mismatched_ref_logprobs=row.get("mismatched_ref_logprobs"),
+        **{name: row.get(name) for name in CARRIED},
     )
 
 

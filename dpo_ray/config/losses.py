@@ -13,6 +13,10 @@ from pydantic import Field, model_validator
 from dpo_ray.config.section import Section
 
 
+Judged = Literal["weight", "margin", "preference"]
+"""Columns of how a pair was judged: how much it counts, the known gap of the rewards, P(chosen ≻ rejected)."""
+
+
 class LossOptions(Section):
     """Base of the losses. The properties say what a loss needs from whoever trains with it."""
 
@@ -59,6 +63,11 @@ class LossOptions(Section):
         """Whether pairs are weighted by how likely the policy is to sample them (WPO)."""
         return False
 
+    @property
+    def uses(self) -> frozenset[Judged]:
+        """What the rows may say of a pair beside which answer is the better one."""
+        return frozenset({"weight"})
+
 
 class NLLTerm(LossOptions):
     nll_weight: float = Field(0.0, ge=0.0)
@@ -97,6 +106,10 @@ class BatchCoupled(LossOptions):
     def couples_batch(self) -> bool:
         return True
 
+    @property
+    def uses(self) -> frozenset[Judged]:
+        return frozenset()  # a value of the loss belongs to no pair
+
 
 class ReverseKL(Section):
     type: Literal["reverse_kl"]
@@ -133,6 +146,10 @@ class SigmoidLoss(NLLTerm, TailWeighting, PolicyWeighting):
     divergence: Divergence = ReverseKL(type="reverse_kl")
     """What pulls the policy towards the reference (f-DPO, arXiv:2309.16240)."""
 
+    @property
+    def uses(self) -> frozenset[Judged]:
+        return frozenset({"weight", "margin", "preference"})
+
 
 class RobustLoss(NLLTerm, TailWeighting, PolicyWeighting):
     type: Literal["robust"]
@@ -162,6 +179,10 @@ class IPOLoss(NLLTerm, TailWeighting, PolicyWeighting):
     def averages_tokens(self) -> bool:
         return self.log_ratio == "mean"
 
+    @property
+    def uses(self) -> frozenset[Judged]:
+        return frozenset({"weight", "preference"})
+
     @model_validator(mode="after")
     def _tail_of_sums(self) -> IPOLoss:
         if self.ld_alpha is not None and self.log_ratio == "mean":
@@ -183,6 +204,10 @@ class SigmoidNormLoss(NLLTerm, PolicyWeighting):
     @property
     def averages_tokens(self) -> bool:
         return True
+
+    @property
+    def uses(self) -> frozenset[Judged]:
+        return frozenset({"weight", "margin", "preference"})
 
 
 class EXOPairLoss(NLLTerm, TailWeighting, PolicyWeighting):
@@ -271,7 +296,11 @@ class SimPOLoss(ReferenceFree, NLLTerm):
     beta: float = Field(2.0, gt=0.0)
     """Scale of the mean token log-probs; 2 to 10 published."""
     target_margin: float = Field(1.0, ge=0.0)
-    """γ itself, in units of the reward, and not γ/β (which is 0 to 1 in the paper)."""
+    """γ itself, in units of the reward, and not γ/β (which is 0 to 1 in the paper). A pair's own margin is added."""
+
+    @property
+    def uses(self) -> frozenset[Judged]:
+        return frozenset({"weight", "margin"})
 
 
 class ORPOLoss(ReferenceFree):
@@ -407,6 +436,11 @@ class WeightedLoss(NLLTerm):
     @property
     def weights_by_policy(self) -> bool:
         return any(term.loss.weights_by_policy for term in self.terms)
+
+    @property
+    def uses(self) -> frozenset[Judged]:
+        """What all terms use: one that does not would take a pair for another than the rest."""
+        return frozenset.intersection(*(term.loss.uses for term in self.terms))
 
 
 Loss = Annotated[_PlainLoss | AOTLoss | AOTUnpairedLoss | WeightedLoss, Field(discriminator="type")]

@@ -17,9 +17,23 @@ from torch import Tensor
 _LARGEST_EXPONENT = 80.0  # e^88 overflows float32, and ∞ − ∞ or 0·∞ in a margin would be NaN
 
 
-def sigmoid_loss(h: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """DPO, −log σ(βh) (arXiv:2305.18290 eq. 7), and its conservative form (ericmitchell.ai/cdpo.pdf)."""
-    return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
+def sigmoid_loss(
+    h: Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+    margin: Tensor | float = 0.0,
+    preference: Tensor | float = 1.0,
+) -> Tensor:
+    """DPO, −log σ(βh) (arXiv:2305.18290 eq. 7), and its conservative form (ericmitchell.ai/cdpo.pdf).
+
+    With x = βh − m for the `margin` m that β·h should have (Llama 2, arXiv:2307.09288 eq. 2; as an offset of DPO in
+    arXiv:2402.10571), and the conservative form's probability that the label is right for each pair by itself
+    (arXiv:2409.06691): −p·log σ(x) − (1−p)·log σ(−x), with p the `preference` P(chosen ≻ rejected).
+    """
+    right = preference * (1 - label_smoothing) + (1 - preference) * label_smoothing
+    wrong = preference * label_smoothing + (1 - preference) * (1 - label_smoothing)
+    x = beta * h - margin
+    return -right * F.logsigmoid(x) - wrong * F.logsigmoid(-x)
 
 
 def robust_loss(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
@@ -33,9 +47,13 @@ def hinge_loss(h: Tensor, beta: float) -> Tensor:
     return F.relu(1 - beta * h)
 
 
-def ipo_loss(h: Tensor, beta: float) -> Tensor:
-    """(h − 1/2β)² (arXiv:2310.12036 eq. 17), with h of means per token or of sums."""
-    return (h - 1 / (2 * beta)) ** 2
+def ipo_loss(h: Tensor, beta: float, preference: Tensor | float = 1.0) -> Tensor:
+    """(h − 1/2β)² (arXiv:2310.12036 eq. 17), with h of means per token or of sums.
+
+    With p the `preference` P(chosen ≻ rejected): (h − (2p−1)/2β)² (arXiv:2409.06691), which is the mean over labels
+    that are right with probability p, p·(h − 1/2β)² + (1−p)·(h + 1/2β)², less what does not depend on h.
+    """
+    return (h - (2 * preference - 1) / (2 * beta)) ** 2
 
 
 def exo_pair_loss(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
@@ -79,9 +97,12 @@ def discopop_loss(h: Tensor, beta: float, tau: float) -> Tensor:
     return torch.sigmoid(-logits / tau) * -F.logsigmoid(logits) + exponential
 
 
-def simpo_loss(h: Tensor, beta: float, target_margin: float) -> Tensor:
-    """−log σ(β(a_w − a_l) − γ) (arXiv:2405.14734 eq. 6), with h = a_w − a_l and γ = `target_margin`."""
-    return -F.logsigmoid(beta * h - target_margin)
+def simpo_loss(h: Tensor, beta: float, target_margin: float, margin: Tensor | float = 0.0) -> Tensor:
+    """−log σ(β(a_w − a_l) − γ) (arXiv:2405.14734 eq. 6), with h = a_w − a_l and γ = `target_margin`.
+
+    A pair's own `margin` m is added to γ, as in Llama 2's (arXiv:2307.09288 eq. 2): −log σ(βh − γ − m).
+    """
+    return -F.logsigmoid(beta * h - target_margin - margin)
 
 
 def orpo_loss(mean_chosen: Tensor, log_odds_ratio: Tensor, odds_ratio_weight: float) -> Tensor:
@@ -127,12 +148,14 @@ def dpop_loss(h: Tensor, chosen: Tensor, beta: float, penalty_weight: float) -> 
     return -F.logsigmoid(beta * (h - penalty_weight * F.relu(-chosen)))
 
 
-def kl_estimate(mismatched_logratios: Tensor) -> Tensor:
+def kl_estimate(mismatched_logratios: Tensor, weights: Tensor | None = None) -> Tensor:
     """KTO's z0 (arXiv:2402.01306 §4.1): max(0, mean), detached, of Δ [n] over the mismatched completions of the
-    whole global batch. Raises ValueError when there is none."""
+    whole global batch, each by the weight of its row [n]. Raises ValueError when there is none."""
     if mismatched_logratios.numel() == 0:
         raise ValueError("There are no mismatched completions to estimate the KL term from.")
-    return mismatched_logratios.detach().mean().clamp(min=0.0)
+    ratios = mismatched_logratios.detach()
+    mean = ratios.mean() if weights is None else (weights * ratios).sum() / weights.sum()
+    return mean.clamp(min=0.0)
 
 
 # g(Δ) of f-DPO, f′ at the density ratio (arXiv:2309.16240 table 1), less its value at 0, which no margin sees: so

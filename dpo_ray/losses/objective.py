@@ -78,7 +78,7 @@ def pair_loss(options: Loss, logps: PairLogps, terms: BatchTerms = BatchTerms())
     """The configured loss of each pair, [B].
 
     Of a loss that couples the batch, `logps` must be those of the whole global batch, and only the mean of the
-    result is meant: a value belongs to no pair.
+    result is meant: a value belongs to no pair. Margins and preferences enter a loss that uses them; weights do not.
 
     Raises ValueError when `logps` lacks the reference or the policy weights that the loss needs.
     """
@@ -101,9 +101,11 @@ def _preference_loss(options: Loss, logps: PairLogps, terms: BatchTerms) -> Tens
     # From the same values as the reported rewards, so that these show the margin that the loss sees.
     chosen, rejected = unscaled_rewards(options, logps)
     h = chosen - rejected
+    margin = 0.0 if logps.margin is None else logps.margin
+    preference = 1.0 if logps.preference is None else logps.preference
     match options:
         case SigmoidLoss() | SigmoidNormLoss():
-            return sigmoid_loss(h, options.beta, options.label_smoothing)
+            return sigmoid_loss(h, options.beta, options.label_smoothing, margin, preference)
         case CPOLoss():
             return sigmoid_loss(h, options.beta)
         case DPOPLoss():
@@ -113,7 +115,7 @@ def _preference_loss(options: Loss, logps: PairLogps, terms: BatchTerms) -> Tens
         case HingeLoss():
             return hinge_loss(h, options.beta)
         case IPOLoss():
-            return ipo_loss(h, options.beta)
+            return ipo_loss(h, options.beta, preference)
         case EXOPairLoss():
             return exo_pair_loss(h, options.beta, options.label_smoothing)
         case NCAPairLoss():
@@ -135,7 +137,7 @@ def _preference_loss(options: Loss, logps: PairLogps, terms: BatchTerms) -> Tens
         case DiscoPOPLoss():
             return discopop_loss(h, options.beta, options.tau)
         case SimPOLoss():
-            return simpo_loss(h, options.beta, options.target_margin)
+            return simpo_loss(h, options.beta, options.target_margin, margin)
         case ORPOLoss():
             return orpo_loss(logps.mean_chosen, h, options.odds_ratio_weight)
         case KTOLoss():

@@ -30,6 +30,12 @@ class PairLogps:
     mean_rejected: Tensor
     policy_weight: Tensor | None = None
     """WPO's w(chosen)·w(rejected), detached; None where not asked for."""
+    weight: Tensor | None = None
+    """How many pairs each counts as; None: one. pair_loss leaves it to who averages."""
+    margin: Tensor | None = None
+    """What β·h should be at least, in units of the reward; None: 0."""
+    preference: Tensor | None = None
+    """P(chosen ≻ rejected); None: 1."""
 
     @property
     def reference(self) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dpo_ray.pairs import TokenizedPair
+
+
+def batch_weight(weights: Iterable[float | None]) -> float:
+    """Of the weights of all pairs of a batch, in whatever order; None of a pair is 1."""
+    return math.fsum(1.0 if weight is None else weight for weight in weights)
 
 
 @dataclass(frozen=True)
@@ -14,6 +21,8 @@ class Share:
     microbatches: list[list[TokenizedPair]]
     filler: TokenizedPair
     """Stands in for an empty micro-batch, with weight 0: every rank takes part in every exchange of FSDP."""
+    batch_weight: float | None = None
+    """The weights of all pairs of the batch, over all ranks, added up; None: each pair weighs 1."""
 
     @property
     def pairs(self) -> list[TokenizedPair]:

@@ -67,6 +67,7 @@ def train(
     require_reference: RequireReference | None,
     longest: LongestPairs | None = None,
     memory: int = 0,
+    sources: tuple[str, ...] = (),
     is_forewarned: Callable[[], bool] = lambda: False,
 ) -> TrainState:
     """Train the policy from its start, or from a checkpoint, to the last step. Returns where it ended.
@@ -80,6 +81,7 @@ def train(
         require_reference: called at the first step, where policy and reference are the same still.
         longest: the longest of all pairs, for which there must be memory; None: it is not looked at.
         memory: bytes of this rank, where `longest` is given.
+        sources: of a mixture, those that metrics are told apart by.
         is_forewarned: whether a worker is about to be lost, and what was done should be kept now. Every rank calls it
             after each step, and is told the same.
 
@@ -106,7 +108,7 @@ def train(
     state = TrainState()
     if resume is not None:
         state = load_checkpoint(resume, policy=policy, optimizer=optimizer, average=average, me=me)
-    learner = Learner(forward, scorer, optimizer, average, options, me, state)
+    learner = Learner(forward, scorer, optimizer, average, options, me, state, sources)
     progress = Progress("train", num_steps, "steps", done=state.next_step)
     num_tokens = state.history[-1]["num_tokens"] if state.history else 0
     if state.finished:

@@ -1,14 +1,15 @@
 """One optimizer step over exactly one global batch, and the same forward for held-out pairs.
 
 B pairs of a micro-batch, G of the global batch; N completion tokens. The result does not depend on how a step is
-cut into micro-batches or spread over ranks: losses are summed and divided by G.
+cut into micro-batches or spread over ranks: losses are summed and divided by G. A pair of weight 2 is two pairs: in the
+loss and its gradient, in what a loss takes from the whole batch, and in what is reported.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,8 @@ class Learner:
     options: Train
     me: Rank
     state: TrainState
+    sources: tuple[str, ...] = ()
+    """Of a mixture, those that metrics are told apart by."""
 
     def step(
         self, share: Share, rate: float, require_reference: RequireReference | None, *, with_entropies: bool = False
@@ -91,7 +94,8 @@ class Learner:
         Raises what require_reference does, on every rank alike.
         """
         options, me = self.options, self.me
-        sums = _Sums()
+        total_weight = options.global_batch_size if share.batch_weight is None else share.batch_weight
+        sums = _Sums(self.sources)
         terms = self._batch_terms(share)
         coupled = self._coupled(share, terms) if options.loss.couples_batch else None
         seen: list[tuple[Tensor, Tensor]] = []
@@ -105,11 +109,12 @@ class Learner:
                 if coupled is None:
                     losses = pair_loss(options.loss, logps, terms)
                     # Gradients are averaged over ranks; world_size times that is their sum over the global batch.
-                    (losses.sum() * (me.world_size / options.global_batch_size)).backward()
+                    ((_weights(logps) * losses).sum() * (me.world_size / total_weight)).backward()
                 else:
                     losses, surrogate = coupled.of(logps, first=sums.num_pairs)
                     (surrogate * me.world_size).backward()
-            sums.add(_per_pair(options, losses, logps) | scored.statistics, len(pairs), scored.num_tokens)
+            values = _per_pair(options, losses, logps) | scored.statistics
+            sums.add(values, len(pairs), scored.num_tokens, self._places(pairs))
             if require_reference is not None:
                 assert scored.token_logratios is not None
                 counts = torch.stack([logps.num_chosen_tokens, logps.num_rejected_tokens], dim=1)
@@ -163,8 +168,9 @@ class Learner:
         self.scorer.train()
         forget_gathered(self.forward)
         losses = pair_loss(self.options.loss, everything, terms)
-        sums = _Sums()
-        sums.add(_per_pair(self.options, losses, everything) | statistics, len(losses), 0)
+        sums = _Sums(self.sources)
+        places = torch.cat(gathered(self._places(share.pairs), self.me)) if self.sources else self._places(())
+        sums.add(_per_pair(self.options, losses, everything) | statistics, len(losses), 0, places)
         means = {
             **sums.means(),
             **_batch_metrics(self.options, terms),
@@ -194,6 +200,11 @@ class Learner:
             ld_alpha=loss.token_tail_weight,
             log_collisions=scores.log_collisions,
         )
+        weight, margin, preference = torch.tensor(
+            [[_or(p.weight, 1.0), _or(p.margin, 0.0), _or(p.preference, 1.0)] for p in pairs],
+            dtype=scores.logprobs.dtype,
+        ).T.to(self.me.device)
+        logps = replace(logps, weight=weight, margin=margin, preference=preference)
         sides = [side for p in pairs for side in (p.chosen_ids, p.rejected_ids) if side]
         prompts = sum(len(p.prompt_ids) * (bool(p.chosen_ids) + bool(p.rejected_ids)) for p in pairs)
         ratios = scores.logprobs.detach() - reference if reference is not None else None
@@ -205,14 +216,14 @@ class Learner:
         loss, state = self.options.loss, self.state
         kl: Tensor | float = 0.0
         if loss.needs_mismatched:
-            ratios = [torch.zeros(0, device=self.me.device)]
+            ratios = [torch.zeros(0, 2, device=self.me.device)]
             for pairs in share.microbatches:
                 rows = mismatched(pairs)
                 scored = self._score(self.scorer, rows or [share.filler])
                 if rows:
-                    ratios.append(scored.logps.chosen_logratios)
+                    ratios.append(torch.stack([scored.logps.chosen_logratios, _weights(scored.logps)], dim=1))
             everywhere = torch.cat(gathered(torch.cat(ratios), self.me))
-            kl = kl_estimate(everywhere) if len(everywhere) else 0.0
+            kl = kl_estimate(*everywhere.T) if len(everywhere) else 0.0
         mean = state.reward_sum / state.reward_count if loss.tracks_reward_mean and state.reward_count else 0.0
         return BatchTerms(kl=kl, reward_mean=mean)
 
@@ -259,8 +270,21 @@ class Learner:
         )
         return np.split(ratios.numpy(), np.cumsum(lengths.numpy())[:-1])
 
+    def _places(self, pairs: Sequence[TokenizedPair]) -> Tensor:
+        """[B] which of the sources each pair is of, -1 of none."""
+        places = {source: number for number, source in enumerate(self.sources)}
+        return torch.tensor([places.get(p.source or "", -1) for p in pairs], dtype=torch.long, device=self.me.device)
+
     def _ids(self, share: Share) -> tuple[str, ...]:
         return tuple(i for ids in gathered_objects([p.pair_id for p in share.pairs], self.me) for i in ids)
+
+
+def _or(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
+
+
+def _weights(logps: PairLogps) -> Tensor:
+    return torch.ones_like(logps.mean_chosen) if logps.weight is None else logps.weight
 
 
 _POLICY_FIELDS = ("policy_chosen", "policy_rejected", "mean_chosen", "mean_rejected")
@@ -329,21 +353,30 @@ def _statistics(scores: TokenScores, batch: MicroBatch, logps: PairLogps) -> Sta
 
 
 def _per_pair(options: Train, losses: Tensor, logps: PairLogps) -> Statistics:
-    """What is reported as an average over the pairs that have it."""
+    """What is reported as an average over the pairs that have it, by their weights."""
     chosen, rejected = rewards(options.loss, logps)
+    weight = _weights(logps)
     with_chosen, with_rejected = logps.num_chosen_tokens > 0, logps.num_rejected_tokens > 0
     both = with_chosen & with_rejected
     plain_chosen = (logps.mean_chosen * logps.num_chosen_tokens).detach()
     plain_rejected = (logps.mean_rejected * logps.num_rejected_tokens).detach()
-    return {
+    found = {
         "loss": (losses.detach(), torch.ones_like(both)),
         "rewards/chosen": (chosen, with_chosen),
         "rewards/rejected": (rejected, with_rejected),
         "rewards/margins": (chosen - rejected, both),
-        "rewards/accuracies": ((chosen > rejected).float(), both),
+        "rewards/accuracies": ((chosen > rejected).float(), both & ~_ties(logps)),
         "logps/chosen": (plain_chosen, with_chosen),
         "logps/rejected": (plain_rejected, with_rejected),
     }
+    return {name: (weight * values, weight * counts) for name, (values, counts) in found.items()}
+
+
+def _ties(logps: PairLogps) -> Tensor:
+    """[B] whether neither answer is the better one."""
+    if logps.preference is None:
+        return torch.zeros_like(logps.num_chosen_tokens, dtype=torch.bool)
+    return logps.preference == 0.5
 
 
 def _comparable(options: Train, logps: PairLogps) -> dict[str, float]:
@@ -353,7 +386,7 @@ def _comparable(options: Train, logps: PairLogps) -> dict[str, float]:
     row, and `pairs`, which their error follows from, is the smaller of the two counts.
     """
     has_chosen, has_rejected = logps.num_chosen_tokens > 0, logps.num_rejected_tokens > 0
-    both = has_chosen & has_rejected
+    both = has_chosen & has_rejected & ~_ties(logps)
     chosen, rejected = unscaled_rewards(options.loss, logps)
     found: dict[str, float] = {}
     if both.any():
@@ -404,15 +437,22 @@ _NAMES = (
 )
 
 
-class _Sums:
-    """Sums and counts of the metrics of many pairs, in float64."""
+_BY_SOURCE = ("loss", "rewards/accuracies", "rewards/margins")
 
-    def __init__(self) -> None:
+
+class _Sums:
+    """Sums and counts of the metrics of many pairs, in float64; of some of them, by source too."""
+
+    def __init__(self, sources: tuple[str, ...]) -> None:
+        self._sources = sources
         self._totals = torch.zeros(2, len(_NAMES), dtype=torch.float64)
+        # Pairs of each source, and sums and counts of its metrics.
+        self._by_source = torch.zeros(1 + 2 * len(_BY_SOURCE), len(sources), dtype=torch.float64)
         self.num_tokens = 0
         self.num_pairs = 0
 
-    def add(self, values: Statistics, num_pairs: int, num_tokens: int) -> None:
+    def add(self, values: Statistics, num_pairs: int, num_tokens: int, places: Tensor) -> None:
+        """places: [B] which source each pair is of, -1 of none; empty where there are no sources."""
         device = values["loss"][0].device
         nothing = torch.zeros(1, device=device), torch.zeros(1, device=device)
         both = [values.get(name, nothing) for name in _NAMES]
@@ -422,14 +462,25 @@ class _Sums:
         self._totals[1] += torch.stack([counts.double().sum() for _, counts in both]).cpu()
         self.num_tokens += num_tokens
         self.num_pairs += num_pairs
+        if self._sources:
+            columns = [torch.ones_like(places)]
+            for name in _BY_SOURCE:
+                v, counts = values[name]
+                columns += [torch.where(counts > 0, v, 0.0), counts]
+            known = places >= 0
+            rows = torch.stack([column.double() for column in columns])[:, known]
+            self._by_source.index_add_(1, places[known].cpu(), rows.cpu())
 
     def over_ranks(self, me: Rank) -> _Sums:
         """The sums over all ranks, on each of them."""
         own = torch.tensor([self.num_tokens, self.num_pairs], dtype=torch.float64)
-        flat = summed(torch.cat([self._totals.flatten(), own]).to(me.device), me).cpu()
-        everywhere = _Sums()
-        everywhere._totals = flat[:-2].view_as(self._totals)
-        everywhere.num_tokens, everywhere.num_pairs = int(flat[-2]), int(flat[-1])
+        parts = [self._totals.flatten(), self._by_source.flatten(), own]
+        flat = summed(torch.cat(parts).to(me.device), me).cpu()
+        totals, by_source, (num_tokens, num_pairs) = flat.split([len(part) for part in parts])
+        everywhere = _Sums(self._sources)
+        everywhere._totals = totals.view_as(self._totals)
+        everywhere._by_source = by_source.view_as(self._by_source)
+        everywhere.num_tokens, everywhere.num_pairs = int(num_tokens), int(num_pairs)
         return everywhere
 
     def total_and_count(self, name: str) -> tuple[float, float]:
@@ -441,5 +492,12 @@ class _Sums:
         return total / count
 
     def means(self) -> dict[str, float]:
-        """Those that any pair has; a thing not measured is absent."""
-        return {name: self.mean(name) for name in _NAMES if self.total_and_count(name)[1] > 0}
+        """Those that any pair has; a thing not measured is absent. Of sources, those that any pair is of."""
+        found = {name: self.mean(name) for name in _NAMES if self.total_and_count(name)[1] > 0}
+        for source, (pairs, *sums) in zip(self._sources, self._by_source.T.tolist(), strict=True):
+            if pairs:
+                found[f"sources/{source}/pairs"] = pairs
+            for name, total, count in zip(_BY_SOURCE, sums[0::2], sums[1::2], strict=True):
+                if count > 0:
+                    found[f"sources/{source}/{name}"] = total / count
+        return found

@@ -9,6 +9,7 @@ from dpo_ray.config.iterate import Iterate
 from dpo_ray.config.load import dump_config, load_config, parse_config
 from dpo_ray.config.pairing import CandidatePairing, Pairing
 from dpo_ray.config.reward import Dtype, Endpoint, ImplicitReward, Judge, Reward, RewardModel, Rule, Source
+from dpo_ray.config.sources import DataSource, Paths
 from dpo_ray.config.tree import (
     BASE_MODEL,
     VLLM,
@@ -24,7 +25,6 @@ from dpo_ray.config.tree import (
     LoRA,
     Metric,
     Model,
-    Paths,
     Publish,
     Reference,
     Run,
@@ -43,6 +43,7 @@ __all__ = [
     "Columns",
     "Config",
     "Data",
+    "DataSource",
     "Dtype",
     "EarlyStopping",
     "Endpoint",

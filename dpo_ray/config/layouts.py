@@ -5,7 +5,7 @@
     unpaired         prompt, completion, label: one answer, desirable or not
     ranked           prompt, completions, scores: several answers, each with a number; the higher, the better
 
-Rows of any layout may have `tools`. Fields are called by these names; what they are called in the files is given as
+Rows of any layout may have `tools` and `weight`, and pairs `margin` and `preference`. Fields are called by these names; what they are called in the files is given as
 `names`, a mapping of field → column.
 """
 
@@ -25,10 +25,10 @@ _REQUIRED: dict[Layout, tuple[str, ...]] = {
     "ranked": ("prompt", "completions", "scores"),
 }
 _OPTIONAL: dict[Layout, tuple[str, ...]] = {
-    "paired": ("prompt", "tools"),
-    "implicit_prompt": ("tools",),
-    "unpaired": ("tools",),
-    "ranked": ("tools",),
+    "paired": ("prompt", "weight", "margin", "preference", "tools"),
+    "implicit_prompt": ("weight", "margin", "preference", "tools"),
+    "unpaired": ("weight", "tools"),
+    "ranked": ("weight", "tools"),
 }
 
 

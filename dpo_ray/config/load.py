@@ -122,6 +122,8 @@ def _locate(location: tuple[Any, ...]) -> tuple[str, type[Section]]:
             section, candidates = chosen[0], []
         elif isinstance(part, int):
             path[-1] += f"[{part}]"
+        elif part.startswith("~"):  # a tag, as dpo_ray.config.sources has them
+            continue
         else:
             path.append(part)
             section = candidates[0] if candidates else section

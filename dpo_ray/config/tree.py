@@ -11,28 +11,19 @@ from datetime import date
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from dpo_ray.config.hooks import Hooks
 from dpo_ray.config.iterate import Iterate
 from dpo_ray.config.layouts import Layout, fields_of
-from dpo_ray.config.losses import Loss, SigmoidLoss
+from dpo_ray.config.losses import Judged, Loss, SigmoidLoss
 from dpo_ray.config.pairing import CandidatePairing, Pairing
 from dpo_ray.config.reward import Dtype, Reward, Rule
 from dpo_ray.config.section import Section
+from dpo_ray.config.sources import DataSource, Paths, TrainData, require_a_mixture
 from dpo_ray.config.tolerance import Tolerance
 from dpo_ray.config.tune import Tune
 from dpo_ray.errors import ConfigError
-
-
-def _check_paths(value: Any) -> Any:
-    paths = [value] if isinstance(value, str) else value
-    if not isinstance(paths, list | tuple) or not paths or not all(isinstance(path, str) and path for path in paths):
-        raise ValueError(f"{value!r} is no path; name a file, a folder or a glob, or a list of these")
-    return value
-
-
-Paths = Annotated[str | tuple[str, ...], BeforeValidator(_check_paths)]
 
 
 LongPrompts = Literal["drop", "keep_start", "keep_end"]
@@ -120,6 +111,14 @@ class Columns(Section):
     """Column of the scores of ranked answers: a number for each."""
     tools: str | None = None
     """Column of the tools that the chat template shows: a list of JSON schemas, or that list as JSON text."""
+    weight: str | None = None
+    """Column of how many pairs a row counts as in the loss: a number above 0. null: 1."""
+    margin: str | None = None
+    """Column of how far the rewards of chosen and rejected are known to lie apart, in units of the reward (β times a
+    log-ratio): what the margin should be at least. null: 0."""
+    preference: str | None = None
+    """Column of the probability, from 0 to 1, that chosen is the better answer: a soft label. Below .5 the two change
+    sides. null: 1."""
 
     def renamed(self) -> dict[str, str]:
         """Field → its column, for the fields that are named here."""
@@ -145,10 +144,12 @@ class Columns(Section):
 
 
 class Data(Section):
-    train: Paths | None = None
+    train: TrainData | None = None
     """Preference data, Parquet or JSON lines (.jsonl, .ndjson, also .gz or .zst): a file, a folder or a glob, local or
     a URI, or a list of these. What lies in run.output is taken only where a path leads into it. Left out when
-    `generate` makes the pairs."""
+    `generate` makes the pairs. Or a mixture: a list of sources, each with name, path, weight and max_rows. Of pairs
+    that several sources have, that of the first one stays. An epoch is as many pairs as all sources hold: of one that
+    is smaller than its share pairs come again, in another order, and one that is larger goes on where it was."""
     since: date | None = None
     """Of `train` only the files of this day and later ones, as their paths tell (date=2026-11-01/…, or a date in the
     file's name). Held-out data named by `eval` is taken whole."""
@@ -165,6 +166,12 @@ class Data(Section):
     scores). auto: each file by its columns, the first of these layouts that they make up."""
     columns: Columns = Columns()
     """Column names of the files that differ from the names of the fields."""
+    ignore: tuple[Judged, ...] = ()
+    """Of the columns weight, margin and preference, those that are not to be read: a loss that does not use what the
+    data have is refused."""
+    ties: Literal["drop", "keep"] = "drop"
+    """Two answers of which neither is the better one. keep: they are a pair with a preference of .5, whose answers the
+    loss draws together."""
     pairing: Pairing = Pairing()
     """How rows of ranked answers become pairs."""
     held_out_fraction: float = Field(0.1, ge=0.0, lt=1.0)
@@ -209,6 +216,18 @@ class Data(Section):
             )
 
     @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """Those of a mixture; none where `train` is paths."""
+        found = () if isinstance(self.train, str) or self.train is None else self.train
+        return tuple(source for source in found if isinstance(source, DataSource))
+
+    @property
+    def weights(self) -> dict[str, float] | None:
+        """Source → its weight; None where each pair comes once an epoch."""
+        weights = {source.name: source.weight for source in self.sources if source.weight is not None}
+        return weights or None
+
+    @property
     def chooses_files(self) -> dict[str, str]:
         """Options that choose among the files of `train` → their values as text."""
         chosen = {"since": self.since, "until": self.until, "partitions": ", ".join(self.partitions) or None}
@@ -222,6 +241,12 @@ class Data(Section):
             )
         if self.train is None and (given := list(self.chooses_files)):
             raise ConfigError(f"{given[0]} chooses among the files of data.train, and there are none: leave it out")
+        require_a_mixture(self.sources)
+        for field in self.ignore:
+            if (column := getattr(self.columns, field)) is not None:
+                raise ConfigError(
+                    f"data.columns.{field}={column} names a column that data.ignore leaves aside: leave one of them out"
+                )
         if self.layout != "auto":
             self.require_used({self.layout})
         if self.eval is not None and self.held_out_fraction != Data.model_fields["held_out_fraction"].default:
@@ -681,7 +706,7 @@ class Config(Section):
                 "data.eval goes with data.train; with generate, data.held_out_fraction of the prompts is held out"
             )
         if self.generate is not None:
-            for key in ("layout", "columns", "pairing"):
+            for key in ("layout", "columns", "pairing", "ignore", "ties"):
                 value = getattr(self.data, key)
                 if value != Data.model_fields[key].default:
                     raise ValueError(f"data.{key} is about the rows of data.train; with generate, leave it out")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast, get_args
 
-from dpo_ray.config import Columns, Config, Data, Paths
-from dpo_ray.config.layouts import Layout, recognise, texts_of
+from dpo_ray.config import Columns, Config, Data, DataSource, Paths
+from dpo_ray.config.layouts import Layout, fields_of, recognise, texts_of
+from dpo_ray.config.losses import Judged, require_use
 from dpo_ray.data.quarantine import require_enough_kept
 from dpo_ray.data.raw.files import SUFFIXES, Stamp
 from dpo_ray.data.raw.partitions import in_partitions, in_period
@@ -28,8 +31,18 @@ FILES = "artifacts/files"
 """Below run.output: what was found out about the input files."""
 
 
-Side = tuple[str, list[Location], Split | None]
-"""Key of the configuration, its files, and the side of the split that they are; None: it is cut from them."""
+class Side(NamedTuple):
+    """Files that are read for the same."""
+
+    key: str
+    """Of the configuration, for messages."""
+    files: list[Location]
+    split: Split | None
+    """The side of the split that their rows are; None: it is cut from them."""
+    source: str | None = None
+    """The source of a mixture."""
+    max_rows: int | None = None
+    """Only the first so many rows of all the files."""
 
 
 def ingest(context: RunContext) -> Artifact:
@@ -41,7 +54,7 @@ def ingest(context: RunContext) -> Artifact:
 
 def ingest_set(context: RunContext, key: str, paths: Paths) -> Artifact:
     """Files of preferences as held-out pairs. Raises as `ingest` does. key: of the configuration, for messages."""
-    side: Side = (key, input_files(paths, key, context.output), "eval")
+    side = Side(key, input_files(paths, key, context.output), "eval")
     return context.stage("ingest", lambda: _ingest(context, [side]))
 
 
@@ -49,13 +62,17 @@ def check_inputs(config: Config) -> None:
     """What a first look at the input files can tell before work begins; files that were scanned are not opened.
 
     Raises DataError where there is no file or no row, where files are unreadable or can hold no preferences, or where
-    their rows are unpaired and the loss compares two answers; ConfigError where an option is of no use to them.
+    their rows are unpaired and the loss compares two answers, or say of pairs what the loss does not use; ConfigError
+    where an option is of no use to them.
     """
     layouts = set()
-    for key, files, _ in sides(config):
-        found = map_files(lambda file: _known(file, config), files)
-        _require_rows([file for file, _ in found], key)
+    for side in sides(config):
+        found = map_files(lambda file: _known(file, config), side.files)
+        _require_rows([file for file, _ in found], side.key)
         layouts |= {layout for _, layout in found if layout is not None}
+        for (one, layout), file in zip(found, side.files, strict=True):
+            for column in judged_by(one.columns, layout, config.data) if layout is not None else ():
+                require_use(config.train.loss, column, f"{file} has")
     config.data.require_used(layouts)
 
 
@@ -67,8 +84,10 @@ def check_set(config: Config, name: str, paths: Paths) -> None:
 
 
 def of_set(config: Config) -> Config:
-    """The configuration for a set: its files are read by their own columns, whatever the training data's are called."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"columns": Columns(), "layout": "auto"})})
+    """The configuration for a set: its files are read by their own columns, whatever the training data's are called.
+    Weights and margins are for learning."""
+    own = {"columns": Columns(), "layout": "auto", "ignore": ("weight", "margin"), "ties": "drop"}
+    return config.model_copy(update={"data": config.data.model_copy(update=own)})
 
 
 def _known(file: Location, config: Config) -> tuple[Peek | FileRecord, Layout | None]:
@@ -80,10 +99,32 @@ def _known(file: Location, config: Config) -> tuple[Peek | FileRecord, Layout | 
 def sides(config: Config) -> list[Side]:
     data, output = config.data, Location.of(config.run.output)
     assert data.train is not None
-    train = chosen_files(data, input_files(data.train, "data.train", output))
-    if not data.eval:
-        return [("data.train", train, None)]
-    return [("data.train", train, "train"), ("data.eval", input_files(data.eval, "data.eval", output), "eval")]
+    split: Split | None = "train" if data.eval else None
+
+    def trained(paths: Paths, key: str, source: DataSource | None = None) -> Side:
+        files = chosen_files(data, input_files(paths, key, output))
+        return Side(key, files, split) if source is None else Side(key, files, split, source.name, source.max_rows)
+
+    if data.sources:
+        found = [trained(source.path, f"data.train[{source.name}]", source) for source in data.sources]
+        _require_apart(found)
+    else:
+        found = [trained(cast("Paths", data.train), "data.train")]
+    if data.eval:
+        found.append(Side("data.eval", input_files(data.eval, "data.eval", output), "eval"))
+    return found
+
+
+def _require_apart(sides: Sequence[Side]) -> None:
+    """Raises DataError where sources share a file."""
+    owner: dict[Location, str] = {}
+    for side in sides:
+        for file in side.files:
+            if (other := owner.setdefault(file, side.key)) != side.key:
+                raise DataError(
+                    f"{file} is a file of {other} and of {side.key}: whose its rows are cannot be told. Name the files "
+                    "of each more closely."
+                )
 
 
 def chosen_files(data: Data, files: list[Location]) -> list[Location]:
@@ -111,7 +152,8 @@ def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
         if not found:
             raise DataError(
                 f"{key} is {pattern}, and no file is there. Check the path; of a folder, the files with these suffixes "
-                f"are taken: {', '.join(SUFFIXES)}; a glob is quoted in the shell, as in -o '{key}=data/*.parquet'."
+                f"are taken: {', '.join(SUFFIXES)}; a glob is quoted in the shell, as in "
+                "-o 'data.train=data/*.parquet'."
             )
         files |= dict.fromkeys(found)
     return list(files)
@@ -137,6 +179,11 @@ def layout_of(found: Peek | FileRecord, source: str, config: Config) -> Layout |
     names, loss = config.data.columns.in_files(), config.train.loss
     layout = recognise(found.columns, source, option=config.data.layout, names=names)
     require_usable(found, [names[field] for field in texts_of(layout) if field in names], source)
+    if {"margin", "preference"} <= set(judged_by(found.columns, layout, config.data)):
+        raise DataError(
+            f"{source} has both a margin and a preference for each pair: two ways to say by how much chosen is better. "
+            "Choose the one that is to count, and have the other left aside: data.ignore=[margin] or [preference]."
+        )
     if layout == "unpaired" and not loss.accepts_unpaired:
         raise DataError(
             f"{source} holds single answers with a label (prompt, completion, label), and train.loss.type="
@@ -144,6 +191,13 @@ def layout_of(found: Peek | FileRecord, source: str, config: Config) -> Layout |
             "or give paired data: chosen and rejected."
         )
     return layout
+
+
+def judged_by(columns: Sequence[str], layout: Layout, data: Data) -> list[Judged]:
+    """Those of the columns that say how pairs were judged, and are to be read."""
+    names = data.columns.in_files()
+    fields = [field for field in get_args(Judged) if field in fields_of(layout) and field not in data.ignore]
+    return [field for field in fields if names.get(field) in columns]
 
 
 def _require_rows(found: Sequence[Peek | FileRecord], key: str) -> None:
@@ -154,18 +208,21 @@ def _require_rows(found: Sequence[Peek | FileRecord], key: str) -> None:
 def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
     data, seed = context.config.data, context.config.run.seed
     folder = context.output / FILES
-    records = scan_files(folder, [file for _, files, _ in sides for file in files], data.rows_per_shard)
+    records = scan_files(folder, [file for side in sides for file in side.files], data.rows_per_shard)
     found = map_files(lambda record: (record, layout_of(record, record.uri, context.config)), records)
     data.require_used({layout for _, layout in found if layout is not None})
     tasks: list[ShardTask[RawShard]] = []
     sources: list[SourceFile] = []
     """Of each task."""
-    for key, files, split in sides:
-        side, found = found[: len(files)], found[len(files) :]
-        _require_rows([record for record, _ in side], key)
-        for record, layout in side:
-            tasks += [] if layout is None else _tasks(record, layout, folder, split, data)
-            sources += [SourceFile(uri=record.uri, key=key, sha256=record.sha256)] * (len(tasks) - len(sources))
+    for side in sides:
+        mine, found = found[: len(side.files)], found[len(side.files) :]
+        _require_rows([record for record, _ in mine], side.key)
+        left = math.inf if side.max_rows is None else side.max_rows
+        for record, layout in mine:
+            made = [] if layout is None else _tasks(record, layout, folder, side, data, left)
+            left -= sum(task.rows for task in made)
+            tasks += made
+            sources += [SourceFile(uri=record.uri, key=side.key, sha256=record.sha256)] * len(made)
     tasks = each_its_own(tasks)
     options = {
         "held_out_fraction": data.held_out_fraction,
@@ -173,6 +230,8 @@ def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
         "columns": data.columns,
         "pairing": data.pairing,
         "max_characters": data.max_characters,
+        "ignore": data.ignore,
+        "ties": data.ties,
     }
     artifact, reused = shard_stage(
         context.output,
@@ -188,17 +247,24 @@ def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
 
 
 def _tasks(
-    record: FileRecord, layout: Layout, folder: Location, split: Split | None, data: Data
+    record: FileRecord, layout: Layout, folder: Location, side: Side, data: Data, most: float
 ) -> list[ShardTask[RawShard]]:
-    """A task for each part. Its content is the file's, not its name: a file that was moved is the same."""
+    """A task for each part. Its content is the file's, not its name: a file that was moved is the same.
+
+    most: rows of the file that are wanted.
+    """
     # The layout is part of what the rows are, and so is the pairing for those that it makes pairs of; as options of the
     # stage, they would have every other shard computed again.
     how = f"{layout}:{digest(data.pairing.model_dump())}" if layout == "ranked" else layout
-    return [
-        ShardTask(
-            source=RawShard(rows, layout, split),
-            content=f"{record.sha256}:{split}:{how}:{part.first}:{part.rows}",
-            rows=part.rows,
-        )
-        for part, rows in record.sources(folder)
-    ]
+    tasks: list[ShardTask[RawShard]] = []
+    for part, rows in record.sources(folder):
+        if most <= 0:
+            break
+        count = int(min(part.rows, most))
+        limit = count if count < part.rows else None
+        content = f"{record.sha256}:{side.split}:{how}:{part.first}:{part.rows}"
+        content += f":{side.source}" if side.source is not None else ""
+        content += f":first {limit}" if limit is not None else ""
+        tasks.append(ShardTask(RawShard(rows, layout, side.split, side.source, limit), content, count))
+        most -= count
+    return tasks

@@ -59,7 +59,7 @@ def _by_day(rows: Counter[SourceFile]) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for file, count in rows.items():
         try:
-            day = date_of(file.uri) if file.key == "data.train" else None
+            day = date_of(file.uri) if file.key.startswith("data.train") else None
         except DataError:  # it names several, and nobody has asked for one
             continue
         if day is not None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from dpo_ray.config import BASE_MODEL, Config, Paths
+from dpo_ray.config import BASE_MODEL, Config, Data, Paths
 from dpo_ray.config.reward import named
 
 if TYPE_CHECKING:
@@ -22,6 +22,14 @@ _TASKS_SHOWN = 6
 
 def _listed(paths: Paths) -> str:
     return paths if isinstance(paths, str) else ", ".join(paths)
+
+
+def _trained_on(data: Data) -> str:
+    if not data.sources:
+        return _listed(cast("Paths", data.train or ()))
+    total = sum((data.weights or {}).values())
+    shares = {source.name: f", {source.weight / total:.0%}" for source in data.sources if source.weight is not None}
+    return " and ".join(f"{one.name} ({_listed(one.path)}{shares.get(one.name, '')})" for one in data.sources)
 
 
 def plan_lines(config: Config, until: Stage) -> list[str]:
@@ -50,7 +58,7 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
         first = [
             (
                 "ingest",
-                f"pairs of {_listed(data.train or ())}{chosen}, held out: {held_out}; "
+                f"pairs of {_trained_on(data)}{chosen}, held out: {held_out}; "
                 "without duplicates and contradictions",
             )
         ]

@@ -6,11 +6,12 @@ Symbols are those of dpo_ray.losses.formulas: Δ the log-ratio of a completion t
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from dpo_ray.config.section import Section
+from dpo_ray.errors import DataError
 
 
 Judged = Literal["weight", "margin", "preference"]
@@ -445,3 +446,18 @@ class WeightedLoss(NLLTerm):
 
 Loss = Annotated[_PlainLoss | AOTLoss | AOTUnpairedLoss | WeightedLoss, Field(discriminator="type")]
 """Every loss, told apart by `type`."""
+
+
+def require_use(loss: LossOptions, column: Judged, who: str) -> None:
+    """Raises DataError where a loss does not use a column that says how pairs were judged.
+
+    Args:
+        who: has it, with the verb, at the beginning of the sentence.
+    """
+    if column not in loss.uses:
+        types = [get_args(kind.model_fields["type"].annotation)[0] for kind in get_args(_PlainLoss)]
+        able = [name for kind, name in zip(get_args(_PlainLoss), types, strict=True) if column in kind(type=name).uses]
+        raise DataError(
+            f"{who} a {column} for each pair, and train.loss.type={loss.type} does not use it. Set train.loss.type to "
+            f"one that does ({', '.join(able)}), or have it left aside: data.ignore=[{column}]."
+        )

@@ -8,6 +8,8 @@ a list of one assistant message. Of a row are read the fields of its layout (dpo
     unpaired          prompt, completion, and label: desirable or not; the pair has one side
     ranked            prompt, completions, scores: pairs by dpo_ray.data.pairing
 
+Beside them `tools`, and how the pair was judged (dpo_ray.data.judgement).
+
 One row makes one pair, a ranked row one or several. A ranked answer without text, or one that stands in the list
 already, is passed over; a row of which no pair is left is bad: `empty_response`, `too_few_distinct` or `tie`.
 """
@@ -16,10 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from dpo_ray.config import Pairing
-from dpo_ray.config.layouts import Layout
+from dpo_ray.config.layouts import Layout, fields_of
+from dpo_ray.config.losses import Judged
+from dpo_ray.data.judgement import judged
 from dpo_ray.data.pairing import Candidate, make_pairs
 from dpo_ray.data.rules import (
     Reason,
@@ -35,16 +39,19 @@ from dpo_ray.data.rules import (
 from dpo_ray.pairs import Message, PreferencePair
 
 
-def canonical_pairs(row: Mapping[str, Any], layout: Layout, pairing: Pairing) -> list[PreferencePair]:
+def canonical_pairs(
+    row: Mapping[str, Any], layout: Layout, pairing: Pairing, ties: Literal["drop", "keep"] = "drop"
+) -> list[PreferencePair]:
     """The pairs of a row, at least one; one-sided if it is unpaired. Raises rules.BadRow with the rule it breaks."""
     if layout == "ranked":
-        pairs = _from_ranked(row, pairing)
+        pairs = _from_ranked(row, pairing, ties)
     elif layout == "unpaired":
         pairs = [_from_unpaired(row)]
     else:
         pairs = [canonical_pair({k: v for k, v in row.items() if k != "prompt" or layout == "paired"})]
     tools = check_tools(row.get("tools"))
-    return [replace(check_pair(pair), tools=tools) for pair in pairs]
+    said = {name: row[name] for name in get_args(Judged) if name in row and name in fields_of(layout)}
+    return [judged(replace(check_pair(pair), tools=tools), said, ties) for pair in pairs]
 
 
 def canonical_pair(row: Mapping[str, Any]) -> PreferencePair:
@@ -87,14 +94,14 @@ def _from_unpaired(row: Mapping[str, Any]) -> PreferencePair:
     return PreferencePair(tuple(prompt), text if desirable else None, None if desirable else text)
 
 
-def _from_ranked(row: Mapping[str, Any], pairing: Pairing) -> list[PreferencePair]:
+def _from_ranked(row: Mapping[str, Any], pairing: Pairing, ties: Literal["drop", "keep"]) -> list[PreferencePair]:
     given, completions, scores = _values(row, "prompt", "completions", "scores")
     prompt = canonical_prompt(given)
     if not isinstance(completions, list):
         reject("non_string_content")
     texts = [_answer(completion, prompt) for completion in completions]
     candidates = [Candidate(*of_one) for of_one in zip(texts, check_scores(scores, len(texts)), strict=True)]
-    couples, passed_over = make_pairs(prompt, candidates, pairing)
+    couples, passed_over = make_pairs(prompt, candidates, pairing, keep_ties=ties == "keep")
     if not any(text.strip() for text in texts):
         reject("empty_response")
     for reason in _WITHOUT_PAIR:

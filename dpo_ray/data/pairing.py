@@ -47,17 +47,19 @@ class Couple(NamedTuple):
     rejected: Candidate
 
     def pair(self, prompt: Sequence[Message], tools: str | None = None) -> PreferencePair:
-        return PreferencePair(tuple(prompt), self.chosen.text, self.rejected.text, tools)
+        preference = 0.5 if self.chosen.score == self.rejected.score else None
+        return PreferencePair(tuple(prompt), self.chosen.text, self.rejected.text, tools, preference=preference)
 
 
 def make_pairs(
-    prompt: Sequence[Message], candidates: Sequence[Candidate], rules: Pairing
+    prompt: Sequence[Message], candidates: Sequence[Candidate], rules: Pairing, *, keep_ties: bool = False
 ) -> tuple[list[Couple], Counter[str]]:
     """The pairs of a prompt, by the rules of dpo_ray.config.pairing.
 
     Candidates that are equal but for outer white space count once, the first of them (`duplicate`), and empty ones not
     at all (`empty_response`). Under every strategy but best_random a pair whose scores are too near (`tie`,
-    `small_gap`) ends the prompt, for those after it are nearer still. Texts of the pairs are without outer white space.
+    `small_gap`) ends the prompt, for those after it are nearer still; unless equal scores make a pair too (keep_ties).
+    Texts of the pairs are without outer white space.
 
     Returns the pairs and the counts of what was passed over, by reason. Raises DataError on a score that is not finite.
     """
@@ -82,12 +84,12 @@ def make_pairs(
     for couple in _STRATEGIES[rules.strategy](ranked, prompt):
         if len(pairs) == rules.pairs_per_prompt:
             break
-        reason = _refused(couple, rules)
+        reason = _refused(couple, rules, keep_ties=keep_ties)
         if reason is None:
             pairs.append(couple)
             continue
         passed_over[reason] += 1
-        if reason in {"tie", "small_gap"} and rules.strategy != "best_random":
+        if reason in {"tie", "small_gap"} and rules.strategy != "best_random" and not keep_ties:
             break
     return pairs, passed_over
 
@@ -108,14 +110,14 @@ def _is_echo(text: str, asked: str) -> bool:
     return len(words) >= _ECHOED_WORDS and _words(text)[: len(words)] == words
 
 
-def _refused(couple: Couple, rules: Pairing) -> str | None:
+def _refused(couple: Couple, rules: Pairing, *, keep_ties: bool) -> str | None:
     """Why two candidates make no pair."""
     chosen, rejected = couple
     gap = chosen.score - rejected.score
-    if gap == 0:
+    if gap == 0 and not keep_ties:
         return "tie"
     # 0.3 − 0.2 is a little less than 0.1 in binary.
-    if gap < rules.min_score_gap and not math.isclose(gap, rules.min_score_gap):
+    if 0 < gap < rules.min_score_gap and not math.isclose(gap, rules.min_score_gap):
         return "small_gap"
     lengths = sorted((len(chosen.text), len(rejected.text)))
     if rules.max_length_ratio is not None and lengths[1] > rules.max_length_ratio * lengths[0]:

@@ -37,6 +37,9 @@ Reason = Literal[
     "near_identical",
     "echo",
     "bad_tools",
+    "bad_weight",
+    "bad_margin",
+    "bad_preference",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 MEANING: dict[Reason, str] = {
@@ -61,12 +64,15 @@ MEANING: dict[Reason, str] = {
     "bad_label": "the label is neither true, false, 1 nor 0",
     "bad_scores": "not one finite number for each completion",
     "too_few_distinct": "less than two different completions",
-    "tie": "all scores are equal",
+    "tie": "the answers are judged equally good; data.ties=keep takes them as pairs with a preference of .5",
     "small_gap": "no two scores differ by data.pairing.min_score_gap",
     "length_ratio": "one answer is longer than the other by more than data.pairing.max_length_ratio",
     "near_identical": "two answers are more alike than data.pairing.max_similarity",
     "echo": "an answer begins by saying the prompt again; data.pairing.drop_echoes=false takes it",
     "bad_tools": "the tools are not a list of named functions, or not JSON",
+    "bad_weight": "the weight is no finite number above 0; data.ignore=[weight] leaves the column aside",
+    "bad_margin": "the margin is no finite number of 0 or more; data.ignore=[margin] leaves the column aside",
+    "bad_preference": "the preference is no number from 0 to 1; data.ignore=[preference] leaves the column aside",
 }
 """What is wrong with a row, in the words of an error message."""
 

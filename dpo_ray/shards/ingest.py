@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from dpo_ray.config import Columns, Data, Pairing
 from dpo_ray.config.layouts import Layout, fields_of
+from dpo_ray.config.losses import Judged
 from dpo_ray.data.canonical import canonical_pairs
 from dpo_ray.data.quarantine import quarantine_table, quarantined
 from dpo_ray.data.raw.json_lines import Unreadable
@@ -32,6 +35,8 @@ def identity(data: Data, seed: int) -> dict[str, Any]:
         "rules": VERSION,
         "columns": PAIRS.names,
         "renamed": data.columns.renamed(),
+        "ignore": sorted(data.ignore),
+        "ties": data.ties,
         "max_characters": data.max_characters,
     }
 
@@ -44,6 +49,10 @@ class RawShard:
     layout: Layout
     split: Split | None
     """The side that they are all on; None: the hash of its prompt decides for each."""
+    source: str | None = None
+    """The source of a mixture that they are of."""
+    limit: int | None = None
+    """Only the first so many."""
 
 
 class IngestShard:
@@ -59,17 +68,20 @@ class IngestShard:
         columns: Columns = Columns(),
         pairing: Pairing = Pairing(),
         max_characters: int | None = None,
+        ignore: Collection[Judged] = (),
+        ties: Literal["drop", "keep"] = "drop",
     ):
         self.held_out_fraction = held_out_fraction
         self.seed = seed
-        self.columns = columns.in_files()
+        self.columns = {field: column for field, column in columns.in_files().items() if field not in ignore}
+        self.ties = ties
         self.pairing = pairing
         self.max_characters = max_characters
 
     def __call__(self, source: RawShard) -> ShardOutput:
         fields = {f: self.columns[f] for f in fields_of(source.layout) if f in self.columns}
         kept, bad, counters = [], [], Counter[str]()
-        for number, row in read_rows(source.rows, set(fields.values())):
+        for number, row in islice(read_rows(source.rows, set(fields.values())), source.limit):
             counters["read"] += 1
             try:
                 pairs = self._pairs(row, source.layout, fields)
@@ -82,7 +94,7 @@ class IngestShard:
                 counters["more_pairs"] += len(pairs) - 1
             for pair in pairs:
                 split = source.split or split_of(pair.prompt_id, self.held_out_fraction, self.seed)
-                kept.append(pair_row(pair, split))
+                kept.append(pair_row(pair, split, source.source))
         return ShardOutput(pa.Table.from_pylist(kept, schema=PAIRS), counters, quarantine_table(bad))
 
     def _pairs(self, row: dict[str, Any] | Unreadable, layout: Layout, fields: dict[str, str]) -> list[PreferencePair]:
@@ -91,4 +103,4 @@ class IngestShard:
         named = {field: row[column] for field, column in fields.items() if column in row}
         if self.max_characters is not None:
             check_length(named, self.max_characters)
-        return canonical_pairs(named, layout, self.pairing)
+        return canonical_pairs(named, layout, self.pairing, self.ties)

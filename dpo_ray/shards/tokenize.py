@@ -15,7 +15,7 @@ from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import TOKENIZED, tokenized_row
 from dpo_ray.shards.output import ShardOutput
 
-VERSION = 2
+VERSION = 3
 """Of how dialogues become ids, here and in dpo_ray.data.chat; raised when that changes: all shards are made again."""
 
 # Texts are tokenized this many characters at once: enough for an efficient call, and a shard of very long rows needs no
@@ -105,7 +105,7 @@ class TokenizeShard:
             "inner_control_token": any(completion.foreign_control_token for completion, _ in sides.values()),
             "tools_ignored": prompt.tools is not None and not self.chat.uses_tools(prompt),
         }
-        kept = tokenized_row(row["pair_id"], row["prompt_id"], row["split"], ids, chosen, rejected)
+        kept = tokenized_row(row["pair_id"], row["prompt_id"], row["split"], ids, chosen, rejected, row)
         return _Kept(kept, [name for name, applies in notes.items() if applies])
 
 

@@ -351,18 +351,26 @@ def encoded(table: pa.Table, counters: dict[str, int]) -> bytes:
     return buffer.getvalue()
 
 
-def read_shard(location: Location, columns: list[str] | None = None, rows: pc.Expression | None = None) -> pa.Table:
+def read_shard(
+    location: Location,
+    columns: list[str] | None = None,
+    rows: pc.Expression | None = None,
+    *,
+    where_there: Sequence[str] = (),
+) -> pa.Table:
     """Read a Parquet shard, or some columns and rows of it. Raises DataError naming the file.
 
-    rows: what holds of those that are wanted; row groups that can have none are not fetched.
+    Args:
+        rows: what holds of those that are wanted; row groups that can have none are not fetched.
+        where_there: further columns, which a shard of an earlier version need not have.
     """
     try:
         if columns is None or location.is_local:
             source = pa.memory_map(location.uri) if location.is_local else pa.BufferReader(location.read_bytes())
-            return pq.read_table(source, columns=columns, filters=rows)
+            return pq.read_table(source, columns=_present(source, columns, where_there), filters=rows)
         fs, path = location.filesystem()
         with fs.open_input_file(path) as stream:  # not all of it is fetched
-            return pq.read_table(stream, columns=columns, filters=rows)
+            return pq.read_table(stream, columns=_present(stream, columns, where_there), filters=rows)
     except StorageError:  # it says nothing of the file itself
         raise
     except (OSError, pa.ArrowException) as error:
@@ -370,6 +378,14 @@ def read_shard(location: Location, columns: list[str] | None = None, rows: pc.Ex
         raise DataError(
             f"{location} cannot be read as Parquet ({error}). Remove it; the stage that made it will compute it again."
         ) from error
+
+
+def _present(source: pa.NativeFile, columns: list[str] | None, where_there: Sequence[str]) -> list[str] | None:
+    if columns is None or not where_there:
+        return columns
+    names = pq.read_schema(source).names
+    source.seek(0)
+    return [*columns, *(name for name in where_there if name in names)]
 
 
 def inspect_shard(location: Location) -> FileEntry:

@@ -20,8 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpo_ray.config.losses import Judged
 from dpo_ray.model.cache import held
-from dpo_ray.pairs import LENGTHS, Split, steers
+from dpo_ray.pairs import CARRIED, JUDGED, LENGTHS, Split, steers
 from dpo_ray.storage.artifact import (
     Artifact,
     Contents,
@@ -36,8 +37,8 @@ from dpo_ray.storage.claim import CLAIM, Claim, kept_fresh
 from dpo_ray.storage.location import Location
 
 KIND = "index"
-_VERSION = 2
-_ARRAYS = {"offsets": np.int64, "row": np.int32, "lengths": np.int32}
+_VERSION = 3
+_ARRAYS = {"offsets": np.int64, "row": np.int32, "lengths": np.int32, "source": np.int16}
 _READERS = 8  # files that are waited for at once
 _SHARDS_AHEAD = 64
 
@@ -58,10 +59,12 @@ class Facts:
     widest: int | None
     """The pair with the most tokens where each completion is a row with its prompt, padded; the first of equals."""
     widest_tokens: int
+    judged: tuple[int, int, int] = (0, 0, 0)
+    """Pairs with a weight, with a margin and with a preference of their own."""
 
     @classmethod
-    def of(cls, lengths: np.ndarray, before: Facts | None = None) -> Facts:
-        """Of some pairs [n, 3], and of all pairs before them."""
+    def of(cls, lengths: np.ndarray, before: Facts | None = None, judged: Sequence[int] = (0, 0, 0)) -> Facts:
+        """Of some pairs [n, 3], and of all pairs before them. judged: of these pairs, as the facts have it."""
         before = before or cls(0, 0, (0, 0, 0), None, 0, None, 0)
         if not len(lengths):
             return before
@@ -76,6 +79,7 @@ class Facts:
         prompt, chosen, rejected = (
             int(a + b) for a, b in zip(before.tokens, lengths.sum(axis=0, dtype=np.int64), strict=True)
         )
+        weighted, with_margin, with_preference = (a + b for a, b in zip(before.judged, judged, strict=True))
         return cls(
             num_pairs=before.num_pairs + len(lengths),
             num_unpaired=before.num_unpaired + int((lengths[:, 1:] == 0).any(axis=1).sum()),
@@ -84,7 +88,16 @@ class Facts:
             longest_tokens=longest_tokens,
             widest=widest,
             widest_tokens=widest_tokens,
+            judged=(weighted, with_margin, with_preference),
         )
+
+    @property
+    def says(self) -> list[Judged]:
+        """Those of the columns of how pairs were judged that say something of any pair."""
+        return [name for name, count in zip(get_args(Judged), self.judged, strict=True) if count]
+
+
+_NO = np.zeros(0, dtype=np.int64)
 
 
 def _most(tokens: np.ndarray, first: int, before: int | None, before_tokens: int) -> tuple[int, int]:
@@ -125,15 +138,28 @@ class PlanIndex:
     read: int
     """Rows seen, of both sides."""
     facts: Facts
+    source: np.ndarray
+    """[shards] which of the sources the pairs of each are of, -1 of none: a shard is of one source"""
+    sources: tuple[str, ...] = ()
+    """Names of the sources of a mixture."""
     file: IndexFile | None = None
     """Where the arrays are memory-mapped from; None: they are in memory."""
 
     @classmethod
     def of(
-        cls, shards: Sequence[str], offsets: np.ndarray, row: np.ndarray, lengths: np.ndarray, read: int
+        cls,
+        shards: Sequence[str],
+        offsets: np.ndarray,
+        row: np.ndarray,
+        lengths: np.ndarray,
+        read: int,
+        *,
+        source: np.ndarray | None = None,
+        sources: Sequence[str] = (),
     ) -> PlanIndex:
         """In memory."""
-        return cls(tuple(shards), offsets, row, lengths, read, Facts.of(lengths))
+        source = np.full(len(shards), -1, dtype=np.int16) if source is None else source
+        return cls(tuple(shards), offsets, row, lengths, read, Facts.of(lengths), source, tuple(sources))
 
     def __len__(self) -> int:
         return len(self.row)
@@ -153,6 +179,20 @@ class PlanIndex:
     def mean_lengths(self) -> np.ndarray:
         """[3] mean tokens of prompt, chosen and rejected."""
         return np.array(self.facts.tokens) / len(self)
+
+    def shards_of(self, source: str) -> np.ndarray:
+        """Which of the shards are of a source, ascending."""
+        return np.flatnonzero(np.asarray(self.source) == self.sources.index(source)) if source in self.sources else _NO
+
+    def pairs_of(self, shards: np.ndarray) -> np.ndarray:
+        """The pairs that lie in some shards, shard by shard."""
+        spans = [np.arange(self.offsets[shard], self.offsets[shard + 1]) for shard in shards]
+        return np.concatenate([_NO, *spans])
+
+    def by_source(self) -> dict[str, int]:
+        """Source → its pairs."""
+        counts = np.diff(self.offsets)
+        return {name: int(counts[self.shards_of(name)].sum()) for name in self.sources}
 
     def shard_of(self, pairs: np.ndarray) -> np.ndarray:
         """Which of the shards some pairs lie in."""
@@ -221,20 +261,32 @@ def _made(output: Location, rows: Artifact, eval_fraction: float) -> Artifact:
 def write_index(location: Location, shards: Sequence[Location], eval_fraction: float = 1.0) -> Contents:
     """Read the token counts of all rows, shard by shard, and write the arrays of both sides of the split."""
     columns = ["split", *LENGTHS, *(["prompt_id"] if eval_fraction < 1 else [])]
+    names: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix="dpo-ray-index-") as scratch:
         sides = {split: _Side(Path(scratch), split) for split in get_args(Split)}
         read = held_out = 0
         for table in _tables(shards, columns):
             read += table.num_rows
             held_out += int(np.sum(pc.equal(table["split"], "eval").to_numpy()))
+            source = _source(table)
+            number = -1 if source is None else names.setdefault(source, len(names))
             for split, side in sides.items():
-                side.append(table, _wanted(table, split, eval_fraction))
-        names = [name for side in sides.values() for name in side.close()]
-        for name in names:
+                side.append(table, _wanted(table, split, eval_fraction), number)
+        written = [name for side in sides.values() for name in side.close()]
+        for name in written:
             Location.of(f"{scratch}/{name}").copy_to(location / name)
-        files = [describe_file(Location.of(f"{scratch}/{name}")) for name in names]
+        files = [describe_file(Location.of(f"{scratch}/{name}")) for name in written]
     facts = {split: asdict(side.facts) for split, side in sides.items()}
-    return Contents(files=files, metrics={"read": read, "held_out": held_out, "facts": facts})
+    metrics = {"read": read, "held_out": held_out, "facts": facts, "sources": list(names)}
+    return Contents(files=files, metrics=metrics)
+
+
+def _source(table: pa.Table) -> str | None:
+    """The one source that the rows of a shard are of. Raises ValueError where they are of several."""
+    found = table["source"].unique().to_pylist() if "source" in table.column_names else []
+    if len(found) > 1:
+        raise ValueError(f"the rows of one shard are of {len(found)} sources: {found}")
+    return found[0] if found else None
 
 
 def _wanted(table: pa.Table, split: Split, eval_fraction: float) -> np.ndarray:
@@ -251,7 +303,7 @@ def _tables(shards: Sequence[Location], columns: list[str]) -> Iterator[pa.Table
     waiting = iter(shards)
     with ThreadPoolExecutor(_READERS) as threads:
         while some := list(itertools.islice(waiting, _SHARDS_AHEAD)):
-            yield from threads.map(lambda shard: read_shard(shard, columns=columns), some)
+            yield from threads.map(lambda shard: read_shard(shard, columns, where_there=CARRIED), some)
 
 
 class _Side:
@@ -265,15 +317,23 @@ class _Side:
         self.facts = Facts.of(np.zeros((0, len(LENGTHS)), dtype=np.int32))
         self.arrays["offsets"].append(np.zeros(1))
 
-    def append(self, table: pa.Table, rows: np.ndarray) -> None:
+    def append(self, table: pa.Table, rows: np.ndarray, source: int) -> None:
         lengths = np.stack([table[name].to_numpy()[rows] for name in LENGTHS], axis=1)
-        self.facts = Facts.of(lengths, self.facts)
-        for name, values in (("offsets", np.array([self.facts.num_pairs])), ("row", rows), ("lengths", lengths)):
-            self.arrays[name].append(values)
+        self.facts = Facts.of(lengths, self.facts, [_said(table, name, rows) for name in JUDGED])
+        values = {"offsets": [self.facts.num_pairs], "row": rows, "lengths": lengths, "source": [source]}
+        for name, array in self.arrays.items():
+            array.append(np.asarray(values[name]))
 
     def close(self) -> list[str]:
         """Names of the files."""
         return [array.close() for array in self.arrays.values()]
+
+
+def _said(table: pa.Table, name: str, rows: np.ndarray) -> int:
+    """How many of some rows have a value in a column."""
+    if name not in table.column_names or table[name].null_count == table.num_rows:
+        return 0
+    return int(np.sum(pc.is_valid(table[name]).to_numpy()[rows]))
 
 
 class _Growing:
@@ -310,7 +370,8 @@ def _file_name(split: Split, name: str) -> str:
 def _opened(file: IndexFile) -> PlanIndex:
     manifest = open_artifact(file.folder).manifest
     folder = _here(file.folder, manifest.files)
-    offsets, row, lengths = (np.load(folder / _file_name(file.split, name), mmap_mode="r") for name in _ARRAYS)
+    arrays = [np.load(folder / _file_name(file.split, name), mmap_mode="r") for name in _ARRAYS]
+    offsets, row, lengths, source = arrays
     facts = manifest.metrics["facts"][file.split]
     return PlanIndex(
         shards=tuple(shard.uri for shard in open_artifact(file.rows).shards()),
@@ -318,7 +379,9 @@ def _opened(file: IndexFile) -> PlanIndex:
         row=row,
         lengths=lengths,
         read=manifest.metrics["read"],
-        facts=Facts(**{**facts, "tokens": tuple(facts["tokens"])}),
+        facts=Facts(**{**facts, "tokens": tuple(facts["tokens"]), "judged": tuple(facts["judged"])}),
+        source=source,
+        sources=tuple(manifest.metrics["sources"]),
         file=file,
     )
 

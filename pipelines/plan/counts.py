@@ -81,14 +81,16 @@ def exact(config: Config, rows: Artifact) -> Counts:
             train, held_out = index_of(output, rows)
     except Unfinished:
         with tempfile.TemporaryDirectory(prefix="dpo-ray-plan-") as folder:
-            write_index(Location.of(folder), rows.shards())
-            train, held_out = (_loaded(Path(folder), split, rows) for split in ("train", "eval"))
+            sources = write_index(Location.of(folder), rows.shards()).metrics["sources"]
+            train, held_out = (_loaded(Path(folder), split, rows, sources) for split in ("train", "eval"))
     read = rows.manifest.counters.get("read", rows.manifest.rows or 0)
     how = f"counted on all {rows.manifest.rows} rows of {rows.location}"
     return Counts(read, Side(train.lengths), Side(held_out.lengths), True, how, train)
 
 
-def _loaded(folder: Path, split: str, rows: Artifact) -> PlanIndex:
+def _loaded(folder: Path, split: str, rows: Artifact, sources: list[str]) -> PlanIndex:
     """One side of an index that lies in a folder of this process's own."""
-    offsets, row, lengths = (np.load(folder / f"{split}-{name}.npy") for name in ("offsets", "row", "lengths"))
-    return PlanIndex.of([shard.uri for shard in rows.shards()], offsets, row, lengths, rows.manifest.rows or 0)
+    arrays = [np.load(folder / f"{split}-{name}.npy") for name in ("offsets", "row", "lengths", "source")]
+    offsets, row, lengths, source = arrays
+    shards, read = [shard.uri for shard in rows.shards()], rows.manifest.rows or 0
+    return PlanIndex.of(shards, offsets, row, lengths, read, source=source, sources=sources)

@@ -98,8 +98,8 @@ def _walk(context: _Looking) -> None:
 def _require_scanned(context: _Looking) -> None:
     """Raises Unfinished where a file has not been looked through since it was written."""
     folder, data = context.output / FILES, context.config.data
-    for _, files, _ in sides(context.config):
-        stamps = map_files(Stamp.of, files)
+    for side in sides(context.config):
+        stamps = map_files(Stamp.of, side.files)
         if not all(map_files(lambda stamp: read_record(folder, stamp, data.rows_per_shard), stamps)):
             raise Unfinished(folder, "files", ())
 

@@ -58,7 +58,7 @@ def sample(config: Config, rows: int) -> Counts:
     read, seen, num_files = 0.0, 0, 0
     tokenize = TokenizeShard(config.model, config.data)
     with tempfile.TemporaryDirectory(prefix="dpo-ray-plan-") as scratch:
-        for key, files, split in sides(config):
+        for key, files, split, source_name, max_rows in sides(config):
             drawn_files = files if len(files) <= _FILES else dice.sample(files, _FILES)
             num_files += len(files)
             sizes = {file: Stamp.of(file).size for file in drawn_files}
@@ -76,7 +76,7 @@ def sample(config: Config, rows: int) -> Counts:
                 read += drawn.of * len(files) / len(drawn_files)
                 seen += drawn.rows
                 for n, source in enumerate(drawn.sources):
-                    pairs = _ingest(config)(RawShard(source, layout, split)).table
+                    pairs = _ingest(config)(RawShard(source, layout, split, source_name)).table
                     place = Location.of(folder / f"pairs-{n}.parquet")
                     write_shard(place, pairs, {})
                     table = tokenize(PairsShard(place.uri)).table
@@ -133,6 +133,8 @@ def _ingest(config: Config) -> IngestShard:
         columns=data.columns,
         pairing=data.pairing,
         max_characters=data.max_characters,
+        ignore=data.ignore,
+        ties=data.ties,
     )
 
 

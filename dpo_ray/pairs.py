@@ -36,7 +36,7 @@ class PreferencePair:
     weight: float | None = None
     """How many pairs it counts as in the loss, above 0; None: one."""
     margin: float | None = None
-    """By how much the reward of chosen is known to lie above that of rejected, in units of the reward; None: unknown."""
+    """By how much the reward of chosen is known to lie above that of rejected, in its units; None: unknown."""
     preference: float | None = None
     """The probability that chosen is the better answer, from .5, a tie, to 1; None: certain."""
 
@@ -92,6 +92,8 @@ _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]
 _IDS = pa.list_(pa.int32())
 _LOGPROBS = pa.list_(pa.float32())
 
+TIE = 0.5
+"""The preference of two answers that are equally good."""
 JUDGED = ("weight", "margin", "preference")
 """Columns of how a pair was judged, each null where that is not known; see PreferencePair."""
 CARRIED = ("source", *JUDGED)

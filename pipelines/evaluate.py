@@ -8,15 +8,17 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from dpo_ray.config import Config, ImplicitReward, WinRate
 from dpo_ray.config.reward import compares
 from dpo_ray.estimates import Estimate, quantiles
 from dpo_ray.evaluation.agreement import NONE, margin_noise
-from dpo_ray.evaluation.comparison import Answered, compare
+from dpo_ray.evaluation.comparison import Answered, compare, wins_by_source
 from dpo_ray.evaluation.drift import accuracy_by_length, chosen_change
 from dpo_ray.evaluation.held_out import held_out_pairs
-from dpo_ray.evaluation.margins import preference_accuracy
+from dpo_ray.evaluation.margins import accuracy_by_source, preference_accuracy
 from dpo_ray.evaluation.tasks import beside, task_line
 from dpo_ray.on_ray.generate import merge_candidates
 from dpo_ray.on_ray.reward import score_candidates
@@ -32,7 +34,7 @@ from pipelines.held_out_sets import ScoredSet, measure_sets, score, score_sets
 from pipelines.tasks import measure_both
 
 KIND = "evaluation"
-_MEASURES = 4
+_MEASURES = 5
 """Raised when there are other measures than before, or they are computed in another way."""
 
 
@@ -40,7 +42,7 @@ def evaluate(
     context: RunContext, pairs: Artifact, rows: Artifact, calibration: Artifact | None, policy: Artifact
 ) -> Artifact:
     """Measure the policy. The artifact's metrics hold `accuracy`, `margin`, `win_rate` and `samples`; `tasks` too
-    where they are measured.
+    where they are measured; and of a mixture `sources`: source → the accuracy and win rate on its held-out part.
 
     Args:
         rows, calibration: what pipelines.reference made of the pairs.
@@ -69,6 +71,8 @@ class _Drawn:
     log_ratios: Artifact
     """What the implicit reward of the tuned model, with beta 1, gives to its own: log π − log π_ref."""
     options: WinRate
+    sources: dict[str, str]
+    """prompt_id → the source of a mixture that it is of; of several the first one."""
 
     def answered(self) -> Iterator[Answered]:
         """Prompt by prompt; one that was too long for one of the two models has no completions of it."""
@@ -102,7 +106,18 @@ def _draw(context: RunContext, options: WinRate, pairs: Artifact, policy: Artifa
     log_ratios = context.stage(
         "log_ratios", partial(score_candidates, context.output, context.config, ratio, of_models[1])
     )
-    return _Drawn(merged, scores, log_ratios, options)
+    return _Drawn(merged, scores, log_ratios, options, _sources(pairs, prompts) if context.config.data.sources else {})
+
+
+def _sources(pairs: Artifact, prompts: Artifact) -> dict[str, str]:
+    """prompt_id → its source, for these prompts."""
+    ids = pa.array([row["prompt_id"] for row in _rows(prompts)], pa.string())
+    found: dict[str, str] = {}
+    for shard in pairs.shards():
+        for row in read_shard(shard, ["prompt_id", "source"], rows=pc.field("prompt_id").isin(ids)).to_pylist():
+            if row["source"] is not None:
+                found.setdefault(row["prompt_id"], row["source"])
+    return found
 
 
 def _evaluate(
@@ -134,7 +149,10 @@ def _evaluate(
         metrics = _held_out(context.config, scores, calibration)
         metrics["sets"] = measure_sets(sets)
         if drawn is not None:
-            metrics |= _compare(drawn)
+            compared = _compare(drawn)
+            for name, wins in compared.pop("sources", {}).items():
+                metrics.setdefault("sources", {}).setdefault(name, {}).update(win_rate=wins)
+            metrics |= compared
         if of_tasks is not None:
             metrics |= {"tasks": _tasks(context.config, of_tasks)}
         return Contents(metrics=metrics)
@@ -152,7 +170,12 @@ def _held_out(config: Config, scores: Artifact, calibration: Artifact | None) ->
     accuracy = preference_accuracy(found.margins, noise)
     say(KIND, f"held-out accuracy {accuracy or 'undefined: no margin above the noise of the engines'}")
     some = len(found.margins) > 0
+    by_source = accuracy_by_source(found.margins, found.sources, noise)
+    for name, of_source in by_source.items():
+        say(KIND, f"held-out accuracy of source {name} {of_source or 'undefined: no margin above the noise'}")
+    of_sources = {name: {"accuracy": one.as_dict() if one else None} for name, one in by_source.items()}
     return {
+        **({"sources": of_sources} if of_sources else {}),
         "accuracy": accuracy.as_dict() if accuracy else None,
         "accuracy_by_length": accuracy_by_length(found.margins, found.chosen_tokens, found.rejected_tokens)
         if accuracy
@@ -172,7 +195,13 @@ def _compare(drawn: _Drawn) -> dict[str, Any]:
     if not answered:
         say(KIND, f"win rate against {options.opponent} undefined: no prompt was short enough to be answered")
         return {}
-    found = compare(answered, options.sampling, in_pairs=compares(options.reward))
+    in_pairs = compares(options.reward)
+    found = compare(answered, options.sampling, in_pairs=in_pairs)
+    if drawn.sources:
+        found["sources"] = {
+            name: estimate.as_dict()
+            for name, estimate in wins_by_source(answered, drawn.sources, options.sampling, in_pairs=in_pairs).items()
+        }
     for name, label in (("win_rate", "win rate"), ("greedy_win_rate", "win rate of greedy answers")):
         if (rate := found[name]) is not None:
             say(KIND, f"{label} against {options.opponent} {Estimate(**rate)}")

@@ -58,8 +58,7 @@ def plan_lines(config: Config, until: Stage) -> list[str]:
         first = [
             (
                 "ingest",
-                f"pairs of {_trained_on(data)}{chosen}, held out: {held_out}; "
-                "without duplicates and contradictions",
+                f"pairs of {_trained_on(data)}{chosen}, held out: {held_out}; without duplicates and contradictions",
             )
         ]
     steps = [

@@ -5,8 +5,8 @@
     unpaired         prompt, completion, label: one answer, desirable or not
     ranked           prompt, completions, scores: several answers, each with a number; the higher, the better
 
-Rows of any layout may have `tools` and `weight`, and pairs `margin` and `preference`. Fields are called by these names; what they are called in the files is given as
-`names`, a mapping of field → column.
+Rows of any layout may have `tools` and `weight`, and pairs `margin` and `preference`. Fields are called by these names;
+what they are called in the files is given as `names`, a mapping of field → column.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 from dpo_ray.config.section import Section
 from dpo_ray.errors import DataError
 
-
 Judged = Literal["weight", "margin", "preference"]
 """Columns of how a pair was judged: how much it counts, the known gap of the rewards, P(chosen ≻ rejected)."""
 

@@ -25,7 +25,6 @@ from dpo_ray.config.tolerance import Tolerance
 from dpo_ray.config.tune import Tune
 from dpo_ray.errors import ConfigError
 
-
 LongPrompts = Literal["drop", "keep_start", "keep_end"]
 
 

@@ -11,10 +11,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from dpo_ray.data.rules import Reason, reject
-from dpo_ray.pairs import PreferencePair
-
-TIE = 0.5
-"""The preference of two answers that are equally good."""
+from dpo_ray.pairs import TIE, PreferencePair
 
 
 def judged(pair: PreferencePair, row: Mapping[str, Any], ties: Literal["drop", "keep"]) -> PreferencePair:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from dpo_ray.config import CandidatePairing, Pairing
 from dpo_ray.errors import DataError
-from dpo_ray.pairs import Message, PreferencePair, TokenizedPair
+from dpo_ray.pairs import TIE, Message, PreferencePair, TokenizedPair
 
 RULES = 1
 """Raised when the same candidates and options make other pairs than before."""
@@ -47,7 +47,7 @@ class Couple(NamedTuple):
     rejected: Candidate
 
     def pair(self, prompt: Sequence[Message], tools: str | None = None) -> PreferencePair:
-        preference = 0.5 if self.chosen.score == self.rejected.score else None
+        preference = TIE if self.chosen.score == self.rejected.score else None
         return PreferencePair(tuple(prompt), self.chosen.text, self.rejected.text, tools, preference=preference)
 
 

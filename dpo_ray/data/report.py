@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from dpo_ray.data import duplicates, rules
 from dpo_ray.data.tally import Tally
 from dpo_ray.estimates import proportion
+from dpo_ray.pairs import JUDGED, TIE
 
 MEASURES = pa.schema([("measure", pa.string()), ("value", pa.int64()), ("count", pa.int64())])
 """How many rows of a shard have a value of a measure. Measures that have no value but their name have 0."""
@@ -59,9 +60,11 @@ def measure_pairs(table: pa.Table) -> Measures:
 
 
 def measure_tokens(table: pa.Table) -> Measures:
-    """Sides of the split and token counts of the rows of a tokenized shard, and which answer is the longer one.
+    """Sides of the split, sources, judgements and token counts of the rows of a tokenized shard, and which answer is
+    the longer one.
 
-    A side that an unpaired row lacks has no count, and of such a row neither answer is the longer one.
+    A side that an unpaired row lacks has no count, and of such a row neither answer is the longer one; nor is it asked
+    of a tie, in which no answer is the better one.
     """
     lengths = {part: pc.list_value_length(table[f"{part}_ids"]).to_numpy() for part in _PARTS}
     measures: Measures = Counter((f"split/{side}", 0) for side in table["split"].to_pylist())
@@ -69,6 +72,14 @@ def measure_tokens(table: pa.Table) -> Measures:
         values, counts = np.unique(of_part[of_part > 0], return_counts=True)
         measures.update({(f"tokens/{part}", int(v)): int(c) for v, c in zip(values, counts, strict=True)})
     both = (lengths["chosen"] > 0) & (lengths["rejected"] > 0)
+    if "source" in table.column_names:
+        pairs = zip(table["source"].to_pylist(), table["split"].to_pylist(), strict=True)
+        measures.update((f"source/{source}/{side}", 0) for source, side in pairs if source is not None)
+    for name in JUDGED:
+        if name in table.column_names and (said := table.num_rows - table[name].null_count):
+            measures[f"judged/{name}", 0] += said
+    if "preference" in table.column_names:
+        both &= table["preference"].fill_null(1.0).to_numpy() != TIE
     return measures + _compared("longer", lengths["chosen"][both], lengths["rejected"][both])
 
 
@@ -109,10 +120,11 @@ def report(
     Args:
         ingested, left_out, tokenized: what these stages counted; without the first two the pairs were generated.
 
-    `pairs` is how many rows were tokenized and `splits` on which side; `scripts` counts the rows before the length
-    limits. `tokens` holds quantiles by nearest rank; in `prompt_token_share` a prompt counts once a pair. Of
-    `chosen_longer` and `reference_prefers_chosen`, `value` is a share of the n pairs that are no ties, with its 95%
-    interval.
+    `pairs` is how many rows were tokenized and `splits` on which side; `sources`, of a mixture, how many of each source
+    on which side, and `judged` how many have a weight, a margin or a preference of their own; `scripts` counts the rows
+    before the length limits. `tokens` holds quantiles by nearest rank; in `prompt_token_share` a prompt counts once a
+    pair. Of `chosen_longer` and `reference_prefers_chosen`, `value` is a share of the n pairs that are no ties, with
+    its 95% interval.
     """
     found: dict[str, Any] = {"pairs": tokenized.kept}
     if ingested is not None:
@@ -123,6 +135,8 @@ def report(
     found["dropped"] = tokenized.dropped_for(sorted(tokenized.dropped.keys() - set(duplicates.REASONS)))
     found["noted"] = tokenized.noted
     found["splits"] = _group(measures, "split")
+    apart = {"sources": _group(measures, "source"), "judged": _group(measures, "judged")}
+    found |= {name: counts for name, counts in apart.items() if counts}
     lengths = {part: dict(sorted(_values(measures, f"tokens/{part}").items())) for part in _PARTS}
     found["tokens"] = {part: quantiles(of_part) for part, of_part in lengths.items() if of_part}
     totals = {part: sum(length * count for length, count in of_part.items()) for part, of_part in lengths.items()}
@@ -140,7 +154,7 @@ def report(
 def report_lines(found: dict[str, Any]) -> list[str]:
     """The report for the log."""
     lines = [f"{found['pairs']} pairs{_listed(found['splits'], ': {}')}"]
-    for name in ("quarantined", "left_out", "dropped", "noted"):
+    for name in ("sources", "judged", "quarantined", "left_out", "dropped", "noted"):
         if found.get(name):
             lines.append(f"{name.replace('_', ' ')}{_listed(found[name], ': {}')}")
     for part, of_part in found["tokens"].items():

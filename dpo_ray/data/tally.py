@@ -28,7 +28,18 @@ NOTED = {
 """Counters of kept rows that are worth a look, and why. Of pairs each counts a row once, whichever of its sides is
 concerned."""
 
-_NO_REASONS = {"read", "kept", "more_pairs", "other_split", "steering", "not_drawn", "tokens", "completions", *NOTED}
+_NO_REASONS = {
+    "read",
+    "kept",
+    "more_pairs",
+    "other_split",
+    "steering",
+    "not_drawn",
+    "no_preference",
+    "tokens",
+    "completions",
+    *NOTED,
+}
 
 
 @dataclass(frozen=True)

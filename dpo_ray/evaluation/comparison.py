@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_ray.config import Sampling
-from dpo_ray.estimates import rate, verdict
+from dpo_ray.estimates import Estimate, rate, verdict
 from dpo_ray.evaluation.drift import Answers, kl_per_token, samples_drift
 from dpo_ray.evaluation.length_control import length_controlled_win_rate
 from dpo_ray.evaluation.margins import mean_wins, win_shares
@@ -70,6 +70,19 @@ def compare(answered: Sequence[Answered], sampling: Sampling, *, in_pairs: bool)
             for one in answered[:SHOWN]
         ],
     }
+
+
+def wins_by_source(
+    answered: Sequence[Answered], sources: Mapping[str, str], sampling: Sampling, *, in_pairs: bool
+) -> dict[str, Estimate]:
+    """Source of a mixture → the win rate on its prompts, as of `compare`. sources: prompt_id → source."""
+    samples, greedy = sampling.samples, int(sampling.include_greedy and not in_pairs)
+    by_source: dict[str, list[Answered]] = {}
+    for one in answered:
+        if (name := sources.get(one.row["prompt_id"])) is not None:
+            by_source.setdefault(name, []).append(one)
+    tuned, other = slice(samples + greedy, 2 * samples), slice(greedy, samples)
+    return {name: rate(_wins(mine, tuned, other, in_pairs)) for name, mine in sorted(by_source.items())}
 
 
 def _wins(answered: Sequence[Answered], tuned: slice, other: slice, in_pairs: bool) -> np.ndarray:

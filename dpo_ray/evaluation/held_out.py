@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from dpo_ray.config.losses import Loss
 from dpo_ray.errors import DataError
-from dpo_ray.pairs import SCORES, drawn, steers
+from dpo_ray.pairs import SCORES, TIE, drawn, steers
 from dpo_ray.storage.artifact import Artifact, read_shard
 
 _ROWS_AT_ONCE = 4096
@@ -37,9 +37,12 @@ class HeldOutRows:
         return cls(eval_fraction, min(1.0, max_pairs / num_pairs) if num_pairs else 1.0)
 
     def of(self, table: pa.Table, counters: Counter[str]) -> np.ndarray:
-        """[n] row numbers of a shard, ascending; what is passed over is counted."""
+        """[n] row numbers of a shard, ascending; what is passed over is counted. Of ties neither answer is right."""
         rows = np.flatnonzero(pc.equal(table["split"], "eval").to_numpy())
         counters["other_split"] = table.num_rows - len(rows)
+        if "preference" in table.column_names and table["preference"].null_count < table.num_rows:
+            apart = rows[table["preference"].fill_null(1.0).to_numpy()[rows] != TIE]
+            counters["no_preference"], rows = len(rows) - len(apart), apart
         if self.eval_fraction < 1:
             prompts = table["prompt_id"].take(pa.array(rows)).to_pylist()
             judges = rows[np.array([not steers(prompt, self.eval_fraction) for prompt in prompts], dtype=bool)]
@@ -65,6 +68,8 @@ class HeldOut:
     """[n]"""
     rejected_tokens: np.ndarray
     """[n]"""
+    sources: np.ndarray
+    """[n] the source of a mixture that each pair is of, None of none; of a couple of two sources it is None too."""
 
 
 def held_out_pairs(scores: Artifact) -> HeldOut:
@@ -82,7 +87,8 @@ def held_out_pairs(scores: Artifact) -> HeldOut:
     tables = [SCORES.empty_table(), *(read_shard(shard) for shard in scores.shards())]
     table = pa.concat_tables([table.replace_schema_metadata() for table in tables]).sort_by("pair_id")
     good, bad = _couples(table)
-    column = {name: table[name].to_numpy() for name in SCORES.names if name != "pair_id"}
+    column = {name: table[name].to_numpy() for name in SCORES.names if name not in {"pair_id", "source"}}
+    sources = np.array(table["source"].to_pylist(), dtype=object)
     margins = column["chosen_reward"][good] - column["rejected_reward"][bad]
     wrong = np.flatnonzero(~np.isfinite(margins))
     if len(wrong):
@@ -99,6 +105,7 @@ def held_out_pairs(scores: Artifact) -> HeldOut:
         chosen_ref_logps=column["chosen_ref_logps"][good] if with_reference else None,
         chosen_tokens=column["chosen_tokens"][good],
         rejected_tokens=column["rejected_tokens"][bad],
+        sources=np.where(sources[good] == sources[bad], sources[good], None),
     )
 
 
@@ -158,6 +165,7 @@ def score_table(
                     "chosen_ref_logps": None
                     if reference is None
                     else float(np.sum(reference[2 * n], dtype=np.float64)),
+                    "source": row.get("source"),
                 }
             )
     return pa.Table.from_pylist(found, schema=SCORES)

@@ -29,6 +29,15 @@ def preference_accuracy(margins: np.ndarray, noise: Noise = NONE) -> Estimate | 
     return proportion(int(np.sum(margins > 0)), len(margins))
 
 
+def accuracy_by_source(margins: np.ndarray, sources: np.ndarray, noise: Noise = NONE) -> dict[str, Estimate | None]:
+    """Source of a mixture → the accuracy on its pairs, as of preference_accuracy.
+
+    margins, sources: [n] of each pair; a source of None is none.
+    """
+    names = sorted({name for name in sources.tolist() if name is not None})
+    return {name: preference_accuracy(margins[sources == name], noise) for name in names}
+
+
 def mean_wins(shares: Sequence[Sequence[float]]) -> np.ndarray:
     """How often a tuned sample wins on each prompt [n], where a judge has compared each with base samples.
 

@@ -21,10 +21,18 @@ def html_report(config: Config, summary: dict[str, Any], history: list[dict[str,
         estimates=named_estimates(summary.get("eval") or {}),
         judged_by=judged_by(config) if win_rate is not None else None,
         greedy=win_rate is not None and win_rate.sampling.include_greedy,
+        of_sources=_of_sources(summary),
         data_shares=_data_shares(summary.get("data") or {}),
         figure=Markup(_figure(history)) if any("loss" in m for m in history) else None,
         config=dump_config(config),
     )
+
+
+def _of_sources(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Source → what training and evaluation tell of it."""
+    parts = [(summary.get(part) or {}).get("sources") or {} for part in ("train", "eval")]
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: {key: value for part in parts for key, value in part.get(name, {}).items()} for name in names}
 
 
 def _data_shares(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from itertools import groupby, islice
@@ -32,7 +32,7 @@ from dpo_ray.pairs import TokenizedPair, tokenized_pair
 from dpo_ray.shards.deaths import Deaths
 from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
-from dpo_ray.training.batch import Share, Step
+from dpo_ray.training.batch import Share, Step, batch_weight
 from dpo_ray.training.index import PlanIndex
 from dpo_ray.training.plan import StepPlan
 from dpo_ray.training.plan import microbatches as spread_rows
@@ -48,6 +48,7 @@ _SECONDS_TO_REST = 0.01  # about what Ray takes for a block
 _GROUPS_AHEAD = 4  # one that workers train on, one that each has fetched already, and two on their way
 
 _BLOCK = pa.schema([("rank", pa.int32()), ("step", pa.int64()), ("share", pa.large_binary())])
+_BATCH_WEIGHT = "batch_weight"
 _PAIR_COLUMNS = [field.name for field in fields(TokenizedPair)]
 
 
@@ -137,17 +138,18 @@ def share_blocks(
 ) -> Iterator[pa.Table]:
     """The steps from `start` up to `stop` in blocks of one row: groups in order, and in each the ranks in order."""
     steps = islice(plan.steps(start), stop - start)
-    read = lru_cache(maxsize=2 * plan.shards_per_window)(_shard)  # a step may lie in two windows
+    read = lru_cache(maxsize=2 * plan.shards_at_once)(_shard)  # a step may lie in two windows
     while group := list(islice(steps, steps_per_group)):
         shares = [(step, plan.microbatches(rows, world_size, tokens_per_microbatch)) for step, rows in group]
         pairs = _Rows(plan.index, np.unique(np.concatenate([rows for _, rows in group])), read)
+        weights = {step: batch_weight(pairs.column("weight", rows)) for step, rows in group}
         for rank in range(world_size):
-            packed = _pack(pairs, [(step, share[rank]) for step, share in shares])
+            packed = _pack(pairs, [(step, share[rank]) for step, share in shares], weights)
             yield pa.Table.from_pydict({"rank": [rank], "step": [group[0][0]], "share": [packed]}, schema=_BLOCK)
 
 
-def _pack(pairs: _Rows, shares: list[tuple[int, list[list[int]]]]) -> bytes:
-    """A rank's micro-batches of some steps, with what is in their rows."""
+def _pack(pairs: _Rows, shares: list[tuple[int, list[list[int]]]], weights: Mapping[int, float]) -> bytes:
+    """A rank's micro-batches of some steps, with what is in their rows. weights: step → that of its whole batch."""
     places = [
         (step, len(share), number, row) for step, share in shares for number, rows in enumerate(share) for row in rows
     ]
@@ -155,6 +157,7 @@ def _pack(pairs: _Rows, shares: list[tuple[int, list[list[int]]]]) -> bytes:
     table = pairs.take(rows)
     for name, values in (("step", steps), ("num_microbatches", counts), ("microbatch", numbers)):
         table = table.append_column(name, pa.array(values, pa.int64()))
+    table = table.append_column(_BATCH_WEIGHT, pa.array([weights[step] for step in steps], pa.float64()))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
@@ -182,6 +185,13 @@ class _Rows:
 
     def take(self, rows: Sequence[int]) -> pa.Table:
         return self.table.take(pa.array(self.place[np.searchsorted(self.rows, rows)]))
+
+    def column(self, name: str, rows: np.ndarray) -> list[Any]:
+        """What rows have in a column; None of each where there is no such column."""
+        if name not in self.table.column_names:
+            return [None] * len(rows)
+        values: list[Any] = self.table[name].take(pa.array(self.place[np.searchsorted(self.rows, rows)])).to_pylist()
+        return values
 
 
 def _by_value(values: np.ndarray, order: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -258,7 +268,8 @@ def received_steps(shard: Any, rank: int, start: int, stop: int) -> Iterator[Ste
         for row in members:
             microbatches[row["microbatch"]].append(tokenized_pair(row))
         pairs = [pair for microbatch in microbatches for pair in microbatch]
-        yield Step(number, Share(microbatches, filler=min(pairs, key=lambda pair: pair.num_tokens)))
+        filler = min(pairs, key=lambda pair: pair.num_tokens)
+        yield Step(number, Share(microbatches, filler, members[0][_BATCH_WEIGHT]))
     if expected < stop:
         raise _disorder(f"rank {rank} expected step {expected} of {stop}, but the stream ended")
 
@@ -295,4 +306,5 @@ def read_share(
         return tokenized_pair(pairs[row])
 
     shortest = int(rows[np.argmin(index.lengths[rows].sum(axis=1))])
-    return Share([[pair(row) for row in group] for group in mine], filler=pair(shortest))
+    weight = batch_weight(pairs[row].get("weight") for row in rows.tolist())
+    return Share([[pair(row) for row in group] for group in mine], pair(shortest), weight)

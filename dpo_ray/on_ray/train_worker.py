@@ -55,6 +55,8 @@ class TrainJob:
     """Where the trained model goes."""
     fallback: Location | None
     """The checkpoint of an earlier run to go on from, where this one has none yet."""
+    sources: tuple[str, ...]
+    """Of a mixture, those that metrics are told apart by."""
     whose: str | None
     """Lines of the workers are for the log alone, and named by this."""
 
@@ -109,6 +111,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
             me=me,
             steps_from=lambda start: received_steps(shard, me.rank, start, job.num_steps),
             held_out=held_out,
+            sources=job.sources,
             checkpoints=RayCheckpoints(me, options.keep_best, job.num_steps, job.run),
             export_to=job.export_to,
             resume=resume,

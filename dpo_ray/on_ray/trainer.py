@@ -31,6 +31,7 @@ from dpo_ray.storage.location import Location
 from dpo_ray.training.files import HISTORY, KIND, MODEL_FOLDER, exported_files, num_skipped
 from dpo_ray.training.index import PlanIndex, index_in_use
 from dpo_ray.training.longest import LongestPair, LongestPairs
+from dpo_ray.training.mixture import by_source, mixture_lines
 from dpo_ray.training.plan import ORDER, StepPlan, make_plan
 from dpo_ray.training.selection import higher_is_better
 from dpo_ray.training.steps import Steps
@@ -119,6 +120,7 @@ def _known_by(config: Config, rows: Artifact) -> tuple[dict[str, Any], dict[str,
         "train": config.train.identity(),
         "seed": config.run.seed,
         "order": ORDER,
+        **({"mixture": config.data.weights} if config.data.weights is not None else {}),
     }
     return identity, {"pairs": rows.fingerprint}
 
@@ -129,6 +131,9 @@ def _train(output: Location, config: Config, rows: Artifact, location: Location,
 
     plan, held_out = make_plan(output, config, rows)
     say(KIND, f"{len(plan.index)} pairs, {plan.num_steps} steps of {config.train.global_batch_size} pairs")
+    of_sources = plan.trained()
+    for line in mixture_lines(of_sources):
+        say(KIND, line)
     began = time.monotonic()
     with index_in_use(plan.index, rows):
         checkpoint = _run(config, plan, held_out, location, steering, _limits(config, rows))
@@ -141,6 +146,7 @@ def _train(output: Location, config: Config, rows: Artifact, location: Location,
     ]
     of_metrics = FileEntry(name=HISTORY, rows=None, bytes=len(metrics), sha256=hashlib.sha256(metrics).hexdigest())
     losses = [m["loss"] for m in history if "loss" in m]
+    shifted = {"margin", "preference"} & set(plan.index.facts.says)  # then it depends on the pairs
     return Contents(
         files=[*model_files, of_metrics],
         counters={
@@ -151,7 +157,7 @@ def _train(output: Location, config: Config, rows: Artifact, location: Location,
         },
         metrics={
             "first_step_loss": losses[0] if losses else None,
-            "zero_margin_loss": zero_margin_loss(config.train.loss),
+            "zero_margin_loss": None if shifted else zero_margin_loss(config.train.loss),
             "final": history[-1],
             "num_steps": history[-1]["step"],
             "planned_steps": plan.num_steps,
@@ -159,6 +165,7 @@ def _train(output: Location, config: Config, rows: Artifact, location: Location,
             "tokens_per_second": sum(m["tokens_per_second"] for m in history) / len(history),
             "seconds": round(time.monotonic() - began, 1),
             "steps": Steps.of(history, config.train).as_dict(),
+            "sources": by_source(of_sources, history),
         },
     )
 
@@ -216,6 +223,7 @@ def _run(
                 reference_limits=reference_limits,
                 run=runs / name,
                 export_to=location / MODEL_FOLDER,
+                sources=plan.index.sources,
                 whose=steering.whose,
                 fallback=fallback,
             )

@@ -9,7 +9,7 @@ from dpo_ray.data.duplicates import PairsShard, read_kept
 from dpo_ray.data.report import measure_pairs, measure_reference, measure_tokens, to_table
 from dpo_ray.shards.output import ShardOutput
 
-VERSION = 1
+VERSION = 2
 """Of what is measured, here and in dpo_ray.data.report; another one makes all shards be measured again."""
 
 

@@ -6,8 +6,8 @@ starting the plan at t.
 
 Without weights each pair comes once an epoch. With weights each step has of each source its share, and an epoch is as
 many pairs as all sources hold together: each source is gone through pass after pass, by itself, as fast as its share
-has it. That is what MosaicML's Streaming does with proportions and stratified batches. (HF datasets' interleave_datasets
-ends at the first source that is exhausted, or at the last: then an epoch depends on the most extreme weight.)
+has it. That is what MosaicML's Streaming does with proportions and stratified batches. (interleave_datasets of Hugging
+Face ends at the first source that is exhausted, or at the last: an epoch then depends on the most extreme weight.)
 """
 
 from __future__ import annotations

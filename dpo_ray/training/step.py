@@ -26,7 +26,7 @@ from dpo_ray.losses.pair_logps import PairLogps, pair_logps, sum_by_sequence
 from dpo_ray.model.logprobs import TokenScores
 from dpo_ray.model.packing import MicroBatch
 from dpo_ray.model.policy import CompletionScorer
-from dpo_ray.pairs import TokenizedPair
+from dpo_ray.pairs import TIE, TokenizedPair
 from dpo_ray.training.batch import Share
 from dpo_ray.training.checkpoint import TrainState
 from dpo_ray.training.files import SKIPPED
@@ -376,7 +376,7 @@ def _ties(logps: PairLogps) -> Tensor:
     """[B] whether neither answer is the better one."""
     if logps.preference is None:
         return torch.zeros_like(logps.num_chosen_tokens, dtype=torch.bool)
-    return logps.preference == 0.5
+    return logps.preference == TIE
 
 
 def _comparable(options: Train, logps: PairLogps) -> dict[str, float]:

@@ -127,7 +127,9 @@ def resident(path: Path = Path("/proc/self/status")) -> int:
 def _largest_microbatch(config: Config, shape: Shape, index: PlanIndex, limit: int) -> int:
     """Tokens, over the first steps of the training, and of the longest pair, which is tried before them."""
     train = config.train
-    steps = StepPlan(index, train.global_batch_size, train.epochs, config.run.seed, shape.hidden)
+    steps = StepPlan(
+        index, train.global_batch_size, train.epochs, config.run.seed, shape.hidden, weights=config.data.weights
+    )
     tokens = index.facts.longest_tokens
     for _, rows in itertools.islice(steps.steps(), _STEPS):
         for rank in steps.microbatches(rows, train.num_workers, limit):

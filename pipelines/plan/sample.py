@@ -28,7 +28,7 @@ from dpo_ray.shards.ingest import IngestShard, RawShard
 from dpo_ray.shards.tokenize import TokenizeShard
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
-from pipelines.ingest import layout_of, sides
+from pipelines.ingest import Side, layout_of, sides
 from pipelines.plan.counts import Counts
 from pipelines.plan.counts import Side as Counted
 
@@ -57,14 +57,18 @@ def sample(config: Config, rows: int) -> Counts:
     each: dict[str, list[float]] = {"train": [], "eval": []}
     read, seen, num_files = 0.0, 0, 0
     tokenize = TokenizeShard(config.model, config.data)
+    drawn_of = {one.key: _some(one.files, dice) for one in sides(config)}
+    of_all = _shares(sides(config), drawn_of)
     with tempfile.TemporaryDirectory(prefix="dpo-ray-plan-") as scratch:
         for key, files, split, source_name, max_rows in sides(config):
-            drawn_files = files if len(files) <= _FILES else dice.sample(files, _FILES)
+            drawn_files = drawn_of[key]
             num_files += len(files)
+            before = {side: len(each[side]) for side in each}
+            of_side = 0.0
             sizes = {file: Stamp.of(file).size for file in drawn_files}
             for number, file in enumerate(drawn_files):
                 # So each row of the sample stands for as many of the source.
-                share = max(1, round(rows * sizes[file] / max(1, sum(sizes.values()))))
+                share = max(1, round(rows * of_all[key] * sizes[file] / max(1, sum(sizes.values()))))
                 layout = layout_of(peek(file), str(file), config)
                 if layout is None:
                     continue
@@ -73,7 +77,7 @@ def sample(config: Config, rows: int) -> Counts:
                 if not drawn.rows:
                     continue
                 stands_for = drawn.of / drawn.rows * len(files) / len(drawn_files)
-                read += drawn.of * len(files) / len(drawn_files)
+                of_side += drawn.of * len(files) / len(drawn_files)
                 seen += drawn.rows
                 for n, source in enumerate(drawn.sources):
                     pairs = _ingest(config)(RawShard(source, layout, split, source_name)).table
@@ -85,6 +89,10 @@ def sample(config: Config, rows: int) -> Counts:
                         lengths = np.stack([kept[name].to_numpy() for name in LENGTHS], axis=1)
                         found[side].append(lengths.astype(np.int64))
                         each[side] += [stands_for] * len(lengths)
+            taken = min(1.0, max_rows / of_side) if max_rows is not None and of_side else 1.0
+            read += taken * of_side
+            for side, first in before.items():
+                each[side][first:] = [taken * stands_for for stands_for in each[side][first:]]
     if not each["train"]:
         raise DataError(
             f"Of a sample of {seen} rows none is kept to train on, so nothing can be counted. Run `dpo-ray tokenize`, "
@@ -98,6 +106,20 @@ def sample(config: Config, rows: int) -> Counts:
         "(--exact tokenizes all rows)"
     )
     return Counts(read, counted["train"], counted["eval"], False, how)
+
+
+def _some(files: list[Location], dice: random.Random) -> list[Location]:
+    return files if len(files) <= _FILES else dice.sample(files, _FILES)
+
+
+def _shares(found: list[Side], drawn_of: dict[str, list[Location]]) -> dict[str, float]:
+    """Key → the share of its bytes in those of the data that are read for the same: the sources of a mixture together."""
+    size = {
+        one.key: sum(Stamp.of(file).size for file in drawn_of[one.key]) * len(one.files) / len(drawn_of[one.key])
+        for one in found
+    }
+    together = {one.key: sum(size[other.key] for other in found if other.split == one.split) for one in found}
+    return {key: size[key] / max(1.0, together[key]) for key in size}
 
 
 def of_prompts(config: Config, rows: int) -> Counts:

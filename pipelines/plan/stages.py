@@ -303,11 +303,18 @@ class _Estimate:
         )  # fmt: skip
 
     def _trained_tokens(self) -> float:
-        """Of all steps; exactly where the pairs are known that the last epoch leaves out."""
-        counts, train = self.counts, self.config.train
+        """Of all steps; exactly where the pairs are known that the last epoch leaves out. With weights a source counts
+        by the mean of its pairs; before they are tokenized, by the mean of all."""
+        counts, train, weights = self.counts, self.config.train, self.config.data.weights
         if counts.index is None:
             return self.epochs * counts.train.tokens
-        steps = StepPlan(counts.index, train.global_batch_size, train.epochs, self.config.run.seed, hidden_size=1)
+        index, seed = counts.index, self.config.run.seed
+        steps = StepPlan(index, train.global_batch_size, train.epochs, seed, hidden_size=1, weights=weights)
+        if weights is not None:
+            return sum(
+                of_source["passes"] * Side(index.lengths[index.pairs_of(index.shards_of(name))]).tokens
+                for name, of_source in steps.trained().items()
+            )
         return train.epochs * counts.train.tokens - Side(counts.index.lengths[steps.left_out()]).tokens
 
     @property

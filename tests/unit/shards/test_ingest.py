@@ -19,7 +19,7 @@ from dpo_ray.config.layouts import Layout
 from dpo_ray.data.raw.json_lines import Unreadable
 from dpo_ray.data.raw.parts import Part, RawPart
 from dpo_ray.data.rules import REASONS
-from dpo_ray.pairs import PAIRS, QUARANTINE, PreferencePair, Split, split_of
+from dpo_ray.pairs import CARRIED, PAIRS, QUARANTINE, PreferencePair, Split, split_of
 from dpo_ray.shards.ingest import IngestShard, RawShard
 
 Write = Callable[..., Path]
@@ -60,6 +60,7 @@ def test_good_rows_become_canonical_pairs(tmp_path: Path, write_preferences: Wri
         "chosen": "Good 0",
         "rejected": "Bad 0",
         "tools": None,
+        **dict.fromkeys(CARRIED),
     }
 
 

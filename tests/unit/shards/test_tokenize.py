@@ -19,7 +19,7 @@ from dpo_ray.data.duplicates import PairsShard
 from dpo_ray.data.tally import NOTED
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.model.folders import load_tokenizer
-from dpo_ray.pairs import TOKENIZED, Message, PreferencePair
+from dpo_ray.pairs import CARRIED, TOKENIZED, Message, PreferencePair
 from dpo_ray.shards import tokenize as tokenize_shard
 from dpo_ray.shards.tokenize import TokenizeShard
 from dpo_ray.storage.artifact import write_shard
@@ -88,6 +88,7 @@ def test_pairs_become_token_ids(tmp_path: Path, tiny_model: Path):
             "prompt_tokens": len(prompt_ids(tokenizer, pair.prompt)),
             "chosen_tokens": len(completion_ids(tokenizer, pair.prompt, "Because.")),
             "rejected_tokens": len(completion_ids(tokenizer, pair.prompt, "No idea.")),
+            **dict.fromkeys(CARRIED),
         }
     ]
     assert output.counters == {"read": 1}

@@ -27,7 +27,7 @@ from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.storage.location import Location
 from dpo_ray.training import export, loop
-from dpo_ray.training.batch import Share, Step
+from dpo_ray.training.batch import Share, Step, batch_weight
 from dpo_ray.training.checkpoint import TrainState
 from dpo_ray.training.export import FILE_BYTES
 from dpo_ray.training.files import MODEL_FOLDER, read_history
@@ -108,7 +108,8 @@ def shares(pairs: Sequence[TokenizedPair], me: Rank, tokens_per_microbatch: int)
     rows = np.arange(len(pairs), dtype=np.int32)
     index = PlanIndex.of(["memory"], np.array([0, len(pairs)]), rows, lengths, read=len(pairs))
     mine = microbatches(index, rows, me.world_size, tokens_per_microbatch, hidden_size=64)[me.rank]
-    return Share([[pairs[row] for row in group] for group in mine], filler=min(pairs, key=lambda p: p.num_tokens))
+    filler = min(pairs, key=lambda p: p.num_tokens)
+    return Share([[pairs[row] for row in group] for group in mine], filler, batch_weight(p.weight for p in pairs))
 
 
 def feed(pairs: Sequence[TokenizedPair], options: Train, me: Rank) -> Callable[[int], list[Step]]:

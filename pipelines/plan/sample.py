@@ -113,7 +113,7 @@ def _some(files: list[Location], dice: random.Random) -> list[Location]:
 
 
 def _shares(found: list[Side], drawn_of: dict[str, list[Location]]) -> dict[str, float]:
-    """Key → the share of its bytes in those of the data that are read for the same: the sources of a mixture together."""
+    """Key → the share of its bytes in those of the data that are read for the same: of a mixture, in all sources'."""
     size = {
         one.key: sum(Stamp.of(file).size for file in drawn_of[one.key]) * len(one.files) / len(drawn_of[one.key])
         for one in found

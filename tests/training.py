@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -193,6 +193,8 @@ def run(
     tries_longest: bool = False,
     memory_ends_on_rank: int | None = None,
     is_forewarned: Callable[[], bool] | None = None,
+    steps_from: Callable[[int], Iterable[Step]] | None = None,
+    sources: tuple[str, ...] = (),
     export_file_bytes: int = FILE_BYTES,
     **values: Any,
 ) -> TrainState:
@@ -204,7 +206,8 @@ def run(
         factor_of_rank_1: a fault: what rank 1's gradients are multiplied by before they travel.
         tries_longest: the longest pair is tried before the first step, as on a GPU.
         memory_ends_on_rank: a fault: where it is tried, this rank has too little memory.
-        is_forewarned: as `train` takes it.
+        is_forewarned, sources: as `train` takes them.
+        steps_from: as `train` takes it; None: the pairs in order.
         export_file_bytes: of weights in a file of the trained model, at most.
         values: of the section `train`.
     """
@@ -229,7 +232,8 @@ def run(
             num_steps=num_steps or len(pairs) // options.global_batch_size,
             pairs_per_epoch=len(pairs),
             me=me,
-            steps_from=feed(pairs, options, me),
+            steps_from=steps_from or feed(pairs, options, me),
+            sources=sources,
             held_out=shares(held_out, me, options.tokens_per_microbatch) if held_out else None,
             checkpoints=Kept(folder, die_at),
             export_to=Location.of(folder / MODEL_FOLDER),

@@ -105,7 +105,7 @@ def held_out_pairs(scores: Artifact) -> HeldOut:
         chosen_ref_logps=column["chosen_ref_logps"][good] if with_reference else None,
         chosen_tokens=column["chosen_tokens"][good],
         rejected_tokens=column["rejected_tokens"][bad],
-        sources=np.array([one if one == other else None for one, other in zip(sources[good], sources[bad], strict=True)]),
+        sources=np.array([a if a == b else None for a, b in zip(sources[good], sources[bad], strict=True)], object),
     )
 
 

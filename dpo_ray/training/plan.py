@@ -111,7 +111,9 @@ class StepPlan:
         """Source → its pairs among the first `count` pairs of the training; without weights all are of None."""
         if self.weights is None:
             return {None: count}
-        return {source: pairs for source, pairs in Mixture(self.weights).taken(count).items()}
+        found: dict[str | None, int] = {}
+        found.update(Mixture(self.weights).taken(count))
+        return found
 
     def trained(self) -> dict[str, dict[str, float]]:
         """Source → its `pairs`, its `share` of all steps, and `passes`, how often each of its pairs comes."""

@@ -144,7 +144,7 @@ def test_a_tie_draws_the_two_answers_together():
 
 
 def test_the_columns_are_those_that_the_rows_carry():
-    assert get_args(Judged) == JUDGED and CARRIED == ("source", *JUDGED)
+    assert get_args(Judged) == JUDGED and ("source", *JUDGED) == CARRIED
 
 
 def test_a_weighted_sum_uses_what_all_of_its_terms_do():

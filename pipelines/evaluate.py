@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -71,7 +71,7 @@ class _Drawn:
     log_ratios: Artifact
     """What the implicit reward of the tuned model, with beta 1, gives to its own: log π − log π_ref."""
     options: WinRate
-    sources: dict[str, str]
+    sources: dict[str, str] = field(default_factory=dict)
     """prompt_id → the source of a mixture that it is of; of several the first one."""
 
     def answered(self) -> Iterator[Answered]:

@@ -67,6 +67,26 @@ def reported(*tables: pa.Table, kept: int = 4, **counters: Any) -> dict[str, Any
     return report(merge(tables), **{name: counted and Tally.of(counted) for name, counted in given.items()})
 
 
+def test_sources_and_judgements_are_counted_and_of_a_tie_no_answer_is_the_better_one():
+    rows = [
+        {"split": "train", "source": "math", "weight": 2.0},
+        {"split": "eval", "source": "math", "preference": 0.5},
+        {"split": "train", "source": "chat", "preference": 0.8},
+    ]
+    sides = {"prompt_ids": [7], "chosen_ids": [7, 7], "rejected_ids": [7]}
+    found = reported(measure_to(pa.Table.from_pylist([row | sides for row in rows], schema=TOKENIZED)), kept=3)
+    assert found["sources"] == {"chat/train": 1, "math/eval": 1, "math/train": 1}
+    assert found["judged"] == {"preference": 2, "weight": 1}
+    assert found["chosen_longer"]["n"] == 2
+    lines = report_lines(found)
+    assert "sources: chat/train 1, math/eval 1, math/train 1" in lines and "judged: preference 2, weight 1" in lines
+    assert not {"sources", "judged"} & reported(measure_to(tokenized((1, 2, 1))), kept=1).keys()
+
+
+def measure_to(table: pa.Table) -> pa.Table:
+    return to_table(measure_tokens(table))
+
+
 def test_lengths_are_counted_where_there_is_an_answer():
     assert measure_tokens(tokenized((3, 2, 2), (3, 4, 1), (5, 2, 0), (5, 0, 6))) == {
         ("split/train", 0): 4,

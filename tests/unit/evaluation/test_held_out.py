@@ -62,6 +62,25 @@ def margins(*given: Any) -> list[float]:
     return measured(*given).margins.tolist()
 
 
+def test_of_a_tie_nothing_is_measured_and_it_is_counted():
+    rows = pa.table(
+        {
+            "pair_id": ["a", "b", "c", "d"],
+            "split": ["eval", "eval", "train", "eval"],
+            "preference": [0.5, 0.9, 0.5, None],
+        }
+    )
+    counters: Counter[str] = Counter()
+    assert HeldOutRows().of(rows, counters).tolist() == [1, 3]
+    assert counters == {"other_split": 1, "no_preference": 1}
+
+
+def test_held_out_pairs_know_their_source(tmp_path: Path):
+    rows = [{"pair_id": name, "source": source} for name, source in (("a", "math"), ("b", None))]
+    scores = score_table(loss(type="simpo"), rows, [POLICY[row["pair_id"]] for row in rows])
+    assert held_out_pairs(artifact_of(tmp_path, [scores], "policy_scores")).sources.tolist() == ["math", None]
+
+
 def test_the_chosen_answers_have_their_log_probs_under_both_and_all_have_their_lengths(tmp_path: Path):
     found = measured(tmp_path, loss(type="sigmoid"), POLICY, BASE)
     assert found.chosen_ref_logps is not None

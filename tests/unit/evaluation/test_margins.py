@@ -7,7 +7,7 @@ import pytest
 
 from dpo_ray.estimates import proportion
 from dpo_ray.evaluation.agreement import Noise
-from dpo_ray.evaluation.margins import mean_wins, preference_accuracy, win_shares
+from dpo_ray.evaluation.margins import accuracy_by_source, mean_wins, preference_accuracy, win_shares
 
 
 def test_accuracy_is_the_share_of_positive_margins():
@@ -44,6 +44,13 @@ def test_a_mean_that_a_bias_makes_of_longer_answers_is_no_preference():
     spread = np.random.default_rng(0).normal(0.1, 0.01, 400)
     assert preference_accuracy(spread, Noise(margin=0.5, mean=0.11)) is None
     assert preference_accuracy(spread, Noise(margin=0.5, mean=0.05)) == proportion(400, 400)
+
+
+def test_accuracy_by_source_is_that_of_its_own_pairs():
+    margins = np.array([1.0, -1.0, 2.0, 0.0, 3.0, 4.0])
+    sources = np.array(["math", "chat", "chat", "code", None, "math"], dtype=object)
+    assert accuracy_by_source(margins, sources) == {"chat": proportion(1, 2), "code": None, "math": proportion(2, 2)}
+    assert accuracy_by_source(margins[:1], np.array([None], dtype=object)) == {}
 
 
 def test_each_prompt_has_the_mean_of_its_pairings_ties_as_halves():

@@ -137,6 +137,18 @@ def test_the_data_are_described(config: Config):
     assert "<h2>Data</h2>" not in html_report(config, FULL, [])
 
 
+def test_what_is_known_of_each_source_stands_in_one_row(config: Config):
+    trained = {"math": {"pairs": 300, "share": 0.5, "passes": 4.4, "loss": 0.4321}, "chat": {"pairs": 900}}
+    measured = {"math": {"accuracy": ESTIMATE, "win_rate": None}, "code": {"win_rate": {**ESTIMATE, "value": 0.625}}}
+    html = html_report(config, FULL | {"train": {"sources": trained}, "eval": {"sources": measured}}, [])
+    section = html[html.index("<h2>By source</h2>") :]
+    rows = [line for line in section[: section.index("</table>")].splitlines() if line.startswith("<tr><td>")]
+    assert [row.split("</td>")[0] for row in rows] == ["<tr><td>math", "<tr><td>chat", "<tr><td>code"]
+    assert "<td>50.0%</td><td>4.40</td><td>0.4321</td><td>0.750 (0.509 to 0.894, n=16)</td><td></td>" in rows[0]
+    assert "<td>900</td><td></td>" in rows[1] and "0.625 (0.509" in rows[2]
+    assert "By source" not in html_report(config, FULL, [])
+
+
 def test_of_the_data_nothing_is_said_that_was_not_measured(config: Config):
     few = {name: DATA[name] for name in ("pairs", "splits", "dropped", "noted", "scripts")} | {"tokens": {}}
     html = html_report(config, {**EMPTY, "data": few}, []).split("<h2>Configuration")[0]

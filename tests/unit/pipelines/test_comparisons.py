@@ -8,14 +8,15 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from dpo_ray.config import Judge, Reward, Rule, WinRate, parse_config
+from dpo_ray.config import Judge, Reward, Rule, Sampling, WinRate, parse_config
 from dpo_ray.config.losses import SigmoidLoss
 from dpo_ray.evaluation.gate import failed_conditions
 from dpo_ray.evaluation.held_out import score_table
-from dpo_ray.pairs import CANDIDATES, REFERENCE, REWARDS, SCORES
+from dpo_ray.pairs import CANDIDATES, PROMPTS, REFERENCE, REWARDS, SCORES
+from dpo_ray.pairs import PAIRS as PAIRS_OF
 from dpo_ray.storage.artifact import Artifact, publish, write_shard
 from dpo_ray.storage.location import Location
-from pipelines.evaluate import _Drawn
+from pipelines.evaluate import _compare, _Drawn, _sources
 from pipelines.held_out_sets import ScoredSet, measure_sets
 
 PAIRS = 40
@@ -80,3 +81,40 @@ def test_a_share_of_wins_stays_one_whatever_the_judges_weight(tmp_path, weight: 
     drawn = _Drawn(candidates, scores, rewards("ratios", [0.0]), WinRate(reward=reward))
     [answered] = drawn.answered()
     assert list(answered.rewards) == [0.25, 0.75]
+
+
+def test_the_win_rate_is_told_by_source_of_the_prompt(tmp_path: Path):
+    row = {"split": "eval", "prompt": [{"role": "user", "content": "Why?"}]}
+    completions = [
+        {"text": text, "finished": True, "num_tokens": 2, "token_ids": [1, 2], "finish_reason": "stop"} for text in "ab"
+    ]
+    ids = [f"{n:016x}" for n in range(6)]
+    rows = [{**row, "prompt_id": one, "completions": completions} for one in ids]
+    candidates = artifact(tmp_path / "candidates", "candidates", rows, CANDIDATES)
+    scores = [[0.0, 1.0]] * 2 + [[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 2
+    parts = [[{"r": 0.0}] * 2] * 6
+    rewards, ratios = (
+        artifact(
+            tmp_path / name,
+            "rewards",
+            [{"prompt_id": one, "scores": s, "parts": p} for one, s, p in zip(ids, of_each, parts, strict=True)],
+            REWARDS,
+        )
+        for name, of_each in (("rewards", scores), ("ratios", [[0.5]] * 6))
+    )
+    reward: Reward = (Rule(function="a:b"),)
+    options = WinRate(reward=reward, sampling=Sampling(samples=1))
+    sources = dict(zip(ids[:5], ["math", "math", "chat", "math", "chat"], strict=True))
+    found = _compare(_Drawn(candidates, {reward[0].label: rewards}, ratios, options, sources))
+    assert {name: (one["value"], one["n"]) for name, one in found["sources"].items()} == {
+        "chat": (0.5, 2),
+        "math": (pytest.approx(2 / 3), 3),
+    }
+    assert "sources" not in _compare(_Drawn(candidates, {reward[0].label: rewards}, ratios, options))
+
+
+def test_of_a_prompt_in_two_sources_the_first_one_counts(tmp_path: Path):
+    prompts = artifact(tmp_path / "prompts", "prompts", [{"prompt_id": one} for one in "pq"], PROMPTS)
+    rows = [("p", "math"), ("p", "chat"), ("r", "chat"), ("q", None), ("q", "chat")]
+    pairs = artifact(tmp_path / "pairs", "pairs", [{"prompt_id": p, "source": s} for p, s in rows], PAIRS_OF)
+    assert _sources(pairs, prompts) == {"p": "math", "q": "chat"}

@@ -159,6 +159,30 @@ def test_what_is_tokenized_is_counted_to_the_token_and_taken_over(tree: dict[str
     assert stage_of(plan(tree), "train").tokens == stage_of(made, "train").tokens  # of the index that is there now
 
 
+def test_a_mixture_is_counted_by_its_shares(tree: dict[str, Any], tmp_path: Path):
+    """Long pairs that have three quarters of the training, but a third of the rows."""
+    file = Path(tree["data"]["train"])
+    few = file if file.is_file() else next(file.rglob("*.*"))
+    long = tmp_path / "long.jsonl"
+    rows = [{"prompt": f"Tell {n}.", "chosen": f"{n}. " * 40, "rejected": "No. " * 30} for n in range(120)]
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = {"short": (str(few), 1), "long": (str(long), 3)}
+    tree["data"]["train"] = [{"name": n, "path": path, "weight": w} for n, (path, w) in named.items()]
+    sampled = plan(tree, rows=90)
+    config, rows_made = tokenized(tree)
+    made = plan(tree)
+    index, _ = index_of(Location.of(config.run.output), rows_made)
+    steps = StepPlan(index, 8, 1, 0, 64, config.data.weights)
+    every = np.concatenate([of_step for _, of_step in steps.steps()])
+    lengths = index.lengths[every].astype(np.int64)
+    # A source that is in the middle of a pass counts by its mean.
+    assert stage_of(made, "train").tokens == pytest.approx(int((lengths.sum(axis=1) + lengths[:, 0]).sum()), rel=0.02)
+    assert stage_of(made, "train").rows == len(every)
+    assert sampled.counts.train.pairs == pytest.approx(len(index), rel=0.15)
+    tree["data"]["train"][0]["max_rows"] = 24
+    assert plan(tree, rows=90).counts.read == pytest.approx(24 + 120, rel=0.05)
+
+
 def test_of_a_stage_that_was_killed_the_shards_that_are_left_count(tree: dict[str, Any]):
     _, rows = tokenized(tree)
     (rows.location / MANIFEST).remove()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_ray.pairs import steers
+from dpo_ray.pairs import CARRIED, steers
 from dpo_ray.storage.artifact import Artifact, publish, write_shard
 from dpo_ray.storage.claim import CLAIM, Claim
 from dpo_ray.storage.location import Location
@@ -22,8 +23,9 @@ from tests.object_store import BUCKET, ObjectStore, object_store
 from tests.unit.training.test_plan import index_of as index_in_memory
 
 
-def rows(*given: tuple[str, str]) -> pa.Table:
-    """A tokenized shard of (prompt_id, split); the i-th row has lengths 1, i + 1 and i + 2."""
+def rows(*given: tuple[str, str], **carried: Any) -> pa.Table:
+    """A tokenized shard of (prompt_id, split); the i-th row has lengths 1, i + 1 and i + 2. carried: columns that all
+    rows have alike."""
     return with_lengths(
         [
             {
@@ -33,6 +35,7 @@ def rows(*given: tuple[str, str]) -> pa.Table:
                 "prompt_ids": [0],
                 "chosen_ids": [0] * (i + 1),
                 "rejected_ids": [0] * (i + 2),
+                **carried,
             }
             for i, (prompt, split) in enumerate(given)
         ]
@@ -80,6 +83,39 @@ def test_an_index_travels_by_name_and_is_the_same_where_it_arrives(tmp_path: Pat
     few = pickle.loads(pickle.dumps(index.drawn(7)))
     assert len(few) == 7 and np.array_equal(few.row, index.drawn(7).row)
     assert type(few.row) is np.ndarray
+
+
+def test_the_index_knows_whose_shards_are_and_what_is_said_of_pairs(tmp_path: Path):
+    two = [("p", "train"), ("q", "train"), ("r", "eval")]
+    index, held_out = indices(
+        tmp_path,
+        [
+            rows(*two, source="math", weight=2.0),
+            rows(),
+            rows(*two, source="chat", preference=0.5),
+            rows(("s", "train"), source="math"),
+        ],
+    )
+    assert index.sources == held_out.sources == ("math", "chat")
+    assert index.source.tolist() == held_out.source.tolist() == [0, -1, 1, 0]
+    assert index.by_source() == {"math": 3, "chat": 2} and held_out.by_source() == {"math": 1, "chat": 1}
+    assert index.shards_of("math").tolist() == [0, 3] and index.shards_of("code").tolist() == []
+    assert index.pairs_of(index.shards_of("math")).tolist() == [0, 1, 4]
+    assert index.facts.says == held_out.facts.says == ["weight", "preference"]
+    assert (index.facts.judged, held_out.facts.judged) == ((2, 0, 2), (1, 0, 1))
+    there = pickle.loads(pickle.dumps(index))
+    assert (there.sources, there.source.tolist(), there.facts) == (index.sources, index.source.tolist(), index.facts)
+
+
+def test_rows_of_an_earlier_version_say_nothing_of_their_pairs(tmp_path: Path):
+    index, _ = indices(tmp_path, [table.drop_columns(list(CARRIED)) for table in SHARDS])
+    assert index.sources == () and index.source.tolist() == [-1, -1, -1] and index.facts.says == []
+
+
+def test_a_shard_of_two_sources_is_no_shard_of_ours(tmp_path: Path):
+    mixed = pa.concat_tables([rows(("p", "train"), source=source) for source in ("a", "b")])
+    with pytest.raises(ValueError, match="the rows of one shard are of 2 sources"):
+        indices(tmp_path, [mixed])
 
 
 def test_a_part_of_the_held_out_prompts_steers(tmp_path: Path):

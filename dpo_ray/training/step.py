@@ -2,7 +2,8 @@
 
 B pairs of a micro-batch, G of the global batch; N completion tokens. The result does not depend on how a step is
 cut into micro-batches or spread over ranks: losses are summed and divided by G. A pair of weight 2 is two pairs: in the
-loss and its gradient, in what a loss takes from the whole batch, and in what is reported.
+loss and its gradient, in what a loss takes from the whole batch, and in what is reported of a step. Held-out pairs
+count once each, as in the evaluation that a model is published by; only their loss is weighted as it is in training.
 """
 
 from __future__ import annotations
@@ -170,7 +171,10 @@ class Learner:
         losses = pair_loss(self.options.loss, everything, terms)
         sums = _Sums(self.sources)
         places = torch.cat(gathered(self._places(share.pairs), self.me)) if self.sources else self._places(())
-        sums.add(_per_pair(self.options, losses, everything) | statistics, len(losses), 0, places)
+        values = _per_pair(self.options, losses, replace(everything, weight=None)) | statistics
+        weights = _weights(everything)
+        values["loss"] = (weights * losses, weights)
+        sums.add(values, len(losses), 0, places)
         means = {
             **sums.means(),
             **_batch_metrics(self.options, terms),

@@ -171,6 +171,12 @@ def test_held_out_ties_are_no_part_of_the_accuracy(job: Job, tmp_path: Path):
     assert summary_of(job.output)["eval"]["accuracy"]["n"] == apart < len(held_out)
 
 
+def test_the_plan_of_a_run_names_the_sources_and_their_shares(job: Job, tmp_path: Path):
+    done = job.run("--dry-run")
+    assert done.code == 0, done.log
+    assert f"pairs of math ({tmp_path}/data/math.jsonl, 50%) and chat ({tmp_path}/data/chat.jsonl, 30%)" in done.log
+
+
 def test_a_plain_path_is_one_side_as_ever(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text("{}\n")
     tree = {"run": {"name": "n", "output": "o"}, "model": {"path": "m"}, "data": {"train": str(tmp_path)}}

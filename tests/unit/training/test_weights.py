@@ -146,6 +146,19 @@ def test_metrics_are_told_by_source(small_model: Path, pairs: list[TokenizedPair
     assert "sources/a/loss" in none and not any(name.startswith("sources/b") for name in none)
 
 
+def test_held_out_pairs_count_once_each_but_in_their_loss(small_model: Path, pairs: list[TokenizedPair]):
+    def evaluated(batch: Sequence[TokenizedPair]) -> dict[str, float]:
+        options = Train.model_validate({"loss": LOSSES[0], "global_batch_size": len(batch)})
+        return learner_of(small_model, options, Ranks(1).all[0]).evaluate(Share([list(batch)], batch[0]))
+
+    plain, weighted = evaluated(pairs[:3]), evaluated(weighing(pairs[:3], 2, 1, 1))
+    twice = evaluated([pairs[0], *pairs[:3]])
+    assert weighted["eval_loss"] == pytest.approx(twice["eval_loss"], abs=NEAR) != plain["eval_loss"]
+    same = [name for name in plain if name != "eval_loss"]
+    assert {name: weighted[name] for name in same} == {name: plain[name] for name in same}
+    assert twice["eval_rewards/accuracies"] != plain["eval_rewards/accuracies"]
+
+
 def test_a_tie_is_neither_right_nor_wrong(small_model: Path, pairs: list[TokenizedPair]):
     tie = replace(pairs[0], preference=0.5)
     with_tie, without = (Stepped(small_model, LOSSES[0], batch, 1, 1000) for batch in ([tie, *pairs[1:]], pairs[1:]))

@@ -126,6 +126,25 @@ def test_rays_splitter_sends_every_block_to_the_rank_that_it_is_for(index: PlanI
         splitter._num_output[given] += block.num_rows
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_shares_of_a_mixture_know_the_weight_of_the_whole_batch(tmp_path: Path, world_size: int):
+    tables = []
+    for number, table in enumerate(shards(320, num_shards=4)):
+        source = ["math", "chat"][number // 2]
+        rows = [row | {"weight": 0.5 + n % 3, "source": source} for n, row in enumerate(table.to_pylist())]
+        tables.append(pa.Table.from_pylist(rows, schema=REFERENCE))
+    index, _ = indices(tmp_path, tables)
+    plan = StepPlan(index, BATCH, 2, 5, HIDDEN, {"math": 3, "chat": 1})
+    every = list(blocks(plan, world_size))
+    received = [
+        list(received_steps(Shard(every[rank::world_size]), rank, 0, plan.num_steps)) for rank in range(world_size)
+    ]
+    for of_ranks in zip(*received, strict=True):
+        pairs = [pair for step in of_ranks for pair in step.share.pairs]
+        assert {step.share.batch_weight for step in of_ranks} == {sum(pair.weight for pair in pairs)}
+        assert [sum(pair.source == name for pair in pairs) for name in ("math", "chat")] == [12, 4]
+
+
 def test_a_share_holds_what_is_in_its_rows(index: PlanIndex):
     plan = plan_over(index, 20)
     for rank in (0, 1):

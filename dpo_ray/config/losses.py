@@ -454,9 +454,13 @@ def require_use(loss: LossOptions, column: Judged, who: str) -> None:
         who: has it, with the verb, at the beginning of the sentence.
     """
     if column not in loss.uses:
-        types = [get_args(kind.model_fields["type"].annotation)[0] for kind in get_args(_PlainLoss)]
-        able = [name for kind, name in zip(get_args(_PlainLoss), types, strict=True) if column in kind(type=name).uses]
         raise DataError(
             f"{who} a {column} for each pair, and train.loss.type={loss.type} does not use it. Set train.loss.type to "
-            f"one that does ({', '.join(able)}), or have it left aside: data.ignore=[{column}]."
+            f"one that does ({', '.join(losses_using(column))}), or have it left aside: data.ignore=[{column}]."
         )
+
+
+def losses_using(column: Judged) -> list[str]:
+    """Types of the losses that use a column, weighted sums left aside."""
+    types = [(kind, get_args(kind.model_fields["type"].annotation)[0]) for kind in get_args(_PlainLoss)]
+    return [name for kind, name in types if column in kind(type=name).uses]

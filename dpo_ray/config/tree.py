@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from dpo_ray.config.hooks import Hooks
 from dpo_ray.config.iterate import Iterate
 from dpo_ray.config.layouts import Layout, fields_of
-from dpo_ray.config.losses import Judged, Loss, SigmoidLoss
+from dpo_ray.config.losses import Judged, Loss, SigmoidLoss, losses_using
 from dpo_ray.config.pairing import CandidatePairing, Pairing
 from dpo_ray.config.reward import Dtype, Reward, Rule
 from dpo_ray.config.section import Section
@@ -709,6 +709,11 @@ class Config(Section):
                 value = getattr(self.data, key)
                 if value != Data.model_fields[key].default:
                     raise ValueError(f"data.{key} is about the rows of data.train; with generate, leave it out")
+        if self.data.ties == "keep" and "preference" not in self.train.loss.uses:
+            raise ValueError(
+                f"data.ties=keep makes pairs with a preference of .5, which train.loss.type={self.train.loss.type} does "
+                f"not use: take one that does ({', '.join(losses_using('preference'))}), or leave data.ties out"
+            )
         if self.generate is not None and self.data.long_prompts != "drop":
             raise ValueError(
                 f"data.long_prompts={self.data.long_prompts} goes with data.train; with generate, a prompt over "

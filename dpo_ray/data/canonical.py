@@ -36,13 +36,15 @@ from dpo_ray.data.rules import (
     check_tools,
     reject,
 )
-from dpo_ray.pairs import Message, PreferencePair
+from dpo_ray.pairs import TIE, Message, PreferencePair
 
 
 def canonical_pairs(
     row: Mapping[str, Any], layout: Layout, pairing: Pairing, ties: Literal["drop", "keep"] = "drop"
 ) -> list[PreferencePair]:
     """The pairs of a row, at least one; one-sided if it is unpaired. Raises rules.BadRow with the rule it breaks."""
+    if ties == "drop" and row.get("preference") == TIE and "preference" in fields_of(layout):
+        reject("tie")  # whatever else is wrong with it
     if layout == "ranked":
         pairs = _from_ranked(row, pairing, ties)
     elif layout == "unpaired":

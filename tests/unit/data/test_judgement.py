@@ -58,7 +58,7 @@ def test_the_same_judgement_of_swapped_sides_is_the_same_pair(preference: float)
 
 
 def test_ties_are_dropped_unless_they_are_to_be_kept():
-    assert reason(preference=0.5) == "tie"
+    assert reason(preference=0.5) == reason(preference=0.5, rejected="Because.") == "tie"
     kept = pair("keep", preference=0.5)
     assert kept.preference == 0.5 and {kept.chosen, kept.rejected} == {"Because.", "No idea."}
     swapped = pair("keep", preference=0.5, chosen="No idea.", rejected="Because.")

@@ -141,6 +141,10 @@ def test_what_the_data_say_of_pairs_and_the_loss_does_not_use_fails_at_the_start
     check(file, {"type": "aot"}, ignore=["weight"])
     with pytest.raises(DataError, match="has both a margin and a preference"):
         check(file, columns={"margin": "gap", "preference": "weight"}, ignore=[])
+    with pytest.raises(
+        ConfigError, match=r"data\.ties=keep makes pairs with a preference of \.5, which train\.loss\.type"
+    ):
+        check(file, {"type": "hinge"}, ties="keep")
     with pytest.raises(ConfigError, match=r"data\.columns\.margin=gap names a column that data\.ignore leaves aside"):
         check(file, columns={"margin": "gap"}, ignore=["margin"])
 

@@ -711,8 +711,8 @@ class Config(Section):
                     raise ValueError(f"data.{key} is about the rows of data.train; with generate, leave it out")
         if self.data.ties == "keep" and "preference" not in self.train.loss.uses:
             raise ValueError(
-                f"data.ties=keep makes pairs with a preference of .5, which train.loss.type={self.train.loss.type} does "
-                f"not use: take one that does ({', '.join(losses_using('preference'))}), or leave data.ties out"
+                f"data.ties=keep makes pairs with a preference of .5, which train.loss.type={self.train.loss.type} does"
+                f" not use: take one that does ({', '.join(losses_using('preference'))}), or leave data.ties out"
             )
         if self.generate is not None and self.data.long_prompts != "drop":
             raise ValueError(

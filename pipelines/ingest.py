@@ -7,12 +7,14 @@ import os
 from collections.abc import Iterator, Sequence
 
 from dpo_ray.config import Columns, Config, Data, Paths
-from dpo_ray.config.layouts import Layout, recognise, texts_of
 from dpo_ray.data.quarantine import require_enough_kept
-from dpo_ray.data.raw.files import SUFFIXES, Stamp
+from dpo_ray.data.raw.files import JSON_SUFFIXES, SUFFIXES, Stamp, is_data
 from dpo_ray.data.raw.partitions import in_partitions, in_period
 from dpo_ray.data.raw.scan import FileRecord, Peek, map_files, peek, read_record, require_usable
 from dpo_ray.errors import DataError
+from dpo_ray.formats.format import Format
+from dpo_ray.formats.layout import texts_of
+from dpo_ray.formats.registry import AUTO, recognise
 from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage
 from dpo_ray.on_ray.scan import scan_files
 from dpo_ray.pairs import Split
@@ -51,12 +53,12 @@ def check_inputs(config: Config) -> None:
     Raises DataError where there is no file or no row, where files are unreadable or can hold no preferences, or where
     their rows are unpaired and the loss compares two answers; ConfigError where an option is of no use to them.
     """
-    layouts = set()
+    names = set()
     for key, files, _ in sides(config):
         found = map_files(lambda file: _known(file, config), files)
         _require_rows([file for file, _ in found], key)
-        layouts |= {layout for _, layout in found if layout is not None}
-    config.data.require_used(layouts)
+        names |= {format_.name for _, format_ in found if format_ is not None}
+    config.data.require_used(names)
 
 
 def check_set(config: Config, name: str, paths: Paths) -> None:
@@ -68,13 +70,13 @@ def check_set(config: Config, name: str, paths: Paths) -> None:
 
 def of_set(config: Config) -> Config:
     """The configuration for a set: its files are read by their own columns, whatever the training data's are called."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"columns": Columns(), "layout": "auto"})})
+    return config.model_copy(update={"data": config.data.model_copy(update={"columns": Columns(), "layout": AUTO})})
 
 
-def _known(file: Location, config: Config) -> tuple[Peek | FileRecord, Layout | None]:
+def _known(file: Location, config: Config) -> tuple[Peek | FileRecord, Format | None]:
     folder = Location.of(config.run.output) / FILES
     found = read_record(folder, Stamp.of(file), config.data.rows_per_shard) or peek(file)
-    return found, layout_of(found, str(file), config)
+    return found, written_as(found, str(file), config)
 
 
 def sides(config: Config) -> list[Side]:
@@ -103,7 +105,8 @@ def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
     """
     files: dict[Location, None] = {}
     for pattern in [paths] if isinstance(paths, str) else paths:
-        found = find_files(pattern, SUFFIXES)
+        found = [file for file in find_files(pattern, SUFFIXES) if is_data(file.name)]
+        found = found or [file for file in find_files(pattern, JSON_SUFFIXES) if is_data(file.name)]
         # A folder may hold the output as well, whose shards would look like preference data in the next run.
         inside = tuple(f"{_real(output)}/{name}/" for name in ("artifacts", "runs", "models", LINEAGE))
         if not _real(Location.of(pattern)).startswith(inside):
@@ -111,7 +114,8 @@ def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
         if not found:
             raise DataError(
                 f"{key} is {pattern}, and no file is there. Check the path; of a folder, the files with these suffixes "
-                f"are taken: {', '.join(SUFFIXES)}; a glob is quoted in the shell, as in -o '{key}=data/*.parquet'."
+                f"are taken: {', '.join(SUFFIXES)}, or else .json; a glob is quoted in the shell, as in "
+                f"-o '{key}=data/*.parquet'."
             )
         files |= dict.fromkeys(found)
     return list(files)
@@ -130,20 +134,21 @@ def known_files(output: Location) -> Iterator[tuple[str, str]]:
             yield record["uri"], record["sha256"]
 
 
-def layout_of(found: Peek | FileRecord, source: str, config: Config) -> Layout | None:
-    """What the rows of a file are, None for an empty file of JSON lines, which has no columns to be wrong."""
+def written_as(found: Peek | FileRecord, source: str, config: Config) -> Format | None:
+    """The format of a file, None for an empty file of text, which has no columns to be wrong."""
     if not found.has_rows and not found.columns:
         return None
-    names, loss = config.data.columns.in_files(), config.train.loss
-    layout = recognise(found.columns, source, option=config.data.layout, names=names)
-    require_usable(found, [names[field] for field in texts_of(layout) if field in names], source)
-    if layout == "unpaired" and not loss.accepts_unpaired:
+    names, loss = config.data.columns.renamed(), config.train.loss
+    format_ = recognise(found.columns, found.sample, source, option=config.data.layout, names=names)
+    if format_.is_layout:
+        require_usable(found, [names.get(field, field) for field in texts_of(format_.layout)], source)
+    if format_.layout == "unpaired" and not loss.accepts_unpaired:
         raise DataError(
-            f"{source} holds single answers with a label (prompt, completion, label), and train.loss.type="
+            f"{source} holds single answers with a label ({format_.about}), and train.loss.type="
             f"{loss.type} compares two answers to a prompt. Set train.loss.type=kto, which learns from single answers, "
             "or give paired data: chosen and rejected."
         )
-    return layout
+    return format_
 
 
 def _require_rows(found: Sequence[Peek | FileRecord], key: str) -> None:
@@ -155,16 +160,16 @@ def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
     data, seed = context.config.data, context.config.run.seed
     folder = context.output / FILES
     records = scan_files(folder, [file for _, files, _ in sides for file in files], data.rows_per_shard)
-    found = map_files(lambda record: (record, layout_of(record, record.uri, context.config)), records)
-    data.require_used({layout for _, layout in found if layout is not None})
+    found = map_files(lambda record: (record, written_as(record, record.uri, context.config)), records)
+    data.require_used({format_.name for _, format_ in found if format_ is not None})
     tasks: list[ShardTask[RawShard]] = []
     sources: list[SourceFile] = []
     """Of each task."""
     for key, files, split in sides:
         side, found = found[: len(files)], found[len(files) :]
         _require_rows([record for record, _ in side], key)
-        for record, layout in side:
-            tasks += [] if layout is None else _tasks(record, layout, folder, split, data)
+        for record, format_ in side:
+            tasks += [] if format_ is None else _tasks(record, format_, folder, split, data)
             sources += [SourceFile(uri=record.uri, key=key, sha256=record.sha256)] * (len(tasks) - len(sources))
     tasks = each_its_own(tasks)
     options = {
@@ -188,15 +193,16 @@ def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
 
 
 def _tasks(
-    record: FileRecord, layout: Layout, folder: Location, split: Split | None, data: Data
+    record: FileRecord, format_: Format, folder: Location, split: Split | None, data: Data
 ) -> list[ShardTask[RawShard]]:
     """A task for each part. Its content is the file's, not its name: a file that was moved is the same."""
-    # The layout is part of what the rows are, and so is the pairing for those that it makes pairs of; as options of the
+    # The format is part of what the rows are, and so is the pairing for those that it makes pairs of; as options of the
     # stage, they would have every other shard computed again.
-    how = f"{layout}:{digest(data.pairing.model_dump())}" if layout == "ranked" else layout
+    makes_pairs = format_.layout == "ranked"
+    how = f"{format_.name}:{digest(data.pairing.model_dump())}" if makes_pairs else format_.name
     return [
         ShardTask(
-            source=RawShard(rows, layout, split),
+            source=RawShard(rows, format_.name, split),
             content=f"{record.sha256}:{split}:{how}:{part.first}:{part.rows}",
             rows=part.rows,
         )

@@ -11,11 +11,10 @@ from datetime import date
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from dpo_ray.config.hooks import Hooks
 from dpo_ray.config.iterate import Iterate
-from dpo_ray.config.layouts import Layout, fields_of
 from dpo_ray.config.losses import Loss, SigmoidLoss
 from dpo_ray.config.pairing import CandidatePairing, Pairing
 from dpo_ray.config.reward import Dtype, Reward, Rule
@@ -23,6 +22,7 @@ from dpo_ray.config.section import Section
 from dpo_ray.config.tolerance import Tolerance
 from dpo_ray.config.tune import Tune
 from dpo_ray.errors import ConfigError
+from dpo_ray.formats.registry import AUTO, formats
 
 
 def _check_paths(value: Any) -> Any:
@@ -33,6 +33,12 @@ def _check_paths(value: Any) -> Any:
 
 
 Paths = Annotated[str | tuple[str, ...], BeforeValidator(_check_paths)]
+
+
+def _check_layout(name: str) -> str:
+    if name not in (AUTO, *formats()):
+        raise ValueError(f"{name!r} is no format; name one of {AUTO}, {', '.join(formats())}")
+    return name
 
 
 LongPrompts = Literal["drop", "keep_start", "keep_end"]
@@ -125,12 +131,6 @@ class Columns(Section):
         """Field → its column, for the fields that are named here."""
         return {field: column for field, column in self if column is not None}
 
-    def in_files(self) -> dict[str, str]:
-        """Field → its column. A field whose own name is another field's column stands in no column."""
-        renamed = self.renamed()
-        taken = set(renamed.values())
-        return {f: renamed.get(f, f) for f in type(self).model_fields if f in renamed or f not in taken}
-
     @model_validator(mode="after")
     def _once(self) -> Columns:
         fields: dict[str, str] = {}
@@ -159,12 +159,13 @@ class Data(Section):
     key, and in one of each key."""
     eval: Paths | None = None
     """Held-out preference data, named likewise. Left out: held_out_fraction of the prompts of `train`."""
-    layout: Literal["auto", Layout] = "auto"
-    """What the rows are: paired (chosen, rejected, and prompt where these are not whole dialogues), implicit_prompt
-    (whole dialogues; a prompt column is not read), unpaired (prompt, completion, label) or ranked (prompt, completions,
-    scores). auto: each file by its columns, the first of these layouts that they make up."""
+    layout: Annotated[str, AfterValidator(_check_layout)] = AUTO
+    """How the rows are written: a format, called as its file in dpo_ray/formats/known, such as paired (chosen,
+    rejected, and prompt where these are not whole dialogues), unpaired (prompt, completion, label) or ranked (prompt,
+    completions, scores). auto: each file as its columns and first rows are, which one format alone must fit."""
     columns: Columns = Columns()
-    """Column names of the files that differ from the names of the fields."""
+    """Column names of the files that differ from those of the format. They stand for the format's own wherever columns
+    are looked at."""
     pairing: Pairing = Pairing()
     """How rows of ranked answers become pairs."""
     held_out_fraction: float = Field(0.1, ge=0.0, lt=1.0)
@@ -192,17 +193,17 @@ class Data(Section):
     """Rows in a unit of work: what is lost at most when a process dies, and what is computed at once. auto: a sixteenth
     of a file, but 128 KiB to 64 MiB of text. Give a number where a row takes long, as on CPUs."""
 
-    def require_used(self, layouts: set[Layout]) -> None:
-        """Raises ConfigError where an option means nothing to rows of any of these layouts."""
-        found = " and ".join(sorted(layouts))
-        used = {field for layout in layouts for field in fields_of(layout)}
+    def require_used(self, names: set[str]) -> None:
+        """Raises ConfigError where an option means nothing to rows of any of these formats."""
+        found = " and ".join(sorted(names))
+        used = {field for name in names for field in formats()[name].reads}
         for field, column in self.columns.renamed().items():
             if field not in used:
                 raise ConfigError(
                     f"data.columns.{field}={column} names a field that {found} rows do not have: leave it out, or set "
                     "data.layout to what the rows are"
                 )
-        if self.pairing != Pairing() and "ranked" not in layouts:
+        if self.pairing != Pairing() and not any(formats()[name].layout == "ranked" for name in names):
             raise ConfigError(
                 f"data.pairing is for ranked rows (prompt, completions, scores), and these are {found}: leave it out, "
                 "or set data.layout=ranked"
@@ -222,7 +223,7 @@ class Data(Section):
             )
         if self.train is None and (given := list(self.chooses_files)):
             raise ConfigError(f"{given[0]} chooses among the files of data.train, and there are none: leave it out")
-        if self.layout != "auto":
+        if self.layout != AUTO:
             self.require_used({self.layout})
         if self.eval is not None and self.held_out_fraction != Data.model_fields["held_out_fraction"].default:
             raise ConfigError(

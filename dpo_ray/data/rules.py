@@ -37,6 +37,8 @@ Reason = Literal[
     "near_identical",
     "echo",
     "bad_tools",
+    "bad_transcript",
+    "no_winner",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 MEANING: dict[Reason, str] = {
@@ -61,12 +63,14 @@ MEANING: dict[Reason, str] = {
     "bad_label": "the label is neither true, false, 1 nor 0",
     "bad_scores": "not one finite number for each completion",
     "too_few_distinct": "less than two different completions",
-    "tie": "all scores are equal",
+    "tie": "all scores are equal, or two answers are said to be",
     "small_gap": "no two scores differ by data.pairing.min_score_gap",
     "length_ratio": "one answer is longer than the other by more than data.pairing.max_length_ratio",
     "near_identical": "two answers are more alike than data.pairing.max_similarity",
     "echo": "an answer begins by saying the prompt again; data.pairing.drop_echoes=false takes it",
     "bad_tools": "the tools are not a list of named functions, or not JSON",
+    "bad_transcript": "the text does not begin with a turn of Human or Assistant",
+    "no_winner": "it is not told which of two answers is better",
 }
 """What is wrong with a row, in the words of an error message."""
 
@@ -82,6 +86,11 @@ class BadRow(Exception):
 def reject(reason: Reason) -> NoReturn:
     """Raise BadRow."""
     raise BadRow(reason)
+
+
+def known_reason(name: str) -> Reason:
+    """A reason by its name. Raises KeyError where it is none."""
+    return {str(reason): reason for reason in REASONS}[name]
 
 
 def check_text(text: Any) -> str:

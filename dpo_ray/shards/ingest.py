@@ -9,13 +9,14 @@ from typing import Any
 import pyarrow as pa
 
 from dpo_ray.config import Columns, Data, Pairing
-from dpo_ray.config.layouts import Layout, fields_of
 from dpo_ray.data.canonical import canonical_pairs
 from dpo_ray.data.quarantine import quarantine_table, quarantined
 from dpo_ray.data.raw.json_lines import Unreadable
 from dpo_ray.data.raw.parts import RawPart
 from dpo_ray.data.raw.read import read_rows
-from dpo_ray.data.rules import BadRow, check_length, reject
+from dpo_ray.data.rules import BadRow, check_length, known_reason, reject
+from dpo_ray.formats.format import Format, NoPair
+from dpo_ray.formats.registry import formats, renamed
 from dpo_ray.pairs import PAIRS, PreferencePair, Split, pair_row, split_of
 from dpo_ray.shards.output import ShardOutput
 
@@ -24,7 +25,7 @@ VERSION = 1
 
 
 def identity(data: Data, seed: int) -> dict[str, Any]:
-    """The options that change the pairs, but for those that a shard's own content tells: its layout and its pairing."""
+    """The options that change the pairs, but for those that a shard's own content tells: its format and its pairing."""
     held_out_by_hash = data.eval is None
     return {
         "held_out_fraction": data.held_out_fraction if held_out_by_hash else None,
@@ -41,7 +42,8 @@ class RawShard:
     """Rows of a raw file, and what they are."""
 
     rows: RawPart
-    layout: Layout
+    format: str
+    """Its name."""
     split: Split | None
     """The side that they are all on; None: the hash of its prompt decides for each."""
 
@@ -62,17 +64,18 @@ class IngestShard:
     ):
         self.held_out_fraction = held_out_fraction
         self.seed = seed
-        self.columns = columns.in_files()
+        self.names = columns.renamed()
         self.pairing = pairing
         self.max_characters = max_characters
 
     def __call__(self, source: RawShard) -> ShardOutput:
-        fields = {f: self.columns[f] for f in fields_of(source.layout) if f in self.columns}
+        format_ = formats()[source.format]
+        columns = {self.names.get(column, column) for column in format_.reads}
         kept, bad, counters = [], [], Counter[str]()
-        for number, row in read_rows(source.rows, set(fields.values())):
+        for number, row in read_rows(source.rows, columns):
             counters["read"] += 1
             try:
-                pairs = self._pairs(row, source.layout, fields)
+                pairs = self._pairs(row, format_)
             except BadRow as error:
                 counters[error.reason] += 1
                 raw = row.raw if isinstance(row, Unreadable) else row
@@ -85,10 +88,14 @@ class IngestShard:
                 kept.append(pair_row(pair, split))
         return ShardOutput(pa.Table.from_pylist(kept, schema=PAIRS), counters, quarantine_table(bad))
 
-    def _pairs(self, row: dict[str, Any] | Unreadable, layout: Layout, fields: dict[str, str]) -> list[PreferencePair]:
+    def _pairs(self, row: dict[str, Any] | Unreadable, format_: Format) -> list[PreferencePair]:
         if isinstance(row, Unreadable):
             reject(row.reason)
-        named = {field: row[column] for field, column in fields.items() if column in row}
+        named = {name: value for name, value in renamed(row, self.names).items() if name in format_.reads}
         if self.max_characters is not None:
             check_length(named, self.max_characters)
-        return canonical_pairs(named, layout, self.pairing)
+        try:
+            fields = format_.row(named)
+        except NoPair as error:
+            reject(known_reason(error.reason))
+        return canonical_pairs(fields, format_.layout, self.pairing)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from dpo_ray.config.layouts import Layout, fields_of, layout_of, recognise
 
 from dpo_ray.config import Columns
-from dpo_ray.config.layouts import Layout, fields_of, layout_of, recognise
 from dpo_ray.errors import DataError
 
 

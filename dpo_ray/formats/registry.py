@@ -128,8 +128,9 @@ def _missing(missing: Collection[str], columns: Collection[str], source: str, ne
 def _unknown(fields: Collection[str], columns: Collection[str], source: str) -> DataError:
     """Where no format has these columns: what the nearest ones ask for."""
     lacking = {format_: format_.missing(fields) for format_ in formats().values()}
-    partly = [format_ for format_ in lacking if any(c in fields for group in format_.columns for c in group)]
-    near = sorted((format_ for format_ in partly if not format_.is_layout), key=lambda f: len(lacking[f]))[:3]
+    has = {format_: max(sum(c in fields for c in group) for group in format_.columns) for format_ in lacking}
+    partly = [format_ for format_ in lacking if has[format_] and not format_.is_layout]
+    near = sorted(partly, key=lambda format_: (len(lacking[format_]), -has[format_]))[:3]
     said = "; ".join(f"{format_.name} lacks {' and '.join(lacking[format_]) or 'nothing'}" for format_ in near)
     missing = formats()["paired"].missing(fields)
     return _missing(missing, columns, source, f"Of the nearest formats {said}. " if near else "")

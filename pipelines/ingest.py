@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from dpo_ray.config import Columns, Config, Data, Paths
@@ -18,6 +19,7 @@ from dpo_ray.formats.registry import AUTO, recognise
 from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage
 from dpo_ray.on_ray.scan import scan_files
 from dpo_ray.pairs import Split
+from dpo_ray.progress import say
 from dpo_ray.shards.ingest import IngestShard, RawShard, identity
 from dpo_ray.storage.artifact import Artifact, digest
 from dpo_ray.storage.lineage import FOLDER as LINEAGE
@@ -162,6 +164,7 @@ def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
     records = scan_files(folder, [file for _, files, _ in sides for file in files], data.rows_per_shard)
     found = map_files(lambda record: (record, written_as(record, record.uri, context.config)), records)
     data.require_used({format_.name for _, format_ in found if format_ is not None})
+    _tell_formats(context, [format_ for _, format_ in found if format_ is not None])
     tasks: list[ShardTask[RawShard]] = []
     sources: list[SourceFile] = []
     """Of each task."""
@@ -190,6 +193,12 @@ def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
     context.sources.update(zip((shard.name for shard in artifact.shards()), sources, strict=True))
     require_enough_kept(artifact, data.max_quarantined_fraction)
     return artifact, reused
+
+
+def _tell_formats(context: RunContext, of_files: Sequence[Format]) -> None:
+    context.formats = dict(sorted(Counter(format_.name for format_ in of_files).items()))
+    listed = ", ".join(f"{name} in {count} files" for name, count in context.formats.items())
+    say("ingest", f"rows are written as {listed}")
 
 
 def _tasks(

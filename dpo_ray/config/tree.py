@@ -183,8 +183,8 @@ class Data(Section):
     """A pair with a longer completion is dropped and counted as completion_too_long; or the completion is cut, without
     an end-of-turn token, for it did not end there, and the pair counted as truncated_completion."""
     max_quarantined_fraction: float = Field(0.05, ge=0.0, le=1.0)
-    """Ingest fails when a larger share of the rows is unusable, and so does the reference when its engine cannot score
-    a larger share."""
+    """Ingest fails when a larger share of the rows is unusable, ties left aside; and so does the reference when its
+    engine cannot score a larger share."""
     max_characters: int = Field(1_000_000, ge=1)
     """A row with more characters is quarantined as too_long, unseen: it could fill a worker's memory before the limits
     in tokens, which are what decides for all other rows, can tell. So is a line of JSON over 16 MiB, whatever stands

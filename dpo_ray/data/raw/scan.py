@@ -330,14 +330,17 @@ class _Hashed:
 
 
 def _peek_at_table(location: Location, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Peek:
+    rows: list[dict[str, Any] | Unreadable] = []
     with reading(location, "is damaged: its first rows cannot be read"):
-        first = next(batches, None)
-    rows = [] if first is None else [row for _, row in parquet_rows(location, first.slice(0, _SAMPLE_ROWS), 0)]
+        for batch in batches:
+            rows += [row for _, row in parquet_rows(location, batch.slice(0, _SAMPLE_ROWS - len(rows)), len(rows))]
+            if len(rows) == _SAMPLE_ROWS:
+                break
     unusable = {
         f.name: str(f.type)[:_MAX_TYPE] for f in schema if not _holds_text(f.type) and not _holds_messages(f.type)
     }
     sample = tuple(cut(row) for row in rows if not isinstance(row, Unreadable))
-    return Peek(tuple(schema.names), unusable, first is not None, sample)
+    return Peek(tuple(schema.names), unusable, bool(rows), sample)
 
 
 def _sampled(schema: pa.Schema) -> list[str]:

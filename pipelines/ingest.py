@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from dpo_ray.config import Columns, Config, Data, Paths
 from dpo_ray.data.quarantine import require_enough_kept
@@ -78,7 +79,7 @@ def of_set(config: Config) -> Config:
 def _known(file: Location, config: Config) -> tuple[Peek | FileRecord, Format | None]:
     folder = Location.of(config.run.output) / FILES
     found = read_record(folder, Stamp.of(file), config.data.rows_per_shard) or peek(file)
-    return found, written_as(found, str(file), config)
+    return found, _learnable(found, str(file), config)
 
 
 def sides(config: Config) -> list[Side]:
@@ -136,15 +137,21 @@ def known_files(output: Location) -> Iterator[tuple[str, str]]:
             yield record["uri"], record["sha256"]
 
 
-def written_as(found: Peek | FileRecord, source: str, config: Config) -> Format | None:
-    """The format of a file, None for an empty file of text, which has no columns to be wrong."""
+def written_as(found: Peek | FileRecord, source: str, data: Data) -> Format | None:
+    """The format of a file, None for an empty file of text, which has no columns to be wrong. Raises DataError."""
     if not found.has_rows and not found.columns:
         return None
-    names, loss = config.data.columns.renamed(), config.train.loss
-    format_ = recognise(found.columns, found.sample, source, option=config.data.layout, names=names)
+    names = data.columns.renamed()
+    format_ = recognise(found.columns, found.sample, source, option=data.layout, names=names)
     if format_.is_layout:
         require_usable(found, [names.get(field, field) for field in texts_of(format_.layout)], source)
-    if format_.layout == "unpaired" and not loss.accepts_unpaired:
+    return format_
+
+
+def _learnable(found: Peek | FileRecord, source: str, config: Config) -> Format | None:
+    """The same. Raises DataError also where the loss does not learn from such rows."""
+    format_, loss = written_as(found, source, config.data), config.train.loss
+    if format_ is not None and format_.layout == "unpaired" and not loss.accepts_unpaired:
         raise DataError(
             f"{source} holds single answers with a label ({format_.about}), and train.loss.type="
             f"{loss.type} compares two answers to a prompt. Set train.loss.type=kto, which learns from single answers, "
@@ -162,7 +169,7 @@ def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
     data, seed = context.config.data, context.config.run.seed
     folder = context.output / FILES
     records = scan_files(folder, [file for _, files, _ in sides for file in files], data.rows_per_shard)
-    found = map_files(lambda record: (record, written_as(record, record.uri, context.config)), records)
+    found = map_files(lambda record: (record, _learnable(record, record.uri, context.config)), records)
     data.require_used({format_.name for _, format_ in found if format_ is not None})
     _tell_formats(context, [format_ for _, format_ in found if format_ is not None])
     tasks: list[ShardTask[RawShard]] = []
@@ -175,24 +182,33 @@ def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
             tasks += [] if format_ is None else _tasks(record, format_, folder, split, data)
             sources += [SourceFile(uri=record.uri, key=key, sha256=record.sha256)] * (len(tasks) - len(sources))
     tasks = each_its_own(tasks)
-    options = {
-        "held_out_fraction": data.held_out_fraction,
-        "seed": seed,
-        "columns": data.columns,
-        "pairing": data.pairing,
-        "max_characters": data.max_characters,
-    }
     artifact, reused = shard_stage(
         context.output,
         "pairs",
         identity=identity(data, seed),
         inputs={"files": digest([t.content for t in tasks])},
         tasks=tasks,
-        pool=Pool(IngestShard, options, stateless=True),
+        pool=Pool(IngestShard, _options(context.config), stateless=True),
     )
     context.sources.update(zip((shard.name for shard in artifact.shards()), sources, strict=True))
     require_enough_kept(artifact, data.max_quarantined_fraction)
     return artifact, reused
+
+
+def ingest_shard(config: Config) -> IngestShard:
+    """What makes pairs of a part of a file, as the stage does it."""
+    return IngestShard(**_options(config))
+
+
+def _options(config: Config) -> dict[str, Any]:
+    data = config.data
+    return {
+        "held_out_fraction": data.held_out_fraction,
+        "seed": config.run.seed,
+        "columns": data.columns,
+        "pairing": data.pairing,
+        "max_characters": data.max_characters,
+    }
 
 
 def _tell_formats(context: RunContext, of_files: Sequence[Format]) -> None:

@@ -6,7 +6,7 @@ mistake in the file is to be told at once.
 
 from dpo_ray.config.hooks import Hook, Hooks
 from dpo_ray.config.iterate import Iterate
-from dpo_ray.config.load import dump_config, load_config, parse_config
+from dpo_ray.config.load import dump_config, load_config, overridden, parse_config
 from dpo_ray.config.pairing import CandidatePairing, Pairing
 from dpo_ray.config.reward import Dtype, Endpoint, ImplicitReward, Judge, Reward, RewardModel, Rule, Source
 from dpo_ray.config.tree import (
@@ -76,5 +76,6 @@ __all__ = [
     "WinRate",
     "dump_config",
     "load_config",
+    "overridden",
     "parse_config",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,10 +70,17 @@ class IngestShard:
         self.max_characters = max_characters
 
     def __call__(self, source: RawShard) -> ShardOutput:
+        return self.of_rows(read_rows(source.rows, self.columns(source.format)), source)
+
+    def columns(self, name: str) -> set[str]:
+        """The columns that are read of files of this format, as they are called there."""
+        return {self.names.get(column, column) for column in formats()[name].reads}
+
+    def of_rows(self, rows: Iterable[tuple[int, dict[str, Any] | Unreadable]], source: RawShard) -> ShardOutput:
+        """The pairs of some rows of a source, with their numbers."""
         format_ = formats()[source.format]
-        columns = {self.names.get(column, column) for column in format_.reads}
         kept, bad, counters = [], [], Counter[str]()
-        for number, row in read_rows(source.rows, columns):
+        for number, row in rows:
             counters["read"] += 1
             try:
                 pairs = self._pairs(row, format_)

@@ -27,11 +27,11 @@ from dpo_ray.data.raw.scan import peek
 from dpo_ray.errors import DataError
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import LENGTHS
-from dpo_ray.shards.ingest import IngestShard, RawShard
+from dpo_ray.shards.ingest import RawShard
 from dpo_ray.shards.tokenize import TokenizeShard
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
-from pipelines.ingest import sides, written_as
+from pipelines.ingest import ingest_shard, sides, written_as
 from pipelines.plan.counts import Counts
 from pipelines.plan.counts import Side as Counted
 
@@ -68,7 +68,7 @@ def sample(config: Config, rows: int) -> Counts:
             for number, file in enumerate(drawn_files):
                 # So each row of the sample stands for as many of the source.
                 share = max(1, round(rows * sizes[file] / max(1, sum(sizes.values()))))
-                format_ = written_as(peek(file), str(file), config)
+                format_ = written_as(peek(file), str(file), config.data)
                 if format_ is None:
                     continue
                 folder = Path(scratch) / f"{key}-{number}"
@@ -79,7 +79,7 @@ def sample(config: Config, rows: int) -> Counts:
                 read += drawn.of * len(files) / len(drawn_files)
                 seen += drawn.rows
                 for n, source in enumerate(drawn.sources):
-                    pairs = _ingest(config)(RawShard(source, format_.name, split)).table
+                    pairs = ingest_shard(config)(RawShard(source, format_.name, split)).table
                     place = Location.of(folder / f"pairs-{n}.parquet")
                     write_shard(place, pairs, {})
                     table = tokenize(PairsShard(place.uri)).table
@@ -126,17 +126,6 @@ def of_prompts(config: Config, rows: int) -> Counts:
         f"of up to {longest} tokens (generate.sampling.max_tokens): an upper bound"
     )
     return Counts(float(total), counted["train"], counted["eval"], False, how)
-
-
-def _ingest(config: Config) -> IngestShard:
-    data = config.data
-    return IngestShard(
-        data.held_out_fraction,
-        config.run.seed,
-        columns=data.columns,
-        pairing=data.pairing,
-        max_characters=data.max_characters,
-    )
 
 
 def _draw(file: Location, count: int, dice: random.Random, folder: Path) -> _Drawn:

@@ -80,25 +80,25 @@ def fetched(uri: str) -> str:
 @lru_cache(maxsize=64)
 def _listed(repository: str, revision: str | None) -> tuple[str, tuple[str, ...]]:
     """The commit, and the paths of its files: asked of the hub, or else those that were downloaded."""
-    import httpx
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    reason, hub = "", HfApi()
     try:
-        info = HfApi().dataset_info(repository, revision=revision, timeout=_SECONDS)
-        return str(info.sha), tuple(file.rfilename for file in info.siblings or ())
-    except (OfflineModeIsEnabled, HFValidationError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        reason = _short(error)
-    try:
-        folder = snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True)
+        # What a branch stood for is kept, so that without the hub it still stands for that.
+        commit = hub.resolve_revision(repository, repo_type="dataset", revision=revision).resolved
+        try:
+            info = hub.dataset_info(repository, revision=commit, timeout=_SECONDS)
+            return commit, tuple(file.rfilename for file in info.siblings or ())
+        except Exception as error:  # what was downloaded before may do
+            reason = _short(error)
+        folder = snapshot_download(repository, repo_type="dataset", revision=commit, local_files_only=True)
     except Exception as error:
         raise DataError(
-            f"{repository} is no file or folder here, and as a data set the hub did not give it ({reason}). Check the "
-            "path; or the name, the network and the access rights (HF_TOKEN)."
+            f"{repository} is no file or folder here, and as a data set the hub did not give it "
+            f"({reason or _short(error)}). Check the path; or the name, the network and the access rights (HF_TOKEN)."
         ) from error
     root = Path(str(folder))
-    names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-    return root.name, tuple(names)
+    return commit, tuple(sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()))
 
 
 def _short(error: Exception) -> str:

@@ -146,9 +146,10 @@ class Columns(Section):
 
 class Data(Section):
     train: Paths | None = None
-    """Preference data, Parquet or JSON lines (.jsonl, .ndjson, also .gz or .zst): a file, a folder or a glob, local or
-    a URI, or a list of these. What lies in run.output is taken only where a path leads into it. Left out when
-    `generate` makes the pairs."""
+    """Preference data, Parquet, Arrow as `datasets` saves it, JSON lines (.jsonl, .ndjson), JSON arrays (.json), CSV or
+    TSV, text also as .gz or .zst: a file, a folder or a glob, local or a URI, or a list of these; or a data set of the
+    hub, owner/name or hf://datasets/owner/name@revision/path. What lies in run.output is taken only where a path leads
+    into it. Left out when `generate` makes the pairs."""
     since: date | None = None
     """Of `train` only the files of this day and later ones, as their paths tell (date=2026-11-01/…, or a date in the
     file's name). Held-out data named by `eval` is taken whole."""

@@ -12,9 +12,11 @@ from dpo_ray.config import Columns, Config, Data, Paths
 from dpo_ray.data.quarantine import require_enough_kept
 from dpo_ray.data.raw.files import JSON_SUFFIXES, SUFFIXES, Stamp, is_data
 from dpo_ray.data.raw.partitions import in_partitions, in_period
+from dpo_ray.data.raw.parts import Part, RawPart
 from dpo_ray.data.raw.scan import FileRecord, Peek, map_files, peek, read_record, require_usable
 from dpo_ray.errors import DataError
 from dpo_ray.formats.format import Format
+from dpo_ray.formats.joined import LARGEST
 from dpo_ray.formats.layout import texts_of
 from dpo_ray.formats.registry import AUTO, recognise
 from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage
@@ -225,11 +227,23 @@ def _tasks(
     # stage, they would have every other shard computed again.
     makes_pairs = format_.layout == "ranked"
     how = f"{format_.name}:{digest(data.pairing.model_dump())}" if makes_pairs else format_.name
+    parts = list(record.sources(folder))
     return [
         ShardTask(
-            source=RawShard(rows, format_.name, split),
+            source=RawShard(rows, format_.name, split, *(_around(parts, number) if format_.joins else ())),
             content=f"{record.sha256}:{split}:{how}:{part.first}:{part.rows}",
             rows=part.rows,
         )
-        for part, rows in record.sources(folder)
+        for number, (part, rows) in enumerate(parts)
     ]
+
+
+def _around(parts: Sequence[tuple[Part, RawPart]], number: int) -> tuple[RawPart | None, tuple[RawPart, ...]]:
+    """The part before, and the parts after with as many rows as are joined at most."""
+    after, rows = [], 0
+    for part, source in parts[number + 1 :]:
+        if rows >= LARGEST:
+            break
+        after.append(source)
+        rows += part.rows
+    return parts[number - 1][1] if number else None, tuple(after)

@@ -56,6 +56,9 @@ class Format:
     """Columns that are read where they are there."""
     absent: tuple[str, ...] = ()
     """Columns that make a file another format's."""
+    joins: str | None = None
+    """A column: rows that follow each other with the same value in it are one row, with lists of what is in the others.
+    A look is at a row as it lies."""
     typed: tuple[str, ...] = ()
     """Columns of numbers, truth values or lists. Where one comes as text, as from CSV, it is read as JSON."""
 

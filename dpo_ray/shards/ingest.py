@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from dpo_ray.data.raw.parts import RawPart
 from dpo_ray.data.raw.read import read_rows
 from dpo_ray.data.rules import BadRow, check_length, known_reason, reject
 from dpo_ray.formats.format import Format, NoPair
+from dpo_ray.formats.joined import joined
 from dpo_ray.formats.registry import formats, renamed
 from dpo_ray.pairs import PAIRS, PreferencePair, Split, pair_row, split_of
 from dpo_ray.shards.output import ShardOutput
@@ -47,6 +49,10 @@ class RawShard:
     """Its name."""
     split: Split | None
     """The side that they are all on; None: the hash of its prompt decides for each."""
+    before: RawPart | None = None
+    """The part before; only of a format that joins rows."""
+    after: tuple[RawPart, ...] = ()
+    """The parts after, with as many rows as may be joined, or to the end; likewise."""
 
 
 class IngestShard:
@@ -70,7 +76,17 @@ class IngestShard:
         self.max_characters = max_characters
 
     def __call__(self, source: RawShard) -> ShardOutput:
-        return self.of_rows(read_rows(source.rows, self.columns(source.format)), source)
+        return self.of_rows(self.rows(source), source)
+
+    def rows(self, source: RawShard) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
+        """The rows of a source with their numbers; joined, where the format joins rows, which then count as one."""
+        columns, joins = self.columns(source.format), formats()[source.format].joins
+        rows = read_rows(source.rows, columns)
+        if joins is None:
+            return rows
+        before = read_rows(source.before, columns) if source.before is not None else ()
+        after = itertools.chain.from_iterable(read_rows(part, columns) for part in source.after)
+        return joined(rows, self.names.get(joins, joins), before, after)
 
     def columns(self, name: str) -> set[str]:
         """The columns that are read of files of this format, as they are called there."""

@@ -19,6 +19,7 @@ _OF_TOKENS = {
     "completion_too_long": "an answer is over data.max_completion_tokens",
     "identical_tokens": "both answers are the same tokens, once cut",
 }
+_WHY: dict[str, str] = {**{str(reason): why for reason, why in MEANING.items()}, **_OF_TOKENS}
 
 
 def as_dict(sheet: Sheet) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def lines(sheet: Sheet) -> Iterator[str]:
     which = "all" if sheet.is_all else "the first"
     yield f"  rows      {which} {sheet.rows}: {sheet.pairs} pairs, {sheet.dropped.total()} rows dropped"
     for reason, count in sheet.dropped.most_common():
-        why = {**MEANING, **_OF_TOKENS}.get(reason, "")
+        why = _WHY.get(reason, "")
         first = f"; the first: {sheet.first[reason]}" if reason in sheet.first else ""
         yield f"  dropped   {reason} {count}: {why}{first}"
     for name, count in sheet.noted.items():

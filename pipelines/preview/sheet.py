@@ -16,7 +16,6 @@ from typing import Any
 from dpo_ray.config import Config
 from dpo_ray.data.duplicates import PairsShard
 from dpo_ray.data.raw.parts import RawPart
-from dpo_ray.data.raw.read import read_rows
 from dpo_ray.data.raw.scan import FileRecord, Peek, map_files, peek
 from dpo_ray.data.rules import REASONS
 from dpo_ray.data.tally import NOTED
@@ -123,7 +122,7 @@ def _sheet(
     sheet = Sheet(format_, [file.uri for file, _ in files], columns, read)
     for file, _ in files:
         source = RawShard(RawPart(file.uri), format_.name, "train")
-        numbered = read_rows(source.rows, wanted)
+        numbered = ingest.rows(source)
         while some := list(itertools.islice(numbered, _left(sheet, rows))):
             _count(sheet, ingest.of_rows(some, source), tokenize, examples)
             if rows is not None and sheet.rows >= rows:

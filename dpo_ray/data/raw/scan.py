@@ -123,7 +123,7 @@ def peek(location: Location) -> Peek:
             f"{location} is empty, which a compressed file never is. Write it again, or take it out of data.train and "
             "data.eval; it is not passed over silently."
         )
-    read, first, columns, sample = 0, b"", dict[str, None](), list[dict[str, Any]]()
+    read, first, names, sample = 0, b"", dict[str, None](), list[dict[str, Any]]()
     with reading(location, what), open_lines(location) as numbered:
         lines = (line for line, _ in numbered if not is_blank(line))
         for line in itertools.islice(lines, _SAMPLE_LINES):
@@ -132,7 +132,7 @@ def peek(location: Location) -> Peek:
             read += 1
             if not isinstance(row, Unreadable):
                 sample.append(row)
-                columns |= dict.fromkeys(row)
+                names |= dict.fromkeys(row)
     is_array = form.kind == "lines" and first.strip().startswith(b"[")
     # Of an array over several lines, only its last element may look like a line.
     if read and (not sample or (is_array and first.strip() == b"[")):
@@ -142,7 +142,7 @@ def peek(location: Location) -> Peek:
             else f"none of its first {read} rows is a JSON object; each holds one row, and text is in UTF-8"
         )
         raise DataError(f"{location} is not a file of {_CALLED[form.kind]}: {why}.")
-    return Peek(tuple(columns), {}, read > 0, tuple(cut(row) for row in sample[:_SAMPLE_ROWS]))
+    return Peek(tuple(names), {}, read > 0, tuple(cut(row) for row in sample[:_SAMPLE_ROWS]))
 
 
 _CALLED = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from dpo_ray.config import Columns, Config, Data, Paths
 from dpo_ray.data.quarantine import require_enough_kept
-from dpo_ray.data.raw.files import JSON_SUFFIXES, SUFFIXES, Stamp, is_data
+from dpo_ray.data.raw.files import SUFFIXES, Stamp, is_data
 from dpo_ray.data.raw.partitions import in_partitions, in_period
 from dpo_ray.data.raw.parts import Part, RawPart
 from dpo_ray.data.raw.scan import FileRecord, Peek, map_files, peek, read_record, require_usable
@@ -110,8 +110,8 @@ def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
     """
     files: dict[Location, None] = {}
     for pattern in [paths] if isinstance(paths, str) else paths:
-        found = [file for file in find_files(pattern, SUFFIXES) if is_data(file.name)]
-        found = found or [file for file in find_files(pattern, JSON_SUFFIXES) if is_data(file.name)]
+        of_suffixes = ([file for file in find_files(pattern, s) if is_data(file.name)] for s in SUFFIXES)
+        found = next(filter(None, of_suffixes), [])
         # A folder may hold the output as well, whose shards would look like preference data in the next run.
         inside = tuple(f"{_real(output)}/{name}/" for name in ("artifacts", "runs", "models", LINEAGE))
         if not _real(Location.of(pattern)).startswith(inside):
@@ -119,7 +119,7 @@ def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
         if not found:
             raise DataError(
                 f"{key} is {pattern}, and no file is there. Check the path; of a folder, the files with these suffixes "
-                f"are taken: {', '.join(SUFFIXES)}, or else .json; a glob is quoted in the shell, as in "
+                f"are taken: {'; or else '.join(map(', '.join, SUFFIXES))}. A glob is quoted in the shell, as in "
                 f"-o '{key}=data/*.parquet'."
             )
         files |= dict.fromkeys(found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn
 
 from dpo_ray.formats.layout import Layout, beside, fields_of, required_of
@@ -67,7 +68,7 @@ class Format:
         """Whether its rows are those of a layout already, with the layout's own fields."""
         return self.fields is _as_it_is
 
-    @property
+    @cached_property
     def reads(self) -> tuple[str, ...]:
         """The columns that are read of a row."""
         if self.is_layout:

@@ -108,7 +108,7 @@ def test_all_bad_files_are_told_at_once(attempt, tmp_path, write_preferences):
 
 def test_a_file_of_no_known_kind(attempt, tmp_path):
     (tmp_path / "data" / "notes.txt").write_text("read me")
-    readable(attempt(data__train=str(tmp_path / "data" / "*")), 3, "notes.txt", ".parquet, .arrow, .jsonl", "Rename")
+    readable(attempt(data__train=str(tmp_path / "data" / "*")), 3, "notes.txt", ".parquet, .jsonl", "Rename")
 
 
 def test_a_json_array_that_is_called_lines(attempt, tmp_path):

@@ -8,6 +8,7 @@ cannot be read is an error that names it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,10 +28,19 @@ Kind = Literal["parquet", "arrow", "lines", "json", "csv", "tsv"]
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _TEXT: dict[str, Kind] = {".jsonl": "lines", ".ndjson": "lines", ".csv": "csv", ".tsv": "tsv"}
 _JSON = ".json"
-SUFFIXES = (".parquet", ".arrow", *(name + codec for name in _TEXT for codec in ("", *_CODECS)))
-"""Files of a folder with these suffixes are taken."""
-JSON_SUFFIXES = tuple(_JSON + codec for codec in ("", *_CODECS))
-"""Of a folder without any of SUFFIXES, files with these are taken: beside data they describe them, mostly."""
+
+
+def _of(*kinds: str) -> tuple[str, ...]:
+    return tuple(ending + codec for ending in kinds for codec in ("", *_CODECS))
+
+
+SUFFIXES = (
+    (".parquet", *_of(".jsonl", ".ndjson")),
+    (".arrow",),
+    _of(_JSON, ".csv", ".tsv"),
+)
+"""Of a folder are taken the files with the first of these suffixes that there are any of: beside data, files with the
+later ones mostly describe them."""
 _DESCRIBING = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json"})
 
 
@@ -90,7 +100,7 @@ def format_of(uri: str) -> Format:
         if bare.endswith(ending):
             return Format(kind, _CODECS.get(suffix))
     raise DataError(
-        f"{uri} has none of the suffixes of preference files ({', '.join((*SUFFIXES, _JSON))}). Rename it by "
+        f"{uri} has none of the suffixes of preference files ({', '.join(itertools.chain(*SUFFIXES))}). Rename it by "
         "what is in it, or name the files of data.train and data.eval more closely."
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_ray.formats.format import Format, Row, is_text, no_pair, present
+from dpo_ray.formats.format import Format, Row, is_text, json_value, no_pair, present
 
 _SCORE = "helpfulness"
 
@@ -17,7 +17,8 @@ def _fields(row: Row) -> dict[str, Any]:
     responses, scores = present(row, "response"), present(row, _SCORE)
     if not isinstance(responses, list) or not isinstance(scores, list):
         no_pair("non_string_content")
-    return {"prompt": present(row, "prompt"), "completions": responses, "scores": scores}
+    numbers = [json_value(score) if isinstance(score, str) else score for score in scores]
+    return {"prompt": present(row, "prompt"), "completions": responses, "scores": numbers}
 
 
 FORMAT = Format(
@@ -27,6 +28,7 @@ FORMAT = Format(
     columns=(("prompt", "response", _SCORE),),
     absent=("completion", "chosen", "rejected"),
     joins="prompt",
+    typed=(_SCORE,),
     fits=_fits,
     fields=_fields,
 )

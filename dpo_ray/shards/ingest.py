@@ -95,7 +95,7 @@ class IngestShard:
     def of_rows(self, rows: Iterable[tuple[int, dict[str, Any] | Unreadable]], source: RawShard) -> ShardOutput:
         """The pairs of some rows of a source, with their numbers."""
         format_ = formats()[source.format]
-        kept, bad, counters = [], [], Counter[str]()
+        kept, bad, counters = [], [], Counter[str](read=0)
         for number, row in rows:
             counters["read"] += 1
             try:

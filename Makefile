@@ -55,8 +55,8 @@ test-all: test
 tests: $(READY)
 	$(COVERED) $(PYTEST) $(SELECTED)
 
-test-integrations: $(LM_EVAL_READY)
-	$(LM_EVAL_VENV)/bin/python -m pytest -m integration tests/integrations
+test-integrations: $(LM_EVAL_READY) $(if $(filter $(TRL_VENV)/bin/python,$(TRL_PYTHON)),$(TRL_READY))
+	DPO_RAY_TRL_PYTHON=$(TRL_PYTHON) $(LM_EVAL_VENV)/bin/python -m pytest -m integration tests/integrations
 
 # The same faults again and again, and many more examples: for a machine that has the time.
 chaos: $(READY)

@@ -9,6 +9,7 @@ storage        paths and object stores, files of packages, artifacts with their 
 machine        what a machine has: packages, GPUs and their driver, disks, a clock
 origin         where in whose code an error came about
 rewards        rules that score completions
+formats        how published preference data are written, and which of these ways a file is recognised as
 config         the configuration: the sections, reading them, what is wrong with them
 data           preference data as functions of rows, from bytes to token ids
 losses         formulas, and what they are given

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpo_ray.config import Config, dump_config, load_config
+from dpo_ray.config import Config, dump_config, load_config, overridden
 from dpo_ray.errors import ConfigError, DpoRayError, Interrupted
 from dpo_ray.progress import say
 from pipelines import STAGES, Stage, planned, require_run_id
@@ -416,6 +416,38 @@ def plan(
         return
     for line in lines(made):
         typer.echo(line)
+
+
+@app.command()
+def data(
+    source: Annotated[str, typer.Argument(help="A file, a folder, a glob, a data set of the hub, or a configuration.")],
+    override: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each format that are looked through.")] = 1000,
+    every: Annotated[bool, typer.Option("--all", help="Look through all rows.")] = False,
+    examples: Annotated[int, typer.Option(min=0, help="Pairs of each format that are shown.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show what preference data are taken for: format, columns, what is dropped, and some pairs as the model sees them.
+
+    Of a file that is named by itself, -o model.path=… says whose chat template is applied.
+    """
+    is_config = source.endswith((".yaml", ".yml"))
+    tree = {"run": {"name": "data", "output": "out"}, "model": {"path": ""}, "data": {"train": source}}
+    loaded = load_config(source, override) if is_config else overridden(tree, override, source)
+    if loaded.data.train is None:
+        raise ConfigError(f"{source} makes its pairs with `generate`, and names no preference data to look at.")
+    from pipelines.preview.render import as_dict, lines
+    from pipelines.preview.sheet import sheets
+
+    found = sheets(loaded, None if every else rows, examples, with_model=bool(loaded.model.path))
+    if as_json:
+        typer.echo(json.dumps([as_dict(sheet) for sheet in found], ensure_ascii=False))
+        return
+    for sheet in found:
+        for line in lines(sheet):
+            typer.echo(line)
+    if not loaded.model.path:
+        typer.echo("\nWithout a model no chat template is applied and no token counted: name one with -o model.path=…")
 
 
 def _tokenize_all(config: Config) -> None:

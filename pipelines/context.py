@@ -39,6 +39,8 @@ class RunContext:
     """The other entries of summary.json."""
     sources: dict[str, SourceFile] = field(default_factory=dict)
     """Name of a shard of pairs → the file that its rows are from."""
+    formats: dict[str, int] = field(default_factory=dict)
+    """Name of a format → how many files of preferences are written so."""
     models: dict[str, Model] = field(default_factory=dict)
     """Fingerprint of a policy → the model that it was trained from."""
     begins: Callable[[str], None] = field(default=lambda name: None)

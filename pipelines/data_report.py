@@ -62,6 +62,7 @@ def _report(
             ingested=Tally.of(pairs.manifest.counters) if context.config.generate is None else None,
             left_out=Tally.of(left_out.manifest.counters),
             tokenized=Tally.of(tokenized.manifest.counters),
+            formats=context.formats,
         )
         return Contents(metrics=metrics)
 

@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 from dpo_ray.config import Columns, Config, Data, DataSource, Paths
-from dpo_ray.config.layouts import Layout, fields_of, recognise, texts_of
 from dpo_ray.config.losses import Judged, require_use
 from dpo_ray.data.quarantine import require_enough_kept
-from dpo_ray.data.raw.files import SUFFIXES, Stamp
+from dpo_ray.data.raw.files import SUFFIXES, Stamp, is_data
 from dpo_ray.data.raw.partitions import in_partitions, in_period
+from dpo_ray.data.raw.parts import Part, RawPart
 from dpo_ray.data.raw.scan import FileRecord, Peek, map_files, peek, read_record, require_usable
 from dpo_ray.errors import DataError
+from dpo_ray.formats.format import Format
+from dpo_ray.formats.joined import LARGEST
+from dpo_ray.formats.layout import texts_of
+from dpo_ray.formats.registry import AUTO, recognise, renamed
 from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage
 from dpo_ray.on_ray.scan import scan_files
 from dpo_ray.pairs import Split
+from dpo_ray.progress import say
 from dpo_ray.shards.ingest import IngestShard, RawShard, identity
 from dpo_ray.storage.artifact import Artifact, digest
 from dpo_ray.storage.lineage import FOLDER as LINEAGE
@@ -65,15 +71,15 @@ def check_inputs(config: Config) -> None:
     their rows are unpaired and the loss compares two answers, or say of pairs what the loss does not use; ConfigError
     where an option is of no use to them.
     """
-    layouts = set()
+    names = set()
     for side in sides(config):
         found = map_files(lambda file: _known(file, config), side.files)
         _require_rows([file for file, _ in found], side.key)
-        layouts |= {layout for _, layout in found if layout is not None}
-        for (one, layout), file in zip(found, side.files, strict=True):
-            for column in judged_by(one.columns, layout, config.data) if layout is not None else ():
+        names |= {format_.name for _, format_ in found if format_ is not None}
+        for (one, format_), file in zip(found, side.files, strict=True):
+            for column in judged_by(one.columns, format_, config.data) if format_ is not None else ():
                 require_use(config.train.loss, column, f"{file} has")
-    config.data.require_used(layouts)
+    config.data.require_used(names)
 
 
 def check_set(config: Config, name: str, paths: Paths) -> None:
@@ -86,14 +92,14 @@ def check_set(config: Config, name: str, paths: Paths) -> None:
 def of_set(config: Config) -> Config:
     """The configuration for a set: its files are read by their own columns, whatever the training data's are called.
     Weights and margins are for learning."""
-    own = {"columns": Columns(), "layout": "auto", "ignore": ("weight", "margin"), "ties": "drop"}
+    own = {"columns": Columns(), "layout": AUTO, "ignore": ("weight", "margin"), "ties": "drop"}
     return config.model_copy(update={"data": config.data.model_copy(update=own)})
 
 
-def _known(file: Location, config: Config) -> tuple[Peek | FileRecord, Layout | None]:
+def _known(file: Location, config: Config) -> tuple[Peek | FileRecord, Format | None]:
     folder = Location.of(config.run.output) / FILES
     found = read_record(folder, Stamp.of(file), config.data.rows_per_shard) or peek(file)
-    return found, layout_of(found, str(file), config)
+    return found, _learnable(found, str(file), config)
 
 
 def sides(config: Config) -> list[Side]:
@@ -144,7 +150,8 @@ def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
     """
     files: dict[Location, None] = {}
     for pattern in [paths] if isinstance(paths, str) else paths:
-        found = find_files(pattern, SUFFIXES)
+        of_suffixes = ([file for file in find_files(pattern, s) if is_data(file.name)] for s in SUFFIXES)
+        found = next(filter(None, of_suffixes), [])
         # A folder may hold the output as well, whose shards would look like preference data in the next run.
         inside = tuple(f"{_real(output)}/{name}/" for name in ("artifacts", "runs", "models", LINEAGE))
         if not _real(Location.of(pattern)).startswith(inside):
@@ -152,7 +159,7 @@ def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
         if not found:
             raise DataError(
                 f"{key} is {pattern}, and no file is there. Check the path; of a folder, the files with these suffixes "
-                f"are taken: {', '.join(SUFFIXES)}; a glob is quoted in the shell, as in "
+                f"are taken: {'; or else '.join(map(', '.join, SUFFIXES))}. A glob is quoted in the shell, as in "
                 "-o 'data.train=data/*.parquet'."
             )
         files |= dict.fromkeys(found)
@@ -172,32 +179,39 @@ def known_files(output: Location) -> Iterator[tuple[str, str]]:
             yield record["uri"], record["sha256"]
 
 
-def layout_of(found: Peek | FileRecord, source: str, config: Config) -> Layout | None:
-    """What the rows of a file are, None for an empty file of JSON lines, which has no columns to be wrong."""
+def written_as(found: Peek | FileRecord, source: str, data: Data) -> Format | None:
+    """The format of a file, None for an empty file of text, which has no columns to be wrong. Raises DataError."""
     if not found.has_rows and not found.columns:
         return None
-    names, loss = config.data.columns.in_files(), config.train.loss
-    layout = recognise(found.columns, source, option=config.data.layout, names=names)
-    require_usable(found, [names[field] for field in texts_of(layout) if field in names], source)
-    if {"margin", "preference"} <= set(judged_by(found.columns, layout, config.data)):
+    names = data.columns.renamed()
+    format_ = recognise(found.columns, found.sample, source, option=data.layout, names=names)
+    if format_.is_layout:
+        require_usable(found, [names.get(field, field) for field in texts_of(format_.layout)], source)
+    if {"margin", "preference"} <= set(judged_by(found.columns, format_, data)):
         raise DataError(
             f"{source} has both a margin and a preference for each pair: two ways to say by how much chosen is better. "
             "Choose the one that is to count, and have the other left aside: data.ignore=[margin] or [preference]."
         )
-    if layout == "unpaired" and not loss.accepts_unpaired:
+    return format_
+
+
+def _learnable(found: Peek | FileRecord, source: str, config: Config) -> Format | None:
+    """The same. Raises DataError also where the loss does not learn from such rows."""
+    format_, loss = written_as(found, source, config.data), config.train.loss
+    if format_ is not None and format_.layout == "unpaired" and not loss.accepts_unpaired:
         raise DataError(
-            f"{source} holds single answers with a label (prompt, completion, label), and train.loss.type="
+            f"{source} holds single answers with a label ({format_.about}), and train.loss.type="
             f"{loss.type} compares two answers to a prompt. Set train.loss.type=kto, which learns from single answers, "
             "or give paired data: chosen and rejected."
         )
-    return layout
+    return format_
 
 
-def judged_by(columns: Sequence[str], layout: Layout, data: Data) -> list[Judged]:
+def judged_by(columns: Sequence[str], format_: Format, data: Data) -> list[Judged]:
     """Those of the columns that say how pairs were judged, and are to be read."""
-    names = data.columns.in_files()
-    fields = [field for field in get_args(Judged) if field in fields_of(layout) and field not in data.ignore]
-    return [field for field in fields if names.get(field) in columns]
+    there = renamed(dict.fromkeys(columns), data.columns.renamed())
+    read = [field for field in get_args(Judged) if field in format_.reads and field not in data.ignore]
+    return [field for field in read if field in there]
 
 
 def _require_rows(found: Sequence[Peek | FileRecord], key: str) -> None:
@@ -209,8 +223,9 @@ def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
     data, seed = context.config.data, context.config.run.seed
     folder = context.output / FILES
     records = scan_files(folder, [file for side in sides for file in side.files], data.rows_per_shard)
-    found = map_files(lambda record: (record, layout_of(record, record.uri, context.config)), records)
-    data.require_used({layout for _, layout in found if layout is not None})
+    found = map_files(lambda record: (record, _learnable(record, record.uri, context.config)), records)
+    data.require_used({format_.name for _, format_ in found if format_ is not None})
+    _tell_formats(context, [format_ for _, format_ in found if format_ is not None])
     tasks: list[ShardTask[RawShard]] = []
     sources: list[SourceFile] = []
     """Of each task."""
@@ -218,46 +233,63 @@ def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
         mine, found = found[: len(side.files)], found[len(side.files) :]
         _require_rows([record for record, _ in mine], side.key)
         left = math.inf if side.max_rows is None else side.max_rows
-        for record, layout in mine:
-            made = [] if layout is None else _tasks(record, layout, folder, side, data, left)
+        for record, format_ in mine:
+            made = [] if format_ is None else _tasks(record, format_, folder, side, data, left)
             left -= sum(task.rows for task in made)
             tasks += made
             sources += [SourceFile(uri=record.uri, key=side.key, sha256=record.sha256)] * len(made)
     tasks = each_its_own(tasks)
-    options = {
-        "held_out_fraction": data.held_out_fraction,
-        "seed": seed,
-        "columns": data.columns,
-        "pairing": data.pairing,
-        "max_characters": data.max_characters,
-        "ignore": data.ignore,
-        "ties": data.ties,
-    }
     artifact, reused = shard_stage(
         context.output,
         "pairs",
         identity=identity(data, seed),
         inputs={"files": digest([t.content for t in tasks])},
         tasks=tasks,
-        pool=Pool(IngestShard, options, stateless=True),
+        pool=Pool(IngestShard, _options(context.config), stateless=True),
     )
     context.sources.update(zip((shard.name for shard in artifact.shards()), sources, strict=True))
     require_enough_kept(artifact, data.max_quarantined_fraction)
     return artifact, reused
 
 
+def ingest_shard(config: Config) -> IngestShard:
+    """What makes pairs of a part of a file, as the stage does it."""
+    return IngestShard(**_options(config))
+
+
+def _options(config: Config) -> dict[str, Any]:
+    data = config.data
+    return {
+        "held_out_fraction": data.held_out_fraction,
+        "seed": config.run.seed,
+        "columns": data.columns,
+        "pairing": data.pairing,
+        "max_characters": data.max_characters,
+        "ignore": data.ignore,
+        "ties": data.ties,
+    }
+
+
+def _tell_formats(context: RunContext, of_files: Sequence[Format]) -> None:
+    context.formats = dict(sorted(Counter(format_.name for format_ in of_files).items()))
+    listed = ", ".join(f"{name} in {count} files" for name, count in context.formats.items())
+    say("ingest", f"rows are written as {listed}")
+
+
 def _tasks(
-    record: FileRecord, layout: Layout, folder: Location, side: Side, data: Data, most: float
+    record: FileRecord, format_: Format, folder: Location, side: Side, data: Data, most: float = math.inf
 ) -> list[ShardTask[RawShard]]:
     """A task for each part. Its content is the file's, not its name: a file that was moved is the same.
 
     most: rows of the file that are wanted.
     """
-    # The layout is part of what the rows are, and so is the pairing for those that it makes pairs of; as options of the
+    # The format is part of what the rows are, and so is the pairing for those that it makes pairs of; as options of the
     # stage, they would have every other shard computed again.
-    how = f"{layout}:{digest(data.pairing.model_dump())}" if layout == "ranked" else layout
+    makes_pairs = format_.layout == "ranked"
+    how = f"{format_.name}:{digest(data.pairing.model_dump())}" if makes_pairs else format_.name
     tasks: list[ShardTask[RawShard]] = []
-    for part, rows in record.sources(folder):
+    parts = list(record.sources(folder))
+    for number, (part, rows) in enumerate(parts):
         if most <= 0:
             break
         count = int(min(part.rows, most))
@@ -265,6 +297,19 @@ def _tasks(
         content = f"{record.sha256}:{side.split}:{how}:{part.first}:{part.rows}"
         content += f":{side.source}" if side.source is not None else ""
         content += f":first {limit}" if limit is not None else ""
-        tasks.append(ShardTask(RawShard(rows, layout, side.split, side.source, limit), content, count))
+        before, after = _around(parts, number) if format_.joins else (None, ())
+        source = RawShard(rows, format_.name, side.split, before, after, side.source, limit)
+        tasks.append(ShardTask(source, content, count))
         most -= count
     return tasks
+
+
+def _around(parts: Sequence[tuple[Part, RawPart]], number: int) -> tuple[RawPart | None, tuple[RawPart, ...]]:
+    """The part before, and the parts after with as many rows as are joined at most."""
+    after, rows = [], 0
+    for part, source in parts[number + 1 :]:
+        if rows >= LARGEST:
+            break
+        after.append(source)
+        rows += part.rows
+    return parts[number - 1][1] if number else None, tuple(after)

@@ -1,12 +1,12 @@
 """The configuration: one frozen tree that mirrors the YAML file, and how it is read, overridden and refused.
 
-`tree` has the sections, `losses` the options of each loss, `tune` the search, `layouts` what input files can be. It
-needs neither torch nor Ray, for a mistake in the file is to be told at once.
+`tree` has the sections, `losses` the options of each loss, `tune` the search. It needs neither torch nor Ray, for a
+mistake in the file is to be told at once.
 """
 
 from dpo_ray.config.hooks import Hook, Hooks
 from dpo_ray.config.iterate import Iterate
-from dpo_ray.config.load import dump_config, load_config, parse_config
+from dpo_ray.config.load import dump_config, load_config, overridden, parse_config
 from dpo_ray.config.pairing import CandidatePairing, Pairing
 from dpo_ray.config.reward import Dtype, Endpoint, ImplicitReward, Judge, Reward, RewardModel, Rule, Source
 from dpo_ray.config.sources import DataSource, Paths
@@ -77,5 +77,6 @@ __all__ = [
     "WinRate",
     "dump_config",
     "load_config",
+    "overridden",
     "parse_config",
 ]

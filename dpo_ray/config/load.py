@@ -34,9 +34,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(
             f"{path} must hold a mapping with the sections run, model, …; it holds {type(tree).__name__}."
         )
+    return overridden(tree, overrides, source=str(path))
+
+
+def overridden(tree: dict[str, Any], overrides: list[str] | None, source: str) -> Config:
+    """Validate a tree of plain values after `dotted.key=value` overrides. Raises ConfigError."""
     for override in overrides or []:
         _apply(tree, override)
-    return parse_config(tree, source=f"{path} with what -o sets" if overrides else str(path))
+    return parse_config(tree, source=f"{source} with what -o sets" if overrides else source)
 
 
 def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:

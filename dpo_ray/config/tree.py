@@ -11,11 +11,10 @@ from datetime import date
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from dpo_ray.config.hooks import Hooks
 from dpo_ray.config.iterate import Iterate
-from dpo_ray.config.layouts import Layout, fields_of
 from dpo_ray.config.losses import Judged, Loss, SigmoidLoss, losses_using
 from dpo_ray.config.pairing import CandidatePairing, Pairing
 from dpo_ray.config.reward import Dtype, Reward, Rule
@@ -24,6 +23,14 @@ from dpo_ray.config.sources import DataSource, Paths, TrainData, require_a_mixtu
 from dpo_ray.config.tolerance import Tolerance
 from dpo_ray.config.tune import Tune
 from dpo_ray.errors import ConfigError
+from dpo_ray.formats.registry import AUTO, formats
+
+
+def _check_layout(name: str) -> str:
+    if name not in (AUTO, *formats()):
+        raise ValueError(f"{name!r} is no format; name one of {AUTO}, {', '.join(formats())}")
+    return name
+
 
 LongPrompts = Literal["drop", "keep_start", "keep_end"]
 
@@ -123,12 +130,6 @@ class Columns(Section):
         """Field → its column, for the fields that are named here."""
         return {field: column for field, column in self if column is not None}
 
-    def in_files(self) -> dict[str, str]:
-        """Field → its column. A field whose own name is another field's column stands in no column."""
-        renamed = self.renamed()
-        taken = set(renamed.values())
-        return {f: renamed.get(f, f) for f in type(self).model_fields if f in renamed or f not in taken}
-
     @model_validator(mode="after")
     def _once(self) -> Columns:
         fields: dict[str, str] = {}
@@ -144,11 +145,13 @@ class Columns(Section):
 
 class Data(Section):
     train: TrainData | None = None
-    """Preference data, Parquet or JSON lines (.jsonl, .ndjson, also .gz or .zst): a file, a folder or a glob, local or
-    a URI, or a list of these. What lies in run.output is taken only where a path leads into it. Left out when
-    `generate` makes the pairs. Or a mixture: a list of sources, each with name, path, weight and max_rows. Of pairs
-    that several sources have, that of the first one stays. An epoch is as many pairs as all sources hold: of one that
-    is smaller than its share pairs come again, in another order, and one that is larger goes on where it was."""
+    """Preference data, Parquet, Arrow as `datasets` saves it, JSON lines (.jsonl, .ndjson), JSON arrays (.json), CSV or
+    TSV, text also as .gz or .zst: a file, a folder or a glob, local or a URI, or a list of these; or a data set of the
+    hub, owner/name or hf://datasets/owner/name@revision/path. What lies in run.output is taken only where a path leads
+    into it. Left out when `generate` makes the pairs. Or a mixture: a list of sources, each with name, path, weight and
+    max_rows. Of pairs that several sources have, that of the first one stays. An epoch is as many pairs as all sources
+    hold: of one that is smaller than its share pairs come again, in another order, and one that is larger goes on where
+    it was."""
     since: date | None = None
     """Of `train` only the files of this day and later ones, as their paths tell (date=2026-11-01/…, or a date in the
     file's name). Held-out data named by `eval` is taken whole."""
@@ -159,12 +162,13 @@ class Data(Section):
     key, and in one of each key."""
     eval: Paths | None = None
     """Held-out preference data, named likewise. Left out: held_out_fraction of the prompts of `train`."""
-    layout: Literal["auto", Layout] = "auto"
-    """What the rows are: paired (chosen, rejected, and prompt where these are not whole dialogues), implicit_prompt
-    (whole dialogues; a prompt column is not read), unpaired (prompt, completion, label) or ranked (prompt, completions,
-    scores). auto: each file by its columns, the first of these layouts that they make up."""
+    layout: Annotated[str, AfterValidator(_check_layout)] = AUTO
+    """How the rows are written: a format, called as its file in dpo_ray/formats/known, such as paired (chosen,
+    rejected, and prompt where these are not whole dialogues), unpaired (prompt, completion, label) or ranked (prompt,
+    completions, scores). auto: each file as its columns and first rows are, which one format alone must fit."""
     columns: Columns = Columns()
-    """Column names of the files that differ from the names of the fields."""
+    """Column names of the files that differ from those of the format. They stand for the format's own wherever columns
+    are looked at."""
     ignore: tuple[Judged, ...] = ()
     """Of the columns weight, margin and preference, those that are not to be read: a loss that does not use what the
     data have is refused."""
@@ -188,8 +192,8 @@ class Data(Section):
     """A pair with a longer completion is dropped and counted as completion_too_long; or the completion is cut, without
     an end-of-turn token, for it did not end there, and the pair counted as truncated_completion."""
     max_quarantined_fraction: float = Field(0.05, ge=0.0, le=1.0)
-    """Ingest fails when a larger share of the rows is unusable, and so does the reference when its engine cannot score
-    a larger share."""
+    """Ingest fails when a larger share of the rows is unusable, ties left aside; and so does the reference when its
+    engine cannot score a larger share."""
     max_characters: int = Field(1_000_000, ge=1)
     """A row with more characters is quarantined as too_long, unseen: it could fill a worker's memory before the limits
     in tokens, which are what decides for all other rows, can tell. So is a line of JSON over 16 MiB, whatever stands
@@ -198,17 +202,17 @@ class Data(Section):
     """Rows in a unit of work: what is lost at most when a process dies, and what is computed at once. auto: a sixteenth
     of a file, but 128 KiB to 64 MiB of text. Give a number where a row takes long, as on CPUs."""
 
-    def require_used(self, layouts: set[Layout]) -> None:
-        """Raises ConfigError where an option means nothing to rows of any of these layouts."""
-        found = " and ".join(sorted(layouts))
-        used = {field for layout in layouts for field in fields_of(layout)}
+    def require_used(self, names: set[str]) -> None:
+        """Raises ConfigError where an option means nothing to rows of any of these formats."""
+        found = " and ".join(sorted(names))
+        used = {field for name in names for field in formats()[name].reads}
         for field, column in self.columns.renamed().items():
             if field not in used:
                 raise ConfigError(
                     f"data.columns.{field}={column} names a field that {found} rows do not have: leave it out, or set "
                     "data.layout to what the rows are"
                 )
-        if self.pairing != Pairing() and "ranked" not in layouts:
+        if self.pairing != Pairing() and not any(formats()[name].layout == "ranked" for name in names):
             raise ConfigError(
                 f"data.pairing is for ranked rows (prompt, completions, scores), and these are {found}: leave it out, "
                 "or set data.layout=ranked"
@@ -246,7 +250,7 @@ class Data(Section):
                 raise ConfigError(
                     f"data.columns.{field}={column} names a column that data.ignore leaves aside: leave one of them out"
                 )
-        if self.layout != "auto":
+        if self.layout != AUTO:
             self.require_used({self.layout})
         if self.eval is not None and self.held_out_fraction != Data.model_fields["held_out_fraction"].default:
             raise ConfigError(

@@ -1,7 +1,7 @@
 """Rows of the input layouts → canonical pairs.
 
 A prompt is text, which is then one user turn, or a dialogue: a list of `{role, content}` messages. An answer is text or
-a list of one assistant message. Of a row are read the fields of its layout (dpo_ray.config.layouts):
+a list of one assistant message. Of a row are read the fields of its layout (dpo_ray.formats.layout):
 
     paired            prompt, chosen, rejected; all three text, or all three messages. Without a prompt as below
     implicit_prompt   chosen and rejected are dialogues that differ in their last turn only
@@ -21,7 +21,6 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from dpo_ray.config import Pairing
-from dpo_ray.config.layouts import Layout, fields_of
 from dpo_ray.config.losses import Judged
 from dpo_ray.data.judgement import judged
 from dpo_ray.data.pairing import Candidate, make_pairs
@@ -36,6 +35,7 @@ from dpo_ray.data.rules import (
     check_tools,
     reject,
 )
+from dpo_ray.formats.layout import Layout, fields_of
 from dpo_ray.pairs import TIE, Message, PreferencePair
 
 

@@ -23,6 +23,8 @@ from dpo_ray.pairs import QUARANTINE
 from dpo_ray.storage.artifact import Artifact, read_shard
 
 _EXPLAINED = 3
+_NO_FAULT: frozenset[Reason] = frozenset({"tie"})
+"""Of rows in which nothing is wrong: who judged them saw no difference, as often happens where people are asked."""
 _DEPTH = 32
 
 
@@ -50,12 +52,14 @@ def bad_rows(tally: Tally) -> Counter[Reason]:
 
 
 def require_enough_kept(pairs: Artifact, max_quarantined_fraction: float) -> None:
-    """Raises DataError where too large a share of the rows was quarantined, or where no pair is left."""
+    """Raises DataError where too large a share of the rows is unusable, or where no pair is left. Ties are usable rows
+    that say nothing, and count towards no share."""
     tally = Tally.of(pairs.manifest.counters)
     bad = bad_rows(tally)
-    if bad.total() <= max_quarantined_fraction * tally.read and tally.kept:
+    faulty = Counter({reason: count for reason, count in bad.items() if reason not in _NO_FAULT})
+    if faulty.total() <= max_quarantined_fraction * tally.read and tally.kept:
         return
-    ranked = bad.most_common()
+    ranked = (faulty if tally.kept else bad).most_common()
     examples = _examples(pairs, {reason for reason, _ in ranked[:_EXPLAINED]})
     said = [
         f"{reason} {count} ({MEANING[reason]}; the first: {examples[reason]})" for reason, count in ranked[:_EXPLAINED]
@@ -65,7 +69,7 @@ def require_enough_kept(pairs: Artifact, max_quarantined_fraction: float) -> Non
     if not tally.kept:
         raise DataError(f"None of the {tally.read} rows read makes a preference pair: {', '.join(said)}. {where}.")
     raise DataError(
-        f"{bad.total()} of {tally.read} rows ({bad.total() / tally.read:.1%}) make no preference pair, more than "
+        f"{faulty.total()} of {tally.read} rows ({faulty.total() / tally.read:.1%}) make no preference pair, more than "
         f"data.max_quarantined_fraction={max_quarantined_fraction:g} allows: {', '.join(said)}. {where}; mend the "
         "input, or raise the limit if they may be left out."
     )

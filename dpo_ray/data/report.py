@@ -114,11 +114,13 @@ def report(
     ingested: Tally | None,
     left_out: Tally | None,
     tokenized: Tally,
+    formats: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The report: what was not measured is absent.
 
     Args:
         ingested, left_out, tokenized: what these stages counted; without the first two the pairs were generated.
+        formats: how many files are written in which format.
 
     `pairs` is how many rows were tokenized and `splits` on which side; `sources`, of a mixture, how many of each source
     on which side, and `judged` how many have a weight, a margin or a preference of their own; `scripts` counts the rows
@@ -126,7 +128,7 @@ def report(
     pair. Of `chosen_longer` and `reference_prefers_chosen`, `value` is a share of the n pairs that are no ties, with
     its 95% interval.
     """
-    found: dict[str, Any] = {"pairs": tokenized.kept}
+    found: dict[str, Any] = {"pairs": tokenized.kept, **({"formats": dict(formats)} if formats else {})}
     if ingested is not None:
         found |= {"more_pairs": ingested.more_pairs} if ingested.more_pairs else {}
         found |= {"read": ingested.read, "quarantined": ingested.dropped_for(rules.REASONS)}
@@ -154,6 +156,8 @@ def report(
 def report_lines(found: dict[str, Any]) -> list[str]:
     """The report for the log."""
     lines = [f"{found['pairs']} pairs{_listed(found['splits'], ': {}')}"]
+    if found.get("formats"):
+        lines.append(f"files by format{_listed(found['formats'], ': {}')}")
     for name in ("sources", "judged", "quarantined", "left_out", "dropped", "noted"):
         if found.get(name):
             lines.append(f"{name.replace('_', ' ')}{_listed(found[name], ': {}')}")

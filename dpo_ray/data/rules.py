@@ -40,6 +40,8 @@ Reason = Literal[
     "bad_weight",
     "bad_margin",
     "bad_preference",
+    "bad_transcript",
+    "no_winner",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 MEANING: dict[Reason, str] = {
@@ -73,6 +75,8 @@ MEANING: dict[Reason, str] = {
     "bad_weight": "the weight is no finite number above 0; data.ignore=[weight] leaves the column aside",
     "bad_margin": "the margin is no finite number of 0 or more; data.ignore=[margin] leaves the column aside",
     "bad_preference": "the preference is no number from 0 to 1; data.ignore=[preference] leaves the column aside",
+    "bad_transcript": "the text does not begin with a turn of Human or Assistant",
+    "no_winner": "it is not told which of two answers is better",
 }
 """What is wrong with a row, in the words of an error message."""
 
@@ -88,6 +92,11 @@ class BadRow(Exception):
 def reject(reason: Reason) -> NoReturn:
     """Raise BadRow."""
     raise BadRow(reason)
+
+
+def known_reason(name: str) -> Reason:
+    """A reason by its name. Raises KeyError where it is none."""
+    return {str(reason): reason for reason in REASONS}[name]
 
 
 def check_text(text: Any) -> str:

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
 import pyarrow as pa
 
 from dpo_ray.config import Columns, Data, Pairing
-from dpo_ray.config.layouts import Layout, fields_of
 from dpo_ray.config.losses import Judged
 from dpo_ray.data.canonical import canonical_pairs
 from dpo_ray.data.quarantine import quarantine_table, quarantined
 from dpo_ray.data.raw.json_lines import Unreadable
 from dpo_ray.data.raw.parts import RawPart
 from dpo_ray.data.raw.read import read_rows
-from dpo_ray.data.rules import BadRow, check_length, reject
+from dpo_ray.data.rules import BadRow, check_length, known_reason, reject
+from dpo_ray.formats.format import Format, NoPair
+from dpo_ray.formats.joined import joined
+from dpo_ray.formats.registry import formats, renamed
 from dpo_ray.pairs import PAIRS, PreferencePair, Split, pair_row, split_of
 from dpo_ray.shards.output import ShardOutput
 
-VERSION = 1
-"""Of what becomes of a raw row, here and in dpo_ray.data; raised when that changes, and all shards are made again."""
+VERSION = 2
+"""Of what becomes of a raw row, here, in dpo_ray.formats and in dpo_ray.data; raised when that changes, and all shards
+are made again."""
 
 
 def identity(data: Data, seed: int) -> dict[str, Any]:
-    """The options that change the pairs, but for those that a shard's own content tells: its layout and its pairing."""
+    """The options that change the pairs, but for those that a shard's own content tells: its format and its pairing."""
     held_out_by_hash = data.eval is None
     return {
         "held_out_fraction": data.held_out_fraction if held_out_by_hash else None,
@@ -46,13 +49,18 @@ class RawShard:
     """Rows of a raw file, and what they are."""
 
     rows: RawPart
-    layout: Layout
+    format: str
+    """Its name."""
     split: Split | None
     """The side that they are all on; None: the hash of its prompt decides for each."""
+    before: RawPart | None = None
+    """The part before; only of a format that joins rows."""
+    after: tuple[RawPart, ...] = ()
+    """The parts after, with as many rows as may be joined, or to the end; likewise."""
     source: str | None = None
     """The source of a mixture that they are of."""
     limit: int | None = None
-    """Only the first so many."""
+    """Only the first so many; of a format that joins rows, of those that it makes of them."""
 
 
 class IngestShard:
@@ -73,18 +81,37 @@ class IngestShard:
     ):
         self.held_out_fraction = held_out_fraction
         self.seed = seed
-        self.columns = {field: column for field, column in columns.in_files().items() if field not in ignore}
+        self.names = columns.renamed()
+        self.ignore = frozenset(ignore)
         self.ties = ties
         self.pairing = pairing
         self.max_characters = max_characters
 
     def __call__(self, source: RawShard) -> ShardOutput:
-        fields = {f: self.columns[f] for f in fields_of(source.layout) if f in self.columns}
-        kept, bad, counters = [], [], Counter[str]()
-        for number, row in islice(read_rows(source.rows, set(fields.values())), source.limit):
+        return self.of_rows(self.rows(source), source)
+
+    def rows(self, source: RawShard) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
+        """The rows of a source with their numbers; joined, where the format joins rows, which then count as one."""
+        columns, joins = self.columns(source.format), formats()[source.format].joins
+        rows = read_rows(source.rows, columns)
+        if joins is None:
+            return rows
+        before = read_rows(source.before, columns) if source.before is not None else ()
+        after = itertools.chain.from_iterable(read_rows(part, columns) for part in source.after)
+        return joined(rows, self.names.get(joins, joins), before, after)
+
+    def columns(self, name: str) -> set[str]:
+        """The columns that are read of files of this format, as they are called there."""
+        return {self.names.get(column, column) for column in formats()[name].reads if column not in self.ignore}
+
+    def of_rows(self, rows: Iterable[tuple[int, dict[str, Any] | Unreadable]], source: RawShard) -> ShardOutput:
+        """The pairs of some rows of a source, with their numbers."""
+        format_ = formats()[source.format]
+        kept, bad, counters = [], [], Counter[str](read=0)
+        for number, row in itertools.islice(rows, source.limit):
             counters["read"] += 1
             try:
-                pairs = self._pairs(row, source.layout, fields)
+                pairs = self._pairs(row, format_)
             except BadRow as error:
                 counters[error.reason] += 1
                 raw = row.raw if isinstance(row, Unreadable) else row
@@ -97,10 +124,15 @@ class IngestShard:
                 kept.append(pair_row(pair, split, source.source))
         return ShardOutput(pa.Table.from_pylist(kept, schema=PAIRS), counters, quarantine_table(bad))
 
-    def _pairs(self, row: dict[str, Any] | Unreadable, layout: Layout, fields: dict[str, str]) -> list[PreferencePair]:
+    def _pairs(self, row: dict[str, Any] | Unreadable, format_: Format) -> list[PreferencePair]:
         if isinstance(row, Unreadable):
             reject(row.reason)
-        named = {field: row[column] for field, column in fields.items() if column in row}
+        wanted = set(format_.reads) - self.ignore
+        named = {name: value for name, value in renamed(row, self.names).items() if name in wanted}
         if self.max_characters is not None:
             check_length(named, self.max_characters)
-        return canonical_pairs(named, layout, self.pairing, self.ties)
+        try:
+            fields = format_.row(named)
+        except NoPair as error:
+            reject(known_reason(error.reason))
+        return canonical_pairs(fields, format_.layout, self.pairing, self.ties)

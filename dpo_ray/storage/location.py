@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from dpo_ray.errors import ConfigError, StorageError
+from dpo_ray.storage.hub import SCHEME, HubPath, fetched, hub_files, is_hub_place
 
 _CHUNK = 16 << 20
 _READS = 10
@@ -37,7 +38,8 @@ ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 @dataclass(frozen=True)
 class Location:
-    """A place below a local folder or an URI that pyarrow.fs knows (s3://…, gs://…).
+    """A place below a local folder or an URI that pyarrow.fs knows (s3://…, gs://…); or, to be read, a file of a data
+    set of the hub (hf://datasets/…).
 
     What an object store refuses raises StorageError, except for a missing file: FileNotFoundError, as locally.
     """
@@ -86,10 +88,20 @@ class Location:
     def is_local(self) -> bool:
         return "://" not in self.uri
 
+    @property
+    def is_of_commit(self) -> bool:
+        """Whether it is a file of the hub, which never changes."""
+        return self.uri.startswith(SCHEME)
+
     def filesystem(self) -> tuple[pafs.FileSystem, str]:
-        """The pyarrow filesystem, made once in a process, and the path inside it. Raises ConfigError."""
+        """The pyarrow filesystem, made once in a process, and the path inside it. Raises ConfigError.
+
+        A file of the hub is downloaded here; DataError is raised where that fails.
+        """
         if self.is_local:
             return pafs.LocalFileSystem(), self.uri
+        if self.is_of_commit:
+            return pafs.LocalFileSystem(), fetched(self.uri)
         root, inside = self.in_bucket()
         fs, base = _filesystem(root)
         return fs, f"{base}/{inside}" if inside else base
@@ -285,9 +297,13 @@ class Location:
 def find_files(pattern: str, suffix: str | tuple[str, ...]) -> list[Location]:
     """The files that a path names: a file itself, the files with such a suffix in a folder, or the matches of a glob.
 
-    In a folder, files and folders whose names begin with a dot or an underscore are no data (unfinished writes, caches,
-    _SUCCESS). Sorted by name, empty where nothing is found.
+    The path is local, in an object store, or on the hub (hf://datasets/…, or owner/name where there is no such folder
+    here), which is asked once in a process. In a folder, files and folders whose names begin with a dot or an
+    underscore are no data (unfinished writes, caches, _SUCCESS). Sorted by name, empty where nothing is found. Raises
+    DataError where the hub does not give a data set.
     """
+    if is_hub_place(pattern):
+        return _find_on_hub(HubPath.of(pattern), suffix)
     place = Location.of(pattern)
     wild = "*?[" if place.is_local else "*["
     if any(c in pattern for c in wild):
@@ -307,6 +323,19 @@ def find_files(pattern: str, suffix: str | tuple[str, ...]) -> list[Location]:
         inside = [(place.same_store(f.path), f.path[len(path) :].split("/")) for f in place.files()]
         return [f for f, parts in inside if f.uri.endswith(suffix) and not any(p.startswith((".", "_")) for p in parts)]
     return []
+
+
+def _find_on_hub(place: HubPath, suffix: str | tuple[str, ...]) -> list[Location]:
+    files = hub_files(place)
+    if place.path in files:
+        return [Location(files[place.path])]
+    if any(c in place.path for c in "*["):
+        pattern = place.path.split("/")
+        return [Location(files[name]) for name in sorted(files) if _matches(name.split("/"), pattern)]
+    folder = f"{place.path}/" if place.path else ""
+    inside = [name for name in sorted(files) if name.startswith(folder) and name.endswith(suffix)]
+    hidden = (".", "_")
+    return [Location(files[name]) for name in inside if not any(p.startswith(hidden) for p in name.split("/"))]
 
 
 def _matches(path: list[str], pattern: list[str]) -> bool:

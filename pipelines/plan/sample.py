@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from dpo_ray.config import Config
 from dpo_ray.data.chat import ChatTokenizer
 from dpo_ray.data.duplicates import PairsShard
 from dpo_ray.data.prompts import read_prompts
-from dpo_ray.data.raw.files import Stamp, format_of, open_lines
+from dpo_ray.data.raw.arrow import arrow_batches
+from dpo_ray.data.raw.files import Stamp, format_of, in_lines, open_lines
 from dpo_ray.data.raw.json_lines import is_blank, raw_lines
 from dpo_ray.data.raw.parquet import open_parquet
 from dpo_ray.data.raw.parts import Part, RawPart
@@ -24,11 +27,11 @@ from dpo_ray.data.raw.scan import peek
 from dpo_ray.errors import DataError
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import LENGTHS
-from dpo_ray.shards.ingest import IngestShard, RawShard
+from dpo_ray.shards.ingest import RawShard
 from dpo_ray.shards.tokenize import TokenizeShard
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
-from pipelines.ingest import Side, layout_of, sides
+from pipelines.ingest import Side, ingest_shard, sides, written_as
 from pipelines.plan.counts import Counts
 from pipelines.plan.counts import Side as Counted
 
@@ -69,8 +72,8 @@ def sample(config: Config, rows: int) -> Counts:
             for number, file in enumerate(drawn_files):
                 # So each row of the sample stands for as many of the source.
                 share = max(1, round(rows * of_all[key] * sizes[file] / max(1, sum(sizes.values()))))
-                layout = layout_of(peek(file), str(file), config)
-                if layout is None:
+                format_ = written_as(peek(file), str(file), config.data)
+                if format_ is None:
                     continue
                 folder = Path(scratch) / f"{key}-{number}"
                 drawn = _draw(file, share, dice, folder)
@@ -80,7 +83,7 @@ def sample(config: Config, rows: int) -> Counts:
                 of_side += drawn.of * len(files) / len(drawn_files)
                 seen += drawn.rows
                 for n, source in enumerate(drawn.sources):
-                    pairs = _ingest(config)(RawShard(source, layout, split, source_name)).table
+                    pairs = ingest_shard(config)(RawShard(source, format_.name, split, source=source_name)).table
                     place = Location.of(folder / f"pairs-{n}.parquet")
                     write_shard(place, pairs, {})
                     table = tokenize(PairsShard(place.uri)).table
@@ -147,30 +150,19 @@ def of_prompts(config: Config, rows: int) -> Counts:
     return Counts(float(total), counted["train"], counted["eval"], False, how)
 
 
-def _ingest(config: Config) -> IngestShard:
-    data = config.data
-    return IngestShard(
-        data.held_out_fraction,
-        config.run.seed,
-        columns=data.columns,
-        pairing=data.pairing,
-        max_characters=data.max_characters,
-        ignore=data.ignore,
-        ties=data.ties,
-    )
-
-
 def _draw(file: Location, count: int, dice: random.Random, folder: Path) -> _Drawn:
     """About `count` rows of a file."""
     folder.mkdir(parents=True)
     form = format_of(file.uri)
-    if form.is_parquet:
+    if form.kind == "parquet":
         with open_parquet(file) as parquet:
             total = parquet.metadata.num_rows
         parts = _places(total, count, dice)
         return _Drawn([RawPart(file.uri, Part(first, rows)) for first, rows in parts], sum(r for _, r in parts), total)
+    if form.kind == "arrow":
+        return _of_arrow(file, count, dice, folder / "rows.parquet")
     target = folder / "lines.jsonl"
-    if form.codec is not None:
+    if form.codec is not None or in_lines(file) != "lines":
         lines, total = _reservoir(file, count, dice)
     else:
         lines, total = _at_places(file, count, dice)
@@ -187,12 +179,30 @@ def _places(total: int, count: int, dice: random.Random) -> list[tuple[int, int]
     return [(start * size, size) for start in starts]
 
 
+def _of_arrow(file: Location, count: int, dice: random.Random, target: Path) -> _Drawn:
+    """Pieces of an Arrow file, which is read to its end, as a file of their own."""
+    total = sum(batch.num_rows for _, batch in arrow_batches(file))
+    places = _places(total, count, dice)
+    drawn = [
+        batch.slice(max(0, first - start), min(first + rows, start + batch.num_rows) - max(first, start))
+        for start, batch in arrow_batches(file)
+        for first, rows in places
+        if first < start + batch.num_rows and first + rows > start
+    ]
+    if not drawn:
+        return _Drawn([], 0, total)
+    table = pa.Table.from_batches(drawn)
+    pq.write_table(table, target)
+    return _Drawn([RawPart(str(target))], table.num_rows, total)
+
+
 def _reservoir(file: Location, count: int, dice: random.Random) -> tuple[list[bytes], float]:
-    """Lines of a compressed file, which is read to its end, each as likely as any other; and how many it has."""
+    """Rows of a file that is read to its end, each as likely as any other; and how many it has."""
     kept: list[bytes] = []
     total = 0
-    with open_lines(file) as stream:
-        for line in _rows(raw_lines(stream)):
+    with open_lines(file) as lines:
+        for row in _rows(lines):
+            line = row.replace(b"\n", b" ")  # between the parts of an array's element
             total += 1
             if len(kept) < count:
                 kept.append(line)

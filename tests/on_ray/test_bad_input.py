@@ -111,9 +111,9 @@ def test_a_file_of_no_known_kind(attempt, tmp_path):
     readable(attempt(data__train=str(tmp_path / "data" / "*")), 3, "notes.txt", ".parquet, .jsonl", "Rename")
 
 
-def test_a_json_array(attempt, tmp_path):
-    (tmp_path / "data" / "a.json").write_text('[{"prompt": "a", "chosen": "b", "rejected": "c"}]')
-    readable(attempt(data__train=str(tmp_path / "data" / "a.json")), 3, "a.json", "JSON lines", "jq -c")
+def test_a_json_array_that_is_called_lines(attempt, tmp_path):
+    (tmp_path / "data" / "a.jsonl").write_text('[{"prompt": "a", "chosen": "b", "rejected": "c"}]')
+    readable(attempt(data__train=str(tmp_path / "data" / "a.jsonl")), 3, "a.jsonl", "JSON lines", "call it .json")
 
 
 def test_one_of_several_paths_is_missing(attempt, tmp_path):

@@ -46,8 +46,8 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_there_are_three():
-    assert EXAMPLES == ["Add a loss", "Add a reward", "Add a stage"]
+def test_there_are_four():
+    assert EXAMPLES == ["Add a loss", "Add a reward", "Add a format", "Add a stage"]
 
 
 @pytest.mark.parametrize("heading", EXAMPLES)

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dpo_ray.data.seen_rows import SEEN_ROWS, write_seen_rows
+from dpo_ray.formats.registry import formats
 from dpo_ray.storage.lineage import PolicyLineage, ShardLineage, SourceFile, StartModel, ids_file, write_policy
 from dpo_ray.storage.location import Location
 from dpo_ray.storage.published import CARD, move
@@ -50,6 +51,21 @@ def test_dpo_ray_commands_are_accepted(command, monkeypatch):
         words.append("--dry-run")
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dpo-ray data ")])
+def test_data_are_shown_as_it_says(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)[1:]
+    Path(words[1]).write_text('{"prompt": "Why?", "chosen": "So.", "rejected": "No."}\n')
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0 and "format    paired" in result.output, result.output
+
+
+def test_every_format_is_in_the_table():
+    table = README.partition("| format | columns |")[2].partition("\n\n")[0]
+    told = re.findall(r"^\| `(\w+)` \|", table, re.M)
+    assert {*told, "pku_saferlhf_safer"} == set(formats())
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dpo-ray gc ")])

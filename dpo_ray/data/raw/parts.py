@@ -29,13 +29,14 @@ class Part(NamedTuple):
     """Rows that make up one unit of work."""
 
     first: int
-    """Number of the first row: 0-based rows of Parquet, 1-based lines of JSON lines (blank ones count here)."""
+    """Number of the first row: 0-based rows of Parquet and Arrow; 1-based lines of text (blank ones count here), rows
+    of CSV behind its header, elements of arrays."""
     rows: int
     """How many there are; blank lines are none."""
     offset: int = 0
-    """Where the part begins in plain JSON lines, in bytes."""
+    """Where the part begins in plain JSON lines or in a plain array, in bytes."""
     length: int = 0
-    """Bytes of the part in plain JSON lines."""
+    """Bytes of the part in plain JSON lines or in a plain array."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Limit(NamedTuple):
 
 
 def cut_lines(lines: Iterable[tuple[bytes, int]], limit: Limit) -> Iterator[Part]:
-    """The parts of json_lines.raw_lines, in order; no part is of blank lines alone."""
+    """The parts of json_lines.raw_lines, or of their like, in order; no part is of blank lines alone."""
     first, count, offset, length = 1, 0, 0, 0
     for number, (line, size) in enumerate(lines, start=1):
         if count == limit.rows or (count and length >= limit.num_bytes):

@@ -1,8 +1,8 @@
 """A first look at raw files, and their scan, which cuts them into parts.
 
-A look reads a footer or the first lines. A scan reads all of a file once: it hashes the content and finds the parts.
-Some files cannot be read from the middle: compressed lines, and Parquet with row groups much larger than a part. The
-scan copies them, a file for each part. The memory of both does not grow with the file.
+A look reads a footer and the first rows. A scan reads all of a file: it hashes the content and finds the parts. Some
+files cannot be read from the middle: compressed text, CSV, Arrow, and Parquet with row groups much larger than a part.
+The scan copies them, a file for each part. The memory of both does not grow with the file.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import pyarrow.parquet as pq
 import pyarrow.types as pt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dpo_ray.data.raw.files import Format, Stamp, format_of, open_lines, reading
+from dpo_ray.data.raw.arrow import arrow_batches, open_arrow
+from dpo_ray.data.raw.files import Format, Stamp, format_of, in_lines, open_lines, open_text, reading
+from dpo_ray.data.raw.json_array import array_lines
 from dpo_ray.data.raw.json_lines import Unreadable, is_blank, parse_line, raw_lines
-from dpo_ray.data.raw.parquet import ROWS_AT_ONCE, open_parquet
+from dpo_ray.data.raw.parquet import ROWS_AT_ONCE, open_parquet, parquet_rows
 from dpo_ray.data.raw.parts import (
     Limit,
     Part,
@@ -35,12 +37,14 @@ from dpo_ray.data.raw.parts import (
     row_tables,
 )
 from dpo_ray.errors import DataError
+from dpo_ray.formats.format import cut
 from dpo_ray.storage.artifact import digest, file_hash
 from dpo_ray.storage.location import Location
 
-VERSION = 2
+VERSION = 3
 """Of what a scan writes; raised when that changes, and all files are scanned again."""
 _SAMPLE_LINES = 64  # lines that a first look reads to learn the columns
+_SAMPLE_ROWS = 16  # rows that a first look keeps
 # Parquet is copied where a row group holds more rows than this many parts: every part reads whole row groups.
 _OVERREAD = 4
 # Parquet is copied where its parts would read more footers than this, in bytes, and more than _OVERREAD times the file.
@@ -62,6 +66,8 @@ class Peek:
     unusable: dict[str, str]
     """Column whose type holds neither text nor messages → the type. JSON lines have no types."""
     has_rows: bool
+    sample: tuple[dict[str, Any], ...] = ()
+    """The first rows that can be read, with long values cut: of tables without columns that hold bytes or times."""
 
 
 class FileRecord(BaseModel):
@@ -76,6 +82,7 @@ class FileRecord(BaseModel):
     """Of the file's bytes."""
     columns: tuple[str, ...]
     unusable: dict[str, str]
+    sample: tuple[dict[str, Any], ...]
     parts: tuple[Part, ...]
     copied_to: str | None
     """Name of the folder beside the records that holds a file for each part; None where the file itself is read."""
@@ -100,35 +107,50 @@ def record_name(stamp: Stamp, rows_per_shard: RowsPerShard) -> str:
 
 
 def peek(location: Location) -> Peek:
-    """A footer or the first lines. Raises DataError where the file cannot hold a row."""
+    """A footer and the first rows. Raises DataError where the file cannot hold a row."""
     form = format_of(location.uri)
-    if form.is_parquet:
-        with open_parquet(location) as parquet:
-            return _peek_at_schema(parquet.schema_arrow, parquet.metadata.num_rows)
-    what = "is not a readable file of JSON lines" + (f" compressed with {form.codec}" if form.codec else "")
+    if form.kind == "parquet":
+        with open_parquet(location, buffer_size=1 << 20, pre_buffer=False) as parquet:
+            schema, columns = parquet.schema_arrow, _sampled(parquet.schema_arrow)
+            batches = parquet.iter_batches(_SAMPLE_ROWS, columns=columns, use_threads=False)
+            return _peek_at_table(location, schema, batches if parquet.metadata.num_rows else iter(()))
+    if form.kind == "arrow":
+        with open_arrow(location) as (schema, batches):
+            return _peek_at_table(location, schema, (b.select(_sampled(schema)) for b in batches if b.num_rows))
+    what = f"is not a readable file of {_CALLED[form.kind]}" + (f" compressed with {form.codec}" if form.codec else "")
     if form.codec is not None and Stamp.of(location).size == 0:
         raise DataError(
             f"{location} is empty, which a compressed file never is. Write it again, or take it out of data.train and "
             "data.eval; it is not passed over silently."
         )
-    read, objects, is_array, columns = 0, 0, False, dict[str, None]()
-    with reading(location, what), open_lines(location) as stream:
-        lines = (line for line, _ in raw_lines(stream) if not is_blank(line))
+    read, first, names, sample = 0, b"", dict[str, None](), list[dict[str, Any]]()
+    with reading(location, what), open_lines(location) as numbered:
+        lines = (line for line, _ in numbered if not is_blank(line))
         for line in itertools.islice(lines, _SAMPLE_LINES):
-            # Only its last element may look like a line.
-            is_array |= read == 0 and line.strip() == b"["
+            first = line if read == 0 else first
             row = parse_line(line)
             read += 1
             if not isinstance(row, Unreadable):
-                objects += 1
-                columns |= dict.fromkeys(row)
-    if is_array or (read and not objects):
-        why = "it is a JSON array" if is_array else f"none of its first {read} lines is a JSON object"
-        raise DataError(
-            f"{location} is not a file of JSON lines: {why}. Each line holds one row; write a JSON array as such lines "
-            "(jq -c '.[]'), and text in another encoding as UTF-8."
+                sample.append(row)
+                names |= dict.fromkeys(row)
+    is_array = form.kind == "lines" and first.strip().startswith(b"[")
+    # Of an array over several lines, only its last element may look like a line.
+    if read and (not sample or (is_array and first.strip() == b"[")):
+        why = (
+            "it is a JSON array: call it .json, or write it as such lines (jq -c '.[]')"
+            if is_array
+            else f"none of its first {read} rows is a JSON object; each holds one row, and text is in UTF-8"
         )
-    return Peek(tuple(columns), {}, read > 0)
+        raise DataError(f"{location} is not a file of {_CALLED[form.kind]}: {why}.")
+    return Peek(tuple(names), {}, read > 0, tuple(cut(row) for row in sample[:_SAMPLE_ROWS]))
+
+
+_CALLED = {
+    "lines": "JSON lines",
+    "json": "JSON lines, nor a JSON array",
+    "csv": "comma-separated values",
+    "tsv": "tab-separated values",
+}
 
 
 def map_files(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -173,8 +195,10 @@ def scan(stamp: Stamp, rows_per_shard: RowsPerShard, folder: Location) -> FileRe
     location = Location(stamp.uri)
     found = peek(location)
     form = format_of(location.uri)
-    if form.is_parquet:
+    if form.kind == "parquet":
         sha256, parts, copied_to = _scan_parquet(stamp, rows_per_shard, folder)
+    elif form.kind == "arrow":
+        sha256, parts, copied_to = _scan_arrow(stamp, rows_per_shard, folder)
     else:
         sha256, parts, copied_to = _scan_lines(stamp, form, rows_per_shard, folder)
     _require_unchanged(stamp)
@@ -185,6 +209,7 @@ def scan(stamp: Stamp, rows_per_shard: RowsPerShard, folder: Location) -> FileRe
         sha256=sha256,
         columns=found.columns,
         unusable=found.unusable,
+        sample=found.sample,
         parts=tuple(parts),
         copied_to=copied_to,
     )
@@ -231,6 +256,20 @@ def _scan_parquet(stamp: Stamp, rows_per_shard: RowsPerShard, folder: Location) 
         return sha256, *_copied(_blaming_file(tables, stamp, "rows"), sha256, rows_per_shard, folder)
 
 
+def _scan_arrow(stamp: Stamp, rows_per_shard: RowsPerShard, folder: Location) -> tuple[str, list[Part], str | None]:
+    location = Location(stamp.uri)
+    with reading(location, "cannot be read"):
+        sha256 = file_hash(location)
+    rows = text = 0
+    for _, batch in arrow_batches(location):
+        rows, text = rows + batch.num_rows, text + batch.nbytes
+    if not rows:
+        return sha256, [], None
+    most = Limit.of(rows_per_shard, text).rows_of(rows, text)
+    tables = row_tables((batch for _, batch in arrow_batches(location)), most)
+    return sha256, *_copied(_blaming_file(tables, stamp, "rows"), sha256, rows_per_shard, folder)
+
+
 def _decoded(parquet: pq.ParquetFile, rows: int) -> int:
     """Bytes of all rows in memory, by the first ones: what they all have, as a system prompt, is in a file but once."""
     first = next(parquet.iter_batches(ROWS_AT_ONCE, use_threads=False), None)
@@ -243,14 +282,16 @@ def _scan_lines(
     location = Location(stamp.uri)
     limit = Limit.of(rows_per_shard, stamp.size if form.codec is None else _EXPANDS * stamp.size)
     with reading(location, "cannot be read"):
-        if form.codec is None:
-            with open_lines(location) as stream:
+        kind = in_lines(location)
+        if form.codec is None and kind in {"lines", "json"}:
+            with open_text(location) as stream:
                 hashed = _Hashed(stream)
-                parts = list(cut_lines(raw_lines(hashed), limit))
+                lines = array_lines(hashed) if kind == "json" else raw_lines(hashed)
+                parts = list(cut_lines(lines, limit))
             return hashed.sha256.hexdigest(), parts, None
         sha256 = file_hash(location)
-    with open_lines(location) as stream:
-        tables = line_tables(raw_lines(stream), limit)
+    with open_lines(location) as lines:
+        tables = line_tables(lines, limit)
         return sha256, *_copied(_blaming_file(tables, stamp, "lines"), sha256, rows_per_shard, folder)
 
 
@@ -288,11 +329,36 @@ class _Hashed:
         return data
 
 
-def _peek_at_schema(schema: pa.Schema, rows: int) -> Peek:
+def _peek_at_table(location: Location, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Peek:
+    rows: list[dict[str, Any] | Unreadable] = []
+    with reading(location, "is damaged: its first rows cannot be read"):
+        for batch in batches:
+            rows += [row for _, row in parquet_rows(location, batch.slice(0, _SAMPLE_ROWS - len(rows)), len(rows))]
+            if len(rows) == _SAMPLE_ROWS:
+                break
     unusable = {
         f.name: str(f.type)[:_MAX_TYPE] for f in schema if not _holds_text(f.type) and not _holds_messages(f.type)
     }
-    return Peek(tuple(schema.names), unusable, rows > 0)
+    sample = tuple(cut(row) for row in rows if not isinstance(row, Unreadable))
+    return Peek(tuple(schema.names), unusable, bool(rows), sample)
+
+
+def _sampled(schema: pa.Schema) -> list[str]:
+    """The columns that can say anything of what rows are."""
+    return [field.name for field in schema if _is_plain(field.type)]
+
+
+def _is_plain(type_: pa.DataType) -> bool:
+    """Whether Python has values of this type that JSON has too."""
+    if isinstance(type_, pa.BaseExtensionType):
+        return _is_plain(type_.storage_type)
+    if pt.is_dictionary(type_):
+        return _is_plain(type_.value_type)
+    if pt.is_struct(type_):
+        return all(_is_plain(type_.field(i).type) for i in range(type_.num_fields))
+    if pt.is_list(type_) or pt.is_large_list(type_) or pt.is_fixed_size_list(type_) or pt.is_list_view(type_):
+        return _is_plain(type_.value_type)
+    return bool(_holds_text(type_) or pt.is_boolean(type_) or pt.is_integer(type_) or pt.is_floating(type_))
 
 
 def _holds_text(type_: pa.DataType) -> bool:

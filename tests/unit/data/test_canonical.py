@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dpo_ray.config import Pairing
-from dpo_ray.config.layouts import layout_of
 from dpo_ray.data.canonical import canonical_pairs, canonical_prompt
 from dpo_ray.data.rules import REASONS, BadRow, Reason
+from dpo_ray.formats.layout import Layout, required_of
 from dpo_ray.pairs import PreferencePair
 
 
@@ -33,9 +33,15 @@ def without(name: str) -> dict[str, Any]:
     return {k: v for k, v in row().items() if k != name}
 
 
+def layout_of(raw: dict[str, Any]) -> Layout:
+    """The first layout whose fields a row has."""
+    fitting: list[Layout] = [layout for layout in get_args(Layout) if set(required_of(layout)) <= set(raw)]
+    return fitting[0] if fitting else "paired"
+
+
 def canonical_pair(raw: dict[str, Any]) -> PreferencePair:
     """The one pair of a row, whose layout is seen by its fields."""
-    [pair] = canonical_pairs(raw, layout_of(raw) or "paired", Pairing())
+    [pair] = canonical_pairs(raw, layout_of(raw), Pairing())
     return pair
 
 
@@ -275,7 +281,7 @@ _ROW = st.dictionaries(_TEXT, _JSON, max_size=2).flatmap(
 @example(single(label=False))
 @example(ranked(tools=TOOLS))
 def test_any_row_makes_good_pairs_or_is_a_bad_row_and_nothing_else(raw: dict[str, Any]):
-    layout = layout_of(raw) or "paired"
+    layout = layout_of(raw)
     try:
         pairs = canonical_pairs(raw, layout, Pairing(pairs_per_prompt=2))
     except BadRow as error:

@@ -9,12 +9,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_ray.config import Columns, Data
-from dpo_ray.config.layouts import recognise
+from dpo_ray.config import Data
 from dpo_ray.data.raw.parts import RawPart
 from dpo_ray.data.raw.read import read_rows
 from dpo_ray.data.rules import REASONS
 from dpo_ray.errors import DataError
+from dpo_ray.formats.registry import recognise
 from dpo_ray.shards.ingest import IngestShard, RawShard
 from dpo_ray.shards.output import ShardOutput
 
@@ -117,7 +117,7 @@ def test_a_file_that_cannot_be_read_is_an_error_that_names_it(dirty: Path, file:
 def test_a_file_without_a_column_is_an_error_that_names_file_and_column(dirty: Path):
     columns = pq.read_schema(dirty / "missing_column.parquet").names
     with pytest.raises(DataError, match=r"missing_column\.parquet has no column rejected"):
-        recognise(columns, "missing_column.parquet", option="auto", names=Columns().in_files())
+        recognise(columns, [], "missing_column.parquet", option="auto", names={})
 
 
 def test_numbers_are_never_taken_for_text(dirty: Path):

@@ -14,6 +14,7 @@ from dpo_ray.config import Pairing
 from dpo_ray.data.canonical import canonical_pairs
 from dpo_ray.data.judgement import judged
 from dpo_ray.data.rules import MEANING, BadRow
+from dpo_ray.formats.registry import formats
 from dpo_ray.pairs import PreferencePair, pair_row
 
 ROW = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
@@ -109,3 +110,26 @@ def test_a_pair_that_is_a_tie_already_keeps_it():
     assert judged(tie, {}, "keep").preference == 0.5
     with pytest.raises(BadRow):
         judged(tie, {}, "drop")
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("arena", {"prompt": "Why?", "response_a": "Because.", "response_b": "No idea.", "winner": "tie"}),
+        (
+            "helpsteer_preference",
+            {"prompt": "Why?", "response_1": "Because.", "response_2": "No idea.", "preference_strength": 0},
+        ),
+    ],
+)
+def test_ties_of_a_format_are_ties(name: str, row: dict[str, Any]):
+    fields = formats()[name].row(row)
+    with pytest.raises(BadRow, match="tie"):
+        canonical_pairs(fields, "paired", Pairing())
+    [kept] = canonical_pairs(fields, "paired", Pairing(), "keep")
+    assert kept.preference == 0.5 and len({kept.chosen, kept.rejected}) == 2
+
+
+def test_numbers_in_cells_of_csv_are_numbers():
+    read = formats()["paired"].row({**ROW, "weight": "2.5", "margin": "0.5", "preference": None})
+    assert (read["weight"], read["margin"], read["preference"]) == (2.5, 0.5, None)

@@ -76,15 +76,28 @@ def ingested(tmp_path: Path):
 
 
 def test_bad_rows_up_to_the_limit_are_let_through(ingested):
-    require_enough_kept(ingested(95, [("f", i, "tie") for i in range(5)]), 0.05)
+    require_enough_kept(ingested(95, [("f", i, "null_field") for i in range(5)]), 0.05)
     require_enough_kept(ingested(1), 0.0)
+
+
+def test_ties_are_no_bad_rows_for_the_limit(ingested):
+    require_enough_kept(ingested(1, [("f", i, "tie") for i in range(9)]), 0.0)
+    with pytest.raises(
+        DataError, match=r"1 of 11 rows \(9\.1%\) make no preference pair.*null_field 1 \(.* row 9 of f\)\."
+    ):
+        require_enough_kept(ingested(1, [("f", i, "tie") for i in range(9)], [("f", 9, "null_field")]), 0.05)
 
 
 def test_too_many_bad_rows_are_an_error_with_the_reasons_that_dominate_and_an_example_of_each(ingested):
     pairs = ingested(
         6,
-        [("a", 1, "tie"), ("a", 4, "null_field"), ("a", 7, "null_field")],
-        [("b", 0, "bad_label"), ("b", 2, "bad_tools"), *[("b", i, "null_field") for i in (3, 5)], ("b", 9, "tie")],
+        [("a", 1, "not_an_object"), ("a", 4, "null_field"), ("a", 7, "null_field")],
+        [
+            ("b", 0, "bad_label"),
+            ("b", 2, "bad_tools"),
+            *[("b", i, "null_field") for i in (3, 5)],
+            ("b", 9, "not_an_object"),
+        ],
         [("c", 8, "bad_label"), ("c", 9, "bad_label")],
     )
     with pytest.raises(DataError) as caught:
@@ -92,7 +105,7 @@ def test_too_many_bad_rows_are_an_error_with_the_reasons_that_dominate_and_an_ex
     said = str(caught.value)
     assert "10 of 16 rows (62.5%)" in said and "data.max_quarantined_fraction=0.5" in said
     assert "null_field 4 (a field, a role or a content is null; the first: row 4 of a), bad_label 3 (" in said
-    assert "the first: row 0 of b), tie 2 (" in said and "the first: row 1 of a), bad_tools 1." in said
+    assert "the first: row 0 of b), not_an_object 2 (" in said and "the first: row 1 of a), bad_tools 1." in said
     assert f"{pairs.location}/quarantine/0.parquet and 2 more" in said and "\n" not in said
 
 

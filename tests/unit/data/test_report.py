@@ -220,6 +220,14 @@ def test_a_report_by_hand():
     assert "reference_prefers_chosen" not in found
 
 
+def test_the_formats_of_the_files_are_told():
+    tally = Tally.of({"read": 1, "kept": 1})
+    found = report(merge([]), ingested=None, left_out=None, tokenized=tally, formats={"hh_rlhf": 2, "paired": 1})
+    assert found["formats"] == {"hh_rlhf": 2, "paired": 1}
+    assert "files by format: hh_rlhf 2, paired 1" in report_lines(found)
+    assert "formats" not in reported()
+
+
 def test_what_the_reference_prefers_is_a_share_with_its_interval():
     rows = scored(*[([-1.0], [-2.0])] * 3, ([-2.0], [-1.0]), ([-1.0], [-1.0]))
     found = reported(to_table(measure_reference(rows)))["reference_prefers_chosen"]

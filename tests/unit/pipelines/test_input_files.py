@@ -30,6 +30,24 @@ def test_a_folder_is_its_files_of_every_format_but_not_the_output(folder: Path):
     assert names(folder, "**/*.parquet") == ["a.parquet"]
 
 
+def test_what_may_describe_data_is_taken_where_nothing_else_is(folder: Path):
+    for name in (
+        "x/a.csv",
+        "x/b.json",
+        "x/dataset_info.json",
+        "y/train/data-0.arrow",
+        "y/train/cache-1.arrow",
+        "y/state.json",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    (folder / "a.csv").write_bytes(b"")
+    assert names(folder, "") == ["a.parquet", "b.jsonl.gz", "c.ndjson"]
+    assert names(folder, "x") == ["x/a.csv", "x/b.json"]
+    assert names(folder, "y") == ["y/train/data-0.arrow"]
+    assert names(folder, "a.csv") == ["a.csv"] and names(folder, "x/*.json") == ["x/b.json"]
+
+
 def test_a_path_that_leads_into_the_output_is_meant(folder: Path):
     assert names(folder, "out/artifacts/pairs") == ["out/artifacts/pairs/x/y.parquet"]
     assert names(folder, "out/artifacts/*/*/*.parquet") == ["out/artifacts/pairs/x/y.parquet"]

@@ -36,6 +36,7 @@ from pipelines.plan.stages import Plan, Stage, as_dict, make_plan
 from pipelines.tokenize import tokenize
 from tests.command_line import CONFIGS, in_process, overrides
 from tests.shard_stages import without_ray
+from tests.unit.data.raw.test_kinds import write as write_rows
 
 ROWS = 240
 GIB = 2**30
@@ -133,6 +134,18 @@ def test_lines_are_sampled_too_and_all_of_a_short_file(tree: dict[str, Any], tmp
     whole = plan(tree, rows=6000)
     assert whole.counts.read == 5000
     assert whole.counts.train.pairs + whole.counts.held_out.pairs == 5000
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".arrow"])
+def test_other_kinds_of_files_are_sampled_too(tree: dict[str, Any], tmp_path: Path, suffix: str):
+    rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No."} for n in range(500)]
+    file = write_rows(tmp_path / f"f{suffix}", rows)
+    tree["data"] = {"train": str(file)}
+    made = plan(tree, rows=100)
+    assert made.counts.read == pytest.approx(500)
+    assert made.counts.train.pairs + made.counts.held_out.pairs == pytest.approx(500)
+    assert f"estimated from {96 if suffix == '.arrow' else 100} rows" in made.counts.how  # eight pieces of twelve
+    assert plan(tree, rows=600).counts.read == 500
 
 
 def test_what_is_tokenized_is_counted_to_the_token_and_taken_over(tree: dict[str, Any], tmp_path: Path):

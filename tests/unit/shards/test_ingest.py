@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_ray.config import Columns, Pairing
-from dpo_ray.config.layouts import Layout
 from dpo_ray.data.raw.json_lines import Unreadable
 from dpo_ray.data.raw.parts import Part, RawPart
 from dpo_ray.data.rules import REASONS
+from dpo_ray.formats.layout import Layout
 from dpo_ray.pairs import CARRIED, PAIRS, QUARANTINE, PreferencePair, Split, split_of
 from dpo_ray.shards.ingest import IngestShard, RawShard
 

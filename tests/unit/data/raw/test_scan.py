@@ -221,11 +221,17 @@ def test_a_file_without_lines_is_no_error(tmp_path: Path, data: bytes):
 
 
 @pytest.mark.parametrize(
-    "data", [b'[\n{"a": 1},\n{"a": 2}\n]', b'[{"a": 1}]', '{"a": 1}\n'.encode("utf-16"), b"a,b\n1,2"]
+    ("data", "why"),
+    [
+        (b'[\n{"a": 1},\n{"a": 2}\n]', "it is a JSON array: call it .json.*jq -c"),
+        (b'[{"a": 1}]', "it is a JSON array: call it .json.*jq -c"),
+        ('{"a": 1}\n'.encode("utf-16"), "none of its first 2 rows is a JSON object.*UTF-8"),
+        (b"a,b\n1,2", "none of its first 2 rows is a JSON object"),
+    ],
 )
-def test_a_file_that_begins_without_any_object_is_no_file_of_lines(tmp_path: Path, data: bytes):
-    path = write_lines(tmp_path / "f.json", data)
-    with pytest.raises(DataError, match=r"f\.json is not a file of JSON lines.*jq -c"):
+def test_a_file_that_begins_without_any_object_is_no_file_of_lines(tmp_path: Path, data: bytes, why: str):
+    path = write_lines(tmp_path / "f.jsonl", data)
+    with pytest.raises(DataError, match=rf"f\.jsonl is not a file of JSON lines: {why}"):
         peek(Location.of(path))
 
 

@@ -1,0 +1,41 @@
+"""chosen and rejected are texts that begin alike; what they share is the prompt (TRL's implicit plain text)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpo_ray.formats.format import Format, Row, is_text, is_transcript, no_pair, text
+
+
+def _shared(chosen: str, rejected: str) -> int:
+    """How many characters are the prompt: as TRL cuts it, a space before the first difference is the answers'."""
+    ends = (n for n, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other)
+    first = next(ends, min(len(chosen), len(rejected)))
+    return first - 1 if first and chosen[first - 1] == " " else first
+
+
+def _fits(row: Row) -> bool:
+    chosen, rejected = row["chosen"], row["rejected"]
+    if not is_text(chosen, rejected) or is_transcript(chosen) or is_transcript(rejected):
+        return False
+    # Answers to a question that stands in another column may begin with the same word.
+    return len(chosen[: _shared(chosen, rejected)].split()) > 1
+
+
+def _fields(row: Row) -> dict[str, Any]:
+    chosen, rejected = text(row, "chosen"), text(row, "rejected")
+    shared = _shared(chosen, rejected)
+    if not chosen[:shared].strip():
+        no_pair("missing_field")
+    return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+FORMAT = Format(
+    name="implicit_text",
+    about="chosen and rejected as texts that begin with the same prompt",
+    layout="paired",
+    columns=(("chosen", "rejected"),),
+    absent=("prompt", "instruction", "question", "input"),
+    fits=_fits,
+    fields=_fields,
+)

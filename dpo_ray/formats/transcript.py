@@ -1,0 +1,27 @@
+"""Transcripts of HH-RLHF: `\\n\\nHuman: …\\n\\nAssistant: …`, in one text."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from dpo_ray.formats.format import no_pair
+
+_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def turns(transcript: str) -> list[dict[str, Any]]:
+    """The turns of a transcript as messages. Raises NoPair where it does not begin with one."""
+    before, *found = _TURN.split(transcript)
+    if before.strip() or not found:
+        no_pair("bad_transcript")
+    return [{"role": _ROLES[who], "content": said} for who, said in zip(found[::2], found[1::2], strict=True)]
+
+
+def question(transcript: str) -> list[dict[str, Any]]:
+    """The turns of a transcript that ends where the assistant is to speak, or right before. Raises NoPair."""
+    found = turns(transcript)
+    if found[-1]["role"] == "assistant" and not found[-1]["content"].strip():
+        found.pop()
+    return found

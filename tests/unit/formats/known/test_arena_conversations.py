@@ -1,0 +1,45 @@
+"""Chatbot Arena's and MT-Bench's conversations: two dialogues, a winner or a tie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from tests.unit.formats.card import MESSAGES, TEXT, Card, check, said
+
+_TYPES = {
+    "question_id": TEXT,
+    "model_a": TEXT,
+    "model_b": TEXT,
+    "winner": TEXT,
+    "judge": TEXT,
+    "conversation_a": MESSAGES,
+    "conversation_b": MESSAGES,
+    "turn": pa.int64(),
+    "anony": pa.bool_(),
+    "language": TEXT,
+    "tstamp": pa.float64(),
+    "openai_moderation": pa.struct([("flagged", pa.bool_()), ("category_scores", pa.struct([("hate", pa.float64())]))]),
+}
+_ROW = {
+    **dict.fromkeys(_TYPES),
+    "conversation_a": said("Why?", "So."),
+    "conversation_b": said("Why?", "No."),
+    "openai_moderation": {"flagged": False, "category_scores": {"hate": 0.1}},
+}
+CARDS = [
+    Card(
+        source="lmsys/chatbot_arena_conversations",
+        types=_TYPES,
+        rows=[{**_ROW, "winner": winner} for winner in ("model_a", "model_b", "tie", "tie (bothbad)", None)],
+        pairs=[(said("Why?"), "So.", "No."), (said("Why?"), "No.", "So.")],
+        dropped={"tie": 2, "null_field": 1},
+    ),
+]
+
+
+@pytest.mark.parametrize("card", CARDS, ids=str)
+def test_it_is_taken_without_an_option(card: Card, tmp_path: Path):
+    check(card, "arena_conversations", tmp_path)

@@ -150,12 +150,14 @@ def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
     """
     files: dict[Location, None] = {}
     for pattern in [paths] if isinstance(paths, str) else paths:
-        of_suffixes = ([file for file in find_files(pattern, s) if is_data(file.name)] for s in SUFFIXES)
-        found = next(filter(None, of_suffixes), [])
         # A folder may hold the output as well, whose shards would look like preference data in the next run.
         inside = tuple(f"{_real(output)}/{name}/" for name in ("artifacts", "runs", "models", LINEAGE))
-        if not _real(Location.of(pattern)).startswith(inside):
-            found = [file for file in found if not _real(file).startswith(inside)]
+        is_meant = _real(Location.of(pattern)).startswith(inside)
+        of_suffixes = (
+            [f for f in find_files(pattern, s) if is_data(f.name) and (is_meant or not _real(f).startswith(inside))]
+            for s in SUFFIXES
+        )
+        found = next(filter(None, of_suffixes), [])
         if not found:
             raise DataError(
                 f"{key} is {pattern}, and no file is there. Check the path; of a folder, the files with these suffixes "

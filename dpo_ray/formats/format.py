@@ -19,6 +19,7 @@ CUT = 400
 """Characters of a text that a look is given, at most."""
 CUT_LIST = 8
 """Entries of a list that a look is given, at most: its first ones."""
+_CUT_KEYS, _CUT_DEPTH = 64, 8  # of what is inside of a column
 
 
 class NoPair(Exception):
@@ -115,13 +116,21 @@ def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-def cut(value: Any) -> Any:
-    """A value as a look is given it: long texts and lists cut."""
+def cut(row: Row) -> dict[str, Any]:
+    """A row as a look is given it: long texts and lists cut, and what is nested deep left out."""
+    return {column: _cut(value, _CUT_DEPTH) for column, value in row.items()}
+
+
+def _cut(value: Any, depth: int) -> Any:
     if isinstance(value, str):
         return value[:CUT]
+    if isinstance(value, list | dict) and not depth:
+        return None
     if isinstance(value, list):
-        return [cut(entry) for entry in value[:CUT_LIST]]
-    return {key: cut(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+        return [_cut(entry, depth - 1) for entry in value[:CUT_LIST]]
+    if isinstance(value, dict):
+        return {key: _cut(inner, depth - 1) for key, inner in list(value.items())[:_CUT_KEYS]}
+    return value
 
 
 def layout_format(layout: Layout, about: str, fits: Callable[[Row], bool], typed: tuple[str, ...] = ()) -> Format:

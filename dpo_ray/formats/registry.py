@@ -59,18 +59,15 @@ def recognise(
     format has such columns, and where several fit.
     """
     fields = renamed(dict.fromkeys(columns), names)
-    lost = [f"{column} (data.columns.{field})" for field, column in names.items() if column not in columns]
-    if option != AUTO:
-        format_ = formats()[option]
-        used = [name for name in lost if name.rpartition("data.columns.")[2].rstrip(")") in format_.reads]
-        missing = [*format_.missing(fields), *used]
-        if missing:
-            raise _missing(dict.fromkeys(missing), columns, source)
-        return format_
-    candidates = [format_ for format_ in formats().values() if format_.has(fields)]
-    reads = {column for format_ in candidates for column in format_.reads}
-    if used := [f"{c} (data.columns.{f})" for f, c in names.items() if c not in columns and f in (reads or names)]:
-        raise _missing(used, columns, source)
+    named = [formats()[option]] if option != AUTO else []
+    candidates = named or [format_ for format_ in formats().values() if format_.has(fields)]
+    read = {column for format_ in candidates or formats().values() for column in format_.reads}
+    lost = [f for f, column in names.items() if column not in columns and f in read]
+    missing = [f for format_ in named for f in format_.missing(fields) if f not in lost]
+    if lost or missing:
+        raise _missing([*missing, *(f"{names[f]} (data.columns.{f})" for f in lost)], columns, source)
+    if named:
+        return named[0]
     if not candidates:
         raise _unknown(fields, columns, source)
     looked = [renamed(row, names) for row in rows]
@@ -89,6 +86,9 @@ def recognise(
     )
 
 
+_ORDER = {"paired": 0, "unpaired": 1, "ranked": 2}
+
+
 def _mostly_broken(fitting: Mapping[Format, int], rows: int, source: str) -> Format:
     """Of a file whose first rows are mostly broken, or that has none: by the rows that are not, or by its columns."""
     most = max(fitting.values())
@@ -104,9 +104,6 @@ def _mostly_broken(fitting: Mapping[Format, int], rows: int, source: str) -> For
         f"{rows} rows is written so ({claimed}). `dpo-ray data FILE -o data.layout={best[0].name}` shows what becomes "
         "of its rows."
     )
-
-
-_ORDER = {"paired": 0, "unpaired": 1, "ranked": 2}
 
 
 _WAY_OUT = (

@@ -19,7 +19,7 @@ from dpo_ray.data.chat import ChatTokenizer
 from dpo_ray.data.duplicates import PairsShard
 from dpo_ray.data.prompts import read_prompts
 from dpo_ray.data.raw.arrow import arrow_batches
-from dpo_ray.data.raw.files import Stamp, format_of, in_lines, open_lines
+from dpo_ray.data.raw.files import Stamp, encoding_of, in_lines, open_lines
 from dpo_ray.data.raw.json_lines import is_blank, raw_lines
 from dpo_ray.data.raw.parquet import open_parquet
 from dpo_ray.data.raw.parts import Part, RawPart
@@ -153,7 +153,7 @@ def of_prompts(config: Config, rows: int) -> Counts:
 def _draw(file: Location, count: int, dice: random.Random, folder: Path) -> _Drawn:
     """About `count` rows of a file."""
     folder.mkdir(parents=True)
-    form = format_of(file.uri)
+    form = encoding_of(file.uri)
     if form.kind == "parquet":
         with open_parquet(file) as parquet:
             total = parquet.metadata.num_rows

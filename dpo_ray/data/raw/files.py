@@ -47,7 +47,7 @@ _DESCRIBING = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dic
 _READ_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError)
 
 
-class Format(NamedTuple):
+class Encoding(NamedTuple):
     """How the bytes of a file are to be taken."""
 
     kind: Kind
@@ -87,18 +87,18 @@ def is_data(name: str) -> bool:
     return name not in _DESCRIBING and not (name.startswith("cache-") and name.endswith(".arrow"))
 
 
-def format_of(uri: str) -> Format:
-    """The format that the name of a file tells. Raises DataError where it tells none."""
+def encoding_of(uri: str) -> Encoding:
+    """The encoding that the name of a file tells. Raises DataError where it tells none."""
     name = uri.partition("?")[0] if "://" in uri else uri  # there, the options of an object store follow
     if name.endswith(".parquet"):
-        return Format("parquet", None)
+        return Encoding("parquet", None)
     if name.endswith(".arrow"):
-        return Format("arrow", None)
+        return Encoding("arrow", None)
     suffix = next((suffix for suffix in _CODECS if name.endswith(suffix)), "")
     bare = name.removesuffix(suffix)
     for ending, kind in {**_TEXT, _JSON: "json"}.items():
         if bare.endswith(ending):
-            return Format(kind, _CODECS.get(suffix))
+            return Encoding(kind, _CODECS.get(suffix))
     raise DataError(
         f"{uri} has none of the suffixes of preference files ({', '.join(itertools.chain(*SUFFIXES))}). Rename it by "
         "what is in it, or name the files of data.train and data.eval more closely."
@@ -124,13 +124,13 @@ def reading(location: Location, what: str) -> Iterator[None]:
 def open_text(location: Location) -> Iterator[Bytes]:
     """The bytes of a file of text, decompressed as they are read."""
     fs, path = location.filesystem()
-    with fs.open_input_stream(path, compression=format_of(location.uri).codec) as stream:
+    with fs.open_input_stream(path, compression=encoding_of(location.uri).codec) as stream:
         yield stream
 
 
 def in_lines(location: Location) -> Kind:
     """How a file of text is written: lines, csv, tsv, or an array (`json`)."""
-    kind = format_of(location.uri).kind
+    kind = encoding_of(location.uri).kind
     if kind != "json":
         return kind
     with open_text(location) as stream:

@@ -1,4 +1,4 @@
-"""The rows of a part of a raw file, whatever its format, or the reason why one is none."""
+"""The rows of a part of a raw file, whatever kind of file it is, or the reason why one is none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from dpo_ray.data.raw.arrow import arrow_batches
-from dpo_ray.data.raw.files import Stamp, format_of, in_lines, open_lines, reading
+from dpo_ray.data.raw.files import Stamp, encoding_of, in_lines, open_lines, reading
 from dpo_ray.data.raw.json_array import array_lines
 from dpo_ray.data.raw.json_lines import Unreadable, is_blank, parse_line, raw_lines
 from dpo_ray.data.raw.parquet import parquet_batches, parquet_rows
@@ -32,7 +32,7 @@ def read_rows(
     cut into parts.
     """
     location, part = Location(source.file), source.part
-    form = format_of(location.uri)
+    form = encoding_of(location.uri)
     if source.copy is not None:
         first = part.first if part else 0
         yield from _copied_rows(Location(source.copy), location, form.is_table, first, columns)

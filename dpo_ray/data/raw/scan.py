@@ -20,7 +20,7 @@ import pyarrow.types as pt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpo_ray.data.raw.arrow import arrow_batches, open_arrow
-from dpo_ray.data.raw.files import Format, Stamp, format_of, in_lines, open_lines, open_text, reading
+from dpo_ray.data.raw.files import Encoding, Stamp, encoding_of, in_lines, open_lines, open_text, reading
 from dpo_ray.data.raw.json_array import array_lines
 from dpo_ray.data.raw.json_lines import Unreadable, is_blank, parse_line, raw_lines
 from dpo_ray.data.raw.parquet import ROWS_AT_ONCE, open_parquet, parquet_rows
@@ -108,7 +108,7 @@ def record_name(stamp: Stamp, rows_per_shard: RowsPerShard) -> str:
 
 def peek(location: Location) -> Peek:
     """A footer and the first rows. Raises DataError where the file cannot hold a row."""
-    form = format_of(location.uri)
+    form = encoding_of(location.uri)
     if form.kind == "parquet":
         with open_parquet(location, buffer_size=1 << 20, pre_buffer=False) as parquet:
             schema, columns = parquet.schema_arrow, _sampled(parquet.schema_arrow)
@@ -194,7 +194,7 @@ def scan(stamp: Stamp, rows_per_shard: RowsPerShard, folder: Location) -> FileRe
     """
     location = Location(stamp.uri)
     found = peek(location)
-    form = format_of(location.uri)
+    form = encoding_of(location.uri)
     if form.kind == "parquet":
         sha256, parts, copied_to = _scan_parquet(stamp, rows_per_shard, folder)
     elif form.kind == "arrow":
@@ -277,7 +277,7 @@ def _decoded(parquet: pq.ParquetFile, rows: int) -> int:
 
 
 def _scan_lines(
-    stamp: Stamp, form: Format, rows_per_shard: RowsPerShard, folder: Location
+    stamp: Stamp, form: Encoding, rows_per_shard: RowsPerShard, folder: Location
 ) -> tuple[str, list[Part], str | None]:
     location = Location(stamp.uri)
     limit = Limit.of(rows_per_shard, stamp.size if form.codec is None else _EXPANDS * stamp.size)

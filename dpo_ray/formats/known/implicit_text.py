@@ -18,14 +18,18 @@ def _fits(row: Row) -> bool:
     chosen, rejected = row["chosen"], row["rejected"]
     if not is_text(chosen, rejected) or is_transcript(chosen) or is_transcript(rejected):
         return False
-    # Answers to a question that stands in another column may begin with the same word.
-    return len(chosen[: _shared(chosen, rejected)].split()) > 1
+    return _is_prompt(chosen[: _shared(chosen, rejected)])
+
+
+def _is_prompt(text: str) -> bool:
+    """Whether it is more than a word: answers to a question that stands elsewhere may begin with the same one."""
+    return len(text.split()) > 1
 
 
 def _fields(row: Row) -> dict[str, Any]:
     chosen, rejected = text(row, "chosen"), text(row, "rejected")
     shared = _shared(chosen, rejected)
-    if not chosen[:shared].strip():
+    if not _is_prompt(chosen[:shared]):
         no_pair("missing_field")
     return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
@@ -35,7 +39,7 @@ FORMAT = Format(
     about="chosen and rejected as texts that begin with the same prompt",
     layout="paired",
     columns=(("chosen", "rejected"),),
-    absent=("prompt", "instruction", "question", "input"),
+    absent=("prompt", "instruction", "question", "input", "query", "context", "messages", "conversations", "history"),
     fits=_fits,
     fields=_fields,
 )

@@ -190,6 +190,14 @@ def test_options_of_the_layouts_that_are_there_pass():
         data.require_used({"unpaired"})
 
 
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [("nectar", {"pairing": {"pairs_per_prompt": 2}}), ("kto_messages", {"columns": {"label": "good"}})],
+)
+def test_options_go_with_every_format_that_has_a_use_for_them(layout: str, more: dict[str, Any]):
+    assert parse_config(tree(data={"train": "t", "layout": layout, **more})).data.layout == layout
+
+
 def test_the_resolved_tree_of_named_data_loads_again():
     config = parse_config(tree(data={"train": "t", "eval": "e", "layout": "paired"}))
     assert parse_config(yaml.safe_load(dump_config(config))) == config

@@ -10,8 +10,10 @@ import pytest
 from dpo_ray.config import Columns
 from dpo_ray.errors import DataError
 from dpo_ray.formats.format import CUT, CUT_LIST, cut
+from dpo_ray.formats.joined import joined
 from dpo_ray.formats.layout import Layout, fields_of
 from dpo_ray.formats.registry import formats, recognise, renamed
+from tests.unit.formats.known.cards import CARDS
 
 WHY = [{"role": "user", "content": "Why?"}]
 SO = [{"role": "assistant", "content": "So."}]
@@ -127,6 +129,21 @@ def test_a_file_without_the_columns_fails_with_its_name_and_what_is_missing(
 def test_a_look_is_given_the_beginnings_of_long_values():
     long = {"a": ["x" * 1000] * 100, "b": {"c": "y" * 1000}, "d": 4}
     assert cut(long) == {"a": ["x" * CUT] * CUT_LIST, "b": {"c": "y" * CUT}, "d": 4}
+    assert len(cut(dict.fromkeys(map(str, range(999))))) == 999, "each column stays"
+    nested: Any = "bottom"
+    for _ in range(99):
+        nested = [nested]
+    assert len(str(cut({"a": nested}))) < 40
+
+
+def test_what_stands_beside_prompt_and_answers_is_passed_on_by_every_format():
+    tools = [{"name": "look_up"}]
+    for name, cards in CARDS.items():
+        format_ = formats()[name]
+        row = {column: value for column, value in cards[0].rows[0].items() if column in format_.reads}
+        row = next(iter(joined([(0, row)], format_.joins)))[1] if format_.joins else row
+        assert "tools" in format_.reads
+        assert format_.row({**row, "tools": tools})["tools"] == tools, name
 
 
 def test_a_name_for_a_column_of_another_layout_is_not_asked_for():

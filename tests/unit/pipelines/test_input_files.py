@@ -45,6 +45,8 @@ def test_what_may_describe_data_is_taken_where_nothing_else_is(folder: Path):
     assert names(folder, "") == ["a.parquet", "b.jsonl.gz", "c.ndjson"]
     assert names(folder, "x") == ["x/a.csv", "x/b.json"]
     assert names(folder, "y") == ["y/train/data-0.arrow"]
+    (folder / "out/a.csv").write_bytes(b"")  # beside the output's own Parquet
+    assert names(folder, "out") == ["out/a.csv"]
     assert names(folder, "a.csv") == ["a.csv"] and names(folder, "x/*.json") == ["x/b.json"]
 
 

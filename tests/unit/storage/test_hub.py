@@ -90,6 +90,10 @@ def hub() -> Iterator[Hub]:
 
 def told(source: str, home: Path, endpoint: str, *, offline: bool = False) -> tuple[int, str, str]:
     """What `dpo-ray data` says of a source: exit code, output, errors."""
+    return python(["-m", "pipelines.cli", "data", source, "--json"], home, endpoint, offline=offline)
+
+
+def python(arguments: list[str], home: Path, endpoint: str, *, offline: bool = False) -> tuple[int, str, str]:
     settings = {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home),
@@ -97,8 +101,9 @@ def told(source: str, home: Path, endpoint: str, *, offline: bool = False) -> tu
         "HF_HUB_DISABLE_XET": "1",
     }
     environment = {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pipelines.cli", "data", source, "--json"]
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=LONGEST)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=home, env=environment, capture_output=True, text=True, timeout=LONGEST
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -113,6 +118,33 @@ def test_a_data_set_is_taken_by_its_name_downloaded_once_and_taken_again_without
     hub.close()
     assert told("org/name", tmp_path, hub.url, offline=True)[1] == said
     assert told(f"hf://datasets/org/name@{COMMIT}/data/*.jsonl", tmp_path, hub.url, offline=True)[1] == said
+
+
+SCAN = """
+import json
+from dpo_ray.data.raw.files import Stamp
+from dpo_ray.data.raw.read import read_rows
+from dpo_ray.data.raw.scan import scan
+from dpo_ray.storage.location import Location, find_files
+
+[file] = find_files("org/name", ".jsonl")
+record = scan(Stamp.of(file), 1, Location.of("files"))
+rows = [row for _, source in record.sources(Location.of("files")) for row in read_rows(source)]
+print(json.dumps([record.uri, record.mtime_ns, record.sha256, rows]))
+"""
+
+
+def test_a_file_of_the_hub_is_scanned_and_read_in_parts_on_a_node_that_fetches_it_itself(hub: Hub, tmp_path: Path):
+    said = []
+    for node in ("one", "other"):
+        (tmp_path / node).mkdir()
+        code, output, errors = python(["-c", SCAN], tmp_path / node, hub.url)
+        assert code == 0, errors
+        said.append(json.loads(output))
+    data = FILES["data/train.jsonl"]
+    uri, sha256 = f"hf://datasets/org/name@{COMMIT}/data/train.jsonl", hashlib.sha256(data).hexdigest()
+    # Without a time, which each node's copy has of its own.
+    assert said == [[uri, None, sha256, [[1, json.loads(data)]]]] * 2
 
 
 def test_a_file_of_a_data_set_is_named_by_its_path(hub: Hub, tmp_path: Path):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_ray.data.raw import parquet
-from dpo_ray.data.raw.files import SUFFIXES, Stamp, format_of, open_lines
+from dpo_ray.data.raw.files import SUFFIXES, Stamp, encoding_of, open_lines
 from dpo_ray.data.raw.json_lines import Unreadable
 from dpo_ray.data.raw.parts import Part, RawPart
 from dpo_ray.data.raw.read import read_rows
@@ -39,22 +39,22 @@ def read(path: Path, part: Part | None = None, stamp: Stamp | None = None) -> li
 
 
 @pytest.mark.parametrize("suffix", itertools.chain(*SUFFIXES))
-def test_every_suffix_of_a_folder_names_a_format(suffix: str):
-    form = format_of(f"s3://bucket/train-00000-of-00002{suffix}")
+def test_every_suffix_of_a_folder_names_an_encoding(suffix: str):
+    form = encoding_of(f"s3://bucket/train-00000-of-00002{suffix}")
     assert form.is_table == (suffix in {".parquet", ".arrow"})
     assert form.codec == CODECS.get("." + suffix.rsplit(".", 1)[1])
-    assert format_of(f"s3://bucket/train{suffix}?region=eu-west-1") == form
+    assert encoding_of(f"s3://bucket/train{suffix}?region=eu-west-1") == form
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
 def test_a_file_that_is_named_itself_may_be_called_json(name: str):
-    assert format_of(name).kind == "json"
+    assert encoding_of(name).kind == "json"
 
 
 @pytest.mark.parametrize("name", ["README.md", "a.txt", "a.gz", "a.parquet.gz", "jsonl"])
-def test_a_name_that_tells_no_format_is_an_error_with_the_way_out(name: str):
+def test_a_name_that_tells_no_encoding_is_an_error_with_the_way_out(name: str):
     with pytest.raises(DataError, match=rf"{name} has none of the suffixes .*\.parquet, \.jsonl.*\.csv.*Rename"):
-        format_of(name)
+        encoding_of(name)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.jsonl.gz", "a.jsonl.zst"])

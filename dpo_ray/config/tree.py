@@ -41,6 +41,9 @@ LongPrompts = Literal["drop", "keep_start", "keep_end"]
 LongCompletions = Literal["drop", "cut"]
 
 
+LossTurns = Literal["all", "last"]
+
+
 class Run(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """Name of the run and of the published model: letters, digits, dot, dash, underscore."""
@@ -181,6 +184,9 @@ class Data(Section):
     long_completions: LongCompletions = "drop"
     """A pair with a longer completion is dropped and counted as completion_too_long; or the completion is cut, without
     an end-of-turn token, for it did not end there, and the pair counted as truncated_completion."""
+    loss_turns: LossTurns = "all"
+    """Of an answer of several turns, whose tokens bear the loss: those of each of the assistant's turns, or of the last
+    one. What tools and the user say between them never does, nor do turns that both answers begin with."""
     max_quarantined_fraction: float = Field(0.05, ge=0.0, le=1.0)
     """Ingest fails when a larger share of the rows is unusable, and so does the reference when its engine cannot score
     a larger share."""

@@ -62,7 +62,9 @@ class PreferencePair:
     def couple_id(self) -> str:
         """Content id of the prompt and its answers, whichever is the better one: 16 hex digits."""
         sides = [_plain(side) for side in (self.chosen, self.rejected) if side is not None]
-        return _digest([self.prompt_id, *sorted(sides, key=lambda side: side if isinstance(side, str) else _json(side))])
+        return _digest(
+            [self.prompt_id, *sorted(sides, key=lambda side: side if isinstance(side, str) else _json(side))]
+        )
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,9 @@ class Model(Section):
     """Precision of the trainer's forward and of the reference scores: the two must be equal to agree."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model. Only for models whose code you have read."""
+    chat_template: str | None = None
+    """A file with the chat template (Jinja) to use in place of the model's own, here and in what is published: a path
+    that every node sees, or a URI. With a job it may travel along (submit --ship)."""
     template_arguments: dict[str, Any] = Field(default_factory=dict)
     """Given to the chat template by name wherever it is rendered, for training and for sampling alike, such as
     {enable_thinking: false}."""
@@ -283,7 +286,7 @@ class Sampling(Section):
 _BRIEF_ANSWER: Reward = (Rule(function="dpo_ray.rewards:brief_answer"),)
 
 
-_OF_MODEL = ("revision", "trust_remote_code", "template_arguments")
+_OF_MODEL = ("revision", "trust_remote_code", "chat_template", "template_arguments")
 
 
 class SampledModel(Section):
@@ -295,6 +298,8 @@ class SampledModel(Section):
     """As model.revision."""
     trust_remote_code: bool = False
     """As model.trust_remote_code."""
+    chat_template: str | None = None
+    """As model.chat_template."""
     template_arguments: dict[str, Any] = Field(default_factory=dict)
     """As model.template_arguments."""
     samples: int = Field(ge=1)
@@ -556,6 +561,8 @@ class Opponent(Section):
     """As model.revision."""
     trust_remote_code: bool = False
     """As model.trust_remote_code."""
+    chat_template: str | None = None
+    """As model.chat_template."""
     template_arguments: dict[str, Any] = Field(default_factory=dict)
     """As model.template_arguments."""
 
@@ -687,7 +694,7 @@ class Config(Section):
                 "data.eval goes with data.train; with generate, data.held_out_fraction of the prompts is held out"
             )
         if self.generate is not None:
-            for key in ("layout", "columns", "pairing"):
+            for key in ("layout", "columns", "pairing", "loss_turns"):
                 value = getattr(self.data, key)
                 if value != Data.model_fields[key].default:
                     raise ValueError(f"data.{key} is about the rows of data.train; with generate, leave it out")

@@ -34,7 +34,7 @@ def missing_template(model_path: str) -> ConfigError:
     """The error about a model without chat template."""
     return ConfigError(
         f"The model {model_path} has no chat template, so it is not known how its dialogues are written. Use the "
-        "instruction-tuned variant of the model, or add a chat_template.jinja to its folder."
+        "instruction-tuned variant of the model, or name a file with its template as model.chat_template."
     )
 
 
@@ -147,7 +147,7 @@ class ChatTokenizer:
         return self.encoded([self._text_alone(prompt, answer) for prompt, answer in answers])
 
     def write(self, prompt: Prompt, answers: Sequence[Answer], loss: LossTurns) -> tuple[Prompt, list[Written]] | None:
-        """One or two answers to a prompt as the template writes them after it; only the assistant's turns bear the loss.
+        """One or two answers to a prompt as the template writes them; only the assistant's turns bear the loss.
 
         Of turns that both answers begin with, none does. Where the template writes the prompt otherwise before these
         answers than alone, as it does where it leaves out what was reasoned before the user's last words, the prompt
@@ -401,7 +401,7 @@ def _refusals(messages: Sequence[Message]) -> Iterator[None]:
         raise DataError(
             f"The model's chat template refuses a dialogue of the roles {', '.join(m['role'] for m in messages)} "
             f"that begins with {messages[0]['content'][:60]!r}: {error}. Leave such dialogues out of the data, or "
-            "name a model whose template takes them."
+            "name a template that takes them as model.chat_template."
         ) from error
 
 

@@ -15,7 +15,9 @@ def as_answer(turns: Sequence[Message]) -> Answer:
     return tuple(turns)
 
 
-def parted(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple[list[Message], list[Message], list[Message]]:
+def parted(
+    chosen: Sequence[Message], rejected: Sequence[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
     """Two dialogues → the prompt that they share, and the turns of each after it.
 
     The prompt is the longest beginning of both after which the assistant speaks in both. So where they part at what the
@@ -25,6 +27,8 @@ def parted(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple[list
     most = min(len(chosen), len(rejected)) - 1
     if most < 1:
         reject("missing_field")
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        reject("bad_completion")
     end = _common(chosen[:most], rejected[:most])
     while end and not chosen[end]["role"] == rejected[end]["role"] == "assistant":
         end -= 1

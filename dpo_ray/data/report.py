@@ -77,7 +77,7 @@ def measure_tokens(table: pa.Table) -> Measures:
 
 
 def measure_reference(table: pa.Table) -> Measures:
-    """Which answer of the rows of a reference shard has the larger log-prob, summed and per token that bears the loss."""
+    """Which answer of the rows of a reference shard has the larger log-prob, summed and per token with the loss."""
     sides = ("chosen", "rejected")
     lengths = {side: pc.list_value_length(table[f"{side}_ref_logprobs"]).to_numpy() for side in sides}
     both = (lengths["chosen"] > 0) & (lengths["rejected"] > 0)

@@ -1,10 +1,10 @@
 """Where the assistant's turns stand in a dialogue as a chat template writes it.
 
-A template may mark them ({% generation %}). Where it does not, they are told by rendering the dialogue with and without
-each turn: a turn begins where the dialogue before it, with the opening of the assistant's turn, ends; and ends where the
-dialogue up to it does. Both must be found again in the whole dialogue, or the turn cannot be told. For k turns of the
-assistant's that are 2k − 1 renderings, so the time grows with the square of the number of turns; an answer of one turn
-takes one.
+A template may mark them ({% generation %}). Where it does not, they are told by rendering the dialogue with and
+without each turn: a turn begins where the dialogue before it, with the opening of the assistant's turn, ends; and ends
+where the dialogue up to it does. Both must be found again in the whole dialogue, or the turn cannot be told. For k
+turns of the assistant's that are 2k − 1 renderings, so the time grows with the square of the number of turns; an answer
+of one turn takes one.
 
 Positions are characters.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 from dpo_ray.errors import DataError
@@ -53,8 +54,8 @@ def marked_turns(
 ) -> list[list[Span]]:
     """Where the assistant's turns from message `first` on stand, each in the parts that the template marks.
 
-    White space that a mark has after the end of the turn is no part of it. Marks that are not one for each turn are told
-    apart by how many there are before each.
+    White space that a mark has after the end of the turn is no part of it. Marks that are not one for each turn are
+    told apart by how many there are before each.
 
     Args:
         num_marks: how many marks there are in messages up to where the assistant is to speak.
@@ -69,8 +70,7 @@ def marked_turns(
         before = list(range(len(places) - len(ours), len(places)))
     else:
         before = [num_marks(messages[:place]) for place in ours]
-    edges = [*before, len(marks)]
-    turns = [[_closed(whole, span, control) for span in marks[a:b]] for a, b in zip(edges, edges[1:], strict=False)]
+    turns = [[_closed(whole, span, control) for span in marks[a:b]] for a, b in pairwise([*before, len(marks)])]
     if not all(turns):
         raise DataError(
             f"The model's chat template marks {len(marks)} parts of a dialogue of the roles {_roles(messages)} "
@@ -104,17 +104,18 @@ def found_turns(
         if begins is not None and place < len(messages) - 1:
             ends = _end(render, messages, place, begins, whole, control)
         if begins is None or ends is None or (found and begins < found[-1][1]):
+            where = "stops before it" if begins is None else "ends with it"
             raise DataError(
                 f"Of a dialogue of the roles {_roles(messages)}, the model's chat template writes the assistant's turn "
-                f"at place {place + 1} otherwise than where the dialogue {'stops before' if begins is None else 'ends with'}"
-                f" it, so it cannot be told which tokens are the assistant's. {_WAY_OUT}"
+                f"at place {place + 1} otherwise than where the dialogue {where}, so it cannot be told which tokens "
+                f"are the assistant's. {_WAY_OUT}"
             )
         found.append((begins, ends))
     return found
 
 
 def require_calls_written(messages: Sequence[Message], first: int, whole: str, turns: Sequence[Sequence[Span]]) -> None:
-    """Raises DataError where the template writes nothing of the calls of tools in the turns from message `first` on."""
+    """Raises DataError where the template leaves out calls of tools in the turns from message `first` on."""
     places = [place for place in _places(messages) if place >= first]
     for place, spans in zip(places, turns, strict=True):
         written = "".join(whole[start:end] for start, end in spans)
@@ -130,12 +131,12 @@ def require_calls_written(messages: Sequence[Message], first: int, whole: str, t
 def _start_by_mark(
     render: Render, messages: Sequence[Message], place: int, opened: str, whole: str, control: re.Pattern[str]
 ) -> int | None:
-    """Where a turn begins before which the template writes something else once it is said: where it opens the reasoning of
-    a turn that is to come, or leaves out what was reasoned before the user's last words.
+    """Where a turn begins before which the template writes something else once it is said: where it opens the reasoning
+    of a turn that is to come, or leaves out what was reasoned before the user's last words.
 
-    Told by a mark in the turn's place, where what is written before it opens a turn of the assistant's: where it ends as
-    the opening of a turn that is to come begins, or where the dialogue before the turn is as it was, and no call of a tool
-    stands before the mark.
+    Told by a mark in the turn's place, where what is written before it opens a turn of the assistant's: where it ends
+    as the opening of a turn that is to come begins, or where the dialogue before the turn is as it was, and no call of
+    a tool stands before the mark.
     """
     calls = _more(messages[place]).get("tool_calls")
     mark = Message(role="assistant", content=_MARK, more=json.dumps({"tool_calls": calls}) if calls else None)
@@ -169,8 +170,9 @@ def _end(
 
 
 def _closings(text: str, start: int, control: re.Pattern[str]) -> Iterator[int]:
-    """Where the dialogue's last turn may end: after the last control token, or after one before it with nothing but white
-    space between them, as where a template ends the whole dialogue too. Without a control token, where the text ends.
+    """Where the dialogue's last turn may end: after the last control token, or after one before it with nothing but
+    white space between them, as where a template ends the whole dialogue too. Without a control token, where the text
+    ends.
     """
     ends = [found.span() for found in control.finditer(text, start)]
     if not ends or text[ends[-1][1] :].strip():

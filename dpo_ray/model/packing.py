@@ -2,9 +2,10 @@
 
     P, C, R tokens of prompt, chosen and rejected; T tokens of a row; N tokens of the micro-batch that bear the loss.
 
-A completion's tokens bear the loss, all of them or those that its mask names. Both layouts name the same N tokens in the same order (pair by pair, chosen then rejected), so that
-what follows the forward pass need not know which one was used. A pair may lack one side (unpaired data): that side
-has no tokens in the packed row and no row of its own in the padded layout.
+A completion's tokens bear the loss, all of them or those that its mask names. Both layouts name the same N tokens in
+the same order (pair by pair, chosen then rejected), so that what follows the forward pass need not know which one was
+used. A pair may lack one side (unpaired data): that side has no tokens in the packed row and no row of its own in the
+padded layout.
 
 What the packed row shares is the longest common prefix of the two sequences: the prompt, and the tokens with which
 both completions begin. These stand in the row once and are targets twice.

@@ -51,10 +51,10 @@ class TokenizeShard:
     """Canonical pairs → token ids; pairs over the length limits are dropped or cut, and counted.
 
     An absent side has no ids. A mask stands beside a completion of which not all tokens bear the loss; a pair with one
-    that is cut before any does is dropped. Rows that the source leaves out are counted too. A very long text is tokenized like any
-    other before it is dropped or cut: its number of characters does not tell for sure whether it is too long. That
-    takes time and memory in proportion to its length: 0.1 to 0.5 s and some 100 MB for 200,000 characters. An answer of
-    several turns is rendered some times more often than one of text, see dpo_ray.data.turns.
+    that is cut before any does is dropped. Rows that the source leaves out are counted too. A very long text is
+    tokenized like any other before it is dropped or cut: its number of characters does not tell for sure whether it is
+    too long. That takes time and memory in proportion to its length: 0.1 to 0.5 s and some 100 MB for 200,000
+    characters. An answer of several turns is rendered more often than one of text, see dpo_ray.data.turns.
 
     Raises ConfigError, as it is built, where the tokenizer has no chat template, or where the limit leaves nothing of
     a prompt that is cut.

@@ -135,4 +135,4 @@ def test_a_row_with_a_mismatched_completion_has_it():
 
 def test_the_reference_rows_are_the_tokenized_rows_and_two_columns():
     assert REFERENCE.names == [*TOKENIZED.names, "chosen_ref_logprobs", "rejected_ref_logprobs"]
-    assert MISMATCHED.names == [*REFERENCE.names, "mismatched_ids", "mismatched_ref_logprobs"]
+    assert MISMATCHED.names == [*REFERENCE.names, "mismatched_ids", "mismatched_mask", "mismatched_ref_logprobs"]

@@ -88,6 +88,8 @@ def test_pairs_become_token_ids(tmp_path: Path, tiny_model: Path):
             "prompt_tokens": len(prompt_ids(tokenizer, pair.prompt)),
             "chosen_tokens": len(completion_ids(tokenizer, pair.prompt, "Because.")),
             "rejected_tokens": len(completion_ids(tokenizer, pair.prompt, "No idea.")),
+            "chosen_mask": None,
+            "rejected_mask": None,
         }
     ]
     assert output.counters == {"read": 1}

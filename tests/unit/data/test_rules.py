@@ -110,11 +110,8 @@ def more(message: Message) -> Any:
 )
 def test_calls_of_tools_go_with_their_message_their_arguments_as_an_object(call: Any, arguments: Any, known: Any):
     def calling(value: Any) -> Any:
-        return (
-            {**call, "function": {"name": "f", "arguments": value}}
-            if "function" in call
-            else {**call, "arguments": value}
-        )
+        arguments = {"arguments": value}
+        return {**call, "function": {**call["function"], **arguments}} if "function" in call else {**call, **arguments}
 
     message = check_message({"role": "assistant", "content": "Let me look.", "tool_calls": [calling(arguments)]})
     assert (message["role"], message["content"]) == ("assistant", "Let me look.")

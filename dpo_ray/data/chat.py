@@ -270,7 +270,7 @@ class ChatTokenizer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         with _refusals(messages):
-            [whole], [spans] = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[self._shown(messages)],
                 tools=None if tools is None else self._guarded_json(tools),
                 chat_template=self.tokenizer.get_chat_template(None, tools),
@@ -278,6 +278,7 @@ class ChatTokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **{**self.tokenizer.special_tokens_map, **self.template_arguments},
             )
+            [whole], [spans] = rendered
             return whole, [(start, end) for start, end in spans]
 
     def _shown(self, messages: Sequence[Message]) -> list[dict[str, Any]]:

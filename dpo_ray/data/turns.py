@@ -36,7 +36,7 @@ _WAY_OUT = (
 class Render(Protocol):
     """A dialogue as the template writes it; opened: up to where the assistant is to speak."""
 
-    def __call__(self, messages: Sequence[Message], *, opened: bool) -> str: ...
+    def __call__(self, messages: Sequence[Message], /, *, opened: bool) -> str: ...
 
 
 def marks_turns(template: str) -> bool:

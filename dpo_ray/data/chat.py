@@ -8,18 +8,14 @@ and what stands between two of them, so that no token belongs to both.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
 from typing import Any
-
-from jinja2 import TemplateError
 
 from dpo_ray.config import Data, LongPrompts, LossTurns
 from dpo_ray.data.dialogues import num_shared
-from dpo_ray.data.turns import Span, found_turns, marked_turns, marks_turns, require_calls_written
+from dpo_ray.data.template import Template
+from dpo_ray.data.turns import Span, found_turns, marked_turns, require_calls_written
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.pairs import Answer, Message
 
@@ -106,25 +102,16 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: Any, template_arguments: Mapping[str, Any] | None = None):
         self.tokenizer = tokenizer
-        self.template_arguments = dict(template_arguments or {})
-        # Anew for each instance: it is slow to ask for.
-        control = _control_tokens(tokenizer)
-        self.control_ids = frozenset(control.values())
-        spelled = "|".join(re.escape(token) for token in sorted(control, key=len, reverse=True) if token)
-        # Without control tokens, a pattern that is nowhere found.
-        self._control = re.compile(spelled or r"(?!)")
-        # Every place where one begins, also inside another.
-        self._beginning = re.compile(f"(?=(?:{spelled or '(?!)'}))(.)", re.DOTALL)
-        templates = getattr(tokenizer, "chat_template", None) or ""
-        self._marked = any(map(marks_turns, templates.values() if isinstance(templates, dict) else [templates]))
+        self.template = Template(tokenizer, template_arguments)
+        self.control_ids = self.template.control_ids
 
     def prompts(self, dialogues: Sequence[tuple[Sequence[Message], list[Any] | None]]) -> list[Prompt]:
         """Dialogues, each with its tools or None, up to the point where the assistant is to speak.
 
         Special tokens come from the template alone. Raises DataError where the template refuses a dialogue.
         """
-        texts = [self._render(messages, tools, add_generation_prompt=True) for messages, tools in dialogues]
-        ids = self._encode(texts)
+        texts = [self.template.render(messages, tools, add_generation_prompt=True) for messages, tools in dialogues]
+        ids = self.template.encode(texts)
         return [Prompt(*dialogue, text, i) for dialogue, text, i in zip(dialogues, texts, ids, strict=True)]
 
     def dialogues(self, dialogues: Sequence[tuple[Sequence[Message], list[Any] | None]]) -> list[list[int]]:
@@ -132,8 +119,8 @@ class ChatTokenizer:
 
         Raises DataError where the template refuses one.
         """
-        return self._encode(
-            [self._render(messages, tools, add_generation_prompt=False) for messages, tools in dialogues]
+        return self.template.encode(
+            [self.template.render(messages, tools, add_generation_prompt=False) for messages, tools in dialogues]
         )
 
     def completions(self, answers: Sequence[tuple[Prompt, str]]) -> list[Completion]:
@@ -159,7 +146,7 @@ class ChatTokenizer:
 
         Raises DataError where the template refuses a dialogue, or where its turns cannot be told.
         """
-        if not self._marked and all(isinstance(answer, str) for answer in answers):
+        if not self.template.marks_turns and all(isinstance(answer, str) for answer in answers):
             return prompt, [self._text_alone(prompt, answer) for answer in answers if isinstance(answer, str)]
         shared = num_shared(answers)
         found = [self._turns(prompt, answer, shared, loss) for answer in answers]
@@ -167,7 +154,7 @@ class ChatTokenizer:
             before = min((whole[: min(spans)[0]] for whole, spans in found), key=len)
             if not all(whole.startswith(before) for whole, _ in found):
                 return None
-            prompt = replace(prompt, text=before, ids=self._encode([before])[0])
+            prompt = replace(prompt, text=before, ids=self.template.encode([before])[0])
         return prompt, [
             Written(answer, _parts(whole, spans, len(prompt.text)))
             for answer, (whole, spans) in zip(answers, found, strict=True)
@@ -178,7 +165,7 @@ class ChatTokenizer:
 
         Raises ConfigError where nothing can end a turn.
         """
-        ids = iter(self._encode([text for answer in answers for text, _ in answer.parts]))
+        ids = iter(self.template.encode([text for answer in answers for text, _ in answer.parts]))
         return [
             self._completion(answer, [(next(ids), bears_loss) for _, bears_loss in answer.parts]) for answer in answers
         ]
@@ -208,7 +195,7 @@ class ChatTokenizer:
 
         Raises ConfigError where they cannot be told, or where they, a BOS and one token more are over the limit.
         """
-        closing = self._encode([self._closing(prompt)])[0]
+        closing = self.template.encode([self._closing(prompt)])[0]
         smallest = len(self._bos(prompt.ids)) + 1 + len(closing)
         if limit < smallest:
             raise ConfigError(
@@ -233,12 +220,12 @@ class ChatTokenizer:
         heads = [completion.text[:_HEAD] for _, completion in turns]
         both = [tail + head for tail, head in zip(tails, heads, strict=True)]
         texts = list(dict.fromkeys([*tails, *heads, *both]))
-        ids = dict(zip(texts, self._encode(texts), strict=True))
+        ids = dict(zip(texts, self.template.encode(texts), strict=True))
         return [ids[t] + ids[h] != ids[b] for t, h, b in zip(tails, heads, both, strict=True)]
 
     def uses_tools(self, prompt: Prompt) -> bool:
         """Whether the template writes anything for the prompt's tools."""
-        return self._render(prompt.messages, None, add_generation_prompt=True) != prompt.text
+        return self.template.render(prompt.messages, None, add_generation_prompt=True) != prompt.text
 
     def begins_twice(self, ids: Sequence[int]) -> bool:
         """Whether ids begin with two BOS tokens."""
@@ -251,62 +238,11 @@ class ChatTokenizer:
             return False
         return not self.tokenizer.decode(ids[ends[-2] + 1 : -1]).strip()
 
-    def _render(self, messages: Sequence[Message], tools: list[Any] | None, *, add_generation_prompt: bool) -> str:
-        with _refusals(messages):
-            rendered: str = self.tokenizer.apply_chat_template(
-                self._shown(messages),
-                tools=None if tools is None else self._guarded_json(tools),
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self.template_arguments,
-            )
-            return rendered
-
-    def _render_marked(
-        self, messages: Sequence[Message], tools: list[Any] | None, *, add_generation_prompt: bool
-    ) -> tuple[str, list[Span]]:
-        """A dialogue as the template writes it, and where it marks what the assistant says."""
-        # Not by apply_chat_template: that one tells tokens alone, of a text without guards.
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        with _refusals(messages):
-            rendered: Any = render_jinja_template(
-                conversations=[self._shown(messages)],
-                tools=None if tools is None else self._guarded_json(tools),
-                chat_template=self.tokenizer.get_chat_template(None, tools),
-                return_assistant_tokens_mask=True,
-                add_generation_prompt=add_generation_prompt,
-                **{**self.tokenizer.special_tokens_map, **self.template_arguments},
-            )
-            [whole], [spans] = rendered
-            return whole, [(start, end) for start, end in spans]
-
-    def _shown(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """Messages as templates know them."""
-        return [
-            {
-                "role": message["role"],
-                "content": self._guarded(message["content"]),
-                **self._guarded_json(json.loads(message.get("more") or "{}")),
-            }
-            for message in messages
-        ]
-
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        pieces = [text.split(_GUARD) for text in texts]
-        if not pieces:
-            return []
-        encoded = self.tokenizer(
-            list(chain.from_iterable(pieces)), add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        ids = iter(encoded["input_ids"])
-        return [list(chain.from_iterable(islice(ids, len(p)))) for p in pieces]
-
     def _text_alone(self, prompt: Prompt, answer: str) -> Written:
         turn = Message(role="assistant", content=answer)
-        whole = self._render([*prompt.messages, turn], prompt.tools, add_generation_prompt=False)
+        whole = self.template.render([*prompt.messages, turn], prompt.tools, add_generation_prompt=False)
         # Some templates rewrite earlier turns or strip the answer; then the answer is taken as it stands.
-        text = whole[len(prompt.text) :] if whole.startswith(prompt.text) else self._guarded(answer)
+        text = whole[len(prompt.text) :] if whole.startswith(prompt.text) else self.template.guarded(answer)
         return Written(answer, [(text, True)])
 
     def _turns(self, prompt: Prompt, answer: Answer, shared: int, loss: LossTurns) -> tuple[str, dict[Span, bool]]:
@@ -314,20 +250,22 @@ class ChatTokenizer:
         stand, each with whether it bears the loss."""
         turns = [Message(role="assistant", content=answer)] if isinstance(answer, str) else list(answer)
         messages, first = [*prompt.messages, *turns], len(prompt.messages)
-        if self._marked:
+        if self.template.marks_turns:
 
             def num_marks(some: Sequence[Message]) -> int:
-                return len(self._render_marked(some, prompt.tools, add_generation_prompt=True)[1])
+                return len(self.template.render_marked(some, prompt.tools, add_generation_prompt=True)[1])
 
-            whole, marks = self._render_marked(messages, prompt.tools, add_generation_prompt=False)
-            spoken = marked_turns(num_marks, messages, first, whole, marks, self._control)
+            whole, marks = self.template.render_marked(messages, prompt.tools, add_generation_prompt=False)
+            spoken = marked_turns(num_marks, messages, first, whole, marks, self.template.control)
         else:
 
             def render(some: Sequence[Message], *, opened: bool) -> str:
-                return self._render(some, prompt.tools, add_generation_prompt=opened)
+                return self.template.render(some, prompt.tools, add_generation_prompt=opened)
 
             whole = render(messages, opened=False)
-            spoken = [[span] for span in found_turns(render, messages, first, prompt.text, whole, self._control)]
+            spoken = [
+                [span] for span in found_turns(render, messages, first, prompt.text, whole, self.template.control)
+            ]
         require_calls_written(messages, first, whole, spoken)
         places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
         bears = [place >= shared and (loss == "all" or place == places[-1]) for place in places]
@@ -349,20 +287,20 @@ class ChatTokenizer:
             )
         whole = [token for part, _ in others for token in part]
         mask = [bears for part, bears in others for _ in part]
-        spelled = any(self._control.search(text) for text in _said(answer.answer))
+        spelled = any(self.template.control.search(text) for text in _said(answer.answer))
         number = sum(token in self.control_ids for part, _ in parts for token in part)
-        foreign = spelled or (number > 1 and number > len(self._control.findall(answer.text)))
+        foreign = spelled or (number > 1 and number > len(self.template.control.findall(answer.text)))
         return Completion(answer.text, whole, foreign, None if all(mask) else mask)
 
     def _closing(self, prompt: Prompt) -> str:
         *earlier, last = prompt.messages
         probe = [*earlier, Message(role=last["role"], content=_MARK, more=last.get("more"))]
-        rendered = self._render(probe, prompt.tools, add_generation_prompt=True)
+        rendered = self.template.render(probe, prompt.tools, add_generation_prompt=True)
         _, mark, closing = rendered.rpartition(_MARK)
         if mark and prompt.text.endswith(closing):
             return closing
         # The template rewrites what the user says, or closes by it; what opens the assistant's turn may still be told.
-        unopened = self._render(prompt.messages, prompt.tools, add_generation_prompt=False)
+        unopened = self.template.render(prompt.messages, prompt.tools, add_generation_prompt=False)
         if prompt.text.startswith(unopened) and len(unopened) < len(prompt.text):
             return prompt.text[len(unopened) :]
         raise ConfigError(
@@ -377,33 +315,8 @@ class ChatTokenizer:
 
     def _tail(self, text: str) -> str:
         text = text[-_TAIL:]
-        places = [found.start() for found in self._control.finditer(text)]
+        places = [found.start() for found in self.template.control.finditer(text)]
         return text[places[-1] :] if places else text
-
-    def _guarded(self, text: str) -> str:
-        return self._beginning.sub(_GUARDED, text) if self._control.search(text) else text
-
-    def _guarded_json(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self._guarded(value)
-        if isinstance(value, list):
-            return [self._guarded_json(v) for v in value]
-        if isinstance(value, dict):
-            return {self._guarded(k): self._guarded_json(v) for k, v in value.items()}
-        return value
-
-
-@contextmanager
-def _refusals(messages: Sequence[Message]) -> Iterator[None]:
-    """Raises DataError where the template refuses the messages, or cannot take what they hold."""
-    try:
-        yield
-    except (TemplateError, TypeError) as error:
-        raise DataError(
-            f"The model's chat template refuses a dialogue of the roles {', '.join(m['role'] for m in messages)} "
-            f"that begins with {messages[0]['content'][:60]!r}: {error}. Leave such dialogues out of the data, or "
-            "name a template that takes them as model.chat_template."
-        ) from error
 
 
 def _parts(whole: str, spans: Mapping[Span, bool], start: int) -> list[tuple[str, bool]]:
@@ -439,20 +352,8 @@ def parse_tools(tools: str | None) -> list[Any] | None:
     return parsed
 
 
-# Stands inside whatever a message says that looks like a control token, from rendering to encoding: the text
-# then stays text, and only the template opens and ends turns. Private-use characters, in an order nobody writes.
-_GUARD = "\ue000\uf8ff\ue000"
-_GUARDED = rf"\1{_GUARD}"
-
 # Stands for the user's words where only what is written around them is asked for.
 _MARK = "\ue000\uf8ff\ue001"
 
 # Characters of the prompt's end and of the completion's beginning that decide whether they would merge.
 _TAIL, _HEAD = 64, 16
-
-
-def _control_tokens(tokenizer: Any) -> dict[str, int]:
-    """Text → id of the tokens that stand for structure, not for text."""
-    added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    return added | named

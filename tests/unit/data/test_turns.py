@@ -15,6 +15,7 @@ from dpo_ray.config import LossTurns
 from dpo_ray.data.chat import ChatTokenizer, Completion, Prompt
 from dpo_ray.data.dialogues import as_answer
 from dpo_ray.data.rules import check_message
+from dpo_ray.data.template import Template
 from dpo_ray.errors import DataError
 from dpo_ray.model.folders import load_tokenizer
 from dpo_ray.pairs import Answer, Message
@@ -161,7 +162,7 @@ def test_prompt_and_completion_are_the_whole_dialogue_as_the_template_writes_it(
     prompt, [completion] = answered(of_template, dialogue, answer, tools=tools)
     # What the template is shown, read back from what is stored of it.
     whole = of_template.tokenizer.apply_chat_template(
-        of_template._shown(messages([*dialogue, *answer])), tools=tools, tokenize=True, return_dict=False
+        of_template.template.shown(messages([*dialogue, *answer])), tools=tools, tokenize=True, return_dict=False
     )
     end = max(place for place, token in enumerate(whole) if token in of_template.control_ids)
     ours = prompt.ids + completion.ids
@@ -181,7 +182,7 @@ def test_marks_are_what_the_library_makes_of_them_but_for_white_space_after_the_
     dialogue, answer = CASES[case]
     prompt, [completion] = answered(marked, dialogue, answer)
     found = marked.tokenizer.apply_chat_template(
-        marked._shown(messages([*dialogue, *answer])), return_dict=True, return_assistant_tokens_mask=True
+        marked.template.shown(messages([*dialogue, *answer])), return_dict=True, return_assistant_tokens_mask=True
     )
     newline = marked.tokenizer.encode("\n", add_special_tokens=False)
     expected = [
@@ -244,7 +245,7 @@ def test_a_prompt_that_is_written_otherwise_before_one_answer_than_before_the_ot
     assert of_template.write(alone, [as_answer(messages(long)), "It is 4."], "all") is None
     both = of_template.write(alone, [as_answer(messages(long)), as_answer(messages([*long[:-1], said("No.")]))], "all")
     assert both is not None
-    assert "hm" not in both[0].text and both[0].ids == of_template._encode([both[0].text])[0]
+    assert "hm" not in both[0].text and both[0].ids == of_template.template.encode([both[0].text])[0]
 
 
 @pytest.mark.parametrize(
@@ -318,14 +319,14 @@ def test_a_turn_of_text_is_rendered_once_and_several_by_twice_their_number(
     chat: Callable[..., ChatTokenizer], monkeypatch: pytest.MonkeyPatch
 ):
     rendered = 0
-    render = ChatTokenizer._render
+    render = Template.render
 
-    def counted(self: ChatTokenizer, *arguments: Any, **options: Any) -> str:
+    def counted(self: Template, *arguments: Any, **options: Any) -> str:
         nonlocal rendered
         rendered += 1
         return render(self, *arguments, **options)
 
-    monkeypatch.setattr(ChatTokenizer, "_render", counted)
+    monkeypatch.setattr(Template, "render", counted)
     of_template = chat("qwen2_5")
     for turns, expected in ((1, 1), (2, 3), (5, 9)):
         [prompt] = of_template.prompts([(messages([user("Hi?")]), None)])

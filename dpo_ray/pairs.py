@@ -51,7 +51,7 @@ class PreferencePair:
     def pair_id(self) -> str:
         """Content id of the pair: 16 hex digits."""
         tools = [] if self.tools is None else [self.tools]
-        return _digest([_plain(self.prompt), _plain(self.chosen), _plain(self.rejected), *tools])
+        return _digest([plain(self.prompt), plain(self.chosen), plain(self.rejected), *tools])
 
     @property
     def prompt_id(self) -> str:
@@ -61,7 +61,7 @@ class PreferencePair:
     @property
     def couple_id(self) -> str:
         """Content id of the prompt and its answers, whichever is the better one: 16 hex digits."""
-        sides = [_plain(side) for side in (self.chosen, self.rejected) if side is not None]
+        sides = [plain(side) for side in (self.chosen, self.rejected) if side is not None]
         return _digest(
             [self.prompt_id, *sorted(sides, key=lambda side: side if isinstance(side, str) else _json(side))]
         )
@@ -232,7 +232,7 @@ QUARANTINE = pa.schema([("source", pa.string()), ("row", pa.int64()), ("reason",
 
 def prompt_id(prompt: list[Message], tools: str | None = None) -> str:
     """Content id of a prompt, with its tools if it has any: 16 hex digits."""
-    return _digest(_plain(prompt) if tools is None else [_plain(prompt), tools])
+    return _digest(plain(prompt) if tools is None else [plain(prompt), tools])
 
 
 def pair_row(pair: PreferencePair, split: Split) -> dict[str, Any]:
@@ -330,7 +330,7 @@ def drawn(pair_id: str, share: float) -> bool:
     return int(hashlib.sha256(f"drawn:{pair_id}".encode()).hexdigest()[:8], 16) < share * 2**32
 
 
-def _plain(said: Sequence[Message] | Answer | None) -> Any:
+def plain(said: Sequence[Message] | Answer | None) -> Any:
     """Messages as lists of what they hold, whatever columns they were read from; text as it is."""
     if said is None or isinstance(said, str):
         return said

@@ -286,11 +286,11 @@ class ChatTokenizer:
                 "no eos_token, so it is not known how an answer ends. Name an eos_token in its tokenizer_config.json."
             )
         whole = [token for part, _ in others for token in part]
-        mask = [bears for part, bears in others for _ in part]
+        mask = None if all(bears for _, bears in others) else [bears for part, bears in others for _ in part]
         spelled = any(self.template.control.search(text) for text in _said(answer.answer))
-        number = sum(token in self.control_ids for part, _ in parts for token in part)
+        number = len(ends) + sum(token in self.control_ids for part, _ in parts[:-1] for token in part)
         foreign = spelled or (number > 1 and number > len(self.template.control.findall(answer.text)))
-        return Completion(answer.text, whole, foreign, None if all(mask) else mask)
+        return Completion(answer.text, whole, foreign, mask)
 
     def _closing(self, prompt: Prompt) -> str:
         *earlier, last = prompt.messages

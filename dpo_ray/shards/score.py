@@ -103,7 +103,7 @@ class MismatchShard:
             sides = ("chosen", "rejected") if place % 2 == 0 else ("rejected", "chosen")
             side = None if other is None else sides[0] if rows[other][f"{sides[0]}_ids"] else sides[1]
             ids.append(None if other is None else rows[other][f"{side}_ids"])
-            masks.append(None if other is None else rows[other][f"{side}_mask"])
+            masks.append(None if other is None else rows[other].get(f"{side}_mask"))
         for name, values in (("mismatched_ids", ids), ("mismatched_mask", masks)):
             table = table.append_column(name, pa.array(values, MISMATCHED.field(name).type))
         pairs = mismatched([tokenized_pair(row) for row in table.to_pylist()])

@@ -4,33 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from itertools import compress
+from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
 import pyarrow as pa
 
 Split = Literal["train", "eval"]
+
+Value = TypeVar("Value")
 
 
 class Message(TypedDict):
     """One turn of a dialogue."""
 
     role: str
+    """system, user, assistant or tool."""
     content: str
+    """Empty where the message has no text."""
+    more: NotRequired[str | None]
+    """JSON text of what else the chat template is shown of the message, by the template's names, such as tool_calls;
+    absent or None: nothing."""
+
+
+Answer = str | tuple[Message, ...]
+"""What the assistant said: text, which is one turn of nothing else; or its turns with what tools and the user said
+between them, from its first to its last."""
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A dialogue that ends with the user's turn, and two answers to it.
+    """A dialogue up to where the assistant is to speak, and two answers to it.
 
     Unpaired preference data (a single answer, judged) are pairs with one side: a desirable answer is `chosen` and
     `rejected` is None; an undesirable one is `rejected` and `chosen` is None.
     """
 
     prompt: tuple[Message, ...]
-    chosen: str | None
-    rejected: str | None
+    chosen: Answer | None
+    rejected: Answer | None
     tools: str | None = None
     """The tools that the chat template shows with the prompt: JSON text of a list, None where there are none."""
     weight: float | None = None
@@ -44,7 +57,7 @@ class PreferencePair:
     def pair_id(self) -> str:
         """Content id of the pair: 16 hex digits."""
         tools = [] if self.tools is None else [self.tools]
-        return _digest([list(self.prompt), self.chosen, self.rejected, *tools])
+        return _digest([plain(self.prompt), plain(self.chosen), plain(self.rejected), *tools])
 
     @property
     def prompt_id(self) -> str:
@@ -54,15 +67,18 @@ class PreferencePair:
     @property
     def couple_id(self) -> str:
         """Content id of the prompt and its answers, whichever is the better one: 16 hex digits."""
-        return _digest([self.prompt_id, *sorted(side for side in (self.chosen, self.rejected) if side is not None)])
+        sides = [plain(side) for side in (self.chosen, self.rejected) if side is not None]
+        return _digest(
+            [self.prompt_id, *sorted(sides, key=lambda side: side if isinstance(side, str) else _json(side))]
+        )
 
 
 @dataclass(frozen=True)
 class TokenizedPair:
     """A pair as token ids, with the reference log-probs of its completion tokens where they are known.
 
-    A side that an unpaired row lacks is an empty list of ids (a completion that is there holds one token at least), and
-    so are its reference log-probs.
+    A side that an unpaired row lacks is an empty list of ids (a completion that is there holds one token at least that
+    bears the loss), and so are its reference log-probs. Those are of the tokens that bear the loss alone, in order.
     """
 
     pair_id: str
@@ -75,6 +91,12 @@ class TokenizedPair:
     """The completion of a row with another prompt; see pairing.mismatched_rows."""
     mismatched_ref_logprobs: list[float] | None = None
     """Reference log-probs of mismatched_ids after this pair's own prompt."""
+    chosen_mask: list[bool] | None = None
+    """Which of chosen_ids bear the loss; None: all of them."""
+    rejected_mask: list[bool] | None = None
+    """Which of rejected_ids bear the loss; None: all of them."""
+    mismatched_mask: list[bool] | None = None
+    """Which of mismatched_ids bear the loss; None: all of them."""
     source: str | None = None
     """The source of a mixture that it is of; None: there is no mixture."""
     weight: float | None = None
@@ -83,12 +105,23 @@ class TokenizedPair:
     preference: float | None = None
 
     @property
+    def chosen_loss_ids(self) -> list[int]:
+        """The tokens of the chosen completion that bear the loss."""
+        return bearing_loss(self.chosen_ids, self.chosen_mask)
+
+    @property
+    def rejected_loss_ids(self) -> list[int]:
+        """The tokens of the rejected completion that bear the loss."""
+        return bearing_loss(self.rejected_ids, self.rejected_mask)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the pair when its prompt is computed once."""
         return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
 
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("more", pa.string())]))
+_MASK = pa.list_(pa.bool_())
 _IDS = pa.list_(pa.int32())
 _LOGPROBS = pa.list_(pa.float32())
 
@@ -163,15 +196,20 @@ PAIRS = pa.schema(
         ("chosen", pa.string()),
         ("rejected", pa.string()),
         ("tools", pa.string()),
+        ("chosen_turns", _MESSAGES),
+        ("rejected_turns", _MESSAGES),
         *_CARRIED,
     ]
 )
+"""An answer that is text stands in `chosen` or `rejected`, one of several turns in `chosen_turns` or `rejected_turns`.
+Both are null where a row lacks the side."""
 
 GENERATED_PAIRS = pa.schema([*PAIRS, ("lineage", pa.string())])
 """Pairs of candidates. `lineage`: JSON text, what made each side and what it was scored."""
 
 LENGTHS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
-"""Columns that say how many ids a row has, for those who need not read the ids themselves."""
+"""Columns that say how many ids a row has, whether they bear the loss or not, for those who need not read the ids
+themselves."""
 
 TOKENIZED = pa.schema(
     [
@@ -182,9 +220,12 @@ TOKENIZED = pa.schema(
         ("chosen_ids", _IDS),
         ("rejected_ids", _IDS),
         *((name, pa.int32()) for name in LENGTHS),
+        ("chosen_mask", _MASK),
+        ("rejected_mask", _MASK),
         *_CARRIED,
     ]
 )
+"""A mask is null where all tokens of the completion bear the loss, as they do where it is one turn of the assistant."""
 
 SCORES = pa.schema(
     [
@@ -199,19 +240,22 @@ SCORES = pa.schema(
     ]
 )
 """What a policy gives to a held-out pair. The rewards are as the loss sees them, without its scale beta, in nats; null
-where there is no such completion. Log-probs are summed over tokens, in nats; those of the reference are null for a loss
-without one."""
+where there is no such completion. Log-probs are summed over the tokens that bear the loss, in nats, and these are what
+is counted; those of the reference are null for a loss without one."""
 
 REFERENCE = pa.schema([*TOKENIZED, ("chosen_ref_logprobs", _LOGPROBS), ("rejected_ref_logprobs", _LOGPROBS)])
+"""Log-probs of the tokens that bear the loss."""
 
-MISMATCHED = pa.schema([*REFERENCE, ("mismatched_ids", _IDS), ("mismatched_ref_logprobs", _LOGPROBS)])
+MISMATCHED = pa.schema(
+    [*REFERENCE, ("mismatched_ids", _IDS), ("mismatched_mask", _MASK), ("mismatched_ref_logprobs", _LOGPROBS)]
+)
 
 QUARANTINE = pa.schema([("source", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("raw", pa.string())])
 
 
 def prompt_id(prompt: list[Message], tools: str | None = None) -> str:
     """Content id of a prompt, with its tools if it has any: 16 hex digits."""
-    return _digest(prompt if tools is None else [prompt, tools])
+    return _digest(plain(prompt) if tools is None else [plain(prompt), tools])
 
 
 def pair_row(pair: PreferencePair, split: Split, source: str | None = None) -> dict[str, Any]:
@@ -222,12 +266,32 @@ def pair_row(pair: PreferencePair, split: Split, source: str | None = None) -> d
         "couple_id": pair.couple_id,
         "split": split,
         "prompt": list(pair.prompt),
-        "chosen": pair.chosen,
-        "rejected": pair.rejected,
+        "chosen": pair.chosen if isinstance(pair.chosen, str) else None,
+        "rejected": pair.rejected if isinstance(pair.rejected, str) else None,
         "tools": pair.tools,
+        "chosen_turns": list(pair.chosen) if isinstance(pair.chosen, tuple) else None,
+        "rejected_turns": list(pair.rejected) if isinstance(pair.rejected, tuple) else None,
         "source": source,
         **{name: getattr(pair, name) for name in JUDGED},
     }
+
+
+def answer_of(row: Mapping[str, Any], side: Literal["chosen", "rejected"]) -> Answer | None:
+    """The answer of a row of PAIRS; None where the row lacks this side."""
+    text, turns = row[side], row.get(f"{side}_turns")
+    return text if turns is None else tuple(turns)
+
+
+def bearing_loss(values: list[Value], mask: Sequence[bool] | None) -> list[Value]:
+    """Of what a completion's tokens have each, that of the tokens that bear the loss.
+
+    Raises ValueError where the mask is of another length.
+    """
+    if mask is None:
+        return values
+    if len(mask) != len(values):
+        raise ValueError(f"a mask of {len(mask)} is no mask of {len(values)} tokens")
+    return list(compress(values, mask))
 
 
 def split_of(identifier: str, held_out_fraction: float, seed: int) -> Split:
@@ -243,6 +307,8 @@ def tokenized_row(
     prompt_ids: list[int],
     chosen_ids: list[int],
     rejected_ids: list[int],
+    chosen_mask: list[bool] | None = None,
+    rejected_mask: list[bool] | None = None,
     carried: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A row of TOKENIZED. carried: the row of PAIRS, for the columns that go with it; None: they are null."""
@@ -255,6 +321,8 @@ def tokenized_row(
         "chosen_ids": chosen_ids,
         "rejected_ids": rejected_ids,
         **{name: len(side) for name, side in zip(LENGTHS, ids, strict=True)},
+        "chosen_mask": chosen_mask,
+        "rejected_mask": rejected_mask,
         **{name: (carried or {}).get(name) for name in CARRIED},
     }
 
@@ -270,6 +338,9 @@ def tokenized_pair(row: dict[str, Any]) -> TokenizedPair:
         rejected_ref_logprobs=row.get("rejected_ref_logprobs"),
         mismatched_ids=row.get("mismatched_ids"),
         mismatched_ref_logprobs=row.get("mismatched_ref_logprobs"),
+        chosen_mask=row.get("chosen_mask"),
+        rejected_mask=row.get("rejected_mask"),
+        mismatched_mask=row.get("mismatched_mask"),
         **{name: row.get(name) for name in CARRIED},
     )
 
@@ -287,6 +358,16 @@ def drawn(pair_id: str, share: float) -> bool:
     return int(hashlib.sha256(f"drawn:{pair_id}".encode()).hexdigest()[:8], 16) < share * 2**32
 
 
+def plain(said: Sequence[Message] | Answer | None) -> Any:
+    """Messages as lists of what they hold, whatever columns they were read from; text as it is."""
+    if said is None or isinstance(said, str):
+        return said
+    return [{key: value for key, value in message.items() if value is not None} for message in said]
+
+
 def _digest(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(_json(value).encode()).hexdigest()[:16]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)

@@ -16,7 +16,7 @@ from dpo_ray.data.tally import Tally
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray.generate import merge_candidates, sample_completions
 from dpo_ray.on_ray.reward import pair_candidates, score_candidates
-from dpo_ray.pairs import PAIRS, PROMPTS, steers
+from dpo_ray.pairs import PAIRS, PROMPTS, plain, steers
 from dpo_ray.progress import say
 from dpo_ray.shards.generate import Ask
 from dpo_ray.storage.artifact import Artifact, Contents, digest, make, read_shard, write_shard
@@ -139,7 +139,7 @@ def publish_prompts(output: Location, tables: list[pa.Table]) -> Artifact:
     """Prompts as an artifact, a table a shard. Raises DataError where there is none."""
     if not tables:
         raise DataError("There is no held-out prompt: raise data.held_out_fraction, or leave evaluate.win_rate out.")
-    content = [digest(table.to_pylist()) for table in tables]
+    content = [digest([{**row, "prompt": plain(row["prompt"])} for row in table.to_pylist()]) for table in tables]
 
     def write(location: Location) -> Contents:
         named = zip(content, tables, strict=True)

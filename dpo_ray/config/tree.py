@@ -38,6 +38,9 @@ LongPrompts = Literal["drop", "keep_start", "keep_end"]
 LongCompletions = Literal["drop", "cut"]
 
 
+LossTurns = Literal["all", "last"]
+
+
 class Run(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """Name of the run and of the published model: letters, digits, dot, dash, underscore."""
@@ -91,6 +94,9 @@ class Model(Section):
     """Precision of the trainer's forward and of the reference scores: the two must be equal to agree."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model. Only for models whose code you have read."""
+    chat_template: str | None = None
+    """A file with the chat template (Jinja) to use in place of the model's own, here and in what is published: a path
+    that every node sees, or a URI. With a job it may travel along (submit --ship)."""
     template_arguments: dict[str, Any] = Field(default_factory=dict)
     """Given to the chat template by name wherever it is rendered, for training and for sampling alike, such as
     {enable_thinking: false}."""
@@ -191,6 +197,9 @@ class Data(Section):
     long_completions: LongCompletions = "drop"
     """A pair with a longer completion is dropped and counted as completion_too_long; or the completion is cut, without
     an end-of-turn token, for it did not end there, and the pair counted as truncated_completion."""
+    loss_turns: LossTurns = "all"
+    """Of an answer of several turns, whose tokens bear the loss: those of each of the assistant's turns, or of the last
+    one. What tools and the user say between them never does, nor do turns that both answers begin with."""
     max_quarantined_fraction: float = Field(0.05, ge=0.0, le=1.0)
     """Ingest fails when a larger share of the rows is unusable, ties left aside; and so does the reference when its
     engine cannot score a larger share."""
@@ -305,7 +314,7 @@ class Sampling(Section):
 _BRIEF_ANSWER: Reward = (Rule(function="dpo_ray.rewards:brief_answer"),)
 
 
-_OF_MODEL = ("revision", "trust_remote_code", "template_arguments")
+_OF_MODEL = ("revision", "trust_remote_code", "chat_template", "template_arguments")
 
 
 class SampledModel(Section):
@@ -317,6 +326,8 @@ class SampledModel(Section):
     """As model.revision."""
     trust_remote_code: bool = False
     """As model.trust_remote_code."""
+    chat_template: str | None = None
+    """As model.chat_template."""
     template_arguments: dict[str, Any] = Field(default_factory=dict)
     """As model.template_arguments."""
     samples: int = Field(ge=1)
@@ -578,6 +589,8 @@ class Opponent(Section):
     """As model.revision."""
     trust_remote_code: bool = False
     """As model.trust_remote_code."""
+    chat_template: str | None = None
+    """As model.chat_template."""
     template_arguments: dict[str, Any] = Field(default_factory=dict)
     """As model.template_arguments."""
 
@@ -709,7 +722,7 @@ class Config(Section):
                 "data.eval goes with data.train; with generate, data.held_out_fraction of the prompts is held out"
             )
         if self.generate is not None:
-            for key in ("layout", "columns", "pairing", "ignore", "ties"):
+            for key in ("layout", "columns", "pairing", "ignore", "ties", "loss_turns"):
                 value = getattr(self.data, key)
                 if value != Data.model_fields[key].default:
                     raise ValueError(f"data.{key} is about the rows of data.train; with generate, leave it out")

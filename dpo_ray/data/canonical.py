@@ -1,10 +1,11 @@
 """Rows of the input layouts → canonical pairs.
 
 A prompt is text, which is then one user turn, or a dialogue: a list of `{role, content}` messages. An answer is text or
-a list of one assistant message. Of a row are read the fields of its layout (dpo_ray.formats.layout):
+a list of messages, from the assistant's first to its last, with calls of tools and their results. Of a row are read the
+fields of its layout (dpo_ray.formats.layout):
 
     paired            prompt, chosen, rejected; all three text, or all three messages. Without a prompt as below
-    implicit_prompt   chosen and rejected are dialogues that differ in their last turn only
+    implicit_prompt   chosen and rejected are dialogues; the prompt is what both begin with
     unpaired          prompt, completion, and label: desirable or not; the pair has one side
     ranked            prompt, completions, scores: pairs by dpo_ray.data.pairing
 
@@ -22,6 +23,7 @@ from typing import Any, Literal, get_args
 
 from dpo_ray.config import Pairing
 from dpo_ray.config.losses import Judged
+from dpo_ray.data.dialogues import as_answer, parted
 from dpo_ray.data.judgement import judged
 from dpo_ray.data.pairing import Candidate, make_pairs
 from dpo_ray.data.rules import (
@@ -36,7 +38,7 @@ from dpo_ray.data.rules import (
     reject,
 )
 from dpo_ray.formats.layout import Layout, fields_of
-from dpo_ray.pairs import TIE, Message, PreferencePair
+from dpo_ray.pairs import TIE, Answer, Message, PreferencePair
 
 
 def canonical_pairs(
@@ -92,8 +94,8 @@ def _from_unpaired(row: Mapping[str, Any]) -> PreferencePair:
     given, answer, label = _values(row, "prompt", "completion", "label")
     desirable = check_label(label)
     prompt = canonical_prompt(given)
-    text = _answer(answer, prompt)
-    return PreferencePair(tuple(prompt), text if desirable else None, None if desirable else text)
+    said = _answer(answer, prompt)
+    return PreferencePair(tuple(prompt), said if desirable else None, None if desirable else said)
 
 
 def _from_ranked(row: Mapping[str, Any], pairing: Pairing, ties: Literal["drop", "keep"]) -> list[PreferencePair]:
@@ -101,7 +103,7 @@ def _from_ranked(row: Mapping[str, Any], pairing: Pairing, ties: Literal["drop",
     prompt = canonical_prompt(given)
     if not isinstance(completions, list):
         reject("non_string_content")
-    texts = [_answer(completion, prompt) for completion in completions]
+    texts = [_text(_answer(completion, prompt)) for completion in completions]
     candidates = [Candidate(*of_one) for of_one in zip(texts, check_scores(scores, len(texts)), strict=True)]
     couples, passed_over = make_pairs(prompt, candidates, pairing, keep_ties=ties == "keep")
     if not any(text.strip() for text in texts):
@@ -116,8 +118,8 @@ def _from_ranked(row: Mapping[str, Any], pairing: Pairing, ties: Literal["drop",
 _WITHOUT_PAIR: tuple[Reason, ...] = ("tie", "small_gap", "length_ratio", "near_identical", "echo", "too_few_distinct")
 
 
-def _answer(value: Any, prompt: list[Message]) -> str:
-    """A single answer as text, empty where it is a list without messages."""
+def _answer(value: Any, prompt: list[Message]) -> Answer:
+    """A single answer; empty text where it is a list without messages."""
     if not isinstance(value, list):
         return check_text(value)
     messages = [check_message(m) for m in value]
@@ -125,9 +127,13 @@ def _answer(value: Any, prompt: list[Message]) -> str:
         return ""
     if messages[: len(prompt)] == prompt:
         reject("prompt_repeated")
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
+    return as_answer(messages)
+
+
+def _text(answer: Answer) -> str:
+    if not isinstance(answer, str):
         reject("bad_completion")
-    return messages[0]["content"]
+    return answer
 
 
 def _from_text(row: Mapping[str, Any]) -> PreferencePair:
@@ -146,14 +152,6 @@ def _from_messages(row: Mapping[str, Any]) -> PreferencePair:
         prompt = [check_message(m) for m in row["prompt"]]
         if prompt and (chosen[: len(prompt)] == prompt or rejected[: len(prompt)] == prompt):
             reject("prompt_repeated")
-        if len(chosen) != 1 or len(rejected) != 1:
-            reject("bad_completion")
     else:
-        prompt = chosen[:-1]
-        if not prompt:
-            reject("missing_field")
-        if rejected[:-1] != prompt:
-            reject("diverging_prefix")
-    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
-        reject("bad_completion")
-    return PreferencePair(tuple(prompt), chosen[-1]["content"], rejected[-1]["content"])
+        prompt, chosen, rejected = parted(chosen, rejected)
+    return PreferencePair(tuple(prompt), as_answer(chosen), as_answer(rejected))

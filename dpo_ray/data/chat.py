@@ -1,23 +1,23 @@
-"""Chat template → token ids of prompt, chosen and rejected.
+"""Chat template → token ids of prompt, chosen and rejected, and which of them bear the loss.
 
 The prompt is rendered and tokenized once and completions apart from it, so that the prompt's ids are the
-same ids on both sides by construction.
+same ids on both sides by construction. An answer of several turns is tokenized in parts, each of the assistant's turns
+and what stands between two of them, so that no token belongs to both.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import TemplateError
-
-from dpo_ray.config import Data, LongPrompts
+from dpo_ray.config import Data, LongPrompts, LossTurns
+from dpo_ray.data.dialogues import num_shared
+from dpo_ray.data.template import Template
+from dpo_ray.data.turns import Span, found_turns, marked_turns, require_calls_written
 from dpo_ray.errors import ConfigError, DataError
-from dpo_ray.pairs import Message
+from dpo_ray.pairs import Answer, Message
 
 
 def require_chat_template(tokenizer: Any, model_path: str) -> None:
@@ -30,7 +30,7 @@ def missing_template(model_path: str) -> ConfigError:
     """The error about a model without chat template."""
     return ConfigError(
         f"The model {model_path} has no chat template, so it is not known how its dialogues are written. Use the "
-        "instruction-tuned variant of the model, or add a chat_template.jinja to its folder."
+        "instruction-tuned variant of the model, or name a file with its template as model.chat_template."
     )
 
 
@@ -74,6 +74,21 @@ class Completion:
     """With the end-of-turn token as the last one, so never empty."""
     foreign_control_token: bool
     """Whether the answer spells a control token, or more of them are among the ids than the template writes."""
+    mask: list[bool] | None = None
+    """Which of the ids bear the loss, some at least; None: all of them."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The assistant's answer to a prompt, as the template writes it after the prompt."""
+
+    answer: Answer
+    parts: Sequence[tuple[str, bool]]
+    """Texts in order, and whether each bears the loss; one of them does."""
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.parts)
 
 
 class ChatTokenizer:
@@ -87,23 +102,16 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: Any, template_arguments: Mapping[str, Any] | None = None):
         self.tokenizer = tokenizer
-        self.template_arguments = dict(template_arguments or {})
-        # Anew for each instance: it is slow to ask for.
-        control = _control_tokens(tokenizer)
-        self.control_ids = frozenset(control.values())
-        spelled = "|".join(re.escape(token) for token in sorted(control, key=len, reverse=True) if token)
-        # Without control tokens, a pattern that is nowhere found.
-        self._control = re.compile(spelled or r"(?!)")
-        # Every place where one begins, also inside another.
-        self._beginning = re.compile(f"(?=(?:{spelled or '(?!)'}))(.)", re.DOTALL)
+        self.template = Template(tokenizer, template_arguments)
+        self.control_ids = self.template.control_ids
 
     def prompts(self, dialogues: Sequence[tuple[Sequence[Message], list[Any] | None]]) -> list[Prompt]:
         """Dialogues, each with its tools or None, up to the point where the assistant is to speak.
 
         Special tokens come from the template alone. Raises DataError where the template refuses a dialogue.
         """
-        texts = [self._render(messages, tools, add_generation_prompt=True) for messages, tools in dialogues]
-        ids = self._encode(texts)
+        texts = [self.template.render(messages, tools, add_generation_prompt=True) for messages, tools in dialogues]
+        ids = self.template.encode(texts)
         return [Prompt(*dialogue, text, i) for dialogue, text, i in zip(dialogues, texts, ids, strict=True)]
 
     def dialogues(self, dialogues: Sequence[tuple[Sequence[Message], list[Any] | None]]) -> list[list[int]]:
@@ -111,22 +119,55 @@ class ChatTokenizer:
 
         Raises DataError where the template refuses one.
         """
-        return self._encode(
-            [self._render(messages, tools, add_generation_prompt=False) for messages, tools in dialogues]
+        return self.template.encode(
+            [self.template.render(messages, tools, add_generation_prompt=False) for messages, tools in dialogues]
         )
 
     def completions(self, answers: Sequence[tuple[Prompt, str]]) -> list[Completion]:
-        """Answers to prompts, each with its end-of-turn token.
+        """Answers of one turn to prompts, each with its end-of-turn token, all of it with the loss.
 
         What the template writes after the end of the turn (a newline, mostly) is left out: a model that stops at
         the end of its turn never generates it.
 
         Raises DataError where the template refuses a dialogue, ConfigError where nothing can end a turn.
         """
-        texts = [self._answer(prompt, answer) for prompt, answer in answers]
+        return self.encoded([self._text_alone(prompt, answer) for prompt, answer in answers])
+
+    def write(self, prompt: Prompt, answers: Sequence[Answer], loss: LossTurns) -> tuple[Prompt, list[Written]] | None:
+        """One or two answers to a prompt as the template writes them; only the assistant's turns bear the loss.
+
+        Of turns that both answers begin with, none does. Where the template writes the prompt otherwise before these
+        answers than alone, as it does where it leaves out what was reasoned before the user's last words, the prompt
+        that is returned is the one before the answers. None: it writes it otherwise before the one than before the
+        other.
+
+        Args:
+            loss: which of the other turns bear it.
+
+        Raises DataError where the template refuses a dialogue, or where its turns cannot be told.
+        """
+        if not self.template.marks_turns and all(isinstance(answer, str) for answer in answers):
+            return prompt, [self._text_alone(prompt, answer) for answer in answers if isinstance(answer, str)]
+        shared = num_shared(answers)
+        found = [self._turns(prompt, answer, shared, loss) for answer in answers]
+        if not all(whole.startswith(prompt.text) for whole, _ in found):
+            before = min((whole[: min(spans)[0]] for whole, spans in found), key=len)
+            if not all(whole.startswith(before) for whole, _ in found):
+                return None
+            prompt = replace(prompt, text=before, ids=self.template.encode([before])[0])
+        return prompt, [
+            Written(answer, _parts(whole, spans, len(prompt.text)))
+            for answer, (whole, spans) in zip(answers, found, strict=True)
+        ]
+
+    def encoded(self, answers: Sequence[Written]) -> list[Completion]:
+        """Answers as ids, each up to its last end-of-turn token, or with one where the template writes none.
+
+        Raises ConfigError where nothing can end a turn.
+        """
+        ids = iter(self.template.encode([text for answer in answers for text, _ in answer.parts]))
         return [
-            self._completion(answer, text, ids)
-            for (_, answer), text, ids in zip(answers, texts, self._encode(texts), strict=True)
+            self._completion(answer, [(next(ids), bears_loss) for _, bears_loss in answer.parts]) for answer in answers
         ]
 
     def fit_prompt(self, prompt: Prompt, limit: int, policy: LongPrompts) -> list[int] | None:
@@ -154,7 +195,7 @@ class ChatTokenizer:
 
         Raises ConfigError where they cannot be told, or where they, a BOS and one token more are over the limit.
         """
-        closing = self._encode([self._closing(prompt)])[0]
+        closing = self.template.encode([self._closing(prompt)])[0]
         smallest = len(self._bos(prompt.ids)) + 1 + len(closing)
         if limit < smallest:
             raise ConfigError(
@@ -179,12 +220,12 @@ class ChatTokenizer:
         heads = [completion.text[:_HEAD] for _, completion in turns]
         both = [tail + head for tail, head in zip(tails, heads, strict=True)]
         texts = list(dict.fromkeys([*tails, *heads, *both]))
-        ids = dict(zip(texts, self._encode(texts), strict=True))
+        ids = dict(zip(texts, self.template.encode(texts), strict=True))
         return [ids[t] + ids[h] != ids[b] for t, h, b in zip(tails, heads, both, strict=True)]
 
     def uses_tools(self, prompt: Prompt) -> bool:
         """Whether the template writes anything for the prompt's tools."""
-        return self._render(prompt.messages, None, add_generation_prompt=True) != prompt.text
+        return self.template.render(prompt.messages, None, add_generation_prompt=True) != prompt.text
 
     def begins_twice(self, ids: Sequence[int]) -> bool:
         """Whether ids begin with two BOS tokens."""
@@ -197,64 +238,69 @@ class ChatTokenizer:
             return False
         return not self.tokenizer.decode(ids[ends[-2] + 1 : -1]).strip()
 
-    def _render(self, messages: Sequence[Message], tools: list[Any] | None, *, add_generation_prompt: bool) -> str:
-        guarded = [{"role": m["role"], "content": self._guarded(m["content"])} for m in messages]
-        try:
-            rendered: str = self.tokenizer.apply_chat_template(
-                guarded,
-                tools=None if tools is None else self._guarded_json(tools),
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self.template_arguments,
-            )
-            return rendered
-        except TemplateError as error:
-            raise DataError(
-                f"The model's chat template refuses a dialogue of the roles {', '.join(m['role'] for m in messages)} "
-                f"that begins with {messages[0]['content'][:60]!r}: {error}. Leave such dialogues out of the data, or "
-                "name a model whose template takes them."
-            ) from error
-
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        pieces = [text.split(_GUARD) for text in texts]
-        if not pieces:
-            return []
-        encoded = self.tokenizer(
-            list(chain.from_iterable(pieces)), add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        ids = iter(encoded["input_ids"])
-        return [list(chain.from_iterable(islice(ids, len(p)))) for p in pieces]
-
-    def _answer(self, prompt: Prompt, answer: str) -> str:
+    def _text_alone(self, prompt: Prompt, answer: str) -> Written:
         turn = Message(role="assistant", content=answer)
-        whole = self._render([*prompt.messages, turn], prompt.tools, add_generation_prompt=False)
+        whole = self.template.render([*prompt.messages, turn], prompt.tools, add_generation_prompt=False)
         # Some templates rewrite earlier turns or strip the answer; then the answer is taken as it stands.
-        return whole[len(prompt.text) :] if whole.startswith(prompt.text) else self._guarded(answer)
+        text = whole[len(prompt.text) :] if whole.startswith(prompt.text) else self.template.guarded(answer)
+        return Written(answer, [(text, True)])
 
-    def _completion(self, answer: str, text: str, ids: list[int]) -> Completion:
+    def _turns(self, prompt: Prompt, answer: Answer, shared: int, loss: LossTurns) -> tuple[str, dict[Span, bool]]:
+        """The dialogue with an answer as the template writes it, and where in it the assistant's turns of the answer
+        stand, each with whether it bears the loss."""
+        turns = [Message(role="assistant", content=answer)] if isinstance(answer, str) else list(answer)
+        messages, first = [*prompt.messages, *turns], len(prompt.messages)
+        if self.template.marks_turns:
+
+            def num_marks(some: Sequence[Message]) -> int:
+                return len(self.template.render_marked(some, prompt.tools, add_generation_prompt=True)[1])
+
+            whole, marks = self.template.render_marked(messages, prompt.tools, add_generation_prompt=False)
+            spoken = marked_turns(num_marks, messages, first, whole, marks, self.template.control)
+        else:
+
+            def render(some: Sequence[Message], *, opened: bool) -> str:
+                return self.template.render(some, prompt.tools, add_generation_prompt=opened)
+
+            whole = render(messages, opened=False)
+            spoken = [
+                [span] for span in found_turns(render, messages, first, prompt.text, whole, self.template.control)
+            ]
+        require_calls_written(messages, first, whole, spoken)
+        places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+        bears = [place >= shared and (loss == "all" or place == places[-1]) for place in places]
+        return whole, {span: bear for spans, bear in zip(spoken, bears, strict=True) for span in spans}
+
+    def _completion(self, answer: Written, parts: list[tuple[list[int], bool]]) -> Completion:
+        *others, (ids, bears_loss) = parts
         ends = [i for i, token in enumerate(ids) if token in self.control_ids]
         if ends:
-            ids = ids[: ends[-1] + 1]
+            others.append((ids[: ends[-1] + 1], bears_loss))
+        elif not bears_loss and others and self.control_ids & {*others[-1][0][-1:]}:
+            pass  # what the template writes after the end of the turn
         elif self.tokenizer.eos_token_id is not None:
-            ids = [*ids, self.tokenizer.eos_token_id]
+            others.append(([*ids, self.tokenizer.eos_token_id], bears_loss))
         else:
             raise ConfigError(
                 "The model's chat template writes no control token after the assistant's turn, and its tokenizer has "
                 "no eos_token, so it is not known how an answer ends. Name an eos_token in its tokenizer_config.json."
             )
-        spelled = self._control.search(answer) is not None
-        foreign = spelled or (len(ends) > 1 and len(ends) > len(self._control.findall(text)))
-        return Completion(text, ids, foreign)
+        whole = [token for part, _ in others for token in part]
+        mask = None if all(bears for _, bears in others) else [bears for part, bears in others for _ in part]
+        spelled = any(self.template.control.search(text) for text in _said(answer.answer))
+        number = len(ends) + sum(token in self.control_ids for part, _ in parts[:-1] for token in part)
+        foreign = spelled or (number > 1 and number > len(self.template.control.findall(answer.text)))
+        return Completion(answer.text, whole, foreign, mask)
 
     def _closing(self, prompt: Prompt) -> str:
         *earlier, last = prompt.messages
-        probe = [*earlier, Message(role=last["role"], content=_MARK)]
-        rendered = self._render(probe, prompt.tools, add_generation_prompt=True)
+        probe = [*earlier, Message(role=last["role"], content=_MARK, more=last.get("more"))]
+        rendered = self.template.render(probe, prompt.tools, add_generation_prompt=True)
         _, mark, closing = rendered.rpartition(_MARK)
         if mark and prompt.text.endswith(closing):
             return closing
         # The template rewrites what the user says, or closes by it; what opens the assistant's turn may still be told.
-        unopened = self._render(prompt.messages, prompt.tools, add_generation_prompt=False)
+        unopened = self.template.render(prompt.messages, prompt.tools, add_generation_prompt=False)
         if prompt.text.startswith(unopened) and len(unopened) < len(prompt.text):
             return prompt.text[len(unopened) :]
         raise ConfigError(
@@ -269,20 +315,28 @@ class ChatTokenizer:
 
     def _tail(self, text: str) -> str:
         text = text[-_TAIL:]
-        places = [found.start() for found in self._control.finditer(text)]
+        places = [found.start() for found in self.template.control.finditer(text)]
         return text[places[-1] :] if places else text
 
-    def _guarded(self, text: str) -> str:
-        return self._beginning.sub(_GUARDED, text) if self._control.search(text) else text
 
-    def _guarded_json(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self._guarded(value)
-        if isinstance(value, list):
-            return [self._guarded_json(v) for v in value]
-        if isinstance(value, dict):
-            return {self._guarded(k): self._guarded_json(v) for k, v in value.items()}
-        return value
+def _parts(whole: str, spans: Mapping[Span, bool], start: int) -> list[tuple[str, bool]]:
+    """What stands behind `start` in a dialogue, in parts that bear the loss and parts that do not.
+
+    spans: where the assistant's turns stand, and whether each bears it.
+    """
+    parts: list[tuple[str, bool]] = []
+    for (begin, end), bears_loss in sorted(spans.items()):
+        begin = max(begin, start)
+        parts += [(whole[start:begin], False), (whole[begin:end], bears_loss)]
+        start = end
+    return [part for part in [*parts, (whole[start:], False)] if part[0]]
+
+
+def _said(answer: Answer) -> list[str]:
+    """All that is said in an answer."""
+    if isinstance(answer, str):
+        return [answer]
+    return [text for turn in answer for text in (turn["content"], turn.get("more") or "")]
 
 
 def parse_tools(tools: str | None) -> list[Any] | None:
@@ -298,20 +352,8 @@ def parse_tools(tools: str | None) -> list[Any] | None:
     return parsed
 
 
-# Stands inside whatever a message says that looks like a control token, from rendering to encoding: the text
-# then stays text, and only the template opens and ends turns. Private-use characters, in an order nobody writes.
-_GUARD = "\ue000\uf8ff\ue000"
-_GUARDED = rf"\1{_GUARD}"
-
 # Stands for the user's words where only what is written around them is asked for.
 _MARK = "\ue000\uf8ff\ue001"
 
 # Characters of the prompt's end and of the completion's beginning that decide whether they would merge.
 _TAIL, _HEAD = 64, 16
-
-
-def _control_tokens(tokenizer: Any) -> dict[str, int]:
-    """Text → id of the tokens that stand for structure, not for text."""
-    added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    return added | named

@@ -223,6 +223,7 @@ def mismatched(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
             chosen_ids=pair.mismatched_ids,
             rejected_ids=[],
             chosen_ref_logprobs=pair.mismatched_ref_logprobs,
+            chosen_mask=pair.mismatched_mask,
             weight=pair.weight,
         )
         for pair in pairs

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from dpo_ray.data import duplicates, rules
 from dpo_ray.data.tally import Tally
 from dpo_ray.estimates import proportion
-from dpo_ray.pairs import JUDGED, TIE
+from dpo_ray.pairs import JUDGED, TIE, answer_of
 
 MEASURES = pa.schema([("measure", pa.string()), ("value", pa.int64()), ("count", pa.int64())])
 """How many rows of a shard have a value of a measure. Measures that have no value but their name have 0."""
@@ -29,6 +29,7 @@ Measures = Counter[tuple[str, int]]
 
 _PERCENTS = (5, 50, 95, 99)
 _PARTS = ("prompt", "chosen", "rejected")
+_SAID = {*_PARTS, "chosen_turns", "rejected_turns"}
 
 # How the Unicode names of a script's letters begin → what the script is called.
 _SCRIPTS = {
@@ -53,9 +54,11 @@ _JAPANESE_FROM = 0.1  # share of kana among kana and Han letters; Japanese prose
 def measure_pairs(table: pa.Table) -> Measures:
     """Scripts of the rows of a pairs shard, of prompt and chosen answer together; or of the only answer there is."""
     measures: Measures = Counter()
-    for row in table.select(["prompt", "chosen", "rejected"]).to_pylist():
-        answer = row["chosen"] if row["chosen"] is not None else row["rejected"]
-        measures[f"script/{script_of([m['content'] for m in row['prompt']] + [answer])}", 0] += 1
+    for row in table.select([name for name in table.column_names if name in _SAID]).to_pylist():
+        answer = answer_of(row, "chosen")
+        answer = answer_of(row, "rejected") if answer is None else answer
+        said = [answer] if isinstance(answer, str) else [m["content"] for m in answer or ()]
+        measures[f"script/{script_of([m['content'] for m in row['prompt']] + said)}", 0] += 1
     return measures
 
 
@@ -84,9 +87,9 @@ def measure_tokens(table: pa.Table) -> Measures:
 
 
 def measure_reference(table: pa.Table) -> Measures:
-    """Which answer of the rows of a reference shard has the larger log-prob, summed and per token."""
+    """Which answer of the rows of a reference shard has the larger log-prob, summed and per token with the loss."""
     sides = ("chosen", "rejected")
-    lengths = {side: pc.list_value_length(table[f"{side}_ids"]).to_numpy() for side in sides}
+    lengths = {side: pc.list_value_length(table[f"{side}_ref_logprobs"]).to_numpy() for side in sides}
     both = (lengths["chosen"] > 0) & (lengths["rejected"] > 0)
     sums = {side: _row_sums(table[f"{side}_ref_logprobs"])[both] for side in sides}
     means = {side: sums[side] / lengths[side][both] for side in sides}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args
 
-from dpo_ray.pairs import Message, PreferencePair
+from dpo_ray.pairs import Answer, Message, PreferencePair
 
 Reason = Literal[
     "invalid_utf8",
@@ -56,11 +56,12 @@ MEANING: dict[Reason, str] = {
     "empty_prompt": "no prompt, or an empty message in it",
     "empty_response": "an answer without text",
     "identical_pair": "both answers are equal",
-    "unknown_role": "a role other than system, user and assistant",
-    "role_order": "the prompt is not an optional system turn, then user and assistant in turn, at the end the user",
-    "tool_calls": "a message calls tools, which a pair of texts cannot hold",
-    "bad_completion": "an answer is not one message of the assistant",
-    "diverging_prefix": "the dialogues differ before their last turn",
+    "unknown_role": "a role other than system, user, assistant and tool",
+    "role_order": "the turns are not an optional system turn, then user and assistant in turn, with results of tools "
+    "after what the assistant said or called, and before an answer the user or a tool",
+    "tool_calls": "the calls of tools in a message are not a list of named functions, or not the assistant's",
+    "bad_completion": "an answer does not begin and end with the assistant; or a ranked one is not one text",
+    "diverging_prefix": "the dialogues have no beginning in common that the assistant goes on from",
     "prompt_repeated": "the answers hold the prompt again; data.layout=implicit_prompt takes it from them alone",
     "invalid_unicode": "a lone surrogate",
     "bad_label": "the label is neither true, false, 1 nor 0",
@@ -128,30 +129,71 @@ def check_length(fields: Mapping[str, Any], max_characters: int) -> None:
             waiting += value.values()
 
 
+_AFTER = {
+    "system": {"user"},
+    "user": {"assistant"},
+    "assistant": {"user", "tool"},
+    "tool": {"assistant", "tool"},
+}
+"""Role → whose turn may be the next. Calls of tools may also be spelled in the assistant's text."""
+
+_SHOWN = {"assistant": ("reasoning_content", "thinking"), "tool": ("tool_call_id", "name")}
+"""Role → what a message may have beside its content that chat templates write, as text."""
+
+
 def check_message(message: Any) -> Message:
-    """One turn with a known role and text, and no calls of tools. Raises BadRow."""
+    """One turn with a known role, its text, and what else of it chat templates write: calls of tools, and the texts
+    of _SHOWN. What is null or empty, as in a column of structs, is left out, and so are other keys.
+
+    A message that calls tools may have no text. Raises BadRow.
+    """
     if message is None:
         reject("null_field")
     if not isinstance(message, dict):
         reject("non_string_content")
-    if "role" not in message or "content" not in message:
+    calls = message.get("tool_calls") or None
+    if "role" not in message or ("content" not in message and calls is None):
         reject("missing_field")
-    role, content = check_text(message["role"]), check_text(message["content"])
-    if role not in {"system", "user", "assistant"}:
+    role, content = check_text(message["role"]), message.get("content")
+    if role not in _AFTER:
         reject("unknown_role")
-    if message.get("tool_calls"):  # null or empty in a column of structs, where every message has every key
+    if calls is not None and role != "assistant":
         reject("tool_calls")
-    return {"role": role, "content": content}
+    more: dict[str, Any] = {name: check_text(message[name]) for name in _SHOWN.get(role, ()) if message.get(name)}
+    if calls is not None:
+        more["tool_calls"] = _checked_calls(calls)
+        content = content or ""
+    checked = Message(role=role, content=check_text(content))
+    if more:
+        try:
+            checked["more"] = check_text(json.dumps(more, ensure_ascii=False, allow_nan=False, sort_keys=True))
+        except (TypeError, ValueError, RecursionError):
+            reject("tool_calls")
+    return checked
 
 
-def check_prompt(prompt: list[Message]) -> None:
-    """A dialogue: an optional system turn, then user and assistant in turn, ending with the user. Raises BadRow."""
-    if not prompt or any(not m["content"].strip() for m in prompt):
+def calls_tools(message: Message) -> bool:
+    """Whether a message calls tools by its field tool_calls."""
+    return "tool_calls" in json.loads(message.get("more") or "{}")
+
+
+def check_prompt(prompt: Sequence[Message]) -> None:
+    """A dialogue up to where the assistant is to speak: an optional system turn, then user and assistant in turn,
+    with results of tools after what the assistant said or called; at the end the user or a tool. Raises BadRow."""
+    if not prompt or any(not m["content"].strip() and m["role"] != "tool" and not calls_tools(m) for m in prompt):
         reject("empty_prompt")
-    turns = prompt[1:] if prompt[0]["role"] == "system" else prompt
-    expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(turns))]
-    if not turns or [m["role"] for m in turns] != expected or turns[-1]["role"] != "user":
+    check_order(prompt)
+    if prompt[-1]["role"] not in {"user", "tool"}:
         reject("role_order")
+
+
+def check_order(dialogue: Sequence[Message]) -> None:
+    """Whose turn it is in a dialogue, whoever speaks last; see check_prompt. Raises BadRow."""
+    allowed = {"system", "user"}
+    for message in dialogue:
+        if message["role"] not in allowed:
+            reject("role_order")
+        allowed = {"tool"} if calls_tools(message) else _AFTER[message["role"]]
 
 
 def check_label(label: Any) -> bool:
@@ -198,6 +240,28 @@ def check_tools(tools: Any) -> str | None:
     return check_text(text)
 
 
+def _checked_calls(calls: Any) -> list[Any]:
+    """Calls of tools, their arguments as an object also where they are JSON text of one. Raises BadRow.
+
+    Chat templates write the arguments as JSON: of text they would make a quoted text.
+    """
+    if not isinstance(calls, list) or not all(_is_tool(call) for call in calls):
+        reject("tool_calls")
+    return [_with_arguments(_without_nulls(call)) for call in calls]
+
+
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_arguments(call["function"])}
+    if not isinstance(call.get("arguments"), str):
+        return {"arguments": {}, **call}
+    try:
+        arguments = json.loads(call["arguments"] or "{}", parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+
+
 def _is_tool(tool: Any) -> bool:
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
@@ -216,10 +280,23 @@ def _no_number(name: str) -> NoReturn:
 
 def check_pair(pair: PreferencePair) -> PreferencePair:
     """The rules on the pair as a whole; a side that is absent breaks none. Raises BadRow."""
-    check_prompt(list(pair.prompt))
-    sides = [side.strip() for side in (pair.chosen, pair.rejected) if side is not None]
-    if not all(sides):
-        reject("empty_response")
+    check_prompt(pair.prompt)
+    sides = [_checked_answer(pair.prompt, side) for side in (pair.chosen, pair.rejected) if side is not None]
     if len(sides) == 2 and sides[0] == sides[1]:
         reject("identical_pair")
     return pair
+
+
+def _checked_answer(prompt: Sequence[Message], answer: Answer) -> Answer:
+    """The answer as it is compared: a text without outer white space."""
+    if isinstance(answer, str):
+        answer = answer.strip()
+        if not answer:
+            reject("empty_response")
+        return answer
+    if not answer or answer[0]["role"] != "assistant" or answer[-1]["role"] != "assistant":
+        reject("bad_completion")
+    check_order([*prompt, *answer])
+    if any(not m["content"].strip() and m["role"] != "tool" and not m.get("more") for m in answer):
+        reject("empty_response")
+    return answer

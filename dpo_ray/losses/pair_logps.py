@@ -1,6 +1,6 @@
 """Token log-probs → the log-probs of the completions of a batch of pairs, as the losses read them.
 
-B pairs; N completion tokens; log-probs in nats.
+B pairs; N tokens that bear the loss, of all completions; log-probs in nats.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class PairLogps:
     """None for training without a reference."""
     ref_rejected: Tensor | None
     num_chosen_tokens: Tensor
-    """0 where a row has no chosen completion (unpaired data)."""
+    """That bear the loss; 0 where a row has no chosen completion (unpaired data)."""
     num_rejected_tokens: Tensor
     """0 where a row has no rejected completion."""
     mean_chosen: Tensor
@@ -75,7 +75,8 @@ def pair_logps(
     on CUDA, which adds in no fixed order, only with torch.use_deterministic_algorithms.
 
     Args:
-        token_logprobs: [N] under the policy, with gradient; [N] means that of each completion token of the batch.
+        token_logprobs: [N] under the policy, with gradient; [N] means that of each token of the batch that bears the
+            loss.
         sequence_index: [N] 2·pair for a chosen token, 2·pair + 1 for a rejected one; in ascending order, and the
             tokens of a completion in theirs. A pair may lack one of its completions.
         ref_token_logprobs: [N] under the reference; None without one.

@@ -116,14 +116,17 @@ def stored_dtype(folder: Path) -> str:
     return {"BF16": "bfloat16", "F16": "float16"}.get(most, "float32")
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder. Raises ConfigError."""
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False, chat_template: str | None = None) -> Any:
+    """The tokenizer of a model folder, with another chat template where one is given. Raises ConfigError."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"The model folder {folder} has no tokenizer that can be loaded ({error}). Save it there "
             "with tokenizer.save_pretrained."
         ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer

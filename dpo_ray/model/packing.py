@@ -1,10 +1,11 @@
 """Pairs → the tensors of one forward pass, in the packed or in the padded layout.
 
-    P, C, R tokens of prompt, chosen and rejected; T tokens of a row; N completion tokens of the micro-batch.
+    P, C, R tokens of prompt, chosen and rejected; T tokens of a row; N tokens of the micro-batch that bear the loss.
 
-Both layouts name the same N completion tokens in the same order (pair by pair, chosen then rejected), so that
-what follows the forward pass need not know which one was used. A pair may lack one side (unpaired data): that side
-has no tokens in the packed row and no row of its own in the padded layout.
+A completion's tokens bear the loss, all of them or those that its mask names. Both layouts name the same N tokens in
+the same order (pair by pair, chosen then rejected), so that what follows the forward pass need not know which one was
+used. A pair may lack one side (unpaired data): that side has no tokens in the packed row and no row of its own in the
+padded layout.
 
 What the packed row shares is the longest common prefix of the two sequences: the prompt, and the tokens with which
 both completions begin. These stand in the row once and are targets twice.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from dpo_ray.errors import DataError
 from dpo_ray.model.attention import Segment
-from dpo_ray.pairs import TokenizedPair
+from dpo_ray.pairs import TokenizedPair, bearing_loss
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,14 @@ class MicroBatch:
     segments: tuple[Segment, ...] | None
     """The pairs of the packed row; None in the padded layout."""
     predictors: Tensor
-    """[N] index, into the flattened [rows · T] positions, of the position that predicts each completion token."""
+    """[N] index, into the flattened [rows · T] positions, of the position that predicts each token."""
     targets: Tensor
-    """[N] the completion tokens."""
+    """[N] the tokens."""
     sequence_index: Tensor
     """[N] 2·pair for chosen tokens, 2·pair + 1 for rejected ones."""
     num_pairs: int
     reference_logprobs: Tensor | None = None
-    """[N] float32, in nats, of the completion tokens; None where the pairs have none."""
+    """[N] float32, in nats, of the tokens; None where the pairs have none."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on a device."""
@@ -79,11 +80,12 @@ def pack(pairs: Sequence[TokenizedPair]) -> MicroBatch:
         positions += [*range(p + c), *range(p + common, p + r)]
         segments.append(Segment(start, p + common, c - common, r - common))
         last = start + p - 1  # the last prompt token predicts the first token of both completions
-        predictors += range(last, last + c)
-        predictors += range(last, last + min(common + 1, r))
-        predictors += range(last + c + 1, last + c + r - common)
-        targets += [*pair.chosen_ids, *pair.rejected_ids]
-        sequences += [2 * i] * c + [2 * i + 1] * r
+        of_chosen = [*range(last, last + c)]
+        of_rejected = [*range(last, last + min(common + 1, r)), *range(last + c + 1, last + c + r - common)]
+        predictors += bearing_loss(of_chosen, pair.chosen_mask) + bearing_loss(of_rejected, pair.rejected_mask)
+        chosen, rejected = pair.chosen_loss_ids, pair.rejected_loss_ids
+        targets += [*chosen, *rejected]
+        sequences += [2 * i] * len(chosen) + [2 * i + 1] * len(rejected)
     return MicroBatch(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
@@ -102,26 +104,31 @@ def pad(pairs: Sequence[TokenizedPair]) -> MicroBatch:
 
     Raises DataError where a pair's reference log-probs are not those of its tokens.
     """
-    sides = [(i, side) for i, pair in enumerate(pairs) for side in (pair.chosen_ids, pair.rejected_ids)]
-    present = [(sequence, i, ids) for sequence, (i, ids) in enumerate(sides) if ids]
-    rows = [pairs[i].prompt_ids + ids for _, i, ids in present]
+    sides = [
+        side
+        for pair in pairs
+        for side in ((pair, pair.chosen_ids, pair.chosen_mask), (pair, pair.rejected_ids, pair.rejected_mask))
+    ]
+    present = [(sequence, ids, mask) for sequence, (_, ids, mask) in enumerate(sides) if ids]
+    rows = [pair.prompt_ids + ids for pair, ids, _ in sides if ids]
     width = max(map(len, rows))
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    attended = torch.zeros(len(rows), width, dtype=torch.long)
     predictors: list[int] = []
     targets: list[int] = []
     sequences: list[int] = []
-    for number, (row, (sequence, _, ids)) in enumerate(zip(rows, present, strict=True)):
+    for number, (row, (sequence, ids, mask)) in enumerate(zip(rows, present, strict=True)):
         input_ids[number, : len(row)] = torch.tensor(row)
-        mask[number, : len(row)] = 1
+        attended[number, : len(row)] = 1
         end = number * width + len(row) - 1
-        predictors += range(end - len(ids), end)
-        targets += ids
-        sequences += [sequence] * len(ids)
+        predictors += bearing_loss([*range(end - len(ids), end)], mask)
+        of_loss = bearing_loss(ids, mask)
+        targets += of_loss
+        sequences += [sequence] * len(of_loss)
     return MicroBatch(
         input_ids=input_ids,
         position_ids=torch.arange(width).expand(len(rows), width).contiguous(),
-        attention_mask=mask,
+        attention_mask=attended,
         segments=None,
         predictors=torch.tensor(predictors),
         targets=torch.tensor(targets),
@@ -143,7 +150,7 @@ def _reference_logprobs(pairs: Sequence[TokenizedPair]) -> Tensor | None:
     values: list[float] = []
     without = []
     for pair in pairs:
-        sides = (pair.chosen_ids, pair.chosen_ref_logprobs), (pair.rejected_ids, pair.rejected_ref_logprobs)
+        sides = (pair.chosen_loss_ids, pair.chosen_ref_logprobs), (pair.rejected_loss_ids, pair.rejected_ref_logprobs)
         if all(logprobs is None for _, logprobs in sides):
             without.append(pair.pair_id)
             continue
@@ -151,8 +158,8 @@ def _reference_logprobs(pairs: Sequence[TokenizedPair]) -> Tensor | None:
             found = logprobs or []  # of an absent side, which has no ids either
             if len(found) != len(ids):
                 raise DataError(
-                    f"Pair {pair.pair_id} has {len(found)} reference log-probs for a completion of {len(ids)} tokens. "
-                    "Remove the reference artifact that it comes from; it will be computed again."
+                    f"Pair {pair.pair_id} has {len(found)} reference log-probs for a completion of {len(ids)} tokens "
+                    "that bear the loss. Remove the reference artifact that it comes from; it will be computed again."
                 )
             values += found
     if without and len(without) < len(pairs):

@@ -19,7 +19,7 @@ _PACKED_AT_ONCE = 4096
 
 
 class PairScorer(Protocol):
-    """Log-probs of the completion tokens of pairs, in nats: for each pair, those of chosen and of rejected.
+    """Log-probs of the tokens of pairs that bear the loss, in nats: for each pair, those of chosen and of rejected.
 
     Of a side that a pair lacks they are an empty list.
     """
@@ -49,7 +49,8 @@ class TorchScorer:
                 raise EngineDied("the device is lost to this process") from error
             at = 0
             for i, pair in zip(group, members, strict=True):
-                cut, end = at + len(pair.chosen_ids), at + len(pair.chosen_ids) + len(pair.rejected_ids)
+                cut = at + len(pair.chosen_loss_ids)
+                end = cut + len(pair.rejected_loss_ids)
                 chosen[i], rejected[i] = values[at:cut], values[cut:end]
                 at = end
         return chosen, rejected

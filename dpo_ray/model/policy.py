@@ -132,7 +132,7 @@ def _use_packed_attention(model: PreTrainedModel) -> bool:
 
 
 class CompletionScorer(nn.Module):
-    """The trainer's forward pass: micro-batch → log-probs of its completion tokens.
+    """The trainer's forward pass: micro-batch → log-probs of its tokens that bear the loss.
 
     The same module scores the reference (engine `torch`), calibrates vLLM's scores, trains and evaluates.
     """
@@ -151,7 +151,7 @@ class CompletionScorer(nn.Module):
         return pack(pairs) if self.packs else pad(pairs)
 
     def forward(self, batch: MicroBatch, *, with_collisions: bool = False, with_entropies: bool = False) -> TokenScores:
-        """Scores of the micro-batch's N completion tokens, in float32; see token_scores."""
+        """Scores of the micro-batch's N tokens that bear the loss, in float32; see token_scores."""
         extra = {"segments": attention.Segments(batch.segments)} if batch.segments is not None else {}
         hidden = self.model.base_model(
             input_ids=batch.input_ids,

@@ -26,7 +26,7 @@ from dpo_ray.model.folders import (
     require_readable,
 )
 from dpo_ray.model.source import Source, is_hub_id, locate
-from dpo_ray.model.tokenizer_files import tokenizer_hash
+from dpo_ray.model.tokenizer_files import read_template, tokenizer_hash
 from dpo_ray.storage.artifact import digest
 
 
@@ -42,12 +42,14 @@ class ModelFolder:
     """Run the Python code that comes with the model."""
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     """Given to the chat template."""
+    chat_template: str | None = None
+    """As model.chat_template."""
     within: tuple[str, ...] = ()
     """The adapters whose base it is."""
 
     @classmethod
     def of(cls, model: Model) -> ModelFolder:
-        return cls(model.path, model.revision, model.trust_remote_code, model.template_arguments)
+        return cls(model.path, model.revision, model.trust_remote_code, model.template_arguments, model.chat_template)
 
     @cached_property
     def path(self) -> Path:
@@ -69,7 +71,8 @@ class ModelFolder:
             from dpo_ray.model.lora import merge
 
             merge(below, folder).save_pretrained(target)
-            self.tokenizer().save_pretrained(target)
+            # As it lies there: the folder is kept for every run, whatever template it names.
+            load_tokenizer(self.tokenizer_folder, trust_remote_code=self.trust_remote_code).save_pretrained(target)
 
         return held(name, fill)
 
@@ -105,9 +108,16 @@ class ModelFolder:
         with self._of_base() as base:
             return base.tokenizer_folder
 
+    @cached_property
+    def template(self) -> str | None:
+        """The text of the chat template that stands in place of the tokenizer's own. Raises ConfigError."""
+        return None if self.chat_template is None else read_template(self.chat_template)
+
     def tokenizer(self) -> Any:
         """Raises ConfigError where none can be loaded."""
-        return load_tokenizer(self.tokenizer_folder, trust_remote_code=self.trust_remote_code)
+        return load_tokenizer(
+            self.tokenizer_folder, trust_remote_code=self.trust_remote_code, chat_template=self.template
+        )
 
     def weights_hash(self) -> str:
         """Digest over the configuration and the weights, and over the model's code where it is run.
@@ -129,6 +139,8 @@ class ModelFolder:
     def tokenizer_hash(self) -> str:
         """Digest of what turns a dialogue into ids: tokenizer, chat template and its arguments, by content."""
         found = tokenizer_hash(self.tokenizer_folder)
+        if self.template is not None:
+            return digest([found, self.template_arguments, self.template])
         return digest([found, self.template_arguments]) if self.template_arguments else found
 
     def config(self) -> dict[str, Any]:

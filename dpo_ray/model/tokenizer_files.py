@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.folders import ADAPTER_CONFIG, DESCRIPTION, content, file_names, matching
 from dpo_ray.storage.artifact import digest
+from dpo_ray.storage.location import Location
 
 _CONFIG = "tokenizer_config.json"
 _TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
 _WHOLE = "tokenizer.json"
+_MARKS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 _NO_TOKENIZER = {"config.json", "generation_config.json", ADAPTER_CONFIG}
 
 
@@ -41,6 +44,30 @@ def has_template(folder: Path) -> bool:
     config = _read(folder / _CONFIG)
     files = [file for pattern in _TEMPLATES for file in folder.glob(pattern)]
     return bool(config.get("chat_template")) or "auto_map" in config or any(file.stat().st_size for file in files)
+
+
+def read_template(place: str) -> str:
+    """The chat template in a file, as model.chat_template names it. Raises ConfigError where it is none."""
+    import jinja2
+
+    try:
+        text = Location.of(place).read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"model.chat_template is {place}, which cannot be read as text ({error}). Name a file with a Jinja "
+            "template that every node sees, or a URI; with a job, let it travel along (submit --ship)."
+        ) from error
+    try:
+        # Marks of what the assistant says are transformers' own.
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_MARKS.sub("", text))
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(
+            f"model.chat_template is {place}, which is no Jinja template: line {error.lineno}: {error.message}. Mend "
+            "it, or leave model.chat_template out for the model's own."
+        ) from error
+    if not text.strip():
+        raise ConfigError(f"model.chat_template is {place}, and that file is empty. Leave it out for the model's own.")
+    return text
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dpo_ray.data.chat import ChatTokenizer
 from dpo_ray.errors import ConfigError, DataError, EngineDied
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.pool import Pool
-from dpo_ray.pairs import Message, TokenizedPair
+from dpo_ray.pairs import Message, TokenizedPair, bearing_loss
 from dpo_ray.shards.generate import Completion, Request
 
 # Pairs of so many tokens are given to vLLM at once: enough to keep it busy, and their outputs, which hold an object or
@@ -49,8 +49,10 @@ class VLLMScorer:
         chosen: list[list[float]] = []
         rejected: list[list[float]] = []
         for group in batches(pairs, _sequence_tokens, _VLLM_GROUP_TOKENS):
-            chosen += self._score([(p.prompt_ids, p.chosen_ids) for p in group])
-            rejected += self._score([(p.prompt_ids, p.rejected_ids) for p in group])
+            of_chosen = self._score([(p.prompt_ids, p.chosen_ids) for p in group])
+            of_rejected = self._score([(p.prompt_ids, p.rejected_ids) for p in group])
+            chosen += [bearing_loss(v, p.chosen_mask) for v, p in zip(of_chosen, group, strict=True)]
+            rejected += [bearing_loss(v, p.rejected_mask) for v, p in zip(of_rejected, group, strict=True)]
         return chosen, rejected
 
     def _score(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:

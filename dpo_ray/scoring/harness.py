@@ -35,10 +35,12 @@ class Harness:
         from lm_eval.tasks import TaskManager
 
         source = ModelFolder.of(model)
-        require_chat_template(source.tokenizer(), model.path)
+        tokenizer = source.tokenizer()
+        require_chat_template(tokenizer, model.path)
         self._options = options
         self._model = HFLM(
             pretrained=str(source.path),
+            tokenizer=None if source.template is None else tokenizer,
             dtype=model.dtype,
             device="cuda" if torch.cuda.is_available() else "cpu",
             batch_size=options.batch_size,

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -232,5 +232,6 @@ def _field(reply: str, name: str) -> Any:
     return None
 
 
-def _conversation(prompt: Sequence[Mapping[str, str]]) -> str:
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+def _conversation(prompt: Sequence[Message]) -> str:
+    said = ((message["role"], message["content"], message.get("more")) for message in prompt)
+    return "\n\n".join(f"{role}: {' '.join(filter(None, texts))}" for role, *texts in said)

@@ -22,7 +22,12 @@ from dpo_ray.storage.location import Location
 
 def identity(rules: CandidatePairing, weights: dict[str, float]) -> dict[str, Any]:
     """What changes the pairs, beside the candidates and their scores. weights: source → its weight."""
-    return {"rules": rules.model_dump(mode="json"), "rules_version": RULES, "weights": weights}
+    return {
+        "rules": rules.model_dump(mode="json"),
+        "rules_version": RULES,
+        "weights": weights,
+        "columns": GENERATED_PAIRS.names,
+    }
 
 
 @dataclass(frozen=True)

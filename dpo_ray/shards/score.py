@@ -98,10 +98,14 @@ class MismatchShard:
         rows = table.to_pylist()
         others = mismatched_rows(table["prompt_id"].to_pylist(), table["split"].to_pylist())
         ids: list[list[int] | None] = []
+        masks: list[list[bool] | None] = []
         for place, other in enumerate(others):
-            sides = ("chosen_ids", "rejected_ids") if place % 2 == 0 else ("rejected_ids", "chosen_ids")
-            ids.append(None if other is None else rows[other][sides[0]] or rows[other][sides[1]])
-        table = table.append_column("mismatched_ids", pa.array(ids, MISMATCHED.field("mismatched_ids").type))
+            sides = ("chosen", "rejected") if place % 2 == 0 else ("rejected", "chosen")
+            side = None if other is None else sides[0] if rows[other][f"{sides[0]}_ids"] else sides[1]
+            ids.append(None if other is None else rows[other][f"{side}_ids"])
+            masks.append(None if other is None else rows[other].get(f"{side}_mask"))
+        for name, values in (("mismatched_ids", ids), ("mismatched_mask", masks)):
+            table = table.append_column(name, pa.array(values, MISMATCHED.field(name).type))
         pairs = mismatched([tokenized_pair(row) for row in table.to_pylist()])
         places = [place for place, completion in enumerate(ids) if completion is not None]
         scores, failed = _scores(self.scorer, pairs, attempts)

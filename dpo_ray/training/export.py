@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from dpo_ray.config import Model
 from dpo_ray.model.folders import HASHES, load_tokenizer, stored_dtype
 from dpo_ray.model.lora import merged_weights, save_adapter
+from dpo_ray.model.tokenizer_files import read_template
 from dpo_ray.storage.artifact import FileEntry, describe_file
 from dpo_ray.storage.location import Location
 from dpo_ray.training.parallel import Rank, gathered_objects, trained_state, whole_state
@@ -90,7 +91,9 @@ def export_policy(
                 _save_index(rest, files)
         if me.rank != 0:
             return []
-        load_tokenizer(source, trust_remote_code=options.trust_remote_code).save_pretrained(rest)
+        template = None if options.chat_template is None else read_template(options.chat_template)
+        tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code, chat_template=template)
+        tokenizer.save_pretrained(rest)
         return [*written, *_copy_rest(Location.of(rest), target, written)]
 
 

@@ -326,7 +326,7 @@ class _Scored:
     num_tokens: int
     """As the field counts them: a prompt once for each of its completions."""
     token_logratios: Tensor | None
-    """log π − log π_ref [N] of the completion tokens, in the order of the pairs, chosen before rejected."""
+    """log π − log π_ref [N] of the tokens that bear the loss, in the order of the pairs, chosen before rejected."""
 
     def stacked(self) -> Tensor:
         """All of it in one tensor, [B, columns]; unstacked gives it back."""

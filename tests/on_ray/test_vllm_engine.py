@@ -107,6 +107,16 @@ def test_vllm_is_not_asked_about_absent_sides(monkeypatch: pytest.MonkeyPatch, b
 
 
 @pytest.mark.parametrize("by_token_ids", [False, True])
+def test_of_an_answer_in_turns_the_tokens_that_bear_the_loss_are_scored(
+    monkeypatch: pytest.MonkeyPatch, by_token_ids: bool
+):
+    llm = FakeVLLM(by_token_ids)
+    pair = TokenizedPair("p", [1], [2, 3, 4], [5, 6], chosen_mask=[True, False, True])
+    assert vllm_scorer(monkeypatch, llm).score([pair]) == ([[-2.0, -4.0]], [[-5.0, -6.0]])
+    assert llm.asked == [([1, 2, 3, 4], False), ([1, 5, 6], False)]
+
+
+@pytest.mark.parametrize("by_token_ids", [False, True])
 def test_what_the_cache_has_of_a_completion_is_scored_again_without_it(
     monkeypatch: pytest.MonkeyPatch, by_token_ids: bool
 ):

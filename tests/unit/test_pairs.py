@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
 import pytest
 
 from dpo_ray.pairs import (
     MISMATCHED,
+    PAIRS,
     REFERENCE,
     TOKENIZED,
     Message,
     PreferencePair,
     TokenizedPair,
+    answer_of,
+    bearing_loss,
+    pair_row,
+    plain,
     prompt_id,
     split_of,
     steers,
@@ -36,6 +42,45 @@ def test_tools_are_part_of_the_prompt_and_of_the_pair():
     tools = [PreferencePair(PROMPT, "Scattering.", "Paint.", text) for text in (None, '[{"name": "f"}]', "[]")]
     assert len({pair.pair_id for pair in tools}) == len({pair.prompt_id for pair in tools}) == 3
     assert tools[1].prompt_id == prompt_id(list(PROMPT), '[{"name": "f"}]') != prompt_id(list(PROMPT))
+
+
+def test_what_a_message_lacks_does_not_matter_wherever_it_was_read():
+    stored: Message = {**PROMPT[0], "more": None}
+    assert PreferencePair((stored,), PAIR.chosen, PAIR.rejected).pair_id == PAIR.pair_id
+    assert prompt_id([stored]) == PAIR.prompt_id
+    turns = (
+        Message(role="assistant", content="a"),
+        Message(role="user", content="b"),
+        Message(role="assistant", content="c"),
+    )
+    answered = PreferencePair(PROMPT, turns, "Paint.")
+    again = PreferencePair((stored,), tuple({"more": None, **turn} for turn in turns), "Paint.")
+    assert (again.pair_id, again.couple_id) == (answered.pair_id, answered.couple_id)
+    assert PreferencePair(PROMPT, "Paint.", turns).couple_id == answered.couple_id != PAIR.couple_id
+
+
+def test_what_a_message_holds_beside_its_text_makes_another_pair():
+    calling: Message = {**PROMPT[0], "more": '{"reasoning_content": "hm"}'}
+    assert PreferencePair((calling,), PAIR.chosen, PAIR.rejected).pair_id != PAIR.pair_id
+
+
+def test_an_answer_stands_in_one_of_two_columns():
+    turns = [
+        Message(role="assistant", content="a"),
+        Message(role="user", content="b"),
+        Message(role="assistant", content="c"),
+    ]
+    for chosen, rejected in ((tuple(turns), "Paint."), ("Paint.", None), (None, tuple(turns))):
+        row = pair_row(PreferencePair(PROMPT, chosen, rejected), "train")
+        [read] = pa.Table.from_pylist([row], schema=PAIRS).to_pylist()
+        assert plain(answer_of(read, "chosen")) == plain(chosen)
+        assert plain(answer_of(read, "rejected")) == plain(rejected)
+
+
+def test_a_mask_picks_what_bears_the_loss():
+    assert bearing_loss([1, 2, 3], None) == [1, 2, 3] and bearing_loss([1, 2, 3], [True, False, True]) == [1, 3]
+    with pytest.raises(ValueError, match="a mask of 1 is no mask of 3 tokens"):
+        bearing_loss([1, 2, 3], [True])
 
 
 def test_the_order_of_keys_in_a_message_does_not_matter():
@@ -135,4 +180,4 @@ def test_a_row_with_a_mismatched_completion_has_it():
 
 def test_the_reference_rows_are_the_tokenized_rows_and_two_columns():
     assert REFERENCE.names == [*TOKENIZED.names, "chosen_ref_logprobs", "rejected_ref_logprobs"]
-    assert MISMATCHED.names == [*REFERENCE.names, "mismatched_ids", "mismatched_ref_logprobs"]
+    assert MISMATCHED.names == [*REFERENCE.names, "mismatched_ids", "mismatched_mask", "mismatched_ref_logprobs"]

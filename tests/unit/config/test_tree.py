@@ -203,9 +203,10 @@ def test_the_resolved_tree_of_named_data_loads_again():
     assert parse_config(yaml.safe_load(dump_config(config))) == config
 
 
-@pytest.mark.parametrize("key", ["layout", "columns", "pairing"])
+@pytest.mark.parametrize("key", ["layout", "columns", "pairing", "loss_turns"])
 def test_options_of_read_rows_do_not_go_with_generated_ones(key: str):
-    value = {"layout": "ranked", "columns": {"prompt": "a"}, "pairing": {"pairs_per_prompt": 2}}[key]
+    options = {"columns": {"prompt": "a"}, "pairing": {"pairs_per_prompt": 2}, "loss_turns": "last"}
+    value = {"layout": "ranked", **options}[key]
     assert f"data.{key} is about the rows" in message(tree(data={key: value}, generate={"prompts": "p.jsonl"}))
 
 

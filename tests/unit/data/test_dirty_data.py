@@ -17,6 +17,7 @@ from dpo_ray.errors import DataError
 from dpo_ray.formats.registry import recognise
 from dpo_ray.shards.ingest import IngestShard, RawShard
 from dpo_ray.shards.output import ShardOutput
+from tests.dialogues import stored
 
 # Rows that expected.json leaves to a policy, where ours is to keep the row here, and why.
 KEPT = {
@@ -24,6 +25,11 @@ KEPT = {
     "d036": "the same, for an answer",
     "d037": "a copy of d001: duplicates are found over all shards together, in a stage of their own",
     "d038": "d002 with its answers swapped: contradictions likewise",
+}
+# Rows that expected.json calls bad, and that are pairs here, and why.
+TAKEN = {
+    "d026": "an answer of three messages",
+    "d033": "dialogues that part at the assistant's first turn: the prompt is what both begin with",
 }
 
 
@@ -60,7 +66,8 @@ def test_every_row_is_judged_as_expected(dirty: Path, file: str):
     entries = [entry for entry in about["expect"] if entry["reasons"] != ["blank_line"]]
     assert len(about["expect"]) == about["rows"]
     assert all(entry.get("policy") for entry in entries if entry["row_id"] in KEPT)
-    ours = [{**entry, "reasons": [] if entry["row_id"] in KEPT else entry["reasons"]} for entry in entries]
+    good = {*KEPT, *TAKEN}
+    ours = [{**entry, "reasons": [] if entry["row_id"] in good else entry["reasons"]} for entry in entries]
     assert reasons_by_row(dirty / file) == expected_by_row(ours)
 
 
@@ -72,9 +79,23 @@ def test_under_a_lower_limit_rows_of_200_000_characters_are_too_long_here(dirty:
             assert found[entry.get("line", entry.get("index"))] == entry["reasons"] == ["too_long"]
 
 
-@pytest.mark.parametrize("file", ["implicit_prompt.parquet", "invalid_utf8.parquet", "bom_crlf.jsonl"])
+@pytest.mark.parametrize("file", ["invalid_utf8.parquet", "bom_crlf.jsonl"])
 def test_every_row_of_the_small_files_is_judged_as_expected(dirty: Path, file: str):
     assert reasons_by_row(dirty / file) == expected_by_row(listed(dirty, file)["expect"])
+
+
+def test_of_dialogues_that_part_earlier_than_at_the_end_the_prompt_is_what_both_begin_with(dirty: Path):
+    expected = expected_by_row(listed(dirty, "implicit_prompt.parquet")["expect"])
+    found = reasons_by_row(dirty / "implicit_prompt.parquet")
+    [parted] = [number for number, reasons in expected.items() if reasons == ["diverging_prefix"]]
+    assert found == {**expected, parted: []}
+    row = ingested(dirty / "implicit_prompt.parquet").table.to_pylist()[parted]
+    assert [m["content"] for m in row["prompt"]] == ["Hi"]
+    sides = [[(m["role"], m["content"]) for m in row[f"{side}_turns"]] for side in ("chosen", "rejected")]
+    assert sides == [
+        [("assistant", "Hello!"), ("user", "Joke?"), ("assistant", "Knock knock.")],
+        [("assistant", "Hey."), ("user", "Joke?"), ("assistant", "No.")],
+    ]
 
 
 @pytest.mark.parametrize("file", ["string_columns.parquet", "other_types.parquet", "zero_rows.parquet"])
@@ -87,16 +108,20 @@ def test_every_row_of_the_good_files_is_kept(dirty: Path, file: str):
 def test_the_implicit_prompts_have_the_expected_lengths(dirty: Path):
     lengths = listed(dirty, "implicit_prompt.parquet")["expected_prompt_lengths_in_messages"]
     found = [len(prompt) for prompt in ingested(dirty / "implicit_prompt.parquet").table["prompt"].to_pylist()]
-    assert found == [length for length in lengths if length is not None]
+    assert found == [1 if length is None else length for length in lengths]
 
 
 def test_what_is_kept_is_kept_character_by_character(dirty: Path):
     raw = pq.read_table(dirty / "dirty.parquet").to_pylist()
     good = [raw[number] for number, reasons in reasons_by_row(dirty / "dirty.parquet").items() if not reasons]
     kept = ingested(dirty / "dirty.parquet").table.to_pylist()
-    assert [(r["prompt"], r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in good] == [
-        (row["prompt"], row["chosen"], row["rejected"]) for row in kept
+    assert [(stored(r["prompt"]), stored(r["chosen"]), stored(r["rejected"])) for r in good] == [
+        (row["prompt"], *(turns(row, side) for side in ("chosen", "rejected"))) for row in kept
     ]
+
+
+def turns(row: dict[str, Any], side: str) -> list[dict[str, Any]]:
+    return row[f"{side}_turns"] or stored([{"role": "assistant", "content": row[side]}])
 
 
 @pytest.mark.parametrize(

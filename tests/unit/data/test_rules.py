@@ -38,6 +38,8 @@ def dialogue(*roles: str) -> list[Message]:
         ["system", "user"],
         ["user", "assistant", "user"],
         ["system", "user", "assistant", "user", "assistant", "user"],
+        ["user", "assistant", "tool"],
+        ["user", "assistant", "tool", "tool", "assistant", "user"],
     ],
 )
 def test_a_dialogue_that_ends_with_the_user_is_a_prompt(roles: list[str]):
@@ -54,6 +56,9 @@ def test_a_dialogue_that_ends_with_the_user_is_a_prompt(roles: list[str]):
         ["assistant", "user"],
         ["user", "system", "user"],
         ["system", "system", "user"],
+        ["user", "tool"],
+        ["tool"],
+        ["user", "assistant", "tool", "user"],
     ],
 )
 def test_turns_out_of_order_are_no_prompt(roles: list[str]):
@@ -88,24 +93,131 @@ def test_unknown_keys_of_a_message_are_left_out():
     assert check_message({"role": "user", "content": "x", "name": "Ann"}) == {"role": "user", "content": "x"}
 
 
-@pytest.mark.parametrize("role", ["human", "gpt", "User", "tool", ""])
-def test_only_three_roles_are_known(role: str):
+@pytest.mark.parametrize("role", ["human", "gpt", "User", "ipython", ""])
+def test_only_four_roles_are_known(role: str):
     with pytest.raises(BadRow) as caught:
         check_message({"role": role, "content": "x"})
     assert caught.value.reason == "unknown_role"
 
 
-@pytest.mark.parametrize("calls", [[{"function": {"name": "f"}}], "f()"])
-def test_a_message_that_calls_tools_is_not_taken_for_its_text(calls: Any):
+def more(message: Message) -> Any:
+    return json.loads(message.get("more") or "null")
+
+
+@pytest.mark.parametrize("call", [{"name": "f"}, {"id": "1", "type": "function", "function": {"name": "f"}}])
+@pytest.mark.parametrize(
+    ("arguments", "known"), [({"a": 1}, {"a": 1}), ('{"a": 1}', {"a": 1}), ("", {}), ("[1]", "[1]"), ("f(", "f(")]
+)
+def test_calls_of_tools_go_with_their_message_their_arguments_as_an_object(call: Any, arguments: Any, known: Any):
+    def calling(value: Any) -> Any:
+        arguments = {"arguments": value}
+        return {**call, "function": {**call["function"], **arguments}} if "function" in call else {**call, **arguments}
+
+    message = check_message({"role": "assistant", "content": "Let me look.", "tool_calls": [calling(arguments)]})
+    assert (message["role"], message["content"]) == ("assistant", "Let me look.")
+    assert more(message) == {"tool_calls": [calling(known)]}
+
+
+def test_a_message_that_calls_tools_needs_no_text_and_a_call_no_arguments():
+    calls = [{"name": "f"}]
+    for message in ({}, {"content": None}, {"content": ""}):
+        checked = check_message({"role": "assistant", "tool_calls": calls, **message})
+        assert (checked["content"], more(checked)) == ("", {"tool_calls": [{"name": "f", "arguments": {}}]})
+
+
+def test_what_is_null_in_a_column_of_structs_is_left_out_of_a_message():
+    messages = [
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"city": "Oslo"}}]},
+        {"role": "tool", "content": "4", "tool_call_id": "1", "name": "f"},
+        {"role": "assistant", "content": "a", "tool_calls": [{"name": "g", "arguments": {"day": "May 1"}}]},
+    ]
+    column = pa.array([messages])
+    checked = [check_message(message) for message in column.to_pylist()[0]]
+    assert [more(message) for message in checked] == [
+        {"tool_calls": [{"name": "f", "arguments": {"city": "Oslo"}}]},
+        {"tool_call_id": "1", "name": "f"},
+        {"tool_calls": [{"name": "g", "arguments": {"day": "May 1"}}]},
+    ]
+
+
+def test_reasoning_goes_with_the_assistants_message_alone():
+    for role, known in (("assistant", {"reasoning_content": "hm"}), ("user", None)):
+        assert more(check_message({"role": role, "content": "x", "reasoning_content": "hm"})) == known
+    assert more(check_message({"role": "assistant", "content": "x", "reasoning_content": None})) is None
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "assistant", "content": "x", "tool_calls": "f()"}, "tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{"function": {}}]}, "tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{"name": "f", "arguments": b"x"}]}, "tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{"name": "\ud800"}]}, "invalid_unicode"),
+        ({"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}, "tool_calls"),
+        ({"role": "assistant", "content": 7, "tool_calls": [{"name": "f"}]}, "non_string_content"),
+        ({"role": "assistant", "content": "x", "reasoning_content": 7}, "non_string_content"),
+        ({"role": "tool", "content": None}, "null_field"),
+    ],
+)
+def test_what_no_template_could_write_is_a_bad_message(message: dict[str, Any], reason: Reason):
     with pytest.raises(BadRow) as caught:
-        check_message({"role": "assistant", "content": "Let me look.", "tool_calls": calls})
-    assert caught.value.reason == "tool_calls"
+        check_message(message)
+    assert caught.value.reason == reason
 
 
 @pytest.mark.parametrize("calls", [None, []])
 def test_a_message_that_calls_no_tools_passes(calls: Any):
     message = {"role": "assistant", "content": "Yes."}
     assert check_message({**message, "tool_calls": calls}) == message
+
+
+def test_after_calls_of_tools_come_their_results():
+    calling = check_message({"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]})
+    user, result = dialogue("user", "tool")
+    check_prompt([user, calling, result])
+    for turns in ([user, calling, user], [user, calling, {**result, "role": "assistant"}, user]):
+        with pytest.raises(BadRow, match="role_order"):
+            check_prompt(turns)
+
+
+def test_a_result_of_a_tool_may_be_empty():
+    user, said, result = dialogue("user", "assistant", "tool")
+    check_prompt([user, said, {**result, "content": ""}])
+    with pytest.raises(BadRow, match="empty_prompt"):
+        check_prompt([user, {**said, "content": ""}, result])
+
+
+@pytest.mark.parametrize(
+    ("roles", "reason"),
+    [
+        (["assistant", "user", "assistant"], None),
+        (["assistant", "tool", "assistant"], None),
+        (["assistant"], None),
+        ([], "bad_completion"),
+        (["user", "assistant"], "bad_completion"),
+        (["assistant", "user"], "bad_completion"),
+        (["assistant", "tool"], "bad_completion"),
+        (["assistant", "assistant"], "role_order"),
+        (["assistant", "system", "assistant"], "role_order"),
+    ],
+)
+def test_an_answer_of_turns_begins_and_ends_with_the_assistant(roles: list[str], reason: Reason | None):
+    pair = PreferencePair(tuple(dialogue("user")), tuple(dialogue(*roles)), "other")
+    if reason is None:
+        assert check_pair(pair) is pair
+    else:
+        with pytest.raises(BadRow, match=reason):
+            check_pair(pair)
+
+
+def test_an_answer_that_only_calls_a_tool_is_one_and_an_empty_turn_is_none():
+    calling = check_message({"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]})
+    pair = PreferencePair(tuple(dialogue("user")), (calling,), None)
+    assert check_pair(pair) is pair
+    with pytest.raises(BadRow, match="identical_pair"):
+        check_pair(replace(pair, rejected=(dict(calling),)))
+    with pytest.raises(BadRow, match="empty_response"):
+        check_pair(replace(pair, rejected=(Message(role="assistant", content=" "), *dialogue("user", "assistant"))))
 
 
 def test_a_good_pair_passes_unchanged():

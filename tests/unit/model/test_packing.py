@@ -34,6 +34,20 @@ ALIKE = [  # answers that begin alike, and one that the other goes on from
     TokenizedPair("g", [43, 44], [50, 51], [50, 51, 52, 2]),
 ]
 
+# Answers in which not every token bears the loss: interrupted ones, also where both begin alike, and a single one.
+MASKED = [
+    replace(A, pair_id="h", chosen_mask=[True, False, True]),
+    TokenizedPair(
+        "i",
+        [45, 46],
+        [50, 51, 52, 53, 54, 2],
+        [50, 51, 55, 2],
+        chosen_mask=[False, True, False, False, True, True],
+        rejected_mask=[True, False, False, True],
+    ),
+    replace(UNDESIRABLE, pair_id="j", rejected_mask=[False, False, True, True]),
+]
+
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -84,10 +98,12 @@ def unshared(folder: Path, pairs: list[TokenizedPair]) -> Tensor:
     ).eval()
     values = []
     for pair in pairs:
-        for completion in filter(None, (pair.chosen_ids, pair.rejected_ids)):
+        sides = (pair.chosen_ids, pair.chosen_mask), (pair.rejected_ids, pair.rejected_mask)
+        for completion, mask in (side for side in sides if side[0]):
             logits = model(torch.tensor([pair.prompt_ids + completion])).logits[0]
             predicting = logits[len(pair.prompt_ids) - 1 : -1].log_softmax(-1)
-            values.append(predicting.gather(-1, torch.tensor(completion)[:, None])[:, 0])
+            found = predicting.gather(-1, torch.tensor(completion)[:, None])[:, 0]
+            values.append(found if mask is None else found[torch.tensor(mask)])
     return torch.cat(values)
 
 
@@ -141,6 +157,32 @@ def test_absent_sides_by_hand():
     assert padded.sequence_index.tolist() == [1, 1, 1, 1, 2, 2, 2]
 
 
+def test_only_tokens_that_bear_the_loss_are_targets_and_all_are_seen():
+    packed, padded = pack(MASKED), pad(MASKED)
+    for batch in (packed, padded):
+        assert batch.targets.tolist() == [10, 2, 12, 2, 51, 54, 2, 50, 2, 24, 2]
+        assert batch.sequence_index.tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 3, 5, 5]
+    [row] = packed.input_ids.tolist()
+    assert row == [5, 6, 7, 8, 9, 10, 11, 2, 12, 2, 45, 46, 50, 51, 52, 53, 54, 2, 55, 2, 20, 22, 23, 24, 2]
+    assert packed.predictors.tolist() == [4, 6, 4, 8, 12, 15, 16, 11, 18, 22, 23]
+    assert padded.input_ids.shape == (5, 8)
+    assert padded.predictors.tolist() == [4, 6, 12, 13, 18, 21, 22, 25, 28, 34, 35]
+
+
+@pytest.mark.parametrize("layout", [pack, pad])
+def test_reference_log_probs_are_those_of_the_tokens_that_bear_the_loss(layout: Callable[..., Any]):
+    scored = replace(MASKED[0], chosen_ref_logprobs=[-1.0, -3.0], rejected_ref_logprobs=[-4.0, -5.0])
+    assert layout([scored]).reference_logprobs.tolist() == [-1, -3, -4, -5]
+    with pytest.raises(DataError, match="Pair h has 3 reference log-probs for a completion of 2 tokens that bear"):
+        layout([replace(scored, chosen_ref_logprobs=[-1.0, -2.0, -3.0])])
+
+
+def test_a_mask_that_is_not_of_its_completion_is_an_error():
+    for layout in (pack, pad):
+        with pytest.raises(ValueError, match="a mask of 1 is no mask of 3 tokens"):
+            layout([replace(A, chosen_mask=[True])])
+
+
 REFERENCE = [
     replace(A, chosen_ref_logprobs=[-1.0, -2.0, -3.0], rejected_ref_logprobs=[-4.0, -5.0]),
     replace(UNDESIRABLE, chosen_ref_logprobs=[], rejected_ref_logprobs=[-6.0, -7.0, -8.0, -9.0]),
@@ -177,6 +219,8 @@ def test_a_gap_in_the_reference_log_probs_is_an_error_that_names_the_pair(
 
 def test_mismatched_completions_are_chosen_sides_of_their_new_prompts():
     with_one = replace(REFERENCE[0], mismatched_ids=[21], mismatched_ref_logprobs=[-0.25])
+    masked = replace(with_one, mismatched_ids=[21, 22], mismatched_mask=[False, True])
+    assert pack(mismatched([masked])).targets.tolist() == [22]
     assert mismatched([with_one, REFERENCE[1]]) == [
         TokenizedPair("a", A.prompt_ids, [21], [], chosen_ref_logprobs=[-0.25])
     ]
@@ -186,7 +230,9 @@ def test_mismatched_completions_are_chosen_sides_of_their_new_prompts():
     assert mismatched(PAIRS) == []
 
 
-@pytest.mark.parametrize("pairs", [[A], [B], PAIRS, PAIRS[::-1], UNPAIRED, [*UNPAIRED, *PAIRS], [DESIRABLE], ALIKE])
+@pytest.mark.parametrize(
+    "pairs", [[A], [B], PAIRS, PAIRS[::-1], UNPAIRED, [*UNPAIRED, *PAIRS], [DESIRABLE], ALIKE, MASKED]
+)
 def test_both_layouts_name_the_same_tokens_in_the_same_order(pairs: list[TokenizedPair]):
     packed, padded = pack(pairs), pad(pairs)
     assert torch.equal(packed.targets, padded.targets)
@@ -217,7 +263,7 @@ def test_a_prompt_is_computed_once_and_its_tokens_are_never_targets():
 def test_packed_equals_padded_equals_unshared_in_values_and_gradients(
     saved_model: Build, architecture: str, options: dict[str, Any]
 ):
-    pairs = [*PAIRS, *UNPAIRED, *ALIKE]
+    pairs = [*PAIRS, *UNPAIRED, *ALIKE, *MASKED]
     folder = saved_model(architecture, **options)
     packed = scorer(folder)
     assert packed.packs

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from dpo_ray.config import Model
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.folders import load_tokenizer
-from dpo_ray.model.tokenizer_files import has_template, tokenizer_hash
+from dpo_ray.model.resolve import ModelFolder
+from dpo_ray.model.tokenizer_files import has_template, read_template, tokenizer_hash
 
 
 @pytest.fixture
@@ -104,3 +106,48 @@ def test_a_damaged_file_is_named(copy: Path):
     (copy / "tokenizer_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer_config\.json is not valid JSON"):
         has_template(copy)
+
+
+TEMPLATE = "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}"
+
+
+def named(copy: Path, text: str, **more: Any) -> ModelFolder:
+    """The model in a folder with a chat template of its own file."""
+    file = copy.parent / "own.jinja"
+    file.write_text(text)
+    return ModelFolder.of(Model(path=str(copy), chat_template=str(file), **more))
+
+
+def test_a_template_named_by_its_file_stands_in_place_of_the_models_own(copy: Path):
+    folder = named(copy, TEMPLATE)
+    assert folder.tokenizer().chat_template == TEMPLATE
+    assert ModelFolder.of(Model(path=str(copy))).tokenizer().chat_template != TEMPLATE
+
+
+def test_the_text_of_a_named_template_is_part_of_what_the_tokenizer_is_and_its_place_is_not(copy: Path, tmp_path: Path):
+    plain = ModelFolder.of(Model(path=str(copy))).tokenizer_hash()
+    first = named(copy, TEMPLATE).tokenizer_hash()
+    elsewhere = tmp_path / "elsewhere.jinja"
+    elsewhere.write_text(TEMPLATE)
+    assert ModelFolder.of(Model(path=str(copy), chat_template=str(elsewhere))).tokenizer_hash() == first
+    other = named(copy, TEMPLATE.replace("eos", "bos")).tokenizer_hash()
+    with_arguments = named(copy, TEMPLATE, template_arguments={"date": "today"}).tokenizer_hash()
+    assert len({plain, first, other, with_arguments}) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, r"cannot be read as text .*submit --ship"),
+        (b"\xff", r"cannot be read as text"),
+        (b"{% for m in messages %}", r"is no Jinja template: line 1: Unexpected end of template"),
+        (b"a\n{{ m. }}", r"is no Jinja template: line 2"),
+        (b" \n", r"is empty"),
+    ],
+)
+def test_a_file_that_is_no_template_is_a_configuration_error(tmp_path: Path, text: bytes | None, why: str):
+    file = tmp_path / "own.jinja"
+    if text is not None:
+        file.write_bytes(text)
+    with pytest.raises(ConfigError, match=rf"model\.chat_template is .*own\.jinja.*{why}"):
+        read_template(str(file))

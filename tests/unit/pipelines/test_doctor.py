@@ -137,7 +137,11 @@ def test_a_clock_of_the_store_that_is_far_from_this_one(tree: dict[str, Any], mo
     ("kept", "check", "said"),
     [
         ("config.json *.safetensors", "model {model}", "There is no tokenizer in"),
-        ("config.json *.safetensors tokenizer*", "tokenizer of model.path", "add a chat_template.jinja to its folder"),
+        (
+            "config.json *.safetensors tokenizer*",
+            "tokenizer of model.path",
+            "name a file with its template as model.chat_template",
+        ),
         ("tokenizer* chat_template*", "model {model}", "Name a folder written by save_pretrained"),
     ],
     ids=["no tokenizer", "no chat template", "no weights"],

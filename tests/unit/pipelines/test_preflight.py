@@ -50,6 +50,16 @@ def test_a_model_that_is_sampled_needs_a_chat_template(tiny_model: Path, tmp_pat
         require_models(config(tiny_model, **sampled))
 
 
+def test_a_template_named_by_its_file_is_enough_and_is_looked_at_first(tiny_model: Path, tmp_path: Path):
+    bare, file = tmp_path / "bare", tmp_path / "own.jinja"
+    shutil.copytree(tiny_model, bare, ignore=shutil.ignore_patterns("chat_template*"))
+    named = {"model": {"path": str(bare), "chat_template": str(file)}}
+    with pytest.raises(ConfigError, match=r"model\.chat_template is .*own\.jinja, which cannot be read"):
+        require_models(config(tiny_model, **named))
+    file.write_text("{{ messages }}")
+    require_models(config(tiny_model, **named))
+
+
 def test_a_reward_model_that_vllm_is_to_serve_needs_vllm(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("dpo_ray.on_ray.vllm_version.has_vllm", lambda: False)
     for engine in ("auto", "torch", "vllm"):

@@ -16,6 +16,7 @@ from dpo_ray.shards.generate import Ask, Completion, GenerateShard, Request
 from dpo_ray.shards.output import Shard
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
+from tests.dialogues import stored
 
 TOOLS = json.dumps([{"name": "look_up", "parameters": {"type": "object"}}])
 
@@ -65,7 +66,7 @@ def test_each_prompt_has_its_completions_and_prompts_over_the_limit_are_dropped(
     output = GenerateShard(chat, sampler, TWO, max_prompt_tokens=len(long) - 1, seed=0, model="m0")(shard)
     assert sampler.calls == [[short, other]]
     assert output.table.schema.equals(CANDIDATES)
-    assert output.table["prompt"].to_pylist() == [dialogues[0], dialogues[2]]
+    assert output.table["prompt"].to_pylist() == [stored(dialogues[0]), stored(dialogues[2])]
     first = output.table["completions"].to_pylist()[0]
     assert first[0] == {
         "text": str(len(short)),
@@ -125,7 +126,7 @@ def test_a_model_is_asked_in_several_ways_and_the_prompt_stays_as_it_is(tmp_path
         rows = output.table.to_pylist()
         users = [row["prompt"][-1:] for row in rows]
         as_they_are = [[{"role": "system", "content": system}, *user] if system else user for user in users]
-        assert [row["prompt"] for row in rows] == as_they_are
+        assert [row["prompt"] for row in rows] == [stored(messages) for messages in as_they_are]
         shown = [dialogue for user, row in zip(users, rows, strict=True) for dialogue in (row["prompt"], told + user)]
         assert sampler.calls == [[prompt.ids for prompt in chat.prompts([(dialogue, None) for dialogue in shown])]]
         for row in rows:

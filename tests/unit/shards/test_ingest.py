@@ -21,6 +21,7 @@ from dpo_ray.data.rules import REASONS
 from dpo_ray.formats.layout import Layout
 from dpo_ray.pairs import CARRIED, PAIRS, QUARANTINE, PreferencePair, Split, split_of
 from dpo_ray.shards.ingest import IngestShard, RawShard
+from tests.dialogues import stored
 
 Write = Callable[..., Path]
 
@@ -56,10 +57,12 @@ def test_good_rows_become_canonical_pairs(tmp_path: Path, write_preferences: Wri
         "prompt_id": pair.prompt_id,
         "couple_id": pair.couple_id,
         "split": "train",
-        "prompt": raw(0)["prompt"],
+        "prompt": stored(raw(0)["prompt"]),
         "chosen": "Good 0",
         "rejected": "Bad 0",
         "tools": None,
+        "chosen_turns": None,
+        "rejected_turns": None,
         **dict.fromkeys(CARRIED),
     }
 
@@ -129,7 +132,7 @@ def test_a_column_that_another_field_is_named_after_is_not_the_field_of_its_own_
     whole = {side: [[*prompt, *raw(0)[side]]] for side in ("chosen", "rejected")}
     pq.write_table(pa.table({"prompt": whole["chosen"], "rejected": whole["rejected"]}), tmp_path / "f.parquet")
     [row] = IngestShard(0.1, 0, columns=Columns(chosen="prompt"))(source(tmp_path / "f.parquet")).table.to_pylist()
-    assert (row["prompt"], row["chosen"], row["rejected"]) == (prompt, "Good 0", "Bad 0")
+    assert (row["prompt"], row["chosen"], row["rejected"]) == (stored(prompt), "Good 0", "Bad 0")
 
 
 def test_tools_go_with_the_pair_as_json_text(tmp_path: Path, write_preferences: Write):

@@ -16,6 +16,7 @@ from dpo_ray.shards.output import ShardOutput
 from dpo_ray.shards.pair import PairShard, ScoredShard
 from dpo_ray.storage.artifact import read_shard, write_shard
 from dpo_ray.storage.location import Location
+from tests.dialogues import stored
 
 Samples = dict[str, list[tuple[str, bool, dict[str, float]]]]
 """Prompt → its completions, whether each is finished, and its scores by source."""
@@ -68,7 +69,10 @@ def test_scored_candidates_become_pairs(tmp_path: Path):
     output = paired(scored_shard(tmp_path, samples), min_score_gap=1.0)
     [pair] = output.table.to_pylist()
     lineage = json.loads(pair.pop("lineage"))
-    assert pair == pair_row(PreferencePair(question("Say a"), "aaaaaa", "aa"), "eval")
+    assert pair == {
+        **pair_row(PreferencePair(question("Say a"), "aaaaaa", "aa"), "eval"),
+        "prompt": stored(question("Say a")),
+    }
     assert output.table.schema.equals(GENERATED_PAIRS)
     assert lineage == {
         "candidates": "c0",

@@ -25,7 +25,7 @@ class ByToken:
         def of(pair: TokenizedPair, ids: list[int]) -> list[float]:
             return [-float(i) - pair.prompt_ids[0] / 128 for i in ids]
 
-        return [of(p, p.chosen_ids) for p in pairs], [of(p, p.rejected_ids) for p in pairs]
+        return [of(p, p.chosen_loss_ids) for p in pairs], [of(p, p.rejected_loss_ids) for p in pairs]
 
 
 def shard(folder: Path, rows: list[tuple[str, str, int, list[int], list[int]]]) -> Shard:
@@ -139,3 +139,28 @@ def test_a_row_takes_the_side_that_a_single_answer_has(tmp_path: Path):
     table = MismatchShard(ByToken())(shard(tmp_path, rows)).table
     assert table["rejected_ref_logprobs"].to_pylist() == [[], [-21 - 2 / 128], []]
     assert table["mismatched_ids"].to_pylist() == [[21], [30], [10]]
+
+
+def test_a_mismatched_completion_takes_its_mask_along(tmp_path: Path):
+    place = Location.of(tmp_path) / "rows.parquet"
+    rows = [
+        {
+            "pair_id": p,
+            "prompt_id": p,
+            "split": "train",
+            "prompt_ids": [n],
+            "chosen_ids": [10, 11],
+            "rejected_ids": [12],
+        }
+        for n, p in enumerate("ab")
+    ]
+    rows[1]["chosen_mask"] = [False, True]
+    write_shard(place, pa.Table.from_pylist(rows, schema=TOKENIZED), {})
+    scored = ScoreShard(ByToken(), ("chosen_ref_logprobs", "rejected_ref_logprobs"))(Shard(place.uri))
+    assert scored.table["chosen_ref_logprobs"].to_pylist() == [[-10.0, -11.0], [-11 - 1 / 128]]
+    write_shard(place, scored.table, {})
+    table = MismatchShard(ByToken())(Shard(place.uri)).table
+    assert table.schema.equals(MISMATCHED)
+    assert table["mismatched_ids"].to_pylist() == [[10, 11], [12]]
+    assert table["mismatched_mask"].to_pylist() == [[False, True], None]
+    assert table["mismatched_ref_logprobs"].to_pylist() == [[-11.0], [-12 - 1 / 128]]

@@ -19,7 +19,7 @@ from dpo_ray.data.duplicates import PairsShard
 from dpo_ray.data.tally import NOTED
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.model.folders import load_tokenizer
-from dpo_ray.pairs import CARRIED, TOKENIZED, Message, PreferencePair
+from dpo_ray.pairs import CARRIED, TOKENIZED, Message, PreferencePair, pair_row
 from dpo_ray.shards import tokenize as tokenize_shard
 from dpo_ray.shards.tokenize import TokenizeShard
 from dpo_ray.storage.artifact import write_shard
@@ -88,6 +88,8 @@ def test_pairs_become_token_ids(tmp_path: Path, tiny_model: Path):
             "prompt_tokens": len(prompt_ids(tokenizer, pair.prompt)),
             "chosen_tokens": len(completion_ids(tokenizer, pair.prompt, "Because.")),
             "rejected_tokens": len(completion_ids(tokenizer, pair.prompt, "No idea.")),
+            "chosen_mask": None,
+            "rejected_mask": None,
             **dict.fromkeys(CARRIED),
         }
     ]
@@ -355,3 +357,78 @@ def test_a_worker_that_cannot_do_its_work_says_so_before_the_first_shard(
         TokenizeShard(Model(path=str(tiny_model)), Data(max_prompt_tokens=3, long_prompts="keep_end"))
     with pytest.raises(ConfigError, match="has no chat template"):
         TokenizeShard(Model(path=model_with_template("")), Data())
+
+
+TURNS = (
+    Message(role="assistant", content="One."),
+    Message(role="user", content="More?"),
+    Message(role="assistant", content="Two."),
+)
+
+
+def with_turns(chosen: Sequence[Message] = TURNS, rejected: Any = "No.") -> PreferencePair:
+    return PreferencePair(question("Hi?"), tuple(chosen), rejected if isinstance(rejected, str) else tuple(rejected))
+
+
+def test_an_answer_of_several_turns_has_a_mask_and_a_text_beside_it_none(tmp_path: Path, worker: Worker):
+    pair = with_turns()
+    output = worker()(pairs_shard(tmp_path, [pair, PreferencePair(question("Why?"), "Yes.", "No.")]))
+    assert output.table.schema.equals(TOKENIZED) and output.counters == {"read": 2}
+    first, second = output.table.to_pylist()
+    tokenizer = worker().chat.tokenizer
+    between = "\n<|im_start|>user\nMore?<|im_end|>\n<|im_start|>assistant\n"
+    encoded = [tokenizer.encode(text) for text in ("One.<|im_end|>", between, "Two.<|im_end|>")]
+    assert first["prompt_ids"] == prompt_ids(tokenizer, pair.prompt)
+    assert first["chosen_ids"] == [token for part in encoded for token in part]
+    assert first["chosen_mask"] == [place != 1 for place, part in enumerate(encoded) for _ in part]
+    assert first["rejected_ids"] == completion_ids(tokenizer, pair.prompt, "No.") and first["rejected_mask"] is None
+    assert first["chosen_tokens"] == len(first["chosen_ids"])
+    assert second["chosen_mask"] is None and second["rejected_mask"] is None
+
+
+def test_masks_take_no_room_where_there_are_none(tmp_path: Path, worker: Worker):
+    pairs = [PreferencePair(question(f"{n}?"), "Yes. " * 9, f"No, {n}.") for n in range(200)]
+    table = worker()(pairs_shard(tmp_path, pairs)).table
+    sizes = []
+    for name, columns in (
+        ("with", table.column_names),
+        ("without", [n for n in table.column_names if "mask" not in n]),
+    ):
+        location = Location.of(tmp_path) / f"{name}.parquet"
+        write_shard(location, table.select(columns), {})
+        sizes.append(len(location.read_bytes()))
+    assert sizes[0] - sizes[1] < 1000, "two columns of nulls: their description alone"
+
+
+def test_the_last_turn_alone_is_masked_in_on_request(tmp_path: Path, worker: Worker):
+    shard = pairs_shard(tmp_path, [with_turns()])
+    [every], [last] = (worker(loss_turns=loss)(shard).table.to_pylist() for loss in ("all", "last"))
+    assert last["chosen_ids"] == every["chosen_ids"] and sum(every["chosen_mask"]) == 2 * sum(last["chosen_mask"])
+
+
+def test_a_cut_before_the_first_token_with_a_loss_leaves_no_pair(tmp_path: Path, worker: Worker):
+    shard = pairs_shard(tmp_path, [with_turns()])
+    cut = worker(max_completion_tokens=8, long_completions="cut")
+    [row] = cut(shard).table.to_pylist()
+    assert len(row["chosen_ids"]) == len(row["chosen_mask"]) == 8 and cut(shard).counters["truncated_completion"] == 1
+    last = worker(max_completion_tokens=8, long_completions="cut", loss_turns="last")
+    assert last(shard).counters == {"read": 1, "cut_before_loss": 1}
+    assert worker(max_completion_tokens=8)(shard).counters == {"read": 1, "completion_too_long": 1}
+
+
+def test_a_pair_whose_prompt_is_written_in_two_ways_is_dropped(
+    tmp_path: Path, model_with_template: Callable[[str], str]
+):
+    # It leaves out what was reasoned before the user's last words, which follow in one of the answers.
+    template = (Path(__file__).parents[1] / "data" / "templates" / "qwen3.jinja").read_text()
+    reasoned = Message(role="assistant", content="Look:", more='{"reasoning_content": "hm"}')
+    prompt = (*question("Hi?"), reasoned, Message(role="tool", content="4"))
+    worker = TokenizeShard(Model(path=model_with_template(template)), Data())
+    for rejected, counters in (("No.", {"read": 1, "prompt_rewritten": 1}), (TURNS[:2] + TURNS[:1], {"read": 1})):
+        assert worker(pairs_shard(tmp_path, [PreferencePair(prompt, TURNS, rejected)])).counters == counters
+
+
+def test_calls_of_tools_and_their_results_count_towards_what_is_tokenized_at_once(worker: Worker):
+    long = [Message(role="assistant", content="", more="x" * 700), Message(role="tool", content="y" * 200)]
+    row = pair_row(PreferencePair(question("Hi?"), (*long, *TURNS[:1]), "No."), "train")
+    assert tokenize_shard._characters(row) == 3 + 700 + 200 + 4 + 3

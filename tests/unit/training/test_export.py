@@ -55,6 +55,17 @@ def changed(source: Path, **more: Any) -> Any:
     return policy
 
 
+def test_a_template_named_by_its_file_is_published_with_the_model(small_model: Path, tmp_path: Path):
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    for lora in (None, LoRA(rank=2)):
+        target = tmp_path / f"published-{lora is not None}"
+        options = Model(path=str(small_model), chat_template=str(template), lora=lora)
+        policy = load_policy(small_model, lora=lora)
+        export_policy(Location.of(target), policy=policy, source=small_model, options=options, dtype=None, me=ALONE)
+        assert AutoTokenizer.from_pretrained(target).chat_template == template.read_text()
+
+
 def test_what_is_trained_whole_is_exported_whole(small_model: Path, tmp_path: Path):
     policy = load_policy(small_model)
     with torch.no_grad():

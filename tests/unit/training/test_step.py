@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dpo_ray.config import Train
+from dpo_ray.model.attention import IMPLEMENTATION
 from dpo_ray.model.policy import CompletionScorer, load_policy
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.training.batch import Share
@@ -226,3 +227,53 @@ def test_evaluation_leaves_the_module_in_training_and_without_gradients(small_mo
     assert found["eval_loss"] == pytest.approx(expected.item(), abs=NEAR)
     assert learner.scorer.training
     assert all(p.grad is None for p in learner.scorer.parameters())
+
+
+MASKED_LOSSES = [
+    {"type": "sigmoid", "beta": 0.5},
+    {"type": "simpo", "beta": 0.5, "target_margin": 0.125},
+    {"type": "sigmoid", "beta": 0.5, "nll_weight": 0.25},
+]
+
+
+@pytest.mark.parametrize("options", MASKED_LOSSES, ids=["sigmoid", "per token", "nll"])
+def test_of_answers_in_turns_only_the_assistants_tokens_are_summed_and_counted(
+    small_model: Path, options: dict[str, Any]
+):
+    random = torch.Generator().manual_seed(5)
+
+    def mask(ids: list[int]) -> list[bool]:
+        return [True, *(torch.rand(len(ids) - 1, generator=random) < 0.5).tolist()]
+
+    made = [replace(p, chosen_mask=mask(p.chosen_ids), rejected_mask=mask(p.rejected_ids)) for p in random_pairs(BATCH)]
+    pairs = [
+        replace(
+            p,
+            chosen_ref_logprobs=[-1.0] * sum(p.chosen_mask or []),
+            rejected_ref_logprobs=[-2.0] * sum(p.rejected_mask or []),
+        )
+        for p in made
+    ]
+    learner = learner_of(small_model, options)
+    learner.scorer.model.set_attn_implementation("sdpa")  # each sequence alone
+    losses, weight = [], options.get("nll_weight", 0.0)
+    for pair in pairs:
+        logps, means = [], []
+        for ids, which in ((pair.chosen_ids, pair.chosen_mask), (pair.rejected_ids, pair.rejected_mask)):
+            logits = learner.scorer.model(torch.tensor([pair.prompt_ids + ids])).logits[0]
+            of_token = logits[len(pair.prompt_ids) - 1 : -1].log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)]
+            spoken = [value for value, bears in zip(of_token, which or [], strict=True) if bears]
+            logps.append(sum(spoken, torch.tensor(0.0)))
+            means.append(logps[-1] / len(spoken))
+        if options["type"] == "simpo":
+            losses.append(-logsigmoid(0.5 * (means[0] - means[1]) - 0.125))
+        else:
+            reference = [math.fsum(side or []) for side in (pair.chosen_ref_logprobs, pair.rejected_ref_logprobs)]
+            margin = logps[0] - logps[1] - reference[0] + reference[1]
+            losses.append(-logsigmoid(0.5 * margin) - weight * means[0])
+    expected = torch.stack(losses).mean()
+    by_hand = torch.autograd.grad(expected, list(learner.scorer.parameters()))
+    learner.scorer.model.set_attn_implementation(IMPLEMENTATION)
+    metrics, gradients = stepped(learner, [pairs[:2], pairs[2:]])
+    assert metrics["loss"] == pytest.approx(expected.item(), abs=NEAR)
+    require_gradients(gradients, by_hand)

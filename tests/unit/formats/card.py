@@ -16,6 +16,7 @@ from dpo_ray.data.raw.parts import RawPart
 from dpo_ray.data.raw.scan import peek
 from dpo_ray.formats.format import Format
 from dpo_ray.formats.registry import recognise
+from dpo_ray.pairs import plain
 from dpo_ray.shards.ingest import IngestShard, RawShard
 from dpo_ray.shards.output import ShardOutput
 from dpo_ray.storage.location import Location
@@ -78,7 +79,7 @@ def ingested(path: Path, name: str) -> ShardOutput:
 
 
 def pairs_of(output: ShardOutput) -> list[Pair]:
-    return [(row["prompt"], row["chosen"], row["rejected"]) for row in output.table.to_pylist()]
+    return [(plain(row["prompt"]), row["chosen"], row["rejected"]) for row in output.table.to_pylist()]
 
 
 def check(

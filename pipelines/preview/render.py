@@ -18,6 +18,8 @@ _OF_TOKENS = {
     "prompt_too_long": "the prompt is over data.max_prompt_tokens",
     "completion_too_long": "an answer is over data.max_completion_tokens",
     "identical_tokens": "both answers are the same tokens, once cut",
+    "prompt_rewritten": "the chat template writes the prompt otherwise before one answer than before the other",
+    "cut_before_loss": "an answer is cut, by data.long_completions, before a token that bears the loss",
 }
 _WHY: dict[str, str] = {**{str(reason): why for reason, why in MEANING.items()}, **_OF_TOKENS}
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dpo_ray.config import Config
 from dpo_ray.data.duplicates import PairsShard
@@ -21,6 +21,7 @@ from dpo_ray.data.rules import REASONS
 from dpo_ray.data.tally import NOTED
 from dpo_ray.errors import DataError
 from dpo_ray.formats.format import Format
+from dpo_ray.pairs import answer_of, plain
 from dpo_ray.shards.ingest import RawShard
 from dpo_ray.shards.output import ShardOutput
 from dpo_ray.shards.tokenize import TokenizeShard
@@ -29,7 +30,7 @@ from dpo_ray.storage.location import Location
 from pipelines.ingest import ingest_shard, sides, written_as
 
 _ROWS_AT_ONCE = 1000
-SIDES = ("chosen", "rejected")
+SIDES: tuple[Literal["chosen", "rejected"], ...] = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -161,18 +162,20 @@ def _count(sheet: Sheet, output: ShardOutput, tokenize: TokenizeShard | None, ex
 
 
 def _messages(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("prompt", *SIDES, "tools") if row.get(name) is not None}
+    said = {
+        "prompt": plain(row["prompt"]),
+        **{side: plain(answer_of(row, side)) for side in SIDES},
+        "tools": row["tools"],
+    }
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _pieces(row: dict[str, Any], decode: Any) -> dict[str, list[Piece]]:
-    """The sequences of a tokenized row, cut where the loss begins."""
-    prompt = row["prompt_ids"]
-    return {
-        side: [
-            Piece(decode(prompt), len(prompt), loss=False),
-            Piece(decode(row[f"{side}_ids"]), len(row[f"{side}_ids"]), loss=True),
-        ]
-        if row[f"{side}_ids"]
-        else []
-        for side in SIDES
-    }
+    """The sequences of a tokenized row, cut where the loss begins and where it ends."""
+    found: dict[str, list[Piece]] = {}
+    for side in SIDES:
+        prompt, ids = row["prompt_ids"], row[f"{side}_ids"]
+        tokens = zip([False] * len(prompt) + (row[f"{side}_mask"] or [True] * len(ids)), [*prompt, *ids], strict=True)
+        runs = [(loss, [token for _, token in run]) for loss, run in itertools.groupby(tokens, key=lambda one: one[0])]
+        found[side] = [Piece(decode(run), len(run), loss) for loss, run in runs] if ids else []
+    return found

@@ -198,7 +198,8 @@ def _require_template(model: Model, key: str) -> None:
     try:
         folder = ModelFolder.of(model)
         folder.config()  # of an adapter, its base's: there must be one
-        if not has_template(folder.tokenizer_folder) and folder.template is None:
+        named = folder.template
+        if not has_template(folder.tokenizer_folder) and named is None:
             raise missing_template(model.path)
     except ConfigError as error:
         raise ConfigError(str(error).replace("model.path", key)) from error

@@ -86,15 +86,19 @@ class TokenizeShard:
         turns: list[_Rendered] = []
         for row, prompt in zip(rows, prompts, strict=True):
             ids = self.chat.fit_prompt(prompt, self.data.max_prompt_tokens, self.data.long_prompts)
+            if ids is None:
+                yield "prompt_too_long"
+                continue
             answers = {side: answer for side in _SIDES if (answer := answer_of(row, side)) is not None}
-            written = ids and self.chat.write(prompt, list(answers.values()), self.data.loss_turns)
-            if written and written[0] is not prompt:
+            written = self.chat.write(prompt, list(answers.values()), self.data.loss_turns)
+            if written is None:
+                yield "prompt_rewritten"
+                continue
+            if written[0] is not prompt:
                 prompt = written[0]
                 ids = self.chat.fit_prompt(prompt, self.data.max_prompt_tokens, self.data.long_prompts)
             if ids is None:
                 yield "prompt_too_long"
-            elif not written:
-                yield "prompt_rewritten"
             else:
                 turns.append(_Rendered(row, prompt, ids, dict(zip(answers, written[1], strict=True))))
         answered = [(turn.prompt, written) for turn in turns for written in turn.sides.values()]

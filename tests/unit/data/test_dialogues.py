@@ -91,7 +91,7 @@ def test_an_answer_with_calls_of_tools_stands_against_a_text():
     ]
     expected = PreferencePair(tuple(prompt), tuple(map(check_message, turns)), "No idea.")
     assert [canonical_pair(row) for row in rows] == [expected, expected]
-    assert expected.pair_id == "8a93ff9e5d8eb4ea"
+    assert expected.pair_id == "0981eef47fa67b2b"
 
 
 def test_a_single_answer_of_several_turns_is_judged_whole():

@@ -53,11 +53,16 @@ def test_a_model_that_is_sampled_needs_a_chat_template(tiny_model: Path, tmp_pat
 def test_a_template_named_by_its_file_is_enough_and_is_looked_at_first(tiny_model: Path, tmp_path: Path):
     bare, file = tmp_path / "bare", tmp_path / "own.jinja"
     shutil.copytree(tiny_model, bare, ignore=shutil.ignore_patterns("chat_template*"))
-    named = {"model": {"path": str(bare), "chat_template": str(file)}}
-    with pytest.raises(ConfigError, match=r"model\.chat_template is .*own\.jinja, which cannot be read"):
-        require_models(config(tiny_model, **named))
+    models = [config(model) for model in (bare, tiny_model)]
+    named = [
+        one.model_copy(update={"model": one.model.model_copy(update={"chat_template": str(file)})}) for one in models
+    ]
+    for one in named:
+        with pytest.raises(ConfigError, match=r"model\.chat_template is .*own\.jinja, which cannot be read"):
+            require_models(one)
     file.write_text("{{ messages }}")
-    require_models(config(tiny_model, **named))
+    for one in named:
+        require_models(one)
 
 
 def test_a_reward_model_that_vllm_is_to_serve_needs_vllm(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):

@@ -19,6 +19,8 @@ CUT = 400
 """Characters of a text that a look is given, at most."""
 CUT_LIST = 8
 """Entries of a list that a look is given, at most: its first ones."""
+TIE = 0.5
+"""The preference between two answers that are said to be equally good."""
 _CUT_KEYS, _CUT_DEPTH = 64, 8  # of what is inside of a column
 
 
@@ -95,7 +97,10 @@ class Format:
         row = self._decoded(row)
         if self.is_layout:
             return dict(row)
-        return {**{field: row[field] for field in beside(self.layout) if field in row}, **self.fields(row)}
+        passed_on = {field: row[field] for field in beside(self.layout) if field in row}
+        if self.joins is not None:  # of rows that are one, the first one's
+            passed_on = {field: values[0] for field, values in passed_on.items()}
+        return {**passed_on, **self.fields(row)}
 
     def _decoded(self, row: Row) -> Row:
         numbers = [field for field in beside(self.layout) if field != "tools"]
@@ -188,9 +193,7 @@ def answered(answer: Any) -> list[dict[str, Any]]:
     return [{"role": "assistant", "content": answer}]
 
 
-def better_first(prompt: Any, first: Any, second: Any, *, first_is_better: bool | None) -> dict[str, Any]:
-    """A row of the layout paired; of two answers of which neither is the better one (None), a tie."""
-    if first_is_better is None:
-        return {"prompt": prompt, "chosen": first, "rejected": second, "preference": 0.5}
+def compared(first: Any, second: Any, first_is_better: float) -> dict[str, Any]:
+    """The answers of a row of the layout paired. first_is_better: 1, 0, or TIE, which is a preference of its own."""
     chosen, rejected = (first, second) if first_is_better else (second, first)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {"chosen": chosen, "rejected": rejected, **({"preference": TIE} if first_is_better == TIE else {})}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_ray.formats.format import Format, Row, better_first, is_text, no_pair, present, text
+from dpo_ray.formats.format import Format, Row, compared, is_text, no_pair, present, text
 
 _RESPONSES = ("response_0", "response_1")
 
@@ -20,7 +20,7 @@ def numbered(name: str, better: str, absent: tuple[str, ...] = ()) -> Format:
         if not _is_number(number):
             no_pair("no_winner")
         first, second = (text(row, response) for response in _RESPONSES)
-        return better_first(text(row, "prompt"), first, second, first_is_better=number == 0)
+        return {"prompt": text(row, "prompt"), **compared(first, second, number == 0)}
 
     about = f"prompt, response_0, response_1, and {better}: 0 or 1"
     return Format(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_ray.formats.format import no_pair
+from dpo_ray.formats.format import TIE, no_pair
 
 _FIRST = frozenset({"model_a", "a", "response_a", "left"})
 _SECOND = frozenset({"model_b", "b", "response_b", "right"})
@@ -25,11 +25,11 @@ def is_verdict(row: Mapping[str, Any]) -> bool:
     return _of_columns(row) is not None
 
 
-def first_is_better(row: Mapping[str, Any]) -> bool | None:
-    """None of a tie. Raises NoPair where there is no verdict."""
+def first_is_better(row: Mapping[str, Any]) -> float:
+    """1, 0 or TIE. Raises NoPair where there is no verdict."""
     said = _spelled(row["winner"]) if "winner" in row else _of_columns(row)
     if said in _TIES:
-        return None
+        return TIE
     if said not in _FIRST and said not in _SECOND:
         no_pair("null_field" if "winner" in row and row["winner"] is None else "no_winner")
     return said in _FIRST

@@ -21,6 +21,7 @@ _PLACE = re.compile(
     r"(?:@(?P<revision>refs/(?:convert|pr)/[\w.-]+|[^/]+))?(?:/(?P<path>.*))?"
 )
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[^/]+)?")
+_FILE = re.compile(r".*\.(parquet|arrow|jsonl|ndjson|json|csv|tsv)(\.gz|\.zst)?")
 
 
 class HubPath(NamedTuple):
@@ -50,10 +51,13 @@ class HubPath(NamedTuple):
 
 
 def is_hub_place(place: str) -> bool:
-    """Whether files are looked up on the hub: hf://datasets/…, or owner/name where there is no such folder here."""
+    """Whether files are looked up on the hub: hf://datasets/…, or owner/name where there is no such folder here.
+
+    What is called as files of rows are is never asked for there: it is a path of here, with a mistake in it maybe.
+    """
     if place.startswith(SCHEME):
         return True
-    return _NAME.fullmatch(place) is not None and not Path(place).exists()
+    return bool(_NAME.fullmatch(place)) and not _FILE.fullmatch(place) and not Path(place).exists()
 
 
 def hub_files(place: HubPath) -> dict[str, str]:

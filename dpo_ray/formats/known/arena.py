@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from dpo_ray.formats.format import Format, Row, answered, better_first, is_text, no_pair, text
+from dpo_ray.formats.format import Format, Row, answered, compared, is_text, no_pair, text
 from dpo_ray.formats.verdict import COLUMNS, first_is_better, is_verdict
 
 _TEXTS = ("prompt", "response_a", "response_b")
@@ -20,13 +20,11 @@ def _fields(row: Row) -> dict[str, Any]:
     prompt, one, other = (text(row, name) for name in _TEXTS)
     asked = _turns(prompt)
     if asked is None:
-        return better_first(prompt, one, other, first_is_better=first)
+        return {"prompt": prompt, **compared(one, other, first)}
     one_said, other_said = _turns(one), _turns(other)
     if one_said is None or other_said is None or not len(asked) == len(one_said) == len(other_said):
         no_pair("role_order")
-    dialogues = [_dialogue(asked, said) for said in (one_said, other_said)]
-    chosen, rejected = reversed(dialogues) if first is False else dialogues
-    return {"chosen": chosen, "rejected": rejected, **({"preference": 0.5} if first is None else {})}
+    return compared(_dialogue(asked, one_said), _dialogue(asked, other_said), first)
 
 
 def _turns(value: str) -> list[Any] | None:

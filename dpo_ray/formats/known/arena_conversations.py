@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_ray.formats.format import Format, Row, is_turns, present
+from dpo_ray.formats.format import Format, Row, compared, is_turns, present
 from dpo_ray.formats.verdict import first_is_better, is_verdict
 
 _SIDES = ("conversation_a", "conversation_b")
@@ -16,9 +16,7 @@ def _fits(row: Row) -> bool:
 
 def _fields(row: Row) -> dict[str, Any]:
     first, second = (present(row, side) for side in _SIDES)
-    better = first_is_better(row)
-    chosen, rejected = (second, first) if better is False else (first, second)
-    return {"chosen": chosen, "rejected": rejected, **({"preference": 0.5} if better is None else {})}
+    return compared(first, second, first_is_better(row))
 
 
 FORMAT = Format(

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_ray.formats.format import Format, Row, answered, asked, better_first, is_text, is_turns, no_pair, present, text
+from dpo_ray.formats.format import (
+    TIE,
+    Format,
+    Row,
+    answered,
+    asked,
+    compared,
+    is_text,
+    is_turns,
+    no_pair,
+    present,
+    text,
+)
 
 _OLD = ("prompt", "response_1", "response_2", "preference_strength")
 _NEW = ("context", "response1", "response2", "overall_preference")
@@ -30,7 +42,7 @@ def _fields(row: Row) -> dict[str, Any]:
         no_pair("no_winner")
     first, second = (answered(text(row, response)) for response in responses)
     turns = prompt if isinstance(prompt, list) else asked(prompt)
-    return better_first(turns, first, second, first_is_better=strength < 0 if strength else None)
+    return {"prompt": turns, **compared(first, second, TIE if strength == 0 else strength < 0)}
 
 
 FORMAT = Format(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dpo_ray.data.rules import REASONS
 from dpo_ray.errors import DataError
 from dpo_ray.formats.format import NoPair, cut
+from dpo_ray.formats.joined import joined
 from dpo_ray.formats.registry import formats, recognise
 from tests.unit.formats.known.cards import CARDS
 
@@ -87,6 +88,8 @@ def test_any_row_becomes_a_row_of_the_layout_or_has_a_reason(name: str, data: st
     gone = data.draw(st.lists(st.sampled_from(sorted(row)), max_size=2))
     row = {column: value for column, value in row.items() if column not in gone and column in format_.reads}
     assert format_.looks_so(row) in {True, False}
+    if format_.joins:
+        [(_, row)] = joined([(0, row)], format_.joins)
     try:
         made = format_.row(row)
     except NoPair as error:

@@ -141,9 +141,11 @@ def test_what_stands_beside_prompt_and_answers_is_passed_on_by_every_format():
     for name, cards in CARDS.items():
         format_ = formats()[name]
         row = {column: value for column, value in cards[0].rows[0].items() if column in format_.reads}
-        row = next(iter(joined([(0, row)], format_.joins)))[1] if format_.joins else row
+        row["tools"] = tools
+        if format_.joins:
+            [(_, row)] = joined([(0, row), (1, row)], format_.joins)
         assert "tools" in format_.reads
-        assert format_.row({**row, "tools": tools})["tools"] == tools, name
+        assert format_.row(row)["tools"] == tools, name
 
 
 def test_a_name_for_a_column_of_another_layout_is_not_asked_for():

@@ -196,6 +196,7 @@ def test_a_name_is_looked_up_where_no_such_folder_is_here(tmp_path: Path, monkey
         "data/*.parquet",
         "s3://bucket/name",
         "../name",
+        "data/train.csv.gz",
     ):
         assert not is_hub_place(local)
     (tmp_path / "org/name").mkdir(parents=True)

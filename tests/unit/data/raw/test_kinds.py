@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from dpo_ray.data.raw import scan as raw_scan
 from dpo_ray.data.raw.files import Stamp, is_data
 from dpo_ray.data.raw.parts import RawPart
 from dpo_ray.data.raw.read import read_rows
@@ -93,6 +96,30 @@ def test_an_array_that_changed_after_it_was_cut_is_an_error(tmp_path: Path):
     (_, source), *_ = record.sources(Location.of(tmp_path) / "files")
     with pytest.raises(DataError, match=r"f\.json has changed"):
         list(read_rows(source))
+
+
+@pytest.mark.parametrize("name", ["f.json", "f.json.gz", "f.csv", "f.arrow"])
+def test_a_large_file_is_never_held_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    scanned(write(tmp_path / f"small.{name[2:]}"), 3)  # what is imported on the way does not count
+    path = write(tmp_path / name, [{"chosen": random.Random(n).randbytes(1000).hex()} for n in range(10_000)])  # 20 MB
+    before, most, rows = pa.total_allocated_bytes(), 0, 0
+
+    def watched(tables: Any, folder: Location) -> list[Any]:
+        nonlocal most, rows
+        for _, table in tables:
+            most, rows = max(most, pa.total_allocated_bytes() - before), rows + table.num_rows
+        return []
+
+    monkeypatch.setattr(raw_scan, "copy_parts", watched)
+    monkeypatch.setattr(raw_scan, "file_hash", lambda location: "")  # which reads 16 MiB at once
+    tracemalloc.start()
+    try:
+        record = scanned(path, 500)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (rows or sum(part.rows for part in record.parts)) == 10_000
+    assert most < 8_000_000 and peak < 8_000_000
 
 
 @pytest.mark.parametrize("data", [b"[]", b" [ \n ] ", b""])

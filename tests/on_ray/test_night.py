@@ -1,4 +1,4 @@
-"""A pipeline's nights: a head and two nodes, jobs with the user's own rule, data that grow, and what stands afterwards."""
+"""A pipeline's nights: a head and two nodes, jobs with the user's own rule, data that grow, and what then stands."""
 
 from __future__ import annotations
 

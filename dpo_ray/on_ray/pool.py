@@ -283,7 +283,7 @@ def _compute(
     found = {}
     for result in _results(kind, tasks, pool, work):
         found[result["name"]] = Finished.model_validate_json(result["finished"])
-        progress.advance(rows[result["name"]], note=f"shard {result['name']} done")
+        progress.advance(rows[result["name"]], shard=result["name"])
     for note in (location / NOTES).children():
         if note.name.startswith(run):
             note.remove()  # of a process that was killed between its shard and the end of its note

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dpo_ray.config import Config, dump_config, load_config
-from dpo_ray.errors import ConfigError, DpoRayError, Interrupted
+from dpo_ray.errors import Busy, ConfigError, DpoRayError, GateFailed, Interrupted
 from dpo_ray.progress import say
 from pipelines import STAGES, Stage, planned, require_run_id
 from pipelines.last_words import last_words, wanted_traceback
@@ -556,6 +556,7 @@ def _record(
 
     Returns the last words of a run that ended well.
     """
+    from dpo_ray.on_ray.metrics import RUNS, count
     from dpo_ray.on_ray.session import disconnect, is_embedded
     from pipelines.align import write_report
     from pipelines.context import RunContext
@@ -576,7 +577,9 @@ def _record(
 
                     check_cluster(config, context.output, plan)
                 work(context)
+        count(RUNS, outcome="ok")
     except BaseException as error:
+        count(RUNS, outcome=_outcome(error))
         code = error.exit_code if isinstance(error, DpoRayError) else 1
         reason = str(error) if isinstance(error, DpoRayError) else f"{type(error).__name__}: {error}"
         ended.summary = summary = context.write_summary(code, [reason])
@@ -587,6 +590,13 @@ def _record(
     ended.summary = summary = context.write_summary(0, [])
     write_report(context, summary)
     return closing_lines(context, summary, terminal.log)
+
+
+def _outcome(error: BaseException) -> str:
+    """Of a run that ended by an error, as its metric names it."""
+    if isinstance(error, GateFailed):
+        return "gate_failed"
+    return "stopped" if isinstance(error, Busy | Interrupted | KeyboardInterrupt) else "error"
 
 
 def main() -> None:

@@ -57,13 +57,18 @@ class Told:
 
 def told_apart(line: str) -> Told | None:
     """None: nothing of it is shown, it is for the log file."""
-    for mark, kind in ((PROGRESS, "progress"), (LINE, "line")):
-        if mark in line:  # what stands before it is the name that Ray gives a worker
-            head, end, text = line.partition(mark)[2].rpartition(FIELDS_END)
-            return Told(kind, text, fields=json.loads(head) if end else {})
+    if PROGRESS in line:
+        return _ours("progress", line.partition(PROGRESS)[2])
+    if LINE in line:  # what stands before the mark is the name that Ray gives a worker
+        return _ours("line", line.partition(LINE)[2])
     if found := _OF_A_NODE.match(line):
         return Told("line", line, "warning", {"node": found["ip"]} if found["ip"] else {})
     return None
+
+
+def _ours(kind: Literal["line", "progress"], marked: str) -> Told:
+    head, end, text = marked.rpartition(FIELDS_END)
+    return Told(kind, text, fields=json.loads(head) if end else {})
 
 
 class Terminal:

@@ -105,9 +105,10 @@ def take_up(work: Work) -> None:
 
 def count(measure: Measure, amount: float = 1, /, **labels: str) -> None:
     """Add to a counter."""
+    named = _labels(measure, labels)
     instrument = _instrument(measure)
     if instrument is not None and amount > 0:
-        instrument.inc(amount, _labels(measure, labels))
+        instrument.inc(amount, named)
 
 
 def tell(measure: Measure, value: float, /, **labels: str) -> None:
@@ -135,13 +136,17 @@ def keep_telling() -> None:
 
 def _refresh() -> None:
     while True:
-        with _lock:
-            standing = dict(_gauges)
-        for (measure, labels), value in standing.items():
-            instrument = _instrument(measure)
-            if instrument is not None:
-                instrument.set(value, dict(labels))
+        _tell_again()
         time.sleep(_REFRESH_S)
+
+
+def _tell_again() -> None:
+    with _lock:
+        standing = dict(_gauges)
+    for (measure, labels), value in standing.items():
+        instrument = _instrument(measure)
+        if instrument is not None:
+            instrument.set(value, dict(labels))
 
 
 def _labels(measure: Measure, labels: Mapping[str, str]) -> dict[str, str]:

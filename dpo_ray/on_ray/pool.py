@@ -384,7 +384,8 @@ class ShardWorker:
         run: str = "",
         at: Work | None = None,
     ):
-        take_up(at or Work())
+        if at is not None:
+            take_up(at)
         self.location = location
         self.shards = ShardPool(location.parent)
         self.kind = location.parent.name

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+import time
 import types
+import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,28 @@ import pytest
 import torch
 
 from dpo_ray.on_ray import metrics
-from dpo_ray.on_ray.metrics import LOSS, MEASURES, PROGRESS, RUNS, Measure, Work, at_work, count, take_up, tell
+from dpo_ray.on_ray.metrics import (
+    LOSS,
+    MEASURES,
+    PROGRESS,
+    PUBLISHED,
+    RUNS,
+    Measure,
+    Work,
+    at_work,
+    count,
+    take_up,
+    tell,
+)
 from dpo_ray.on_ray.pool import ShardWorker, _tell_of
+from dpo_ray.on_ray.room import Need
+from dpo_ray.on_ray.session import connect, disconnect
 from dpo_ray.on_ray.train_metrics import StepMetrics
 from dpo_ray.shards.deaths import Deaths
 from dpo_ray.shards.output import ShardOutput
 from dpo_ray.storage.location import Location
 from dpo_ray.training.parallel import Rank
+from tests.command_line import LONGEST
 from tests.whole_run import Job, number_rows, word_model
 
 
@@ -253,3 +271,41 @@ def test_a_run_tells_its_stages_its_gate_and_how_it_ended(heard: Heard, tmp_path
     assert heard.gauges["gate_passed{stage=publish}"] == 0
     # From the start on, for whoever asks how long ago it was.
     assert heard.gauges["published_timestamp_seconds{stage=}"] == published
+
+
+def exported(text: str) -> list[str]:
+    """The lines of this Ray's metrics that hold a text, as soon as there are any."""
+    import ray
+
+    [node] = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + LONGEST
+    while time.monotonic() < deadline:
+        with suppress(OSError), urllib.request.urlopen(url, timeout=10) as answer:
+            found = [line for line in answer.read().decode().splitlines() if text in line and line[0] != "#"]
+            if found:
+                return found
+        time.sleep(0.5)
+    raise AssertionError(f"{text} was not told within {LONGEST:g} seconds")
+
+
+@pytest.mark.ray
+def test_an_embedded_ray_has_the_metrics_too_also_one_that_is_started_later(
+    no_ray: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
+    monkeypatch.setattr(metrics, "_tell_again", tell_again)
+    tell(PUBLISHED, 1.0)
+    try:
+        for _ in range(2):
+            connect(Need("a small stage"))
+            count(RUNS, outcome="ok")
+            [line] = exported("ray_dpo_ray_runs_total")
+            assert 'run="nightly"' in line and 'outcome="ok"' in line and line.endswith(" 1.0")
+            time.sleep(5)  # after two of Ray's reports it would have forgotten a gauge that nobody sets anew
+            [line] = exported("ray_dpo_ray_published_timestamp_seconds")
+            assert 'stage="ingest"' in line and line.endswith(" 1.0")
+            disconnect()
+    finally:
+        disconnect()

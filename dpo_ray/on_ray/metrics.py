@@ -59,7 +59,9 @@ ROWS = _counter("rows", "Rows of finished shards", "artifact")
 DROPPED = _counter("rows_dropped", "Rows of finished shards that were left out, by reason", "artifact", "reason")
 SHARDS_LEFT = _gauge("shards_left", "Shards that are still to be made", "artifact")
 RETRIES = _counter("retries", "Pieces of work that were begun again, for a process died over them", "artifact")
-ENGINE_START = _gauge("engine_start_seconds", "How long a worker took to load its model or engine", "artifact")
+ENGINE_START = _gauge(
+    "engine_start_seconds", "How long a worker took to load its model, engine or tokenizer", "artifact"
+)
 TOKENS = _counter("tokens", "Tokens trained on or sampled", "artifact")
 
 STEPS_LEFT = _gauge("steps_left", "Optimizer steps that are still to be made", "trial")

@@ -398,12 +398,12 @@ class ShardWorker:
             return
         # Ray starts an actor that dies while it loads its model again, under the same id.
         building = Deaths(location / NOTES / f"{run}-worker-{_actor()}.json", f"to start {_named(build)}", run)
-        keep_telling()
         began = time.monotonic()
         try:
             with self._attempt(building):
                 _ = self.work
             tell(ENGINE_START, time.monotonic() - began, artifact=self.kind)
+            keep_telling()
         except Exception as error:
             self.failure = carried(error)
 

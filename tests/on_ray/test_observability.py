@@ -27,6 +27,7 @@ UNTOLD = {
     'ray_dpo_ray_runs_total{outcome="error"}': "no run fails",
     'ray_dpo_ray_runs_total{outcome="gate_failed"}': "every model passes",
     "ray_memory_manager_worker_eviction_total": "there is memory enough",
+    "ray_node_failure_total": "no node is lost",
     f"{GPU_MEMORY.exported}": "there is no GPU",
     "ray_node_gram_used": "there is no GPU",
     "ray_node_gpus_utilization": "there is no GPU",

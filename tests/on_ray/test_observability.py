@@ -55,12 +55,13 @@ def watched(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iter
         word_model(folder / "words", small_model),
         run={"name": "numbers", "output": str(folder / "out"), "log_format": "json"},
         data={"max_prompt_tokens": 4},
-        train={"global_batch_size": 4, "eval_every_steps": 2},
+        train={"global_batch_size": 4, "epochs": 20, "eval_every_steps": 20},  # some seconds
     )
     too_long = {"prompt": "10 11 12 13 14 15", "chosen": "16", "rejected": "17"}
     job.write("a.jsonl", [*number_rows(0, 40), too_long])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        # What a process tells last is there for twice as long.
+        patch.setenv("RAY_metrics_report_interval_ms", "2000")
         with ray_head() as head, prometheus(Path(head.folder) / "prom_metrics_service_discovery.json") as server:
             server.wait_for('up{job="ray"} == 1')
             began = time.time()
@@ -86,7 +87,8 @@ def test_a_panel_shows_what_a_healthy_run_tells(watched: Watched, panel: str):
 
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
 def test_an_alert_looks_at_what_there_is_and_is_silent_on_a_healthy_run(watched: Watched, rule: dict[str, Any]):
-    assert watched.prometheus.over(rule["expr"], watched.began, watched.ended) == []
+    firing = f'ALERTS{{alertname="{rule["alert"]}", alertstate="firing"}}'
+    assert watched.prometheus.over(firing, watched.began, watched.ended) == []
     for selector in selectors(rule["expr"]):
         assert bool(watched.prometheus.over(selector, watched.began, watched.ended)) == is_told(selector), selector
 

@@ -15,7 +15,7 @@ import yaml
 
 from dpo_ray.on_ray.metrics import GPU_MEMORY, RETRIES, STEPS_SKIPPED
 from tests.command_line import Finished, dpo_ray
-from tests.prometheus import Prometheus, prometheus, rules, selectors, shown
+from tests.prometheus import Prometheus, program, prometheus, rules, selectors, shown
 from tests.ray_head import ray_head
 from tests.whole_run import Job, number_rows, word_model
 
@@ -49,6 +49,7 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Watched]:
+    program("prometheus")  # before anything is started
     folder = tmp_path_factory.mktemp("observability")
     job = Job(
         folder,

@@ -55,6 +55,9 @@ class Run(Section):
     """Minutes that a stage waits, at most, for a cluster to grow where it has too little room: its autoscaler is asked
     for more. 0: the run is refused at its start, as is right for a cluster that nothing adds nodes to."""
 
+    log_format: Literal["text", "json"] = "text"
+    """How a run's lines are printed: text, for people; json, for what collects logs: each line an object with time,
+    level, run, stage, shard, node and message. log.jsonl in the run's folder has these objects either way."""
     hooks: Hooks = Hooks()
     """Who is told how the run ended."""
 

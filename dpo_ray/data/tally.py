@@ -31,6 +31,11 @@ concerned."""
 _NO_REASONS = {"read", "kept", "more_pairs", "other_split", "steering", "not_drawn", "tokens", "completions", *NOTED}
 
 
+def dropped_by_reason(counters: Mapping[str, int]) -> dict[str, int]:
+    """Of the counters of an artifact, or of one of its shards: reason → rows dropped for it."""
+    return {name: count for name, count in counters.items() if count and name not in _NO_REASONS}
+
+
 @dataclass(frozen=True)
 class Tally:
     """What became of the rows that a stage read."""
@@ -52,7 +57,7 @@ class Tally:
             read=counters["read"],
             kept=counters["kept"],
             more_pairs=counters.get("more_pairs", 0),
-            dropped={name: count for name, count in counters.items() if count and name not in _NO_REASONS},
+            dropped=dropped_by_reason(counters),
             noted={name: counters[name] for name in NOTED if counters.get(name)},
         )
 

@@ -18,6 +18,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
@@ -25,8 +26,24 @@ from typing import Any, Generic, TypeVar
 import pyarrow as pa
 
 from dpo_ray.config import Config
+from dpo_ray.data.tally import dropped_by_reason
 from dpo_ray.errors import DataError, EngineDied
 from dpo_ray.on_ray.failures import carried, raise_ours
+from dpo_ray.on_ray.metrics import (
+    DROPPED,
+    ENGINE_START,
+    RETRIES,
+    ROWS,
+    SHARDS_LEFT,
+    TOKENS,
+    Work,
+    at_work,
+    count,
+    keep_telling,
+    take_up,
+    tell,
+    tell_progress,
+)
 from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import connect, is_embedded, num_cores
 from dpo_ray.on_ray.usage import used
@@ -272,6 +289,7 @@ def _compute(
         "isolates": pool.isolates,
         "stateless": pool.stateless,
         "run": run,
+        "at": at_work(),
     }
     if pool.stateless:
         work = {"fn": write_shards, "fn_kwargs": worker}
@@ -280,14 +298,27 @@ def _compute(
     progress = Progress(kind, sum(task.rows for _, task in missing), unit)
     rows = {name: task.rows for name, task in missing}
     say(kind, f"computing {len(missing)} shards, {progress.total} {unit}")
-    found = {}
+    found: dict[str, Finished] = {}
+    tell(SHARDS_LEFT, len(missing), artifact=kind)
     for result in _results(kind, tasks, pool, work):
-        found[result["name"]] = Finished.model_validate_json(result["finished"])
-        progress.advance(rows[result["name"]], note=f"shard {result['name']} done")
+        name = result["name"]
+        found[name] = Finished.model_validate_json(result["finished"])
+        progress.advance(rows[name], shard=name)
+        _tell_of(kind, rows[name], found[name].shard.counters, left=len(missing) - len(found))
     for note in (location / NOTES).children():
         if note.name.startswith(run):
             note.remove()  # of a process that was killed between its shard and the end of its note
     return found
+
+
+def _tell_of(kind: str, rows: int, counters: dict[str, int], left: int) -> None:
+    """The metrics of a shard that is finished."""
+    count(ROWS, rows, artifact=kind)
+    count(TOKENS, counters.get("tokens", 0), artifact=kind)
+    for reason, number in dropped_by_reason(counters).items():
+        count(DROPPED, number, artifact=kind, reason=reason)
+    tell(SHARDS_LEFT, left, artifact=kind)
+    tell_progress()
 
 
 def _results(kind: str, tasks: list[dict[str, bytes]], pool: Pool, work: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -339,6 +370,7 @@ class ShardWorker:
 
     Args:
         location: the artifact's own folder. Its shards go into the pool beside it, notes on attempts into itself.
+        at: what the driver is at, for the metrics.
     """
 
     def __init__(
@@ -350,9 +382,13 @@ class ShardWorker:
         isolates: bool = False,
         stateless: bool = False,
         run: str = "",
+        at: Work | None = None,
     ):
+        if at is not None:
+            take_up(at)
         self.location = location
         self.shards = ShardPool(location.parent)
+        self.kind = location.parent.name
         self.streams = streams
         self.isolates = isolates
         self.run = run
@@ -362,9 +398,12 @@ class ShardWorker:
             return
         # Ray starts an actor that dies while it loads its model again, under the same id.
         building = Deaths(location / NOTES / f"{run}-worker-{_actor()}.json", f"to start {_named(build)}", run)
+        began = time.monotonic()
         try:
-            with building.attempt():
+            with self._attempt(building):
                 _ = self.work
+            tell(ENGINE_START, time.monotonic() - began, artifact=self.kind)
+            keep_telling()
         except Exception as error:
             self.failure = carried(error)
 
@@ -385,7 +424,7 @@ class ShardWorker:
         unfinished = {n: name for n, (name, _) in enumerate(tasks)}
         try:
             for name in unfinished.values():
-                self._deaths(name).begin()
+                self._count_retry(self._deaths(name).begin() > 0)
             for n, output in self.work.stream([source for _, source in tasks]):
                 finished = self._write(unfinished[n], output)
                 self._deaths(unfinished[n]).end()
@@ -405,9 +444,10 @@ class ShardWorker:
     def do(self, name: str, source: Any) -> Finished:
         """Make the shard of one task."""
         if not self.isolates:
-            with self._deaths(name).attempt():
+            with self._attempt(self._deaths(name)):
                 return self._write(name, self.work(source))
         attempts = Attempts(self._note(name))
+        self._count_retry(attempts.location.exists())
         try:
             output = self.work(source, attempts)
         except EngineDied:
@@ -424,6 +464,15 @@ class ShardWorker:
             (self.location / ISOLATED / f"{name}.json").write_bytes(finished.model_dump_json().encode())
         attempts.clear()
         return finished
+
+    @contextmanager
+    def _attempt(self, deaths: Deaths) -> Iterator[None]:
+        with deaths.attempt() as died:
+            self._count_retry(died > 0)
+            yield
+
+    def _count_retry(self, again: bool) -> None:
+        count(RETRIES, int(again), artifact=self.kind)
 
     def _note(self, name: str) -> Location:
         return self.location / NOTES / f"{name}.json"

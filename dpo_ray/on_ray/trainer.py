@@ -217,6 +217,7 @@ def _run(
                 run=runs / name,
                 export_to=location / MODEL_FOLDER,
                 whose=steering.whose,
+                name=config.run.name,
                 fallback=fallback,
             )
         },

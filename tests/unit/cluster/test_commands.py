@@ -13,7 +13,17 @@ from tests.unit.cluster.manifests import KUBERNETES, MANIFESTS, NIGHTLY, OBJECTS
 from tests.unit.cluster.test_launch import EXIT_CODES, JOB, RUN
 
 PAGES = (ROOT / "README.md", MANIFESTS / "README.md")
-PROGRAMS = ("docker", "export", "kubectl", "ray get-auth-token", "ray up", "ray down", "ray dashboard", "sbatch")
+PROGRAMS = (
+    "docker",
+    "export",
+    "kubectl",
+    "ray get-auth-token",
+    "ray up",
+    "ray down",
+    "ray dashboard",
+    "sbatch",
+    "prometheus",
+)
 COMMANDS = [
     (page, line)
     for page in PAGES
@@ -50,6 +60,8 @@ def test_a_command_names_what_is_there(line: str):
             assert "RAY_AUTH_MODE=token" in words
         case "ray":
             of_ray(words[1:])
+        case "prometheus":  # it is started with it in tests/on_ray/test_observability.py
+            assert (ROOT / words[1].removeprefix("--config.file=")).is_file()
         case "sbatch":
             assert (ROOT / words[1]).read_text().startswith("#!/usr/bin/env bash\n")
         case _:
@@ -97,6 +109,7 @@ def test_a_command_with_a_mistake_is_found():
         "ray up cluster/manifests/ray_up/gcp.yaml",
         "ray get-auth-token --make",
         "sbatch cluster/manifests/slurm/nightly.sbatch",
+        "prometheus --config.file=cluster/manifests/observability/prometheus.yml",
         "dpo-ray submit cluster/manifests/kubernetes/site/run.yaml --adress http://127.0.0.1:8265",
         "export RAY_AUTH_MODE=none",
     ):

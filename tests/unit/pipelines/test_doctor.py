@@ -19,6 +19,7 @@ from dpo_ray.config import Config, parse_config
 from dpo_ray.machine import Disk, Machine
 from dpo_ray.on_ray.ask_nodes import Answer, Node
 from dpo_ray.on_ray.authentication import described
+from dpo_ray.on_ray.room import Host
 from dpo_ray.on_ray.session import join
 from dpo_ray.storage import probe
 from pipelines.doctor import examination
@@ -69,11 +70,11 @@ def failure(found: list[Line], *said: str, code: int = 2) -> str:
     return line.said
 
 
-def cluster(answers: list[Answer | None], nodes: list[dict[str, float]] | None = None, **more: Any) -> Cluster:
+def cluster(answers: list[Answer | None], nodes: list[Host] | None = None, **more: Any) -> Cluster:
     return Cluster(
         "10.0.0.1:6379",
         join=more.get("join", lambda: None),
-        nodes=lambda: nodes or [{"CPU": 8.0}] * 2,
+        nodes=lambda: nodes or [Host({"CPU": 8.0})] * 2,
         ask=lambda function, arguments: list(zip(NODES, answers, strict=True)),
         see=more.get("see", lambda output: None),
     )
@@ -203,10 +204,10 @@ def test_a_disk_that_is_nearly_full(tree, here: Machine):
 
 def test_a_stage_that_needs_more_gpus_than_there_are(tree, here: Machine):
     tree["train"] = {"use_gpu": True, "num_workers": 8}
-    waits = lines(tree, "cluster", cluster([None, None], [{"CPU": 16.0, "GPU": 4.0}]))
+    waits = lines(tree, "cluster", cluster([None, None], [Host({"CPU": 16.0, "GPU": 4.0})]))
     assert [line.status for line in waits] == ["ok", "warning"]
     tree["run"]["wait_for_resources"] = 0
-    found = lines(tree, "cluster", cluster([None, None], [{"CPU": 16.0, "GPU": 4.0}]))
+    found = lines(tree, "cluster", cluster([None, None], [Host({"CPU": 16.0, "GPU": 4.0})]))
     failure(found, "train: The Ray cluster has 4 GPUs, but this needs 8", "more or larger nodes")
     alone = [line.said for line in lines(tree, "room", here=here) if line.status == "failed"]
     assert any("train: This machine has 0 GPUs, but this needs 8" in said for said in alone)

@@ -214,6 +214,27 @@ def test_a_stage_that_needs_more_gpus_than_there_are(tree, here: Machine):
     failure(lines(tree, "GPUs", here=here), "has no GPU, and the configuration asks for some", "train.use_gpu=false")
 
 
+def test_nodes_that_nothing_can_be_put_on(tree, here: Machine, monkeypatch: pytest.MonkeyPatch):
+    tree["placement"] = {"data": {"label_selector": {"pool": "cpu"}}, "training": {"label_selector": {"pool": "gpu"}}}
+    tree["run"]["wait_for_resources"] = 0
+    nodes = [Host({"CPU": 8.0}, {"pool": "cpu"}), Host({"CPU": 8.0}, {"pool": "gpus"})]
+    found = lines(tree, "cluster", cluster([None, None], nodes))
+    assert [line.said for line in found if "placement.data" in line.said] == ["placement.data (pool=cpu): 1 of 2 nodes"]
+    failure(found, "reference, train, evaluate: No node", "(pool=gpu)", "1 with pool=gpus", "`ray start --labels`")
+    # On this machine there is nothing to choose from, which is said once.
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    failure(lines(tree, "placement"), "placement.training (pool=gpu)", "RAY_ADDRESS names none")
+    assert [line.status for line in lines(tree, "room", here=here)] == ["ok"]
+
+
+def test_vllm_is_missed_only_where_its_engines_may_be(tree, here: Machine):
+    tree |= {"reference": {"engine": "vllm"}, "placement": {"engines": {"label_selector": {"pool": "gpu"}}}}
+    bare = replace(here, unmet=["vllm is not installed"])
+    asked = [replace(NODES[0], labels={"pool": "cpu"}), replace(NODES[1], labels={"pool": "gpu"})]
+    both = replace(cluster([]), ask=lambda function, arguments: [(node, answer(bare)) for node in asked])
+    failure(lines(tree, "nodes", both, here=here), "worker (10.0.0.2): vllm is not installed")
+
+
 def with_driver(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """This machine with another nvidia-smi."""
     tool = folder / "nvidia-smi"

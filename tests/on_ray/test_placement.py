@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
+import time
+import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -27,14 +30,16 @@ PLACEMENT = {
 }
 DATA = {"MapBatches(_scan_batch)", "MapBatches(write_shards)"}
 WORKER = "MapWorker(MapBatches(ShardWorker))"
+SLOTS = '--resources={"slot": 2}'
 TRAINING = {"MapBatches(fetch_stretch)", "RayTrainWorker", "_score_by_trainer"}
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[RayHead]:
     with ray_head(num_cpus=1) as head, ExitStack() as nodes:
-        nodes.enter_context(head.node("--labels=pool=cpu"))
-        nodes.enter_context(head.node("--labels=pool=gpu,zone=a", '--resources={"slot": 2}'))
+        for pool, *arguments in (("cpu", "--labels=pool=cpu"), ("gpu", "--labels=pool=gpu,zone=a", SLOTS)):
+            nodes.enter_context(head.node(*arguments))
+            _wait_for(head, pool)  # two nodes that begin at once on one machine would take the same sockets
         yield head
 
 
@@ -46,6 +51,7 @@ def run(head: RayHead, tmp_path_factory, tiny_model: Path, write_preferences) ->
 
     def run(command: str, **more: Any) -> Finished:
         values = {
+            "run__wait_for_resources": 0,
             "run__output": str(folder / "out"),
             "model__path": str(tiny_model),
             "data__train": str(folder / "data"),
@@ -63,34 +69,43 @@ def run(head: RayHead, tmp_path_factory, tiny_model: Path, write_preferences) ->
     return run
 
 
-def seen(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
-    """Name of a task or actor → the pools of the nodes that had one, as Ray's state API tells it."""
-    from ray.util.state import list_actors, list_nodes, list_tasks
+def listed(head: RayHead, kind: str) -> list[dict[str, Any]]:
+    """All nodes, tasks or actors that Ray's state API knows, also those that have ended."""
+    with urllib.request.urlopen(f"{head.dashboard}/api/v0/{kind}?limit=10000&detail=1", timeout=60) as answer:
+        found: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
+        return found
 
-    for name, value in head.env.items():
-        monkeypatch.setenv(name, value)
-    asked = {"address": head.dashboard, "limit": 10_000, "detail": True}
-    pools = {node.node_id: node.labels.get("pool", "none") for node in list_nodes(**asked)}
-    found = defaultdict(set)
-    for task in list_tasks(**asked):
-        if task.node_id is not None:
-            found[task.name].add(pools[task.node_id])
-    for actor in list_actors(**asked):
-        if actor.node_id is not None:
-            found[actor.class_name].add(pools[actor.node_id])
+
+def pools(head: RayHead) -> dict[str, str]:
+    """Node → its pool."""
+    return {node["node_id"]: (node["labels"] or {}).get("pool", "none") for node in listed(head, "nodes")}
+
+
+def _wait_for(head: RayHead, pool: str) -> None:
+    deadline = time.monotonic() + LONGEST
+    while pool not in pools(head).values():
+        assert time.monotonic() < deadline, f"no node of the pool {pool}"
+        time.sleep(1)
+
+
+def seen(head: RayHead) -> dict[str, set[str]]:
+    """Name of a task or class of an actor → the pools of the nodes that had one."""
+    of, found = pools(head), defaultdict(set)
+    for kind, name in (("tasks", "name"), ("actors", "class_name")):
+        for one in listed(head, kind):
+            if one["node_id"]:
+                found[one[name]].add(of[one["node_id"]])
     return found
 
 
-def test_stages_are_on_their_nodes_and_what_is_made_is_the_same(
-    run: Callable[..., Finished], head: RayHead, monkeypatch: pytest.MonkeyPatch
-):
+def test_stages_are_on_their_nodes_and_what_is_made_is_the_same(run: Callable[..., Finished], head: RayHead):
     rows = run("tokenize", placement=PLACEMENT)
     assert rows.code == 0, rows.log
-    found = seen(head, monkeypatch)
+    found = seen(head)
     assert {name: found[name] for name in DATA | {WORKER}} == {name: {"cpu"} for name in DATA | {WORKER}}
     whole = run("run", placement=PLACEMENT)
     assert whole.code == 0, whole.log
-    found = seen(head, monkeypatch)
+    found = seen(head)
     assert {name: found[name] for name in DATA} == {name: {"cpu"} for name in DATA}
     assert {name: found[name] for name in TRAINING} == {name: {"gpu"} for name in TRAINING}
     assert found[WORKER] == {"cpu", "gpu"}  # of tokenization, and of the trainer's forward

@@ -3,8 +3,8 @@
     python -m benchmarks.scaling [--write]
 
 Made of measured parts, each with the table that it stands in, and of assumptions, each with its source. A stage takes as
-long as the slowest of what goes on side by side in it, and beside that what one process does alone. --write puts them
-into scaling.md, between its two marks.
+long as the slowest of what goes on side by side in it, and beside that what one process does alone. --write puts
+them into scaling.md, between its two marks.
 """
 
 from __future__ import annotations
@@ -162,8 +162,7 @@ class Time:
     @property
     def first(self) -> str:
         """What takes longest."""
-        both = {**self.beside, **self.alone}
-        return max(both, key=lambda name: both[name])
+        return max([*self.beside.items(), *self.alone.items()], key=lambda one: one[1])[0]
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.scaling [--write]
 
-Made of measured parts, each with the table that it stands in, and of assumptions, each with its source. A stage takes as
-long as the slowest of what goes on side by side in it, and beside that what one process does alone. --write puts
-them into scaling.md, between its two marks.
+Made of measured parts, each with the table that it stands in, and of assumptions, each with its source. A stage takes
+as long as the slowest of what goes on side by side in it, and beside that what one process does alone. --write puts
+the tables into scaling.md, between its two marks.
 """
 
 from __future__ import annotations

@@ -84,6 +84,7 @@ def nodes() -> Nodes:
 
 
 def _request(bundles: list[dict[str, float]], label_selectors: list[dict[str, str]]) -> None:
+    """Of Ray's autoscaler. Its first version (KubeRay's and `ray up` take the second) does not heed labels."""
     from ray.autoscaler.sdk import request_resources
 
     request_resources(bundles=bundles, bundle_label_selectors=label_selectors or None)

@@ -55,9 +55,14 @@ class RayHead:
             wrapped: a command that is given Ray's as its further arguments.
         """
         ports = [f"--{name}={port}" for name, port in zip(_PORTS, free_ports(len(_PORTS)), strict=True)]
-        command = [*wrapped, RAY, "start", f"--address={self.address}", "--num-cpus=2", *_COMMON, *ports, *arguments]
-        with _running(command, self.folder, self.env):
-            yield
+        # As on a machine of its own: nodes that share a folder remove a job's working directory below each other.
+        folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+        start = [RAY, "start", f"--address={self.address}", "--num-cpus=2", f"--temp-dir={folder}"]
+        try:
+            with _running([*wrapped, *start, *_COMMON, *ports, *arguments], self.folder, self.env):
+                yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 _COMMON = ("--object-store-memory=200000000", "--disable-usage-stats", "--block")

@@ -39,7 +39,7 @@ def head() -> Iterator[RayHead]:
     with ray_head(num_cpus=1) as head, ExitStack() as nodes:
         for pool, *arguments in (("cpu", "--labels=pool=cpu"), ("gpu", "--labels=pool=gpu,zone=a", SLOTS)):
             nodes.enter_context(head.node(*arguments))
-            _wait_for(head, pool)  # two nodes that begin at once on one machine would take the same sockets
+            _wait_for(head, pool)  # for runs that do not wait for nodes
         yield head
 
 

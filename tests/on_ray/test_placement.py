@@ -98,23 +98,6 @@ def seen(head: RayHead) -> dict[str, set[str]]:
     return found
 
 
-def test_stages_are_on_their_nodes_and_what_is_made_is_the_same(run: Callable[..., Finished], head: RayHead):
-    rows = run("tokenize", placement=PLACEMENT)
-    assert rows.code == 0, rows.log
-    found = seen(head)
-    assert {name: found[name] for name in DATA | {WORKER}} == {name: {"cpu"} for name in DATA | {WORKER}}
-    whole = run("run", placement=PLACEMENT)
-    assert whole.code == 0, whole.log
-    found = seen(head)
-    assert {name: found[name] for name in DATA} == {name: {"cpu"} for name in DATA}
-    assert {name: found[name] for name in TRAINING} == {name: {"gpu"} for name in TRAINING}
-    assert found[WORKER] == {"cpu", "gpu"}  # of tokenization, and of the trainer's forward
-    # Where something is computed is no part of what it is known by.
-    anywhere = run("train")
-    assert anywhere.code == 0, anywhere.log
-    assert anywhere.lines("Stages: 8, of which 8 were finished already"), anywhere.log
-
-
 def test_labels_that_no_node_has_are_refused_at_once_or_after_the_wait(run: Callable[..., Finished]):
     nowhere = {**PLACEMENT, "training": {"label_selector": {"pool": "tpu"}}}
     refused = run("run", placement=nowhere, run__wait_for_resources=0)
@@ -170,3 +153,20 @@ def test_an_engine_is_on_its_node_and_ray_reads_selectors_as_we_do(head: RayHead
     assert done.returncode == 0, done.stdout
     assert "engine on gpu" in done.stdout
     assert done.stdout.count("agrees") == 6, done.stdout
+
+
+def test_stages_are_on_their_nodes_and_what_is_made_is_the_same(run: Callable[..., Finished], head: RayHead):
+    rows = run("tokenize", placement=PLACEMENT)
+    assert rows.code == 0, rows.log
+    found = seen(head)
+    assert {name: found[name] for name in DATA | {WORKER}} == {name: {"cpu"} for name in DATA | {WORKER}}
+    whole = run("run", placement=PLACEMENT)
+    assert whole.code == 0, whole.log
+    found = seen(head)
+    assert {name: found[name] for name in DATA} == {name: {"cpu"} for name in DATA}
+    assert {name: found[name] for name in TRAINING} == {name: {"gpu"} for name in TRAINING}
+    assert found[WORKER] == {"cpu", "gpu"}  # of tokenization, and of the trainer's forward
+    # Where something is computed is no part of what it is known by.
+    anywhere = run("train")
+    assert anywhere.code == 0, anywhere.log
+    assert anywhere.lines("Stages: 8, of which 8 were finished already"), anywhere.log

@@ -13,7 +13,7 @@ from dpo_ray.data.raw.files import SUFFIXES, Stamp
 from dpo_ray.data.raw.partitions import in_partitions, in_period
 from dpo_ray.data.raw.scan import FileRecord, Peek, map_files, peek, read_record, require_usable
 from dpo_ray.errors import DataError
-from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage
+from dpo_ray.on_ray.pool import ShardTask, each_its_own, rows_pool, shard_stage
 from dpo_ray.on_ray.scan import scan_files
 from dpo_ray.pairs import Split
 from dpo_ray.shards.ingest import IngestShard, RawShard, identity
@@ -154,7 +154,8 @@ def _require_rows(found: Sequence[Peek | FileRecord], key: str) -> None:
 def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
     data, seed = context.config.data, context.config.run.seed
     folder = context.output / FILES
-    records = scan_files(folder, [file for _, files, _ in sides for file in files], data.rows_per_shard)
+    files = [file for _, files, _ in sides for file in files]
+    records = scan_files(folder, files, data.rows_per_shard, context.config.placement.data)
     found = map_files(lambda record: (record, layout_of(record, record.uri, context.config)), records)
     data.require_used({layout for _, layout in found if layout is not None})
     tasks: list[ShardTask[RawShard]] = []
@@ -180,7 +181,7 @@ def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
         identity=identity(data, seed),
         inputs={"files": digest([t.content for t in tasks])},
         tasks=tasks,
-        pool=Pool(IngestShard, options, stateless=True),
+        pool=rows_pool(context.config, IngestShard, options),
     )
     context.sources.update(zip((shard.name for shard in artifact.shards()), sources, strict=True))
     require_enough_kept(artifact, data.max_quarantined_fraction)

@@ -18,6 +18,7 @@ from dpo_ray.config.iterate import Iterate
 from dpo_ray.config.layouts import Layout, fields_of
 from dpo_ray.config.losses import Loss, SigmoidLoss
 from dpo_ray.config.pairing import CandidatePairing, Pairing
+from dpo_ray.config.placement import Placement
 from dpo_ray.config.reward import Dtype, Reward, Rule
 from dpo_ray.config.section import Section
 from dpo_ray.config.tolerance import Tolerance
@@ -671,6 +672,8 @@ class Config(Section):
     """The search of `dpo-ray sweep`."""
     iterate: Iterate | None = None
     """The rounds of `dpo-ray iterate`."""
+    placement: Placement = Placement()
+    """Which nodes of a cluster do what; left out: each whatever it has room for."""
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:

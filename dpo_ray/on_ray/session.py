@@ -14,7 +14,7 @@ from dpo_ray.errors import ConfigError, DpoRayError
 from dpo_ray.on_ray.authentication import MODE, PATH, TOKEN, WAY_IN, described
 from dpo_ray.on_ray.metrics import keep_telling
 from dpo_ray.on_ray.preemption import watch_for_preemption
-from dpo_ray.on_ray.room import Cluster, Need, Nodes, await_room, require_room
+from dpo_ray.on_ray.room import Cluster, Host, Need, Nodes, await_room, require_room
 from dpo_ray.origin import short
 from dpo_ray.progress import WATCHED, say
 from dpo_ray.storage.finished import about_to_compute
@@ -70,9 +70,7 @@ def connect(need: Need, *, trains: bool = False) -> None:
     if is_embedded():
         require_room(nodes(), need)
         return
-    from ray.autoscaler.sdk import request_resources
-
-    await_room(Cluster(nodes, lambda bundles: request_resources(bundles=bundles)), need, _session.wait_minutes)
+    await_room(Cluster(nodes, _request), need, _session.wait_minutes)
 
 
 def join() -> None:
@@ -85,7 +83,14 @@ def nodes() -> Nodes:
     """What each node of the cluster has that is alive. Ray must be connected."""
     import ray
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Host(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+
+
+def _request(bundles: list[dict[str, float]], label_selectors: list[dict[str, str]]) -> None:
+    """Of Ray's autoscaler. Its first version (KubeRay's and `ray up` take the second) does not heed labels."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=bundles, bundle_label_selectors=label_selectors or None)
 
 
 def _open(embedded_cpus: float) -> None:

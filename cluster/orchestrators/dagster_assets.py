@@ -83,8 +83,10 @@ class DpoRay(dg.ConfigurableResource):
             try:
                 for line in process.stdout:
                     sys.stdout.write(line)
-                    last = deque(maxlen=10) if not line.strip() else last
-                    last.extend([line.strip()] if line.strip() else [])
+                    if line.strip():
+                        last.append(line.strip())
+                    else:
+                        last.clear()
             except BaseException:
                 process.send_signal(signal.SIGINT)  # what is finished is kept
                 if self.address:
@@ -118,13 +120,13 @@ def made(
             continue
         rows = stage["rows"]
         metadata = {
+            **(told.get(name) or {}),
             "dagster/row_count": rows["kept"],
             "rows": rows,
             "reused": stage["reused"],
             "seconds": stage["seconds"],
             "manifest": dg.MetadataValue.path(f"{output}/artifacts/{kind}/{stage['fingerprint']}/manifest.json"),
             "run_id": summary["run_id"],
-            **(told.get(name) or {}),
         }
         yield dg.MaterializeResult(
             asset_key=key(name),

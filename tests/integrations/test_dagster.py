@@ -1,0 +1,126 @@
+"""The Dagster example by Dagster itself, over real runs of dpo-ray: assets, the gate as a check, days as partitions."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.command_line import DPO_RAY
+from tests.integrations.orchestrated import DAYS, EXAMPLES, ROWS, Project, python_of, told_by
+
+pytestmark = pytest.mark.integration
+
+PYTHON = python_of("Dagster")
+FIRST, SECOND, THIRD = DAYS
+STEPS = [
+    {"what": "data", "partition": FIRST},
+    {"what": "data", "range": [SECOND, THIRD]},
+    {"what": "nightly"},
+    {"what": "model"},
+    {"what": "model", "resource": {"options": ["-o", "publish.gate.accuracy_above=0.999"]}},
+    {"what": "model", "resource": {"config": "/nowhere.yaml"}},
+]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tiny_model, write_preferences) -> Project:
+    return Project(tmp_path_factory.mktemp("dagster"), tiny_model, write_preferences)
+
+
+@pytest.fixture(scope="module")
+def told(project: Project) -> dict[str, Any]:
+    """What came of each of the steps, in order."""
+    request = {
+        "example": str(EXAMPLES / "dagster_assets.py"),
+        "config": project.config,
+        "output": str(project.output),
+        "program": DPO_RAY,
+        "steps": STEPS,
+    }
+    env = os.environ | {
+        "DPO_RAY_CONFIG": project.config,
+        "DPO_RAY_OUTPUT": str(project.output),
+        "PATH": f"{Path(DPO_RAY).parent}:{os.environ['PATH']}",
+        "DAGSTER_HOME": str(project.folder),
+    }
+    found: dict[str, Any] = told_by(PYTHON, "in_dagster.py", project.folder, request, env)
+    return found
+
+
+@pytest.fixture
+def steps(told: dict[str, Any]) -> list[dict[str, Any]]:
+    return told["steps"]
+
+
+def made(step: dict[str, Any], asset: str) -> dict[str, Any]:
+    [one] = [one for one in step["made"] if one["asset"] == asset]
+    return one
+
+
+def test_a_day_is_a_partition_whose_assets_tell_what_their_manifests_do(steps, project: Project):
+    step = steps[0]
+    assert step["success"] and {one["partition"] for one in step["made"]} == {FIRST}
+    assert [one["asset"] for one in step["made"]] == ["pairs", "tokenized", "reference"]
+    summary = project.summary(f"dagster-{step['run_id']}")
+    assert summary["input"]["chosen_by"] == {"since": FIRST, "until": FIRST}
+    pairs, reference = made(step, "pairs"), made(step, "reference")
+    assert pairs["metadata"]["dagster/row_count"] == ROWS
+    assert pairs["metadata"]["input"]["days"] == {FIRST: {"files": 1, "rows": ROWS}}
+    assert reference["version"] == summary["stages"]["reference"]["fingerprint"]
+    assert reference["metadata"]["engine"] == "torch" and reference["metadata"]["calibration"]["num_sequences"] == 8
+    for one in step["made"]:
+        assert Path(one["metadata"]["manifest"]).is_file()
+
+
+def test_a_range_of_days_is_one_run(told, steps, project: Project):
+    step = steps[1]
+    assert step["success"] and {one["partition"] for one in step["made"]} == {SECOND, THIRD}
+    chosen = project.summary(f"dagster-{step['run_id']}")["input"]["chosen_by"]
+    assert chosen == {"since": SECOND, "until": THIRD}
+    assert told["materialized"] == list(DAYS)
+
+
+def test_the_nightly_job_publishes_a_model_that_passed_its_check(steps, project: Project):
+    step = steps[2]
+    assert step["success"], step["failure"]
+    [check] = step["checks"]
+    assert check["name"] == "gate" and check["passed"] and check["metadata"]["exit_code"] == 0
+    assert check["metadata"]["accuracy"]["low"] < check["metadata"]["accuracy"]["value"]
+    model, policy = made(step, "published_model"), made(step, "policy")
+    assert model["version"] == policy["version"] == project.pointer["version"]
+    assert Path(model["metadata"]["model"], "model.safetensors").is_file()
+    assert Path(model["metadata"]["report"]).is_file() and not model["metadata"]["nothing_new"]
+    assert policy["metadata"]["final"]["loss"] > 0 and not policy["metadata"]["reused"]
+
+
+def test_what_the_days_have_scored_is_taken_over(steps, project: Project):
+    log = (project.output / "runs" / f"dagster-{steps[2]['run_id']}" / "log.txt").read_text()
+    assert "[pairs] 3 of 3 shards are finished already" in log or "[pairs] reused" in log
+
+
+def test_a_night_without_anything_new_leaves_every_version_as_it_was(steps):
+    before, step = steps[2:4]
+    assert step["success"] and step["checks"][0]["passed"]
+    model = made(step, "published_model")
+    assert model["metadata"]["nothing_new"] and model["version"] == made(before, "published_model")["version"]
+    assert made(step, "policy")["metadata"]["reused"] and made(step, "deployed")
+
+
+def test_a_gate_that_fails_is_a_failed_check_and_what_comes_after_is_skipped(steps, project: Project):
+    step = steps[4]
+    assert step["success"] and step["skipped"] == ["deployed"]
+    assert [one["asset"] for one in step["made"]] == ["policy"]
+    [check] = step["checks"]
+    assert not check["passed"] and check["metadata"]["exit_code"] == 4
+    assert "the gate does not hold" in check["description"]
+    assert project.pointer["version"] == made(steps[2], "published_model")["version"]
+
+
+def test_another_failure_is_told_by_its_last_words_and_configuration_is_not_tried_again(steps):
+    step = steps[5]
+    assert not step["success"] and step["retries"] == 0
+    assert step["failure"]["metadata"]["exit_code"] == 2
+    assert step["failure"]["description"].startswith("dpo-ray run ended with exit code 2. ConfigError: /nowhere.yaml")

@@ -1,15 +1,15 @@
 """dpo-ray in Airflow 3, on the workers themselves: every night what is new, and days of the data by their interval.
 
-Airflow lives in an environment of its own, without dpo-ray, which is started as a process. Copy this file to the DAGs'
-folder. On the workers are set DPO_RAY_CONFIG (the YAML), DPO_RAY_OUTPUT (a folder or a bucket, over its run.output) and,
-where dpo-ray is not on PATH, DPO_RAY. It has been tried with the packages of requirements-airflow.txt.
+For an environment with Airflow and without dpo-ray, which is started as a process: copy this file to the folder of
+DAGs, and set for the workers DPO_RAY_CONFIG (the YAML), DPO_RAY_OUTPUT (a folder or a bucket, over its run.output) and,
+where dpo-ray is not on PATH, DPO_RAY. It is tested with the packages of requirements-airflow.txt.
 
-    dpo_ray_nightly    all data; what is new is told by content, and where nothing is, the task succeeds within seconds
-    dpo_ray_days       the files of the data interval, training on from the last published model; `airflow backfill create
-                       --dag-id dpo_ray_days --from-date 2026-11-01 --to-date 2026-11-07` goes through days in order
+    dpo_ray_nightly    all data; what is new is told by content, and where nothing is, the tasks succeed within seconds
+    dpo_ray_days       files of the data interval, training on from the last published model. Through days, in order:
+                       airflow backfill create --dag-id dpo_ray_days --from-date 2026-11-01 --to-date 2026-11-07
 
-The task `run` is skipped where the gate failed (exit code 4), and with it what comes after: nothing was published. Other
-exit codes are failures, and Airflow's retries go on from what is finished.
+The task `run` is skipped where the gate failed (exit code 4), and with it what comes after: nothing was published.
+Other exit codes are failures, and Airflow's retries go on from what is finished.
 """
 
 import json
@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
 
 @task
 def published(run: str) -> dict[str, Any]:
-    """The model that stands, for what comes next: its place, and whether it did so before. Runs where `run` succeeded."""
+    """The model that stands and what it was measured at, for what comes next."""
     folder = f"{os.environ['DPO_RAY_OUTPUT']}/runs/{run}"
     shown = subprocess.run(
         [os.environ.get("DPO_RAY", "dpo-ray"), "show", folder], stdout=subprocess.PIPE, text=True, check=True

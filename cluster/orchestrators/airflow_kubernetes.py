@@ -1,14 +1,13 @@
-"""dpo-ray in Airflow 3, on the standing Ray cluster of cluster/manifests/kubernetes/cluster: every night what is new, and days
-of the data by their interval.
+"""dpo-ray in Airflow 3, as jobs on a standing Ray cluster (cluster/manifests/kubernetes/cluster).
 
-A pod submits the job and follows it; dpo-ray's image is all that it needs, and Airflow needs the provider cncf.kubernetes.
-Copy this file to the DAGs' folder, and give the namespace what runs:
+A pod with dpo-ray's image submits the job and follows it; Airflow needs the provider cncf.kubernetes alone. Copy this
+file to the folder of DAGs, and give the namespace what runs:
 
-    kubectl create configmap -n dpo-ray dpo-ray-run --from-file=cluster/manifests/kubernetes/site/run.yaml
+    kubectl create configmap -n dpo-ray dpo-ray-run --from-file=run.yaml
 
-It has been tried with the packages of requirements-airflow.txt. The DAGs are those of airflow_bash.py. The task `run` is
-skipped where the gate failed (exit code 4). A pod that is lost leaves the job as it is: the next try finds it by its period,
-and follows it; a job that failed is submitted again, and goes on from what is finished.
+It is tested with the packages of requirements-airflow.txt. The DAGs are called as those of airflow_bash.py: load one of
+the two files. The task `run` is skipped where the gate failed (exit code 4). A pod that is lost leaves the job as it is: the next try
+finds it by its period, and follows it. A job that failed is submitted again, and goes on from what is finished.
 """
 
 from datetime import datetime, timedelta

@@ -1,8 +1,8 @@
 """dpo-ray in Dagster: what runs make as assets, the gate as an asset check, days of the data as partitions.
 
-For an environment with Dagster and without dpo-ray, which is started as a process: copy this file there, edit the lines
-below, set DPO_RAY_CONFIG and DPO_RAY_OUTPUT, and `dagster dev -f dagster_assets.py`. It has been tried with the packages
-of requirements-dagster.txt.
+For an environment with Dagster and without dpo-ray, which is started as a process: copy this file there, set DAYS
+below, and DPO_RAY_CONFIG and DPO_RAY_OUTPUT in the environment; then `dagster dev -f dagster_assets.py`. It is tested
+with the packages of requirements-dagster.txt.
 
     pairs, tokenized, reference    of a day, or of a range of days in one run (`dpo-ray reference`)
     policy, published_model        of all data, with the check `gate` (`dpo-ray run`); scores of the days are taken over
@@ -22,6 +22,7 @@ from datetime import timedelta
 from typing import Any
 
 import dagster as dg
+from pydantic import Field
 
 # None: the files of data.train are of no days, or there are none (generate). Other keys than days are names of
 # partitions: dg.StaticPartitionsDefinition(["language=de", "language=en"]).
@@ -49,13 +50,16 @@ class DpoRay(dg.ConfigurableResource):
     """A folder or a bucket, over the configuration's run.output."""
     program: str = "dpo-ray"
     """Its path, where it is not on PATH: /opt/dpo-ray/bin/dpo-ray."""
-    options: list[str] = []
+    options: list[str] = Field(default_factory=list)
     """Further words of the command line, as ["-o", "train.start=published"]."""
     address: str = ""
-    """Dashboard of the Ray cluster that runs are submitted to; empty: they run here, or on the cluster of RAY_ADDRESS."""
+    """Dashboard of the Ray cluster that jobs are submitted to; empty: runs are started here."""
 
     def run(self, context: dg.AssetExecutionContext, command: str) -> tuple[int, dict[str, Any]]:
-        """Run a command of dpo-ray: 0 or 4 (the gate failed), and the run's summary.json. Raises dg.Failure otherwise."""
+        """Run a command of dpo-ray.
+
+        Returns its exit code, 0 or 4 (the gate failed), and the run's summary.json. Raises dg.Failure of other codes.
+        """
         attempt = f"-{context.retry_number}" if context.retry_number else ""
         run_id = f"dagster-{context.run_id}{attempt}"
         if self.address:
@@ -76,7 +80,7 @@ class DpoRay(dg.ConfigurableResource):
         return code, json.loads(shown.stdout)
 
     def _follow(self, command: Sequence[str], run_id: str) -> tuple[int, list[str]]:
-        """Exit code and last paragraph of a command; what it says is in the step's log. Ended with the step, if need be."""
+        """Exit code and last paragraph of a command. What it says is in the step's log; it is ended with the step."""
         last: deque[str] = deque(maxlen=10)
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             assert process.stdout is not None

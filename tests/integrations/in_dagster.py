@@ -1,4 +1,4 @@
-"""Run by the Python of Dagster's environment: materializes the example's assets step by step, and tells what came of each."""
+"""Run by the Python of Dagster's environment: materializes the example's assets, and tells what came of each step."""
 
 import importlib.util
 import json

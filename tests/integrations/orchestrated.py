@@ -1,4 +1,4 @@
-"""What tests of orchestrators share: days of data with a tiny model, and the other environment's Python, which runs a script."""
+"""What tests of orchestrators share: days of data with a tiny model, and scripts for another environment's Python."""
 
 from __future__ import annotations
 

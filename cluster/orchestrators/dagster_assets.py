@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -112,7 +112,7 @@ def chosen(context: dg.AssetExecutionContext) -> list[str]:
 
 
 def made(
-    summary: dict[str, Any], output: str, assets: dict[str, tuple[tuple[str, ...], str]], told: dict[str, Any]
+    summary: dict[str, Any], output: str, assets: Mapping[str, tuple[Sequence[str], str]], told: dict[str, Any]
 ) -> Iterator[dg.MaterializeResult]:
     """The assets that a run has; of a stage that it has not, as the reference of a loss without one, there is none.
 

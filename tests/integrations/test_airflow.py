@@ -105,6 +105,16 @@ def test_the_data_interval_chooses_the_days(nights, project: Project):
     assert day["tasks"]["run"] == "skipped"  # for its gate fails
 
 
+def test_days_are_gone_through_in_order_by_a_backfill(airflow: dict[str, str], nights):
+    command = ["backfill", "create", "--dag-id", "dpo_ray_days", "--from-date", DAYS[0], "--to-date", DAYS[2]]
+    done = subprocess.run(
+        [PYTHON, "-m", "airflow", *command, "--dry-run"], env=airflow, capture_output=True, text=True, timeout=LONGEST
+    )
+    assert done.returncode == 0, done.stderr
+    told = [done.stdout.index(day) for day in DAYS]
+    assert told == sorted(told)
+
+
 @pytest.mark.parametrize(("exit_code", "state"), [(0, "success"), (4, "skipped"), (3, "failed")])
 def test_a_pod_submits_the_run_and_its_exit_code_is_the_tasks_state(airflow, tmp_path, exit_code: int, state: str):
     with api_server(exit_code, tmp_path / "kubeconfig") as pods:

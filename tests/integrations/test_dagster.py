@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.command_line import DPO_RAY
+from tests.command_line import DPO_RAY, LONGEST
 from tests.integrations.orchestrated import DAYS, EXAMPLES, ROWS, Project, python_of, told_by
+from tests.unit.cluster.manifests import parse
 
 pytestmark = pytest.mark.integration
 
@@ -32,21 +35,28 @@ def project(tmp_path_factory, tiny_model, write_preferences) -> Project:
 
 @pytest.fixture(scope="module")
 def told(project: Project) -> dict[str, Any]:
+    return tell(project, STEPS)
+
+
+def environment(project: Project) -> dict[str, str]:
+    return os.environ | {
+        "DPO_RAY_CONFIG": project.config,
+        "DPO_RAY_OUTPUT": str(project.output),
+        "PATH": f"{Path(DPO_RAY).parent}:{os.environ['PATH']}",
+        "DAGSTER_HOME": str(project.folder),
+    }
+
+
+def tell(project: Project, steps: list[dict[str, Any]]) -> dict[str, Any]:
     """What came of each of the steps, in order."""
     request = {
         "example": str(EXAMPLES / "dagster_assets.py"),
         "config": project.config,
         "output": str(project.output),
         "program": DPO_RAY,
-        "steps": STEPS,
+        "steps": steps,
     }
-    env = os.environ | {
-        "DPO_RAY_CONFIG": project.config,
-        "DPO_RAY_OUTPUT": str(project.output),
-        "PATH": f"{Path(DPO_RAY).parent}:{os.environ['PATH']}",
-        "DAGSTER_HOME": str(project.folder),
-    }
-    found: dict[str, Any] = told_by(PYTHON, "in_dagster.py", project.folder, request, env)
+    found: dict[str, Any] = told_by(PYTHON, "in_dagster.py", project.folder, request, environment(project))
     return found
 
 
@@ -117,6 +127,37 @@ def test_a_gate_that_fails_is_a_failed_check_and_what_comes_after_is_skipped(ste
     assert not check["passed"] and check["metadata"]["exit_code"] == 4
     assert "the gate does not hold" in check["description"]
     assert project.pointer["version"] == made(steps[2], "published_model")["version"]
+
+
+RECORDER = """#!/bin/sh
+[ "$1" != show ] || exec cat {summary}
+echo "$@" >> {calls}
+"""
+
+
+def test_with_an_address_a_job_is_submitted_that_is_called_like_its_run(project: Project, steps):
+    # Whose run is then called like the job: tests/on_ray/test_submit.py.
+    published = project.output / "runs" / f"dagster-{steps[2]['run_id']}" / "summary.json"
+    calls, program = project.folder / "calls", project.folder / "recorder"
+    program.write_text(RECORDER.format(summary=published, calls=calls))
+    program.chmod(0o755)
+    resource = {"program": str(program), "address": "http://127.0.0.1:8265"}
+    asked = [
+        {"what": what, "resource": resource, **more} for what, more in (("data", {"partition": FIRST}), ("model", {}))
+    ]
+    told = tell(project, asked)["steps"]
+    lines = [shlex.split(line) for line in calls.read_text().splitlines()]
+    for step, line, command in zip(told, lines, ("reference", "run"), strict=True):
+        assert step["success"]
+        parse(["dpo-ray", *line])
+        assert line[0] == "submit" and line[line.index("--command") + 1] == command
+        assert line[line.index("--submission-id") + 1] == f"dagster-{step['run_id']}"
+
+
+def test_the_file_is_loaded_by_the_command_line_of_dagster(project: Project):
+    command = [PYTHON, "-m", "dagster", "definitions", "validate", "-f", str(EXAMPLES / "dagster_assets.py")]
+    done = subprocess.run(command, env=environment(project), capture_output=True, text=True, timeout=LONGEST)
+    assert done.returncode == 0, done.stderr
 
 
 def test_another_failure_is_told_by_its_last_words_and_configuration_is_not_tried_again(steps):

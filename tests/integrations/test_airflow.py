@@ -99,7 +99,7 @@ def test_any_other_exit_code_is_a_failure(nights):
 def test_the_data_interval_chooses_the_days(nights, project: Project):
     day = nights[4]
     summary = project.summary(f"dpo_ray_days.{day['run_id']}.1")
-    assert summary["input"]["chosen_by"] == {"since": DAYS[1], "until": DAYS[1]}
+    assert summary["input"]["chosen_by"] == {"data.since": DAYS[1], "data.until": DAYS[1]}
     assert summary["input"]["days"] == {DAYS[1]: {"files": 1, "rows": ROWS}}
     assert summary["train"]["started_from"].endswith(project.pointer["version"])
     assert day["tasks"]["run"] == "skipped"  # for its gate fails

@@ -75,7 +75,7 @@ def test_a_day_is_a_partition_whose_assets_tell_what_their_manifests_do(steps, p
     assert step["success"] and {one["partition"] for one in step["made"]} == {FIRST}
     assert [one["asset"] for one in step["made"]] == ["pairs", "tokenized", "reference"]
     summary = project.summary(f"dagster-{step['run_id']}")
-    assert summary["input"]["chosen_by"] == {"since": FIRST, "until": FIRST}
+    assert summary["input"]["chosen_by"] == {"data.since": FIRST, "data.until": FIRST}
     pairs, reference = made(step, "pairs"), made(step, "reference")
     assert pairs["metadata"]["dagster/row_count"] == ROWS
     assert pairs["metadata"]["input"]["days"] == {FIRST: {"files": 1, "rows": ROWS}}
@@ -89,7 +89,7 @@ def test_a_range_of_days_is_one_run(told, steps, project: Project):
     step = steps[1]
     assert step["success"] and {one["partition"] for one in step["made"]} == {SECOND, THIRD}
     chosen = project.summary(f"dagster-{step['run_id']}")["input"]["chosen_by"]
-    assert chosen == {"since": SECOND, "until": THIRD}
+    assert chosen == {"data.since": SECOND, "data.until": THIRD}
     assert told["materialized"] == list(DAYS)
 
 
@@ -164,4 +164,7 @@ def test_another_failure_is_told_by_its_last_words_and_configuration_is_not_trie
     step = steps[5]
     assert not step["success"] and step["retries"] == 0
     assert step["failure"]["metadata"]["exit_code"] == 2
-    assert step["failure"]["description"].startswith("dpo-ray run ended with exit code 2. ConfigError: /nowhere.yaml")
+    description = step["failure"]["description"]
+    assert description.startswith(
+        "dpo-ray run ended with exit code 2. ConfigError: There is no configuration file /nowh"
+    )

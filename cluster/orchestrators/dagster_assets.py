@@ -30,6 +30,8 @@ DAYS: dg.PartitionsDefinition | None = dg.DailyPartitionsDefinition(start_date="
 
 GATE_FAILED = 4
 HOPELESS = (2, 3)  # configuration and data: another try would end in the same way
+RETRIES = 2  # of other failures; each goes on from what is finished
+PAUSE_S = 60
 
 # Asset → the stage's names in summary.json, of which a run has at most one, and the folder of its artifacts.
 DATA = {
@@ -58,7 +60,8 @@ class DpoRay(dg.ConfigurableResource):
     def run(self, context: dg.AssetExecutionContext, command: str) -> tuple[int, dict[str, Any]]:
         """Run a command of dpo-ray.
 
-        Returns its exit code, 0 or 4 (the gate failed), and the run's summary.json. Raises dg.Failure of other codes.
+        Returns its exit code, 0 or 4 (the gate failed), and the run's summary.json. Of other codes raises
+        dg.RetryRequested or, at last, dg.Failure.
         """
         attempt = f"-{context.retry_number}" if context.retry_number else ""
         run_id = f"dagster-{context.run_id}{attempt}"
@@ -69,11 +72,14 @@ class DpoRay(dg.ConfigurableResource):
         given = ["-o", f"run.output={json.dumps(self.output)}", *chosen(context), *self.options]
         code, last = self._follow([self.program, *words, *given], run_id)
         if code not in (0, GATE_FAILED):
-            raise dg.Failure(
+            failure = dg.Failure(
                 description=f"dpo-ray {command} ended with exit code {code}. {' '.join(last)}",
                 metadata={"exit_code": code, "run": f"{self.output}/runs/{run_id}"},
-                allow_retries=code not in HOPELESS,
             )
+            # Not by a RetryPolicy, which would also start a run again that somebody has ended.
+            if code in HOPELESS or context.retry_number >= RETRIES:
+                raise failure
+            raise dg.RetryRequested(max_retries=RETRIES, seconds_to_wait=PAUSE_S) from failure
         shown = subprocess.run(
             [self.program, "show", f"{self.output}/runs/{run_id}"], stdout=subprocess.PIPE, text=True, check=True
         )
@@ -152,14 +158,10 @@ def specs(names: Sequence[str], after: str | None = None) -> list[dg.AssetSpec]:
     ]
 
 
-RETRIES = dg.RetryPolicy(max_retries=2, delay=60)  # each goes on from what is finished
-
-
 @dg.multi_asset(
     specs=specs([*DATA]),
     partitions_def=DAYS,
     backfill_policy=dg.BackfillPolicy.single_run() if DAYS is not None else None,
-    retry_policy=RETRIES,
 )
 def dpo_ray_data(context: dg.AssetExecutionContext, dpo_ray: DpoRay) -> Iterator[dg.MaterializeResult]:
     """Preference data of the chosen days, up to their reference log-probs."""
@@ -171,7 +173,6 @@ def dpo_ray_data(context: dg.AssetExecutionContext, dpo_ray: DpoRay) -> Iterator
 @dg.multi_asset(
     specs=specs([*MODEL, PUBLISHED], after=[*DATA][-1]),
     check_specs=[dg.AssetCheckSpec("gate", asset=key("policy"), description="publish.gate of the configuration")],
-    retry_policy=RETRIES,
 )
 def dpo_ray_model(context: dg.AssetExecutionContext, dpo_ray: DpoRay) -> Iterator[dg.MaterializeResult]:
     """The model that all data make, and what is published of it."""

@@ -14,6 +14,7 @@ assert spec is not None and spec.loader is not None
 example = importlib.util.module_from_spec(spec)
 sys.modules["dagster_assets"] = example
 spec.loader.exec_module(example)
+example.PAUSE_S = 0
 
 
 @dg.asset(deps=[example.key("published_model")])
@@ -68,7 +69,7 @@ def told(result: dg.ExecuteInProcessResult) -> dict:
             for event in result.get_asset_materialization_events()
         ],
         "failure": None
-        if failure is None
+        if failure is None or failure.user_failure_data is None
         else {
             "description": failure.user_failure_data.description,
             "metadata": {label: value.value for label, value in failure.user_failure_data.metadata.items()},

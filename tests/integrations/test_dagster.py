@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +51,20 @@ def environment(project: Project) -> dict[str, str]:
     }
 
 
-def tell(project: Project, steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """What came of each of the steps, in order."""
-    request = {
+def request(project: Project, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
         "example": str(EXAMPLES / "dagster_assets.py"),
         "config": project.config,
         "output": str(project.output),
         "program": DPO_RAY,
         "steps": steps,
     }
-    found: dict[str, Any] = told_by(PYTHON, "in_dagster.py", project.folder, request, environment(project))
+
+
+def tell(project: Project, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """What came of each of the steps, in order."""
+    asked = request(project, steps)
+    found: dict[str, Any] = told_by(PYTHON, "in_dagster.py", project.folder, asked, environment(project))
     return found
 
 
@@ -133,15 +141,22 @@ def test_a_gate_that_fails_is_a_failed_check_and_what_comes_after_is_skipped(ste
 RECORDER = """#!/bin/sh
 [ "$1" != show ] || exec cat {summary}
 echo "$@" >> {calls}
+{then}
 """
 
 
-def test_with_an_address_a_job_is_submitted_that_is_called_like_its_run(project: Project, steps):
+def recorder(folder: Path, then: str = "", summary: Path | None = None) -> tuple[Path, Path]:
+    """A program in dpo-ray's place, and the file with the words that it was called with."""
+    calls, program = folder / "calls", folder / "recorder"
+    program.write_text(RECORDER.format(summary=summary, calls=calls, then=then))
+    program.chmod(0o755)
+    return program, calls
+
+
+def test_with_an_address_a_job_is_submitted_that_is_called_like_its_run(project: Project, steps, tmp_path: Path):
     # Whose run is then called like the job: tests/on_ray/test_submit.py.
     published = project.output / "runs" / f"dagster-{steps[2]['run_id']}" / "summary.json"
-    calls, program = project.folder / "calls", project.folder / "recorder"
-    program.write_text(RECORDER.format(summary=published, calls=calls))
-    program.chmod(0o755)
+    program, calls = recorder(tmp_path, summary=published)
     resource = {"program": str(program), "address": "http://127.0.0.1:8265"}
     asked = [
         {"what": what, "resource": resource, **more} for what, more in (("data", {"partition": FIRST}), ("model", {}))
@@ -153,6 +168,36 @@ def test_with_an_address_a_job_is_submitted_that_is_called_like_its_run(project:
         parse(["dpo-ray", *line])
         assert line[0] == "submit" and line[line.index("--command") + 1] == command
         assert line[line.index("--submission-id") + 1] == f"dagster-{step['run_id']}"
+
+
+def test_a_failure_that_may_pass_is_tried_again_as_another_run(project: Project, tmp_path: Path):
+    program, calls = recorder(tmp_path, then="echo; echo 'LeaseLost: it is gone'; exit 1")
+    [step] = tell(project, [{"what": "model", "resource": {"program": str(program)}}])["steps"]
+    assert not step["success"] and step["retries"] == 2
+    assert step["failure"]["description"] == "dpo-ray run ended with exit code 1. LeaseLost: it is gone"
+    names = [re.findall(r"--run-id (\S+)", line) for line in calls.read_text().splitlines()]
+    assert names == [[f"dagster-{step['run_id']}{attempt}"] for attempt in ("", "-1", "-2")]
+
+
+def test_a_run_that_is_ended_ends_the_program_and_cancels_the_job(project: Project, tmp_path: Path):
+    wait = 'trap "echo interrupted >> $0.told; exit 130" INT\n[ "$1" = job ] || while :; do sleep 0.1; done'
+    program, calls = recorder(tmp_path, then=wait)
+    asked = request(project, [{"what": "model", "resource": {"program": str(program), "address": "http://head:8265"}}])
+    command = [PYTHON, str(Path(__file__).with_name("in_dagster.py")), str(tmp_path / "answer.json")]
+    (tmp_path / "request.json").write_text(json.dumps(asked))
+    with (tmp_path / "request.json").open() as words, (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdin=words, stdout=log, stderr=log, env=environment(project))
+    deadline = time.monotonic() + LONGEST
+    while not calls.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    process.wait(LONGEST)
+    submitted, cancelled = map(shlex.split, calls.read_text().splitlines())
+    name = submitted[submitted.index("--submission-id") + 1]
+    assert cancelled == ["job", "cancel", name, "--address", "http://head:8265"]
+    parse(["dpo-ray", *cancelled])
+    assert (tmp_path / "recorder.told").read_text() == "interrupted\n"
+    assert "Execution was interrupted" in (tmp_path / "log").read_text()
 
 
 def test_the_file_is_loaded_by_the_command_line_of_dagster(project: Project):

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +52,20 @@ def environment(project: Project) -> dict[str, str]:
     }
 
 
-def request(project: Project, steps: list[dict[str, Any]]) -> dict[str, Any]:
+def request(project: Project, steps: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     return {
         "example": str(EXAMPLES / "dagster_assets.py"),
         "config": project.config,
         "output": str(project.output),
         "program": DPO_RAY,
         "steps": steps,
+        **more,
     }
 
 
-def tell(project: Project, steps: list[dict[str, Any]]) -> dict[str, Any]:
+def tell(project: Project, steps: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     """What came of each of the steps, in order."""
-    asked = request(project, steps)
+    asked = request(project, steps, **more)
     found: dict[str, Any] = told_by(PYTHON, "in_dagster.py", project.folder, asked, environment(project))
     return found
 
@@ -138,9 +140,9 @@ def test_a_gate_that_fails_is_a_failed_check_and_what_comes_after_is_skipped(ste
     assert project.pointer["version"] == made(steps[2], "published_model")["version"]
 
 
-RECORDER = """#!/bin/sh
+RECORDER = """#!/bin/bash
 [ "$1" != show ] || exec cat {summary}
-echo "$@" >> {calls}
+(printf '%q ' "$@"; echo) >> {calls}
 {then}
 """
 
@@ -168,6 +170,42 @@ def test_with_an_address_a_job_is_submitted_that_is_called_like_its_run(project:
         parse(["dpo-ray", *line])
         assert line[0] == "submit" and line[line.index("--command") + 1] == command
         assert line[line.index("--submission-id") + 1] == f"dagster-{step['run_id']}"
+
+
+@pytest.mark.parametrize(
+    ("partitions", "step", "chosen"),
+    [
+        (
+            'dg.StaticPartitionsDefinition(["language=de", "language=en"])',
+            {"partition": "language=de"},
+            ["language=de"],
+        ),
+        (
+            'dg.StaticPartitionsDefinition(["language=de", "language=en", "language=fr"])',
+            {"range": ["language=de", "language=en"]},
+            ["language=de", "language=en"],
+        ),
+        ("None", {}, []),
+    ],
+)
+def test_partitions_may_have_other_names_or_there_are_none(
+    project: Project, steps, tmp_path: Path, partitions: str, step: dict[str, Any], chosen: list[str]
+):
+    edited = tmp_path / "dagster_assets.py"
+    days = 'dg.DailyPartitionsDefinition(start_date="2026-11-01")'
+    source = (EXAMPLES / "dagster_assets.py").read_text()
+    assert days in source
+    edited.write_text(source.replace(days, partitions))
+    program, calls = recorder(
+        tmp_path, summary=project.output / "runs" / f"dagster-{steps[2]['run_id']}" / "summary.json"
+    )
+    asked = [{"what": "data", "resource": {"program": str(program)}, **step}]
+    [told] = tell(project, asked, example=str(edited))["steps"]
+    assert told["success"] and {one["partition"] for one in told["made"]} == ({*chosen} or {None})
+    line = shlex.split(calls.read_text())
+    parse(["dpo-ray", *line])
+    options = [value for option, value in pairwise(line) if option == "-o" and "partitions" in value]
+    assert [json.loads(one.removeprefix("data.partitions=")) for one in options] == ([chosen] if chosen else [])
 
 
 def test_a_failure_that_may_pass_is_tried_again_as_another_run(project: Project, tmp_path: Path):

@@ -8,8 +8,9 @@ where dpo-ray is not on PATH, DPO_RAY. It is tested with the packages of require
     dpo_ray_days       files of the data interval, training on from the last published model. Through days, in order:
                        airflow backfill create --dag-id dpo_ray_days --from-date 2026-11-01 --to-date 2026-11-07
 
-The task `run` is skipped where the gate failed (exit code 4), and with it what comes after: nothing was published.
-Other exit codes are failures, and Airflow's retries go on from what is finished.
+Both publish under the configuration's name: unpause one of them. The task `run` is skipped where the gate failed (exit
+code 4), and with it what comes after: nothing was published. Other exit codes are failures, and Airflow's retries go on
+from what is finished.
 """
 
 import json

@@ -6,9 +6,9 @@ file to the folder of DAGs, and give the namespace what runs:
     kubectl create configmap -n dpo-ray dpo-ray-run --from-file=run.yaml
 
 It is tested with the packages of requirements-airflow.txt. The DAGs are called as those of airflow_bash.py: load one of
-the two files. The task `run` is skipped where the gate failed (exit code 4). A pod that is lost leaves the job as it
-is: the next try finds it by its period, and follows it. A job that failed is submitted again, and goes on from what is
-finished.
+the two files, and unpause one of its DAGs. The task `run` is skipped where the gate failed (exit code 4). A pod that is
+lost leaves the job as it is: the next try finds it by its period, and follows it. A job that failed is submitted again,
+and goes on from what is finished.
 """
 
 from datetime import datetime, timedelta

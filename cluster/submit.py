@@ -33,7 +33,7 @@ class Submission:
     executable: str = "dpo-ray"
     """What to call there: dpo-ray, or its absolute path."""
     submission_id: str | None = None
-    """A name that the cluster accepts once. None: one is made up."""
+    """A name that the cluster accepts once, and a plain name of a folder. None: one is made up."""
     period: str | None = None
     """What the run is for, as a day: the job's name is made of it and the configuration, and such a job runs once."""
     ship: Sequence[Path] = ()
@@ -47,8 +47,9 @@ class Submission:
 def submit_job(config: Config, address: str | None, submission: Submission, *, wait: bool) -> int:
     """Ship the resolved configuration, run `dpo-ray <command>` on the cluster and, if asked to wait, stream its log.
 
-    The cluster's own installation of dpo-ray runs it. Paths in the configuration are the cluster's. Of a period, the
-    job that runs or has succeeded already is followed or told of; after one that failed comes the next attempt.
+    The cluster's own installation of dpo-ray runs it. Paths in the configuration are the cluster's. The run is called
+    like the job: its summary is in runs/<submission id> of run.output. Of a period, the job that runs or has succeeded
+    already is followed or told of; after one that failed comes the next attempt.
 
     Args:
         address: the head's dashboard, as in http://127.0.0.1:8265; None: where Ray looks.
@@ -64,8 +65,8 @@ def submit_job(config: Config, address: str | None, submission: Submission, *, w
     with packed(config, Path.cwd(), submission.ship) as (folder, shipped):
         environment = runtime_env(folder, submission.env, submission.runtime_env)
         client = connected(address)
-        entrypoint = shlex.join([submission.executable, submission.command, CONFIG])
         job, found = _name(client, config, submission)
+        entrypoint = shlex.join([submission.executable, submission.command, CONFIG, "--run-id", job])
         if found is None:
             try:
                 client.submit_job(

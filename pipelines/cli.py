@@ -184,7 +184,9 @@ def submit(
     address: Address = None,
     override: Overrides = None,
     command: Annotated[str, typer.Option(help="What to run there: run, sweep, iterate or a stage.")] = "run",
-    submission_id: Annotated[str | None, typer.Option(help="Name of the job; the cluster accepts it once.")] = None,
+    submission_id: Annotated[
+        str | None, typer.Option(callback=_run_id, help="Name of the job and of its run; the cluster accepts it once.")
+    ] = None,
     period: Annotated[
         str | None,
         typer.Option(help="What the run is for, as 2026-11-01: a job that runs or went well runs no second time."),

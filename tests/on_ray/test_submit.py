@@ -44,9 +44,10 @@ def submit(
 
 
 def test_a_submitted_job_streams_its_log_and_returns_0(head, job_settings, tmp_path):
-    done = submit(head, "ingest", job_settings)
+    done = submit(head, "ingest", job_settings, "--submission-id", "night-1")
     assert done.code == 0, done.log
     assert done.lines("[ingest] done: 12 rows")
+    assert (tmp_path / "out" / "runs" / "night-1" / "summary.json").exists()
     assert list((tmp_path / "out" / "artifacts" / "pairs").glob("*/manifest.json"))
 
 

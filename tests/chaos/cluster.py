@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,9 @@ HERE = str(Path(__file__).parent / "every_process")
 SLOW = {"shard": 0.5, "step": 0.15, "publish": 3.0}
 """Seconds by which every shard, every training step and two moments of a publication take longer, disturbed or not: a
 fault is to come in their middle."""
+
+DRAINED = 5
+"""Seconds from SIGTERM of a node to its end, of which Ray tells those who work on it; half a minute unless told."""
 
 
 def traced(file: Path, node: str) -> dict[str, str]:
@@ -45,18 +48,25 @@ class Cluster:
 
     def heal(self) -> None:
         """Start again the nodes that have gone."""
-        for name in NODES:
+        for number, name in enumerate(NODES, start=2):
             if name not in self.nodes or self.nodes[name].poll() is not None:
                 arguments, wrapped = self.arguments.get(name, ((), ()))
-                env = {**traced(self.trace, name), **self.env}
+                drained = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAINED)}
+                env = {**traced(self.trace, name), **drained, **self.env}
                 node = self.head.node(*arguments, wrapped=wrapped, env=env)
                 self.nodes[name] = self.stack.enter_context(node)
+                # One after the other: two that start at once would take the same name for their sockets.
+                self._until(lambda alive, number=number: alive >= number)
         self.await_alive(len(NODES) + 1)
 
     def await_alive(self, number: int) -> None:
+        """Wait until the head knows so many nodes to be alive."""
+        self._until(lambda alive: alive == number)
+
+    def _until(self, enough: Callable[[int], bool]) -> None:
         deadline = time.monotonic() + LONGEST
-        while self._alive() != number:
-            assert time.monotonic() < deadline, f"{self._alive()} nodes are alive, and not {number}"
+        while not enough(alive := self._alive()):
+            assert self.head.process.poll() is None and time.monotonic() < deadline, f"{alive} nodes are alive"
             time.sleep(0.5)
 
     def _alive(self) -> int:

@@ -67,12 +67,12 @@ def no_nodes(shared: SharedCluster) -> None:
 
 
 @pytest.fixture(scope="session")
-def kept(servable_model: Path) -> Path:
+def kept(tiny_model: Path) -> Path:
     """The folder of what is made once for the code as it is, with the model and the data of all runs."""
     folder = cells.folder()
     if not (folder / "data").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(servable_model, folder / "model")
+        shutil.copytree(tiny_model, folder / "model")
         write_pairs(folder / "data" / "pairs.jsonl")
     return folder
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.chaos.cells import Cell
 from tests.chaos.clock import WrongClock, wrong_clock
-from tests.chaos.cluster import NODES, Cluster, cluster
+from tests.chaos.cluster import DRAINED, NODES, Cluster, cluster
 from tests.chaos.job import Job
 from tests.chaos.network import cut_off_node
 from tests.chaos.test_processes import STAGES
@@ -86,14 +86,15 @@ def test_cut_off_node(
 
 
 def test_spot_node(nodes: Cluster, job: Callable[..., Job], cell: Cells, undisturbed: Path):
-    """SIGTERM to a node, as a cloud sends it with its warning: Ray drains it, and has it end half a minute later."""
-    what = cell("SIGTERM of a train worker's node, which ends 30 s later", "train")
-    mine = job("train", more={"train__epochs": 12})
+    """SIGTERM to a node, as when a spot instance is taken back: Ray tells the training, and ends the node then."""
+    what = cell(f"SIGTERM of a train worker's node, which ends {DRAINED} s later", "train")
+    mine = job("train")
     run = mine.start(nodes)
     victim = mine.trace.at_work("step", run, after=14, of=on_a_node)
     what.strikes()
     nodes.nodes[victim.node].terminate()
     run.require_success()
+    assert "will be taken away" in run.log
     what.ends_as(undisturbed, mine, "by itself")
 
 

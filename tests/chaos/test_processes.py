@@ -47,15 +47,18 @@ def test_killed_train_worker(nodes: Cluster, job: Callable[..., Job], cell: Cell
 
 
 @pytest.mark.vllm
-def test_killed_engine(nodes: Cluster, new_job: Callable[..., Job], kept: Path, cell: Cells, tmp_path: Path):
+def test_killed_engine(
+    nodes: Cluster, new_job: Callable[..., Job], kept: Path, servable_model: Path, cell: Cells, tmp_path: Path
+):
     """vLLM runs in its actor's process, so that no engine outlives it."""
     engine = {"reference__engine": "vllm", "vllm__kv_cache_gib": 1, "vllm__cpus_per_actor": 1}
+    options = {"more": engine, "command": "reference", "model": str(servable_model)}
     undisturbed = kept / "undisturbed-vllm"
     if not list(undisturbed.glob("artifacts/calibration/*/manifest.json")):
         shutil.rmtree(undisturbed, ignore_errors=True)
-        new_job(undisturbed, more=engine, command="reference").start(nodes).require_success()
+        new_job(undisturbed, **options).start(nodes).require_success()
     what = cell("SIGKILL of a vLLM engine's actor", "reference")
-    mine = new_job(tmp_path / "out", more=engine, command="reference")
+    mine = new_job(tmp_path / "out", **options)
     run = mine.start(nodes)
     victim = mine.trace.at_work("reference", run)
     what.strikes()

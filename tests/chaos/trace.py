@@ -86,6 +86,13 @@ class Trace:
                 return found[-1]
         raise AssertionError
 
+    def until_quiet(self) -> None:
+        """Wait until none of the processes runs that took a training step: those of a killed driver end soon after it."""
+        deadline = time.monotonic() + LONGEST
+        while any(_runs(pid) for pid in {event.pid for event in self.events() if event.what == "step"}):
+            assert time.monotonic() < deadline, "the workers of a killed run go on"
+            time.sleep(0.2)
+
     def _watched(self, run: Running) -> Iterator[list[Event]]:
         deadline = time.monotonic() + LONGEST
         while time.monotonic() < deadline:

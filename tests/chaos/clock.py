@@ -1,4 +1,4 @@
-"""A clock that is wrong, for single processes: libfaketime, which Debian and others have as a package."""
+"""A time of day that is wrong, for single processes and whenever a test wants it to be."""
 
 from __future__ import annotations
 
@@ -6,45 +6,29 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
-_PLACES = "usr/lib/*/faketime/libfaketimeMT.so.1"
+from tests.chaos.cluster import HERE
 
 
 @dataclass(frozen=True)
 class WrongClock:
-    """Of all processes that have its environment."""
+    """Of all processes that have its environment: what Python code is told there."""
 
     file: Path
-    library: Path
 
     @property
     def env(self) -> dict[str, str]:
-        """Files keep the times of whoever stores them, and the monotonic clock never jumps."""
-        return {
-            "LD_PRELOAD": str(self.library),
-            "FAKETIME_TIMESTAMP_FILE": str(self.file),
-            "FAKETIME_CACHE_DURATION": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            "DONT_FAKE_MONOTONIC": "1",
-            "NO_FAKE_STAT": "1",
-        }
+        path = os.pathsep.join([HERE, *filter(None, [os.environ.get("PYTHONPATH")])])
+        return {"CHAOS_CLOCK": str(self.file), "PYTHONPATH": path}
 
     def set(self, seconds: int) -> None:
-        """Within a second it is off by so many."""
+        """From now on it is off by so many."""
         partial = self.file.with_suffix(".partial")
-        partial.write_text(f"{seconds:+d}s\n")
+        partial.write_text(str(seconds))
         partial.replace(self.file)
 
 
 def wrong_clock(file: Path, seconds: int = 0) -> WrongClock:
-    """One that is off by so many seconds at first. Skips a test where there is no libfaketime."""
-    named = os.environ.get("DPO_RAY_FAKETIME")
-    found = [Path(named)] if named else sorted(Path("/").glob(_PLACES))
-    if not found:
-        pytest.skip(
-            "there is no libfaketime: apt-get install libfaketime, or name its libfaketimeMT.so.1 by DPO_RAY_FAKETIME"
-        )
-    made = WrongClock(file, found[0])
+    """One that is off by so many seconds at first."""
+    made = WrongClock(file)
     made.set(seconds)
     return made

@@ -87,7 +87,7 @@ class Trace:
         raise AssertionError
 
     def until_quiet(self) -> None:
-        """Wait until none of the processes runs that took a training step: those of a killed driver end soon after it."""
+        """Wait until no process runs that took a training step: those of a killed driver end soon after it."""
         deadline = time.monotonic() + LONGEST
         while any(_runs(pid) for pid in {event.pid for event in self.events() if event.what == "step"}):
             assert time.monotonic() < deadline, "the workers of a killed run go on"

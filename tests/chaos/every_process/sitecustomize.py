@@ -1,22 +1,27 @@
 """Python runs this at the start of every process that has this folder in PYTHONPATH, Ray's too.
 
-It notes in the file CHAOS_TRACE, a line of JSON each, what the process begins and has done: shards, training steps, and
-the two moments of a publication. And it slows them by the seconds that CHAOS_SLOW tells, so that a fault can come in
-their middle.
+It notes in the file CHAOS_TRACE, a line of JSON each, what the process begins and has done: shards, training steps, two
+moments of a publication. It slows them by the seconds that CHAOS_SLOW tells: a fault can come in their middle. And in a
+process that has CHAOS_CLOCK the time of day, as Python code sees it, is off by the seconds in that file, whenever these
+change; the monotonic clock and the times of files are as they were.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
 TRACE = os.environ.get("CHAOS_TRACE")
+CLOCK = os.environ.get("CHAOS_CLOCK")
+OURS = ("dpo_ray.", "pipelines.", "tuning.")
 SLOW: dict[str, float] = json.loads(os.environ.get("CHAOS_SLOW", "{}"))
 
 
@@ -106,24 +111,50 @@ TRACED: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
-class Tracing:
-    """Finds those modules, and has them traced once they are executed."""
+class WrongDay(datetime.datetime):
+    """What our modules are given for datetime.datetime."""
+
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+        return datetime.datetime.fromtimestamp(time.time(), tz)
+
+
+def set_clock(file: str) -> None:
+    right, right_ns = time.time, time.time_ns
+
+    def off() -> int:
+        with open(file) as text:
+            return int(text.read())
+
+    time.time = lambda: right() + off()
+    time.time_ns = lambda: right_ns() + off() * 1_000_000_000
+
+
+class Ours:
+    """Finds our modules, and has them altered once they are executed."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in TRACED:
+        if not name.startswith(OURS):
             return None
         spec = PathFinder.find_spec(name, path, target)
-        assert spec is not None and spec.loader is not None
+        if spec is None or spec.loader is None:
+            return spec
         execute = spec.loader.exec_module
 
         def executed(module: ModuleType) -> None:
             execute(module)
-            TRACED[name](module)
+            if TRACE and name in TRACED:
+                TRACED[name](module)
+            if CLOCK and getattr(module, "datetime", None) is datetime.datetime:
+                module.datetime = WrongDay  # type: ignore[attr-defined]
 
-        spec.loader.exec_module = executed  # type: ignore[method-assign]
+        with suppress(AttributeError):  # a package without a file
+            spec.loader.exec_module = executed  # type: ignore[method-assign]
         return spec
 
 
-if TRACE:
-    sys.meta_path.insert(0, Tracing)
+if CLOCK:
+    set_clock(CLOCK)
+if TRACE or CLOCK:
+    sys.meta_path.insert(0, Ours)

@@ -51,6 +51,7 @@ def cut_off_node() -> Iterator[Network]:
         for words in (["addr", "add", "10.213.7.2/24", "dev", _INNER], ["link", "set", _INNER, "up"]):
             _ip("-n", _NAMESPACE, *words)
         _ip("-n", _NAMESPACE, "link", "set", "lo", "up")
+        _ip("-n", _NAMESPACE, "route", "add", "default", "via", "10.213.7.1")
         yield Network("10.213.7.1", "10.213.7.2")
     finally:
         for words in (["link", "del", _BRIDGE], ["link", "del", _OUTER], ["netns", "del", _NAMESPACE]):

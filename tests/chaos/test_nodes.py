@@ -69,7 +69,10 @@ def test_cut_off_node(
     """A node in a network namespace of its own, whose packets are dropped from a moment on, and let through again when
     the head has given it up."""
     with cut_off_node() as network:
-        arguments = {"two": ([f"--node-ip-address={network.inside}"], network.enter)}
+        arguments = {
+            "one": ([f"--node-ip-address={network.outside}"], ()),
+            "two": ([f"--node-ip-address={network.inside}"], network.enter),
+        }
         with cluster(trace_file, ip=network.outside, head_env=SOON, arguments=arguments) as nodes:
             what = cell("network partition of a node (namespaces)", STAGES[kind])
             mine = job("train" if kind == "step" else kind)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 
-_BRIDGE, _NAMESPACE, _OUTER, _INNER = "chaos-bridge", "chaos-node", "chaos-outer", "chaos-inner"
+INTERFACE = "chaos0"
+"""By which each side reaches the other: the bridge outside, the end of the cable inside."""
+_NAMESPACE, _OUTER, _INNER = "chaos-node", "chaos-outer", "chaos-inner"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Network:
         _ip("link", "set", _OUTER, "nomaster")
 
     def mend(self) -> None:
-        _ip("link", "set", _OUTER, "master", _BRIDGE)
+        _ip("link", "set", _OUTER, "master", INTERFACE)
 
 
 @contextmanager
@@ -42,19 +44,20 @@ def cut_off_node() -> Iterator[Network]:
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"this user may not make a network namespace (ip netns add, as root): {error}")
     try:
-        _ip("link", "add", _BRIDGE, "type", "bridge")
+        _ip("link", "add", INTERFACE, "type", "bridge")
         _ip("link", "add", _OUTER, "type", "veth", "peer", "name", _INNER, "netns", _NAMESPACE)
-        _ip("link", "set", _OUTER, "master", _BRIDGE)
-        _ip("addr", "add", "10.213.7.1/24", "dev", _BRIDGE)
-        for name in (_OUTER, _BRIDGE):
+        _ip("-n", _NAMESPACE, "link", "set", _INNER, "name", INTERFACE)
+        _ip("link", "set", _OUTER, "master", INTERFACE)
+        _ip("addr", "add", "10.213.7.1/24", "dev", INTERFACE)
+        for name in (_OUTER, INTERFACE):
             _ip("link", "set", name, "up")
-        for words in (["addr", "add", "10.213.7.2/24", "dev", _INNER], ["link", "set", _INNER, "up"]):
+        for words in (["addr", "add", "10.213.7.2/24", "dev", INTERFACE], ["link", "set", INTERFACE, "up"]):
             _ip("-n", _NAMESPACE, *words)
         _ip("-n", _NAMESPACE, "link", "set", "lo", "up")
         _ip("-n", _NAMESPACE, "route", "add", "default", "via", "10.213.7.1")
         yield Network("10.213.7.1", "10.213.7.2")
     finally:
-        for words in (["link", "del", _BRIDGE], ["link", "del", _OUTER], ["netns", "del", _NAMESPACE]):
+        for words in (["link", "del", INTERFACE], ["link", "del", _OUTER], ["netns", "del", _NAMESPACE]):
             with suppress(subprocess.CalledProcessError):  # what was not made yet
                 _ip(*words)
 

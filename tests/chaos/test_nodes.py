@@ -13,7 +13,7 @@ from tests.chaos.cells import Cell
 from tests.chaos.clock import WrongClock, wrong_clock
 from tests.chaos.cluster import DRAINED, NODES, Cluster, cluster
 from tests.chaos.job import Job
-from tests.chaos.network import cut_off_node
+from tests.chaos.network import INTERFACE, cut_off_node
 from tests.chaos.test_processes import STAGES
 from tests.chaos.trace import Event
 
@@ -73,7 +73,9 @@ def test_cut_off_node(
             "one": ([f"--node-ip-address={network.outside}"], ()),
             "two": ([f"--node-ip-address={network.inside}"], network.enter),
         }
-        with cluster(trace_file, ip=network.outside, head_env=SOON, arguments=arguments) as nodes:
+        gloo = {"GLOO_SOCKET_IFNAME": INTERFACE}
+        options = {"ip": network.outside, "env": gloo, "head_env": {**SOON, **gloo}, "arguments": arguments}
+        with cluster(trace_file, **options) as nodes:
             what = cell("network partition of a node (namespaces)", STAGES[kind])
             mine = job("train" if kind == "step" else kind)
             run = mine.start(nodes)

@@ -25,18 +25,22 @@ AIRFLOW_READY := $(AIRFLOW_VENV)/.ready
 BENCH ?=
 # Processes of pytest that run side by side, each a file of tests at a time. Most of them wait for Ray; memory bounds them.
 WORKERS ?= 3
-# How often `make chaos` kills, and what draws the moments.
+# Which faults `make chaos` has, by the names in its table, as in "killed_raylet or full_disk[step]"; all unless told. With
+# WRITE=1 the table goes to benchmarks/chaos.md.
+FAULTS ?=
+WRITE ?=
+# How often `make kills` kills, and what draws the moments.
 KILLS ?= 10
 KILL_SEED ?= $(shell date +%s)
 
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Which of the tests run.
-SELECTED ?= -m "not long"
+SELECTED ?= -m "not long and not chaos"
 # Which lines run is measured in every process, and each leaves its data in this folder.
 MEASURED := $(CURDIR)/.coverage-data
 COVERED := DPO_RAY_COVERAGE=$(MEASURED)/.coverage PYTHONPATH=$(CURDIR)/tests/every_process$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test test-all test-integrations test-lm-eval test-dagster test-airflow chaos lint style types tests env bench clean
+.PHONY: demo test test-all test-integrations test-lm-eval test-dagster test-airflow chaos kills lint style types tests env bench clean
 
 # PyTorch's CPU build into the environment whose pip is $(1): from where pip looks, or else from PyTorch's own index.
 define install_torch
@@ -60,7 +64,7 @@ test: $(READY) style
 	@$(MAKE) --no-print-directory --jobs=2 types tests
 
 # With those runs too that take longest, each of a path that shorter tests hold in its parts.
-test-all: export SELECTED :=
+test-all: export SELECTED := -m "not chaos"
 test-all: test
 
 tests: $(READY)
@@ -79,8 +83,12 @@ test-airflow: $(READY) $(AIRFLOW_READY)
 	DPO_RAY_AIRFLOW_PYTHON=$(abspath $(AIRFLOW_VENV))/bin/python \
 	  $(BIN)/python -m pytest -m integration tests/integrations/test_airflow.py
 
-# The same faults again and again, and many more examples: for a machine that has the time.
+# Faults in the stages of a run, one after the other, each against a run that nothing happened to.
 chaos: $(READY)
+	CHAOS_WRITE=$(WRITE) $(BIN)/python -m pytest -v -m chaos tests/chaos $(if $(FAULTS),-k "$(FAULTS)")
+
+# The same kills again and again, and many more examples: for a machine that has the time.
+kills: $(READY)
 	@echo "Kills are drawn by KILL_SEED=$(KILL_SEED)."
 	DPO_RAY_KILLS=$(KILLS) DPO_RAY_KILL_SEED=$(KILL_SEED) $(PYTEST) -m "faults or hypothesis" --hypothesis-profile=chaos
 

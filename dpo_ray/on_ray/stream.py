@@ -32,8 +32,8 @@ from dpo_ray.config.placement import ANYWHERE
 from dpo_ray.on_ray.session import quiet_data
 from dpo_ray.pairs import TokenizedPair, tokenized_pair
 from dpo_ray.shards.deaths import Deaths
-from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.shard_pool import read_whole_shard
 from dpo_ray.training.batch import Share, Step
 from dpo_ray.training.index import PlanIndex
 from dpo_ray.training.plan import StepPlan
@@ -201,7 +201,7 @@ def _by_value(values: np.ndarray, order: np.ndarray) -> Iterator[tuple[int, np.n
 
 
 def _shard(uri: str) -> pa.Table:
-    table = read_shard(Location(uri))
+    table = read_whole_shard(Location(uri))
     return table.select([name for name in _PAIR_COLUMNS if name in table.column_names]).replace_schema_metadata()
 
 

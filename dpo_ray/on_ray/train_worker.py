@@ -16,10 +16,10 @@ import numpy as np
 
 from dpo_ray.config import Metric, Model, Train
 from dpo_ray.config.tolerance import Limits
-from dpo_ray.errors import DpoRayError, NonFiniteLoss, PairTooLong, ReferenceMismatch
+from dpo_ray.errors import DamagedCheckpoint, DpoRayError, NonFiniteLoss, PairTooLong, ReferenceMismatch
 from dpo_ray.evaluation.agreement import require_same_start
 from dpo_ray.on_ray.metrics import RETRIES, Work, count, keep_telling, take_up
-from dpo_ray.on_ray.resume import state_of, whole_checkpoints
+from dpo_ray.on_ray.resume import leave_out, state_of, whole_checkpoints
 from dpo_ray.progress import aside, say
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import KIND
@@ -126,6 +126,10 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
             is_forewarned=Forewarning(me).is_due if preemption_is_watched() else lambda: False,
         )
     except (NonFiniteLoss, ReferenceMismatch, PairTooLong) as error:
+        return error
+    except DamagedCheckpoint as error:
+        if me.rank == 0 and resume is not None:
+            leave_out(resume)
         return error
     return None
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_ray.config import Config, Model, Train
 from dpo_ray.config.tolerance import Limits
-from dpo_ray.errors import DpoRayError
+from dpo_ray.errors import DamagedCheckpoint, DpoRayError
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.failures import raise_ours, reason_of
 from dpo_ray.on_ray.resume import newest_whole_checkpoint, resumed_step, run_name, state_of
@@ -131,7 +131,7 @@ def _train(output: Location, config: Config, rows: Artifact, location: Location,
     say(KIND, f"{len(plan.index)} pairs, {plan.num_steps} steps of {config.train.global_batch_size} pairs")
     began = time.monotonic()
     with index_in_use(plan.index, rows):
-        checkpoint = _run(config, plan, held_out, location, steering, _limits(config, rows))
+        checkpoint = _run_from_what_is_sound(config, plan, held_out, location, steering, _limits(config, rows))
     metrics = (checkpoint / HISTORY).read_bytes()
     (location / HISTORY).write_bytes(metrics)
     history = [json.loads(line) for line in metrics.splitlines()]
@@ -170,6 +170,15 @@ def _limits(config: Config, rows: Artifact) -> Limits | None:
     if of_reference is not None and of_reference != ModelFolder.of(config.model).weights_hash():
         return None
     return config.reference.tolerance.limits(config.model.dtype)
+
+
+def _run_from_what_is_sound(*arguments: Any) -> Location:
+    """_run, and again from an earlier checkpoint, or from the start, for each that turns out to be damaged."""
+    while True:
+        try:
+            return _run(*arguments)
+        except DamagedCheckpoint as error:  # its worker has left it out
+            say(KIND, f"{error} It is left out, and the training goes on from the one before it")
 
 
 def _run(

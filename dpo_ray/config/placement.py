@@ -33,7 +33,7 @@ def _check_selector(value: object) -> object:
             f"{value!r} selects no labels: write the value that a node's label must have, as in gpu; or 'in(a, b)', "
             "'!gpu' or '!in(a, b)', in quotes"
         )
-    return value
+    return value.replace(" ", "")  # which Ray allows after a comma, and then takes for a part of the label
 
 
 def is_custom(resource: str) -> bool:
@@ -111,7 +111,7 @@ ACCELERATOR = "accelerator_type:"
 def _selects(selector: str, value: str | None) -> bool:
     parsed = _SELECTOR.fullmatch(selector)
     assert parsed is not None
-    wanted = (parsed["several"] or parsed["one"]).replace(" ", "").split(",")
+    wanted = (parsed["several"] or parsed["one"]).split(",")
     return (value in wanted) != bool(parsed["no"])
 
 

@@ -116,7 +116,7 @@ def test_without_a_cluster_there_are_no_nodes_to_choose_from(run: Callable[..., 
     monkeypatch.setattr(RayHead, "env", {"RAY_ADDRESS": ""})
     refused = run("ingest", placement=PLACEMENT)
     assert refused.code == 2, refused.log
-    assert "placement.data (pool=cpu) and placement.engines (pool=!in(cpu, spot) and zone=a)" in refused.log
+    assert "placement.data (pool=cpu) and placement.engines (pool=!in(cpu,spot) and zone=a)" in refused.log
     assert "RAY_ADDRESS names none" in refused.log and "-o 'placement={}'" in refused.log
 
 
@@ -135,7 +135,7 @@ def test_an_engine_is_on_its_node_and_ray_reads_selectors_as_we_do(head: RayHead
     tree = {{"run": {{"name": "n", "output": "o"}}, "model": {{"path": "m"}}, "data": {{"train": "x"}}}}
     join()
     print("engine on", alone(vllm_pool(parse_config({{**tree, "placement": {PLACEMENT!r}}}), pool_here, {{}})))
-    for selector in ("cpu", "!cpu", "in(cpu)", "in(gpu, other)", "!in(gpu, cpu)", "!in(gpu,other)"):
+    for selector in ("cpu", "!cpu", "in(cpu)", "in(other, gpu)", "!in(gpu, cpu)", "!in(other,gpu)"):
         chosen = NodeChoice(label_selector={{"pool": selector}})
         ours = {{node["Labels"].get("pool", "none") for node in ray.nodes() if chosen.admits(node["Labels"])}}
         task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD", **chosen.options)(pool_here)

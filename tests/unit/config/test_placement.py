@@ -61,7 +61,7 @@ def test_ray_understands_what_is_taken():
     for key in KEYS:
         for selector in SELECTORS:
             given = config(engines={"label_selector": {key: selector}}).placement.engines.label_selector
-            assert given == {key: selector}
+            assert given == {key: selector.replace(" ", "")}  # Ray would look for a label that begins with the space
             assert validate_label_selector(given) is None
 
 

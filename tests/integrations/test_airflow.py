@@ -107,13 +107,14 @@ def test_the_data_interval_chooses_the_days(nights, project: Project):
 
 
 def test_days_are_gone_through_in_order_by_a_backfill(airflow: dict[str, str], nights):
-    command = ["backfill", "create", "--dag-id", "dpo_ray_days", "--from-date", DAYS[0], "--to-date", DAYS[2]]
+    # `nights` has stored the DAGs, and a run of the third day.
+    command = ["backfill", "create", "--dag-id", "dpo_ray_days", "--from-date", DAYS[0], "--to-date", DAYS[1]]
     done = subprocess.run(
         [PYTHON, "-m", "airflow", *command, "--dry-run"], env=airflow, capture_output=True, text=True, timeout=LONGEST
     )
     assert done.returncode == 0, done.stderr
     table = done.stdout.partition("Runs to be attempted")[2]
-    assert re.findall(r"^\| ([\d-]{10}) ", table, re.M) == list(DAYS)
+    assert re.findall(r"^\| ([\d-]{10}) ", table, re.M) == [*DAYS[:2]]
 
 
 @pytest.mark.parametrize(("exit_code", "state"), [(0, "success"), (4, "skipped"), (3, "failed")])

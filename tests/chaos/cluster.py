@@ -76,7 +76,8 @@ class Cluster:
 
     def raylet(self, name: str) -> int:
         """Process id."""
-        [pid] = [p for p, c in processes_below(self.nodes[name].pid).items() if c.split()[0].endswith("/raylet")]
+        below = processes_below(self.nodes[name].pid)
+        [pid] = [pid for pid in below if Path(f"/proc/{pid}/comm").read_text().strip() == "raylet"]
         return pid
 
     def kill_head(self) -> None:

@@ -175,7 +175,9 @@ def read_whole_shard(shard: Location) -> pa.Table:
         # What came wrong from a network or a memory may come right the second time: only what lies there is removed.
         data = next((data for data in (shard.read_bytes() for _ in range(2)) if _is_told(data, shard, told[1])), None)
     except FileNotFoundError as error:
-        raise DataError(f"{shard} is not there any more. The same command makes it again.") from error
+        raise DataError(
+            f"{shard} is not there any more: it was lost, or was damaged and removed. The same command makes it again."
+        ) from error
     if data is None:
         for place in (shard, _beside(shard)):
             place.remove()

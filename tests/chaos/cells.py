@@ -17,7 +17,7 @@ from tests.chaos.job import Job, differences, state
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / ".chaos"
 TABLE = ROOT / "benchmarks" / "chaos.md"
-SOURCES = ("dpo_ray", "pipelines", "tests/chaos/job.py", "tests/chaos/cluster.py")
+SOURCES = ("dpo_ray", "pipelines", "tests/chaos/job.py")
 """What the run under test is made of."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -76,7 +77,8 @@ class Cluster:
 
     def raylet(self, name: str) -> int:
         """Process id."""
-        [pid] = [p for p, c in processes_below(self.nodes[name].pid).items() if c.split()[0].endswith("/raylet")]
+        below = processes_below(self.nodes[name].pid)
+        [pid] = [pid for pid in below if Path(f"/proc/{pid}/comm").read_text().strip() == "raylet"]
         return pid
 
     def kill_head(self) -> None:
@@ -87,11 +89,10 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
         self.head.process.wait(60)
 
-    def driver_of_job(self) -> int:
-        """Process id of the command that a submitted job runs."""
-        found = [p for p, c in processes_below(self.head.process.pid).items() if " run " in c and "/dpo-ray " in c]
-        assert found, "no job's command runs on the head"
-        return max(found)
+    def drivers_of_jobs(self) -> list[int]:
+        """Process ids of the commands that submitted jobs run."""
+        below = processes_below(self.head.process.pid)
+        return [pid for pid, command in below.items() if re.match(r"\S*python\S* \S*/dpo-ray \w+ ", command)]
 
 
 @contextmanager

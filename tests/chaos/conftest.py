@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from tests.chaos import cells
 from tests.chaos.cells import Cell, kept_cells, written
 from tests.chaos.cluster import Cluster, cluster
 from tests.chaos.job import Job, copy_before, write_pairs
+from tests.chaos.running import Running
 from tests.chaos.trace import Trace
 
 _RESULTS = pytest.StashKey[dict[str, str]]()
@@ -27,7 +29,8 @@ class SharedCluster:
     """Started when a fault asks for it, healed for the next one, ended for those that bring their own."""
 
     def __init__(self, trace: Path):
-        self.trace, self.stack, self.made = trace, ExitStack(), None
+        self.trace, self.stack = trace, ExitStack()
+        self.made: Cluster | None = None
 
     def get(self) -> Cluster:
         if self.made is not None and self.made.head.process.poll() is not None:
@@ -97,6 +100,20 @@ def undisturbed(kept: Path, new_job: Callable[..., Job], shared: SharedCluster) 
         shutil.rmtree(folder, ignore_errors=True)
         new_job(folder).start(shared.get(), "--run-id", "undisturbed").require_success()
     return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on(trace_file: Path, shared: SharedCluster) -> Iterator[None]:
+    """What a test has started ends with it: the next one counts what it sees done as its own."""
+    trace = Trace(trace_file, time.monotonic())
+    yield
+    for run in Running.started:
+        if not run.has_ended():
+            run.kill()
+    Running.started.clear()
+    for driver in shared.made.drivers_of_jobs() if shared.made is not None else []:
+        os.kill(driver, signal.SIGKILL)
+    trace.until_quiet()
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ SETTINGS: dict[str, Any] = {
     "train__learning_rate": 1e-3,
     "train__checkpoint_every_steps": 4,
     "train__num_workers": 2,
+    "train__cpus_per_worker": 1.5,
     "train__max_failures": 3,
     "train__tokens_per_microbatch": 1024,
     "publish__gate__accuracy_above": None,

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Sequence
+from typing import ClassVar
 
 from tests.command_line import LONGEST
 
@@ -15,10 +16,14 @@ from tests.command_line import LONGEST
 class Running:
     """dpo-ray as a process of its own."""
 
+    started: ClassVar[list[Running]] = []
+    """All of this process."""
+
     def __init__(self, command: Sequence[str], env: dict[str, str]):
         self.process = subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
+        self.started.append(self)
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -74,8 +74,9 @@ def test_killed_driver(nodes: Cluster, job: Callable[..., Job], cell: Cells, und
     mine = job("train" if kind == "step" else kind)
     first = mine.submit(nodes)
     mine.trace.at_work(kind, first, after=14 if kind == "step" else 2)
+    [driver] = nodes.drivers_of_jobs()
     what.strikes()
-    os.kill(nodes.driver_of_job(), signal.SIGKILL)
+    os.kill(driver, signal.SIGKILL)
     assert first.code() != 0
     mine.submit(nodes).require_success()
     what.ends_as(undisturbed, mine, "submitted again")

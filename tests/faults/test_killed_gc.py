@@ -141,7 +141,7 @@ def test_killed_at_any_moment_nothing_that_is_referred_to_is_missing(tmp_path: P
             server.stdin.flush()
             return int(server.stdout.readline())
 
-        # Until artifacts were seen that were made beside gc, too: on a busy machine it may remove all before it is killed.
+        # Until artifacts made beside gc were seen: on a busy machine it may remove all before it is killed.
         while rounds < KILLS or (found == rounds and rounds < 20 * KILLS):
             rounds += 1
             for _ in range(4):

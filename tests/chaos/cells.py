@@ -45,7 +45,7 @@ class Cell:
     """Rows of shards that were begun again."""
     steps_again: int = 0
     seconds_lost: float | None = None
-    """From the fault, or its end, to the first shard, step or publication that had not been done before it."""
+    """From the fault, or its end, to the first new work: Trace.new_work_after."""
     seconds_away: float = 0.0
     """How long the fault itself lasted, which is not counted as lost."""
     failed: str | None = None

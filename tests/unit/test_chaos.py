@@ -73,7 +73,7 @@ def test_an_output_folder_is_told_from_another_one_by_what_is_in_it(tmp_path: Pa
         state(one)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut off"])
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
 def test_a_spoilt_shard_is_found(tmp_path: Path, damage: str):
     made, _ = stage(Location.of(tmp_path), [1, 2])
     times = Path(made.shards()[0].uri).stat().st_mtime_ns

@@ -74,13 +74,26 @@ def test_an_output_folder_is_told_from_another_one_by_what_is_in_it(tmp_path: Pa
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut"])
-def test_a_spoilt_shard_is_found(tmp_path: Path, damage: str):
-    made, _ = stage(Location.of(tmp_path), [1, 2])
+def test_a_spoilt_shard_is_found_and_made_again(tmp_path: Path, damage: str):
+    output = Location.of(tmp_path)
+    made, _ = stage(output, [1, 2])
+    before = state(output)
     times = Path(made.shards()[0].uri).stat().st_mtime_ns
     spoil(Path(made.shards()[0].uri), damage)
     assert Path(made.shards()[0].uri).stat().st_mtime_ns == times
     with pytest.raises(DataError, match="was damaged"):
         read_whole_shard(made.shards()[0])
+    _, reused = stage(output, [1, 2])
+    assert not reused and not differences(state(output), before)
+
+
+def test_one_that_was_cut_off_is_made_again_before_anybody_reads_it(tmp_path: Path):
+    output = Location.of(tmp_path)
+    made, _ = stage(output, [1, 2])
+    before = state(output)
+    spoil(Path(made.shards()[1].uri), "cut")
+    _, reused = stage(output, [1, 2])
+    assert not reused and not differences(state(output), before)
 
 
 def test_what_comes_before_a_kind_is_copied_and_nothing_that_is_made_of_it(tmp_path: Path):

@@ -45,7 +45,7 @@ class Cell:
     """Rows of shards that were begun again."""
     steps_again: int = 0
     seconds_lost: float | None = None
-    """From the fault, or its end, to the first shard, step or publication that had not been done before it."""
+    """From the fault, or its end, to the first new work: Trace.new_work_after."""
     seconds_away: float = 0.0
     """How long the fault itself lasted, which is not counted as lost."""
     failed: str | None = None
@@ -151,7 +151,8 @@ def written(cells: list[Cell]) -> str:
     days = sorted({cell.made[:10] for cell in cells})
     return (
         f"## {' to '.join(dict.fromkeys([days[0], days[-1]]))} (commit {commits})\n\n"
-        f"{on['hardware']}; {os.cpu_count()} cores; {versions(on)}.\n\n"
+        f"{on['hardware']}; {os.cpu_count()} cores; {versions(on)}. Load when this was written: "
+        f"{os.getloadavg()[2]:.1f} over 15 minutes.\n\n"
         f"{recovered} of {len(cells)} recovered with the end state of the undisturbed run.\n\n"
         f"{table(head, rows)}\n"
     )

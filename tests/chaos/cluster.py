@@ -71,8 +71,11 @@ class Cluster:
             time.sleep(0.5)
 
     def _alive(self) -> int:
-        with urllib.request.urlopen(f"{self.head.dashboard}/api/v0/nodes", timeout=60) as answer:
-            nodes = json.load(answer)["data"]["result"]["result"]
+        try:
+            with urllib.request.urlopen(f"{self.head.dashboard}/api/v0/nodes", timeout=60) as answer:
+                nodes = json.load(answer)["data"]["result"]["result"]
+        except OSError:  # a dashboard that has just started, or on a busy machine; it is asked again
+            return 0
         return sum(node["state"] == "ALIVE" for node in nodes)
 
     def raylet(self, name: str) -> int:

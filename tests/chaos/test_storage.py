@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.ray]
 
 Cells = Callable[[str, str], Cell]
 MINUTE = 60.0
+DAMAGED = {"flipped": "has bits flipped", "cut": "is cut off"}
 TELLS = {"refuses": "refuses connections", "hangs": "hangs", "unavailable": "answers 503"}
 
 
@@ -93,11 +94,11 @@ def test_full_disk(nodes: Cluster, job: Callable[..., Job], cell: Cells, undistu
         what.ends_as(undisturbed, mine, "room made, the same command again")
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut off"])
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
 @pytest.mark.parametrize("kind", ["pairs", "reference"])
 def test_damaged_shard(nodes: Cluster, job: Callable[..., Job], cell: Cells, undisturbed: Path, kind: str, damage: str):
     """A shard of a finished artifact, before the next stage reads it."""
-    what = cell(f"a finished shard of {kind} is {damage}", {"pairs": "tokenize", "reference": "train"}[kind])
+    what = cell(f"a finished shard of {kind} {DAMAGED[damage]}", {"pairs": "tokenize", "reference": "train"}[kind])
     mine = job({"pairs": "tokenized", "reference": "train"}[kind])
     folder = Path(mine.output.uri) / "artifacts" / kind / "shards"
     spoil(sorted(folder.glob("*.parquet"))[3], damage)
@@ -111,10 +112,10 @@ def test_damaged_shard(nodes: Cluster, job: Callable[..., Job], cell: Cells, und
     what.ends_as(undisturbed, mine, recovered)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut off"])
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
 def test_damaged_checkpoint(nodes: Cluster, job: Callable[..., Job], cell: Cells, undisturbed: Path, damage: str):
     """The newest checkpoint of a training that was killed."""
-    what = cell(f"the newest checkpoint is {damage}", "train")
+    what = cell(f"the newest checkpoint {DAMAGED[damage]}", "train")
     mine = job("train")
     first = mine.start(nodes)
     mine.trace.at_work("step", first, after=14)

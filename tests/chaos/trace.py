@@ -108,10 +108,21 @@ class Trace:
         return Counter({unit: times - 1 for unit, times in begun.items() if times > 1})
 
     def new_work_after(self, moment: float) -> float | None:
-        """When the first shard, step or publication was done that had not been done before a moment; None: none was."""
-        done = [event for event in self.events() if event.event == "done" and event.counts]
-        before = {event.unit for event in done if event.at <= moment}
-        return min((event.at for event in done if event.at > moment and event.unit not in before), default=None)
+        """When the first shard, step or publication was done that had not been done before; None: none was.
+
+        It is looked for after a moment, and after all that was begun again since: what a fault kills may go on for a
+        moment, and is then done again too.
+        """
+        events = sorted((event for event in self.events() if event.counts), key=lambda event: event.at)
+        begun: set[tuple[str, str]] = set()
+        since = moment
+        for event in events:
+            if event.event == "begun":
+                since = max(since, event.at) if event.unit in begun and event.what != "publish" else since
+                begun.add(event.unit)
+        done = [event for event in events if event.event == "done"]
+        before = {event.unit for event in done if event.at <= since}
+        return min((event.at for event in done if event.at > since and event.unit not in before), default=None)
 
 
 def _runs(pid: int) -> bool:

@@ -44,11 +44,21 @@ def test_what_is_begun_twice_is_done_again_and_a_step_counts_once_for_all_worker
     assert trace.again() == {("shard", "pairs/a"): 1, ("step", "0/7"): 1}
 
 
-def test_new_work_is_what_was_not_done_before(tmp_path: Path):
-    done = [(2.0, "0/1"), (3.0, "0/2"), (5.0, "0/1"), (6.0, "0/2"), (7.0, "1/3"), (7.5, "0/3"), (9.0, "0/4")]
-    trace = traced(tmp_path, *((at, "step", name, "done") for at, name in done))
-    assert trace.new_work_after(4.0) == 7.5
-    assert trace.new_work_after(9.0) is None
+def test_new_work_is_what_was_not_done_before_nor_is_done_again(tmp_path: Path):
+    taken = [
+        (2.0, "0/1"),
+        (3.0, "0/2"),
+        (4.2, "0/3"),
+        (5.0, "0/2"),
+        (6.0, "0/3"),
+        (7.0, "1/4"),
+        (7.5, "0/4"),
+        (9.0, "0/5"),
+    ]
+    lines = [(at + late, "step", name, event) for at, name in taken for late, event in ((0.0, "begun"), (0.1, "done"))]
+    trace = traced(tmp_path, *lines)
+    assert trace.new_work_after(4.0) == 7.6  # and not step 3 at 4.3, after which its worker died
+    assert trace.new_work_after(9.5) is None
 
 
 def test_an_output_folder_is_told_from_another_one_by_what_is_in_it(tmp_path: Path):
@@ -63,14 +73,27 @@ def test_an_output_folder_is_told_from_another_one_by_what_is_in_it(tmp_path: Pa
         state(one)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut off"])
-def test_a_spoilt_shard_is_found(tmp_path: Path, damage: str):
-    made, _ = stage(Location.of(tmp_path), [1, 2])
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_a_spoilt_shard_is_found_and_made_again(tmp_path: Path, damage: str):
+    output = Location.of(tmp_path)
+    made, _ = stage(output, [1, 2])
+    before = state(output)
     times = Path(made.shards()[0].uri).stat().st_mtime_ns
     spoil(Path(made.shards()[0].uri), damage)
     assert Path(made.shards()[0].uri).stat().st_mtime_ns == times
     with pytest.raises(DataError, match="was damaged"):
         read_whole_shard(made.shards()[0])
+    _, reused = stage(output, [1, 2])
+    assert not reused and not differences(state(output), before)
+
+
+def test_one_that_was_cut_off_is_made_again_before_anybody_reads_it(tmp_path: Path):
+    output = Location.of(tmp_path)
+    made, _ = stage(output, [1, 2])
+    before = state(output)
+    spoil(Path(made.shards()[1].uri), "cut")
+    _, reused = stage(output, [1, 2])
+    assert not reused and not differences(state(output), before)
 
 
 def test_what_comes_before_a_kind_is_copied_and_nothing_that_is_made_of_it(tmp_path: Path):

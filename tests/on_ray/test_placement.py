@@ -155,6 +155,7 @@ def test_an_engine_is_on_its_node_and_ray_reads_selectors_as_we_do(head: RayHead
     assert done.stdout.count("agrees") == 6, done.stdout
 
 
+@pytest.mark.long
 def test_stages_are_on_their_nodes_and_what_is_made_is_the_same(run: Callable[..., Finished], head: RayHead):
     rows = run("tokenize", placement=PLACEMENT)
     assert rows.code == 0, rows.log

@@ -131,6 +131,7 @@ def test_a_job_is_watched_and_ended(head, job_settings, tmp_path):
     assert unknown.code == 2 and "The cluster knows no job fast-1" in unknown.log
 
 
+@pytest.mark.long
 def test_a_cluster_that_wants_a_token_says_so(job_settings):
     with ray_head(token="a" * 64) as guarded:
         refused = submit(guarded.dashboard, "ingest", job_settings)

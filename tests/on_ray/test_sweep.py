@@ -156,6 +156,7 @@ def test_the_same_command_repeats_no_trial_and_more_trials_are_added(first, swee
     assert again.code == 0 and not again.lines("[sweep] trial ")
 
 
+@pytest.mark.long
 def test_a_failing_trial_is_marked_and_losses_that_need_other_rows_have_them(sweep):
     run, output = sweep
     done = run(

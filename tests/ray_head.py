@@ -117,7 +117,7 @@ def ray_head(
     try:
         with _running(command, folder, env) as process:
             head = RayHead(f"http://{ip}:{dashboard}", f"{ip}:{gcs}", folder, token, process)
-            _wait_for(head, process)
+            _wait_for(head, process, agent=(ip, others[0]))
             yield head
     finally:
         for pid in processes_with(f"HOME={folder}"):  # nodes that an autoscaler made outlive it
@@ -182,7 +182,8 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _wait_for(head: RayHead, process: subprocess.Popen[bytes]) -> None:
+def _wait_for(head: RayHead, process: subprocess.Popen[bytes], agent: tuple[str, int]) -> None:
+    """Until its dashboard answers, and its node's agent, by which jobs are started."""
     request = urllib.request.Request(f"{head.dashboard}/api/jobs/")
     if head.token is not None:
         request.add_header("Authorization", f"Bearer {head.token}")
@@ -190,8 +191,8 @@ def _wait_for(head: RayHead, process: subprocess.Popen[bytes]) -> None:
     while time.monotonic() < deadline:
         assert process.poll() is None, "the Ray head ended at its start"
         try:
-            with urllib.request.urlopen(request, timeout=60):
+            with urllib.request.urlopen(request, timeout=60), socket.create_connection(agent, timeout=60):
                 return
         except OSError:
             time.sleep(1)
-    raise AssertionError(f"no dashboard at {head.dashboard} within {LONGEST:g} seconds")
+    raise AssertionError(f"no dashboard at {head.dashboard}, or no agent at {agent}, within {LONGEST:g} seconds")

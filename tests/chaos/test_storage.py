@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_ray.model.folders import HASHES
 from tests.chaos.cells import Cell
 from tests.chaos.cluster import Cluster, cluster
 from tests.chaos.disk import small_disk
@@ -28,11 +30,19 @@ TELLS = {"refuses": "refuses connections", "hangs": "hangs", "unavailable": "ans
 
 
 @pytest.fixture(scope="module")
-def behind_proxy(trace_file: Path, kept: Path, shared) -> Iterator[tuple[Cluster, Endpoint]]:
+def behind_proxy(
+    trace_file: Path, kept: Path, shared, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Cluster, Endpoint]]:
     """A cluster whose processes know an object store, with the model and the data in it."""
     shared.end()
+    sums = tmp_path_factory.mktemp("sums")  # by which the model is the same there as in the undisturbed run's folder
+    digests = [
+        (hashlib.sha256(file.read_bytes()).hexdigest(), file.name) for file in sorted((kept / "model").iterdir())
+    ]
+    (sums / HASHES).write_text("".join(f"{digest}  {name}\n" for digest, name in digests))
     with endpoint() as (proxy, _):
         upload(kept / "model", "model")
+        upload(sums, "model")
         upload(kept / "data", "data")
         with pytest.MonkeyPatch.context() as patch, cluster(trace_file) as nodes:
             patch.setenv("DPO_RAY_CACHE", str(trace_file.parent / "cache"))

@@ -141,6 +141,8 @@ def cell(request: pytest.FixtureRequest, kept: Path) -> Iterator[Callable[[str, 
     yield make
     for one in made:
         one.failed = request.node.stash.get(_RESULTS, {}).get("call")
+        if one.failed is None and not one.recovered:  # broken off by Ctrl-C: neither passed nor failed
+            continue
         one.keep(kept / "cells")
         _MADE.append(one)
 

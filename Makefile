@@ -11,27 +11,37 @@ PIP := $(BIN)/python $(PIP_OPTIONS)
 TRL_VENV ?= .venv-trl
 TRL_READY := $(TRL_VENV)/.ready
 TRL_PYTHON ?= $(TRL_VENV)/bin/python
+TRL_NEEDED = $(if $(filter $(TRL_VENV)/bin/python,$(TRL_PYTHON)),$(TRL_READY))
 TRL_PIP := $(TRL_VENV)/bin/python $(PIP_OPTIONS)
 # The project with the libraries of extras that its own environment does without.
 LM_EVAL_VENV ?= .venv-lm-eval
 LM_EVAL_READY := $(LM_EVAL_VENV)/.ready
 LM_EVAL_PIP := $(LM_EVAL_VENV)/bin/python $(PIP_OPTIONS)
+# Orchestrators live apart, without the project: they start it as a process.
+DAGSTER_VENV ?= .venv-dagster
+DAGSTER_READY := $(DAGSTER_VENV)/.ready
+AIRFLOW_VENV ?= .venv-airflow
+AIRFLOW_READY := $(AIRFLOW_VENV)/.ready
 # Further arguments of benchmarks.speed.
 BENCH ?=
 # Processes of pytest that run side by side, each a file of tests at a time. Most of them wait for Ray; memory bounds them.
 WORKERS ?= 3
-# How often `make chaos` kills, and what draws the moments.
+# Which faults `make chaos` has, by the names in its table, as in "killed_raylet or full_disk[step]"; all unless told. With
+# WRITE=1 the table goes to benchmarks/chaos.md.
+FAULTS ?=
+WRITE ?=
+# How often `make kills` kills, and what draws the moments.
 KILLS ?= 10
 KILL_SEED ?= $(shell date +%s)
 
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Which of the tests run.
-SELECTED ?= -m "not long"
+SELECTED ?= -m "not long and not chaos"
 # Which lines run is measured in every process, and each leaves its data in this folder.
 MEASURED := $(CURDIR)/.coverage-data
 COVERED := DPO_RAY_COVERAGE=$(MEASURED)/.coverage PYTHONPATH=$(CURDIR)/tests/every_process$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test test-all test-integrations chaos lint style types tests env bench clean
+.PHONY: demo test test-all test-integrations test-lm-eval test-trl test-dagster test-airflow chaos kills lint style types tests env bench clean
 
 # PyTorch's CPU build into the environment whose pip is $(1): from where pip looks, or else from PyTorch's own index.
 define install_torch
@@ -39,6 +49,12 @@ define install_torch
   || $(1) install --no-deps --index-url $(PYTORCH_CPU_WHEELS) "$(TORCH)" \
   || { echo "No CPU build of PyTorch could be found ($(TORCH)): neither where pip looks on this machine nor at $(PYTORCH_CPU_WHEELS)." >&2; \
        echo "Way out: download its wheel where there is a network and point pip at its folder: PIP_FIND_LINKS=/path/to/wheels make $(2)" >&2; exit 1; }
+endef
+
+# An environment $(1) of the pinned packages of $(2), and nothing else.
+define install_orchestrator
+$(PYTHON) -m venv $(1)
+$(1)/bin/python $(PIP_OPTIONS) install --no-deps -r $(2)
 endef
 
 demo: $(READY)
@@ -49,17 +65,34 @@ test: $(READY) style
 	@$(MAKE) --no-print-directory --jobs=2 types tests
 
 # With those runs too that take longest, each of a path that shorter tests hold in its parts.
-test-all: export SELECTED :=
+test-all: export SELECTED := -m "not chaos"
 test-all: test
 
 tests: $(READY)
 	$(COVERED) $(PYTEST) $(SELECTED)
 
-test-integrations: $(LM_EVAL_READY) $(if $(filter $(TRL_VENV)/bin/python,$(TRL_PYTHON)),$(TRL_READY))
-	DPO_RAY_TRL_PYTHON=$(TRL_PYTHON) $(LM_EVAL_VENV)/bin/python -m pytest -m integration tests/integrations
+test-integrations: test-lm-eval test-trl test-dagster test-airflow
 
-# The same faults again and again, and many more examples: for a machine that has the time.
+test-lm-eval: $(LM_EVAL_READY)
+	$(LM_EVAL_VENV)/bin/python -m pytest -m integration tests/integrations/test_lm_eval.py
+
+test-trl: $(READY) $(TRL_NEEDED)
+	DPO_RAY_TRL_PYTHON=$(TRL_PYTHON) $(BIN)/python -m pytest -m integration tests/integrations/test_trl.py
+
+test-dagster: $(READY) $(DAGSTER_READY)
+	DPO_RAY_DAGSTER_PYTHON=$(abspath $(DAGSTER_VENV))/bin/python \
+	  $(BIN)/python -m pytest -m integration tests/integrations/test_dagster.py
+
+test-airflow: $(READY) $(AIRFLOW_READY)
+	DPO_RAY_AIRFLOW_PYTHON=$(abspath $(AIRFLOW_VENV))/bin/python \
+	  $(BIN)/python -m pytest -m integration tests/integrations/test_airflow.py
+
+# Faults in the stages of a run, one after the other, each against a run that nothing happened to.
 chaos: $(READY)
+	CHAOS_WRITE=$(WRITE) $(BIN)/python -m pytest -v -m chaos tests/chaos $(if $(FAULTS),-k "$(FAULTS)")
+
+# The same kills again and again, and many more examples: for a machine that has the time.
+kills: $(READY)
 	@echo "Kills are drawn by KILL_SEED=$(KILL_SEED)."
 	DPO_RAY_KILLS=$(KILLS) DPO_RAY_KILL_SEED=$(KILL_SEED) $(PYTEST) -m "faults or hypothesis" --hypothesis-profile=chaos
 
@@ -74,7 +107,7 @@ types: $(READY)
 
 env: $(READY)
 
-bench: $(READY) $(if $(filter $(TRL_VENV)/bin/python,$(TRL_PYTHON)),$(TRL_READY))
+bench: $(READY) $(TRL_NEEDED)
 	$(BIN)/python -m benchmarks.speed --trl-python $(TRL_PYTHON) $(BENCH)
 
 # Refuses a Python that is not supported.
@@ -109,5 +142,15 @@ $(LM_EVAL_READY): requirements-cpu.txt requirements-lm-eval.txt pyproject.toml
 	$(LM_EVAL_PIP) install --no-deps --no-build-isolation --editable .
 	touch $(LM_EVAL_READY)
 
+# After $(READY), which refuses a Python that is not supported.
+$(DAGSTER_READY): requirements-dagster.txt | $(READY)
+	$(call install_orchestrator,$(DAGSTER_VENV),requirements-dagster.txt)
+	touch $(DAGSTER_READY)
+
+$(AIRFLOW_READY): requirements-airflow.txt | $(READY)
+	$(call install_orchestrator,$(AIRFLOW_VENV),requirements-airflow.txt)
+	touch $(AIRFLOW_READY)
+
 clean:
-	rm -rf $(VENV) $(TRL_VENV) $(LM_EVAL_VENV) $(MEASURED) .coverage .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(TRL_VENV) $(LM_EVAL_VENV) $(DAGSTER_VENV) $(AIRFLOW_VENV)
+	rm -rf $(MEASURED) .coverage .pytest_cache .ruff_cache .mypy_cache

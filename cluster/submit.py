@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 from cluster.jobs import Outcome, connected, follow, outcome
 from cluster.shipment import CONFIG, packed, runtime_env
 from dpo_ray.config import Config
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, DpoRayError
 from dpo_ray.origin import short
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 _MOST_ATTEMPTS = 1000
+_TAKEN = "already exists"  # Ray's client has no error of its own for it
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Submission:
     executable: str = "dpo-ray"
     """What to call there: dpo-ray, or its absolute path."""
     submission_id: str | None = None
-    """A name that the cluster accepts once. None: one is made up."""
+    """A name that the cluster accepts once, and a plain name of a folder. None: one is made up."""
     period: str | None = None
     """What the run is for, as a day: the job's name is made of it and the configuration, and such a job runs once."""
     ship: Sequence[Path] = ()
@@ -47,16 +48,17 @@ class Submission:
 def submit_job(config: Config, address: str | None, submission: Submission, *, wait: bool) -> int:
     """Ship the resolved configuration, run `dpo-ray <command>` on the cluster and, if asked to wait, stream its log.
 
-    The cluster's own installation of dpo-ray runs it. Paths in the configuration are the cluster's. Of a period, the
-    job that runs or has succeeded already is followed or told of; after one that failed comes the next attempt.
+    The cluster's own installation of dpo-ray runs it. Paths in the configuration are the cluster's. The run is called
+    like the job: its summary is in runs/<submission id> of run.output. Of a period, the job that runs or has succeeded
+    already is followed or told of; after one that failed comes the next attempt.
 
     Args:
         address: the head's dashboard, as in http://127.0.0.1:8265; None: where Ray looks.
 
     Returns the exit status of the job's own process, 0 without waiting.
     Raises ConfigError where the cluster is not reached or refuses us, the submission id is taken, run.output is a
-    relative path or something that is to travel is not there; DpoRayError where the job ended without an exit status,
-    or the cluster is lost while it is followed.
+    relative path or something that is to travel is not there; DpoRayError where the cluster takes no job, is lost
+    meanwhile, or the job ended without an exit status.
     """
     config.run.require_absolute_output()
     if submission.period is not None and submission.submission_id is not None:
@@ -64,8 +66,8 @@ def submit_job(config: Config, address: str | None, submission: Submission, *, w
     with packed(config, Path.cwd(), submission.ship) as (folder, shipped):
         environment = runtime_env(folder, submission.env, submission.runtime_env)
         client = connected(address)
-        entrypoint = shlex.join([submission.executable, submission.command, CONFIG])
         job, found = _name(client, config, submission)
+        entrypoint = shlex.join([submission.executable, submission.command, CONFIG, "--run-id", job])
         if found is None:
             try:
                 client.submit_job(
@@ -77,14 +79,28 @@ def submit_job(config: Config, address: str | None, submission: Submission, *, w
             except RuntimeError as error:
                 found = outcome(client, job) if submission.period is not None else None  # another was faster
                 if found is None:
-                    raise ConfigError(
-                        f"The job was not accepted: {short(str(error))} A submission id is used once; to run again, "
-                        "leave --submission-id out or name another."
-                    ) from error
+                    raise _not_accepted(error) from error
+            except OSError as error:
+                raise DpoRayError(
+                    f"The cluster was lost while the job {job} was handed to it ({short(str(error))}). Whether it has "
+                    f"it, `dpo-ray job status {job}` tells once the cluster answers."
+                ) from error
     _tell(job, found, shipped, address)
     if not wait:
         return 0
     return follow(client, job) if found is None or not found.ended else found.exit_code()
+
+
+def _not_accepted(error: RuntimeError) -> DpoRayError:
+    if _TAKEN in str(error):
+        return ConfigError(
+            f"The job was not accepted: {short(str(error))} A submission id is used once; to run again, leave "
+            "--submission-id out or name another."
+        )
+    return DpoRayError(
+        f"The job was not accepted: {short(str(error))} A head that is still starting, or has too much to do, may "
+        "accept it in a minute; `ray status` there tells how it is."
+    )
 
 
 def _name(client: JobSubmissionClient, config: Config, submission: Submission) -> tuple[str, Outcome | None]:

@@ -10,7 +10,8 @@ the command line:
     ├── ConfigError             2   configuration or usage
     │   └── RewardError         2   the reward function that is named there fails, or gives no number
     ├── DataError               3   data unreadable, or too much of it quarantined
-    │   └── PairTooLong         3   a pair that does not fit into the memory of a training worker
+    │   ├── PairTooLong         3   a pair that does not fit into the memory of a training worker
+    │   └── DamagedCheckpoint   3   a checkpoint whose bytes are not those that were written
     ├── ReferenceMismatch       3   reference log-probs and the trainer's forward disagree
     ├── GateFailed              4   the model did not pass its gate; nothing was published
     ├── LeaseLost               1   another run has taken over what this one, too long without a sign, was at
@@ -45,6 +46,10 @@ class DataError(DpoRayError):
 
 class PairTooLong(DataError):
     """A pair that a training worker has too little memory for."""
+
+
+class DamagedCheckpoint(DataError):
+    """A checkpoint that is cut off, or whose bytes are not those that were written."""
 
 
 class ReferenceMismatch(DataError):

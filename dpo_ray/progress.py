@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from functools import cache
 
 WATCHED = "DPO_RAY_WATCHED"
 """Environment variable of the processes whose output is read line by line, to tell these lines from what libraries say:
@@ -15,6 +18,9 @@ each begins with one of the marks then, and progress comes every so many seconds
 
 LINE, PROGRESS = "\x1e", "\x1f"
 """The marks: of a line that stays, and of progress, which the next line of progress replaces. Nobody writes them."""
+
+FIELDS_END = "\x1d"
+"""Between the mark and it stand the line's fields as a JSON object: time, stage, shard and node."""
 
 _INTERVAL = 5.0
 
@@ -33,8 +39,8 @@ class Progress:
         self._start = time.monotonic()
         self._printed = float("-inf")
 
-    def advance(self, amount: int, note: str = "") -> None:
-        """Count and, where it is time, print. `note` is put after the rate."""
+    def advance(self, amount: int, note: str = "", *, shard: str | None = None) -> None:
+        """Count and, where it is time, print. `note` is put after the rate; `shard` is what was done last."""
         self.done += amount
         now = time.monotonic()
         if now - self._printed < self._interval and self.done < self.total:
@@ -46,9 +52,10 @@ class Progress:
             f"{self.done}/{self.total} {self.unit}",
             f"{rate:.3g} {self.unit}/s",
             *([note] if note else []),
+            *([f"shard {shard} done"] if shard is not None else []),
             f"{left} left",
         ]
-        _write(PROGRESS, self.stage, " · ".join(parts))
+        _write(PROGRESS, self.stage, " · ".join(parts), shard)
 
 
 def say(stage: str, text: str) -> None:
@@ -82,11 +89,22 @@ def silent(*, but: str) -> Iterator[None]:
 _only: str | None = None
 
 
-def _write(mark: str, stage: str, text: str) -> None:
+def _write(mark: str, stage: str, text: str, shard: str | None = None) -> None:
     if _only not in {None, stage}:
         return
+    head = ""
     if _whose is not None:
-        mark, stage = "", f"{stage}, {_whose}"
+        stage = f"{stage}, {_whose}"
+    elif WATCHED in os.environ:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        fields = {"time": now, "stage": stage, "shard": shard, "node": node()}
+        head = f"{mark}{json.dumps(fields)}{FIELDS_END}"
     # Not print: Ray Train replaces it on its workers, and the line would come twice.
-    sys.stderr.write(f"{mark if WATCHED in os.environ else ''}[{stage}] {text}\n")
+    sys.stderr.write(f"{head}[{stage}] {text}\n")
     sys.stderr.flush()
+
+
+@cache
+def node() -> str:
+    """The name of the machine that this process runs on, or of its pod."""
+    return socket.gethostname()

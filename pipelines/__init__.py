@@ -26,6 +26,6 @@ def require_run_id(run_id: str) -> None:
     """Raises ConfigError where it is no plain name of a folder."""
     if not re.fullmatch(r"\w[\w.:+=@ -]*", run_id):
         raise ConfigError(
-            f"{run_id!r} is no name of a run. --run-id names one folder below runs/: letters, digits, spaces and "
-            "any of . _ - : + = @, beginning with a letter or a digit."
+            f"{run_id!r} is no name of a run. --run-id, or --submission-id of a job, names one folder below runs/: "
+            "letters, digits, spaces and any of . _ - : + = @, beginning with a letter or a digit."
         )

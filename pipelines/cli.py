@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dpo_ray.config import Config, dump_config, load_config, overridden
-from dpo_ray.errors import ConfigError, DpoRayError, Interrupted
+from dpo_ray.errors import Busy, ConfigError, DpoRayError, GateFailed, Interrupted
 from dpo_ray.progress import say
 from pipelines import STAGES, Stage, planned, require_run_id
+from pipelines.last_words import last_words, wanted_traceback
 
 if TYPE_CHECKING:
     from dpo_ray.storage.location import Location
@@ -185,7 +184,9 @@ def submit(
     address: Address = None,
     override: Overrides = None,
     command: Annotated[str, typer.Option(help="What to run there: run, sweep, iterate or a stage.")] = "run",
-    submission_id: Annotated[str | None, typer.Option(help="Name of the job; the cluster accepts it once.")] = None,
+    submission_id: Annotated[
+        str | None, typer.Option(callback=_run_id, help="Name of the job and of its run; the cluster accepts it once.")
+    ] = None,
     period: Annotated[
         str | None,
         typer.Option(help="What the run is for, as 2026-11-01: a job that runs or went well runs no second time."),
@@ -560,7 +561,8 @@ def _carry_out(
     from pipelines.terminal import captured
 
     require_hooks(config)
-    with captured() as terminal, _told_when_interrupted(), told_when_ended(config) as ended:
+    as_json = config.run.log_format == "json"
+    with captured(as_json) as terminal, _told_when_interrupted(), told_when_ended(config) as ended:
         terminal.display.plan(plan)
         if check_for is not None:
             from pipelines.preflight import preflight
@@ -570,7 +572,8 @@ def _carry_out(
         from dpo_ray.model.pin import pinned
 
         lines = _record(terminal, pinned(config), run_id, work, plan, is_done, ended)
-    for line in () if quiet else lines:
+        terminal.records.add("\n".join(lines).strip())
+    for line in () if quiet or as_json else lines:
         typer.echo(line)
 
 
@@ -587,6 +590,7 @@ def _record(
 
     Returns the last words of a run that ended well.
     """
+    from dpo_ray.on_ray.metrics import RUNS, count
     from dpo_ray.on_ray.session import disconnect, is_embedded
     from pipelines.align import write_report
     from pipelines.context import RunContext
@@ -594,6 +598,7 @@ def _record(
 
     context = RunContext.start(config, run_id)
     ended.folder = context.folder.uri
+    terminal.records.run = context.run_id
     if context.folder.is_local:
         terminal.keep_log(Path(context.folder.uri))
     context.begins = terminal.display.stage
@@ -606,7 +611,9 @@ def _record(
 
                     check_cluster(config, context.output, plan)
                 work(context)
+        count(RUNS, outcome="ok")
     except BaseException as error:
+        count(RUNS, outcome=_outcome(error))
         code = error.exit_code if isinstance(error, DpoRayError) else 1
         reason = str(error) if isinstance(error, DpoRayError) else f"{type(error).__name__}: {error}"
         ended.summary = summary = context.write_summary(code, [reason])
@@ -619,19 +626,11 @@ def _record(
     return closing_lines(context, summary, terminal.log)
 
 
-_ROOM = (
-    "free some space there or name another run.output. `dpo-ray gc OUTPUT` lists what of a run.output nothing needs; "
-    "temporary files go where TMPDIR says."
-)
-_RIGHTS = "let this user write there, or name another run.output."
-_OF_THE_DISK = {
-    errno.ENOSPC: _ROOM,
-    errno.EDQUOT: _ROOM,
-    errno.EROFS: _RIGHTS,
-    errno.EACCES: _RIGHTS,
-    errno.EPERM: _RIGHTS,
-}
-"""What to do about errors that are no defect of ours, by their number."""
+def _outcome(error: BaseException) -> str:
+    """Of a run that ended by an error, as its metric names it."""
+    if isinstance(error, GateFailed):
+        return "gate_failed"
+    return "stopped" if isinstance(error, Busy | Interrupted | KeyboardInterrupt) else "error"
 
 
 def main() -> None:
@@ -639,28 +638,10 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # our progress lines, in place of every library's bars
     try:
         app()
-    except DpoRayError as error:
-        _show_traceback()
-        typer.echo(f"\n{type(error).__name__}: {error}{_log_of(error)}", err=True)
-        sys.exit(error.exit_code)
     except Exception as error:
-        _show_traceback()
-        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
-            place = error.filename or "what was to be written"
-            typer.echo(
-                f"\n{os.strerror(error.errno)}: {place}. What is finished is kept, and the same command goes on from "
-                f"there once this is mended: {_OF_THE_DISK[error.errno]}{_log_of(error)}",
-                err=True,
-            )
-            sys.exit(1)
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        typer.echo(
-            f"\nUnexpected {type(error).__name__}: {error} ({last.filename}:{last.lineno}). What is finished is kept. "
-            "Set DPO_RAY_TRACEBACK=1 for the whole traceback; this is a defect worth reporting."
-            f"{_log_of(error)}",
-            err=True,
-        )
-        sys.exit(1)
+        text, code = last_words(error)
+        typer.echo(f"{wanted_traceback(error)}\n{text}", err=True)
+        sys.exit(code)
 
 
 @contextmanager
@@ -670,19 +651,6 @@ def _told_when_interrupted() -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         raise Interrupted("What is finished is kept: the same command goes on from there.") from error
-
-
-def _show_traceback() -> None:
-    """Where it is asked for, the whole traceback, the worker's included; the paragraph still ends the output."""
-    if os.environ.get("DPO_RAY_TRACEBACK"):
-        traceback.print_exc()
-
-
-def _log_of(error: BaseException) -> str:
-    """Where more was said, if it was. Other notes, as of a worker's traceback, belong to the traceback."""
-    from pipelines.terminal import SAID
-
-    return "".join(f" {note}" for note in getattr(error, "__notes__", []) if note.startswith(SAID))
 
 
 if __name__ == "__main__":

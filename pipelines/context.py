@@ -12,6 +12,7 @@ from typing import Any
 
 from dpo_ray.config import Config, Model, Train, dump_config
 from dpo_ray.data.tally import Tally
+from dpo_ray.on_ray.metrics import STAGE_SECONDS, Work, take_up, tell, tell_progress
 from dpo_ray.on_ray.usage import metered
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
@@ -63,6 +64,7 @@ class RunContext:
         output.require_writable()
         context = cls(config, run_id, output)
         (context.folder / "config.yaml").write_bytes(dump_config(config).encode())
+        take_up(Work(config.run.name))
         return context
 
     def other(self, config: Config, variant: str) -> RunContext:
@@ -77,6 +79,8 @@ class RunContext:
     def stage(self, name: str, make: Callable[[], tuple[Artifact, bool]]) -> Artifact:
         """Run a stage and record what it did."""
         self.begins(name)
+        take_up(Work(self.config.run.name, name))
+        tell_progress()
         began = time.monotonic()
         so_far = {name: entry["fingerprint"] for name, entry in self.stages.items()}
         with kept_fresh(self.folder / STAGES_SO_FAR, json.dumps(so_far).encode()), metered() as usage:
@@ -94,7 +98,9 @@ class RunContext:
             "workers": usage.workers,
             "gpus": usage.gpus,
         }
+        tell_progress()
         if not reused:
+            tell(STAGE_SECONDS, self.stages[recorded]["seconds"])
             rows = f"{tally.kept} rows, " if tally and artifact.manifest.rows is not None else ""
             said = f" (dropped {', '.join(f'{k}: {v}' for k, v in dropped.items())})" if dropped else ""
             say(name, f"done: {rows}{self.stages[recorded]['seconds']} s{said}")

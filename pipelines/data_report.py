@@ -5,7 +5,7 @@ from __future__ import annotations
 from dpo_ray.data.duplicates import PairsShard
 from dpo_ray.data.report import merge, preference_lines, report, report_lines
 from dpo_ray.data.tally import Tally
-from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage
+from dpo_ray.on_ray.pool import ShardTask, rows_pool, shard_stage
 from dpo_ray.progress import say
 from dpo_ray.shards.measure import MeasuredShard, MeasureShard, What
 from dpo_ray.shards.measure import identity as measure_identity
@@ -55,7 +55,7 @@ def _report(
             identity=identity,
             inputs=inputs,
             tasks=tasks,
-            pool=Pool(MeasureShard, {}, stateless=True),
+            pool=rows_pool(context.config, MeasureShard, {}),
         )
         metrics = report(
             merge(read_shard(shard) for shard in measured.shards()),

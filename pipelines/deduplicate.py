@@ -8,7 +8,7 @@ from dataclasses import replace
 from dpo_ray.data.duplicates import REASONS, ROWS_PER_BUCKET, PairsShard, by_shard, num_buckets
 from dpo_ray.data.tally import Tally
 from dpo_ray.errors import DataError
-from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage, shard_tasks
+from dpo_ray.on_ray.pool import ShardTask, each_its_own, rows_pool, shard_stage, shard_tasks
 from dpo_ray.progress import say
 from dpo_ray.shards.deduplicate import Bucket, DuplicatesShard, Group, RowIdsShard, identity, ids_identity
 from dpo_ray.shards.output import Shard
@@ -94,7 +94,7 @@ def _find(context: RunContext, pairs: Artifact) -> tuple[Artifact, bool]:
             )
             for group in groups_of(shard_tasks(pairs))
         ],
-        pool=Pool(RowIdsShard, {}, stateless=True),
+        pool=rows_pool(context.config, RowIdsShard, {}),
     )
     rows = pairs.manifest.rows or 0
     buckets = num_buckets(rows)
@@ -112,5 +112,5 @@ def _find(context: RunContext, pairs: Artifact) -> tuple[Artifact, bool]:
             )
             for bucket in range(buckets)
         ],
-        pool=Pool(DuplicatesShard, {}, stateless=True),
+        pool=rows_pool(context.config, DuplicatesShard, {}),
     )

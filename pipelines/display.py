@@ -149,9 +149,9 @@ class LiveDisplay(Display):
 
 
 @contextmanager
-def display_on(stream: TextIO) -> Iterator[Display]:
-    """The display that this stream can show: a live one on a terminal."""
-    if not stream.isatty() or os.environ.get("TERM") in {None, "dumb"} or os.environ.get("CI"):
+def display_on(stream: TextIO, *, plain: bool = False) -> Iterator[Display]:
+    """The display that this stream can show: a live one on a terminal, unless it is to be plain."""
+    if plain or not stream.isatty() or os.environ.get("TERM") in {None, "dumb"} or os.environ.get("CI"):
         yield Display(stream)
         return
     display = LiveDisplay(stream)

@@ -98,7 +98,7 @@ def _draw(context: RunContext, options: WinRate, pairs: Artifact, policy: Artifa
         context.stage(f"sample_{side}", partial(sample, context, model, options.sampling, asks, prompts))
         for side, model in (other, ("tuned", tuned_model))
     ]
-    merged = context.stage("merge_samples", partial(merge_candidates, context.output, of_models))
+    merged = context.stage("merge_samples", partial(merge_candidates, context.output, context.config, of_models))
     scores = score_by(context, "judge", options.reward, merged, options.sampling.samples)
     ratio = ImplicitReward(
         policy=tuned_model.path, beta=1.0, dtype=base_model.dtype, trust_remote_code=base_model.trust_remote_code

@@ -72,7 +72,9 @@ def _candidates(context: RunContext, options: Generate, prompts: Artifact) -> Ar
         name = f"generate: {PurePath(model.path).name}" if len(asked) > 1 else "generate"
         name = f"{name} ({number})" if name in context.stages else name
         found.append(context.stage(name, partial(sample, context, model, options.sampling, asks, prompts)))
-    return found[0] if len(found) == 1 else context.stage("merge", partial(merge_candidates, context.output, found))
+    if len(found) == 1:
+        return found[0]
+    return context.stage("merge", partial(merge_candidates, context.output, context.config, found))
 
 
 def asks_of(options: Generate, policy: Model) -> list[tuple[Model, list[Ask]]]:
@@ -190,7 +192,9 @@ def _tell_unread(source: Source, scores: Artifact) -> None:
 def _pair(
     context: RunContext, options: Generate, candidates: Artifact, scores: dict[str, Artifact]
 ) -> tuple[Artifact, bool]:
-    artifact, reused = pair_candidates(context.output, options.pairing, options.reward, candidates, scores)
+    artifact, reused = pair_candidates(
+        context.output, context.config, options.pairing, options.reward, candidates, scores
+    )
     if artifact.manifest.rows == 0:
         tally = Tally.of(artifact.manifest.counters)
         reasons = ", ".join(f"{name} {count}" for name, count in tally.dropped.items() if name != "without_pair")

@@ -21,7 +21,7 @@ from dpo_ray.formats.format import Format
 from dpo_ray.formats.joined import LARGEST
 from dpo_ray.formats.layout import texts_of
 from dpo_ray.formats.registry import AUTO, recognise, renamed
-from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, shard_stage
+from dpo_ray.on_ray.pool import ShardTask, each_its_own, rows_pool, shard_stage
 from dpo_ray.on_ray.scan import scan_files
 from dpo_ray.pairs import Split
 from dpo_ray.progress import say
@@ -224,7 +224,8 @@ def _require_rows(found: Sequence[Peek | FileRecord], key: str) -> None:
 def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
     data, seed = context.config.data, context.config.run.seed
     folder = context.output / FILES
-    records = scan_files(folder, [file for side in sides for file in side.files], data.rows_per_shard)
+    files = [file for side in sides for file in side.files]
+    records = scan_files(folder, files, data.rows_per_shard, context.config.placement.data)
     found = map_files(lambda record: (record, _learnable(record, record.uri, context.config)), records)
     data.require_used({format_.name for _, format_ in found if format_ is not None})
     _tell_formats(context, [format_ for _, format_ in found if format_ is not None])
@@ -247,7 +248,7 @@ def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
         identity=identity(data, seed),
         inputs={"files": digest([t.content for t in tasks])},
         tasks=tasks,
-        pool=Pool(IngestShard, _options(context.config), stateless=True),
+        pool=rows_pool(context.config, IngestShard, _options(context.config)),
     )
     context.sources.update(zip((shard.name for shard in artifact.shards()), sources, strict=True))
     require_enough_kept(artifact, data.max_quarantined_fraction)

@@ -11,7 +11,7 @@ from typing import Any
 
 from dpo_ray.config import Config, Iterate
 from dpo_ray.errors import DataError, DpoRayError
-from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage, shard_tasks
+from dpo_ray.on_ray.pool import ShardTask, rows_pool, shard_stage, shard_tasks
 from dpo_ray.on_ray.session import expect_training
 from dpo_ray.progress import say
 from dpo_ray.shards.replay import Earlier, ReplayShard, identity
@@ -159,7 +159,7 @@ def _with_replay(
             **{f"round {n}": one.fingerprint for n, one in enumerate(earlier, start=1)},
         },
         tasks=tasks,
-        pool=Pool(ReplayShard, {}, stateless=True),
+        pool=rows_pool(context.config, ReplayShard, {}),
         unit="pairs",
     )
     replayed = context.stage("replay", stage)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dpo_ray.config import Config, ImplicitReward, Judge, Reward, RewardModel, Rule, Source
 from dpo_ray.errors import ConfigError
 from dpo_ray.on_ray import scan
-from dpo_ray.on_ray.pool import Pool, torch_pool
-from dpo_ray.on_ray.room import Need, Nodes, lacking
+from dpo_ray.on_ray.pool import Pool, rows_pool, torch_pool
+from dpo_ray.on_ray.room import Lack, Need, Nodes, lacking
 from dpo_ray.on_ray.trainer import training_need
 from dpo_ray.on_ray.vllm_engine import vllm_pool
 from dpo_ray.on_ray.vllm_version import has_vllm
@@ -40,12 +40,13 @@ def require_room_for_all(config: Config, plan: Sequence[str], nodes: Nodes) -> N
     missing = without_room(config, plan, nodes)
     if not missing:
         return
-    said = " ".join(f"{', '.join(stages)}: {reason}" for reason, stages in missing.items())
+    said = " ".join(f"{', '.join(stages)}: {lack.said}" for lack, stages in missing.items())
     minutes = config.run.wait_for_resources
     if minutes == 0:
+        ways_out = " ".join(dict.fromkeys(lack.way_out for lack in missing))
         raise ConfigError(
-            f"There is no room for all stages of this run. {said} Lower those settings, use a cluster with more or "
-            "larger nodes, or let the run wait for a cluster that grows (run.wait_for_resources)."
+            f"There is no room for all stages of this run. {said} {ways_out} Or let the run wait for a cluster that "
+            "grows (run.wait_for_resources)."
         )
     say(
         "start",
@@ -54,13 +55,13 @@ def require_room_for_all(config: Config, plan: Sequence[str], nodes: Nodes) -> N
     )
 
 
-def without_room(config: Config, plan: Sequence[str], nodes: Nodes) -> dict[str, list[str]]:
-    """What is missing, in a sentence → the stages that have no room for it."""
-    missing: dict[str, list[str]] = {}
+def without_room(config: Config, plan: Sequence[str], nodes: Nodes) -> dict[Lack, list[str]]:
+    """What is missing → the stages that have no room for it."""
+    missing: dict[Lack, list[str]] = {}
     for stage, need in needs(config, plan):
-        reason = lacking(nodes, need)
-        if reason is not None and stage not in missing.setdefault(reason, []):
-            missing[reason].append(stage)
+        lack = lacking(nodes, need)
+        if lack is not None and stage not in missing.setdefault(lack, []):
+            missing[lack].append(stage)
     return missing
 
 
@@ -70,13 +71,13 @@ def needs(config: Config, plan: Sequence[str]) -> list[tuple[str, Need]]:
     Args:
         plan: the stages of the run.
     """
-    rows = Pool(IngestShard, {}).need
+    rows = rows_pool(config, IngestShard, {}).need
     by_torch, by_vllm = torch_pool(config, IngestShard, {}).need, vllm_pool(config, IngestShard, {}).need
     found: dict[str, list[Need]] = {
-        "ingest": [scan.NEED, rows],
+        "ingest": [scan.need(config.placement.data), rows],
         "tokenize": [rows],
         "reference": [*_scoring(config, by_torch, by_vllm)],
-        "train": [training_need(config.train)],
+        "train": [training_need(config)],
         "evaluate": [by_torch],
     }
     if config.generate is not None:
@@ -86,7 +87,7 @@ def needs(config: Config, plan: Sequence[str]) -> list[tuple[str, Need]]:
     if config.tune is not None:
         from tuning.sweep import trials_need
 
-        found["sweep"] = [trials_need(config.train, config.tune.max_concurrent_trials or 1)]
+        found["sweep"] = [trials_need(config, config.tune.max_concurrent_trials or 1)]
     return [(stage, need) for stage in plan for need in found.get(stage, [])]
 
 
@@ -105,11 +106,12 @@ def _pool(config: Config, source: Source) -> Pool:
     """As dpo_ray.on_ray.reward has it."""
     match source:
         case Rule():
-            return Pool(IngestShard, {})
+            return rows_pool(config, IngestShard, {})
         case RewardModel():
             served = source.engine == "vllm"
             return vllm_pool(config, IngestShard, {}) if served else torch_pool(config, IngestShard, {})
         case Judge():
-            return Pool(IngestShard, {}) if source.endpoint is not None else vllm_pool(config, IngestShard, {})
+            asks = source.endpoint is not None
+            return rows_pool(config, IngestShard, {}) if asks else vllm_pool(config, IngestShard, {})
         case ImplicitReward():
             return torch_pool(config, IngestShard, {})

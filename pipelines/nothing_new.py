@@ -11,7 +11,7 @@ from dpo_ray.storage.finished import NotFinished, only_finished
 from dpo_ray.storage.published import Move, latest, published_folder
 from pipelines.align import train_and_measure
 from pipelines.context import RunContext
-from pipelines.publish import STAGE, stays
+from pipelines.publish import STAGE, stays, tell_published
 from pipelines.start import start_of_published, starting_model
 from pipelines.trace import keep_lineage
 
@@ -25,6 +25,7 @@ def is_nothing_new(context: RunContext) -> bool:
     standing = latest(folder)
     if standing is None:
         return False
+    tell_published(standing)
     config = context.config
     starts = [starting_model(config, context.output)]
     if config.train.start == "published" and (before := start_of_published(config, context.output)) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from dpo_ray.config import Config, ImplicitReward, Judge, Model, Paths, Reward, RewardModel, Rule
+from dpo_ray.config import Config, ImplicitReward, Judge, Model, Paths, Placement, Reward, RewardModel, Rule
 from dpo_ray.errors import ConfigError, DataError
 from pipelines import STAGES, Stage
 
@@ -19,6 +19,8 @@ def preflight(config: Config, until: Stage = "publish") -> None:
 def checks(config: Config, until: Stage = "publish") -> Iterator[tuple[str, Callable[[], None]]]:
     """What is looked at, in order: what it is about, and what raises ConfigError or DataError where it is wrong."""
     yield "configuration", partial(require_consistent, config, until)
+    if config.placement != Placement():
+        yield "placement", partial(require_cluster, config.placement)
     if config.data.train is not None:
         yield "data", partial(_require_inputs, config)
     if config.generate is not None:
@@ -37,6 +39,19 @@ def checks(config: Config, until: Stage = "publish") -> Iterator[tuple[str, Call
             yield "start", partial(_require_start, config)
     if config.evaluate.tasks is not None and STAGES.index(until) >= STAGES.index("evaluate"):
         yield "tasks", partial(_require_tasks, config)
+
+
+def require_cluster(placement: Placement) -> None:
+    """Raises ConfigError where work is to be put on nodes of a cluster, and there is none."""
+    from dpo_ray.on_ray.session import is_embedded
+
+    if is_embedded():
+        chosen = " and ".join(f"{nodes.key} ({nodes})" for _, nodes in placement if nodes.options)
+        raise ConfigError(
+            f"{chosen} is a choice among the nodes of a cluster, and RAY_ADDRESS names none: the work would run on a "
+            "Ray of its own on this machine. Set RAY_ADDRESS, submit the configuration with `dpo-ray submit`, or leave "
+            "the section out (-o 'placement={}')."
+        )
 
 
 def _require_inputs(config: Config) -> None:

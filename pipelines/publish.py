@@ -7,12 +7,15 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from dpo_ray.errors import GateFailed
 from dpo_ray.evaluation.card import model_card
 from dpo_ray.evaluation.gate import failed_conditions
 from dpo_ray.model.folders import HASHES
+from dpo_ray.on_ray.metrics import GATE_MEASURE, GATE_PASSED, PUBLISHED, Work, take_up, tell
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.lease import Lease, WhenBusy, hold
@@ -33,6 +36,8 @@ from pipelines.trace import keep_lineage
 
 STAGE = "publish"
 _COPIES = 8  # at once
+_MEASURES = ("accuracy", "win_rate", "length_controlled_win_rate", "kl_per_token")
+"""Of an evaluation, those whose metrics are told, where it has them."""
 
 
 def name_lease(output: Location, name: str, run_id: str, when_busy: WhenBusy = "wait") -> AbstractContextManager[Lease]:
@@ -59,6 +64,7 @@ def publish(context: RunContext, policy: Artifact, evaluation: Artifact, measure
     Raises Busy where another run publishes under the name and this one leaves.
     """
     name = context.config.run.name
+    take_up(Work(name, STAGE))
     with name_lease(context.output, name, context.run_id, context.config.run.when_busy) as lease:
         compared = _compared(context, evaluation)
         standing = compared_version(published_folder(context.output, name), policy.fingerprint) if compared else None
@@ -76,6 +82,7 @@ def _compared(context: RunContext, evaluation: Artifact) -> set[str | None]:
 
 def _publish(context: RunContext, policy: Artifact, evaluation: Artifact, lease: Lease) -> Location:
     reasons = failed_conditions(context.config.publish.gate, evaluation.manifest.metrics)
+    _tell_gate(evaluation.manifest.metrics, passed=not reasons)
     if reasons:
         raise GateFailed(
             f"Nothing was published, for the gate does not hold: {'; '.join(reasons)}. The trained model is in "
@@ -97,9 +104,24 @@ def _publish(context: RunContext, policy: Artifact, evaluation: Artifact, lease:
         return version
     data = {"policy": policy.fingerprint, **policy.manifest.inputs, "evaluation": evaluation.fingerprint}
     lease.require()
-    move(folder, version.name, action="publish", why="it passed its gate", run_id=context.run_id, data=data)
+    made = move(folder, version.name, action="publish", why="it passed its gate", run_id=context.run_id, data=data)
+    tell_published(made)
     say(STAGE, f"published {version}")
     return version
+
+
+def tell_published(standing: Move) -> None:
+    """The metric of the latest version; standing: the pointer."""
+    tell(PUBLISHED, datetime.fromisoformat(standing.published).timestamp())
+
+
+def _tell_gate(measured: dict[str, Any], *, passed: bool) -> None:
+    """measured: metrics of an evaluation artifact."""
+    tell(GATE_PASSED, passed)
+    for name in _MEASURES:
+        for bound in ("value", "low", "high"):
+            if found := measured.get(name):
+                tell(GATE_MEASURE, found[bound], measure=name, bound=bound)
 
 
 def stays(version: Location, standing: Move) -> bool:

@@ -10,11 +10,14 @@ Told apart are:
   reward function of the user's prints.
 
 What ends a run is an error of ours or an unexpected one, which is shown when the run has ended and names the log file.
+
+Programs get what a person is shown as JSON lines: in a second file, and where it is asked for on the terminal itself.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -23,35 +26,58 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
-from dpo_ray.progress import LINE, PROGRESS, WATCHED
+from dpo_ray.progress import FIELDS_END, LINE, PROGRESS, WATCHED
 from pipelines.display import Display, display_on
+from pipelines.last_words import SAID, last_words, wanted_traceback
+from pipelines.records import Level, Records
 
 LOG = "log.txt"
 """Below the run's folder."""
-SAID = "The log with all that was said is"
-"""How the note begins that an error gets."""
 
-_MARKS = str.maketrans("", "", LINE + PROGRESS)
-_OF_A_NODE = re.compile(r"(\x1b\[\d+m)?\((raylet|autoscaler)\b(?!.*worker processes have been started on node)")
+_HEADS = re.compile(f"[{LINE}{PROGRESS}](?:{{[^{FIELDS_END}\n]*{FIELDS_END})?")
+_OF_A_NODE = re.compile(
+    r"(\x1b\[\d+m)?\((raylet|autoscaler)\b(, ip=(?P<ip>[^)]+))?(?!.*worker processes have been started on node)"
+)
 
 
-def told_apart(line: str) -> tuple[Literal["line", "progress"], str] | None:
-    """What of a line a person is shown, and as what; None: nothing, it is for the log file."""
+@dataclass(frozen=True)
+class Told:
+    """What a person is shown of a line."""
+
+    kind: Literal["line", "progress"]
+    text: str
+    level: Level = "info"
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Of dpo_ray.progress, where it said them."""
+
+
+def told_apart(line: str) -> Told | None:
+    """None: nothing of it is shown, it is for the log file."""
     if PROGRESS in line:
-        return "progress", line.partition(PROGRESS)[2]
+        return _ours("progress", line.partition(PROGRESS)[2])
     if LINE in line:  # what stands before the mark is the name that Ray gives a worker
-        return "line", line.partition(LINE)[2]
-    return ("line", line) if _OF_A_NODE.match(line) else None
+        return _ours("line", line.partition(LINE)[2])
+    if found := _OF_A_NODE.match(line):
+        return Told("line", line, "warning", {"node": found["ip"]} if found["ip"] else {})
+    return None
+
+
+def _ours(kind: Literal["line", "progress"], marked: str) -> Told:
+    head, end, text = marked.rpartition(FIELDS_END)
+    return Told(kind, text, fields=json.loads(head) if end else {})
 
 
 class Terminal:
     """The terminal that a person sees, and the log file that stands in its place for everybody else."""
 
-    def __init__(self, display: Display):
+    def __init__(self, display: Display, as_json: bool):
         self.display = display
+        self.as_json = as_json
+        self.records = Records(display.line if as_json else None)
         self.descriptor, name = tempfile.mkstemp(prefix="dpo-ray-", suffix=".log")
         self.log = Path(name)
         self._is_kept = False
@@ -63,6 +89,7 @@ class Terminal:
         shutil.copyfile(self.log, target)
         self.log.unlink()
         self.log, self._is_kept = target, True
+        self.records.keep(folder)
         opened = os.open(target, os.O_WRONLY | os.O_APPEND)
         for descriptor in (self.descriptor, 1, 2):
             os.dup2(opened, descriptor)
@@ -73,16 +100,23 @@ class Terminal:
         told = told_apart(line)
         if told is None:
             return
-        kind, text = told
-        self._shown += len(f"{text}\n".encode())
-        if kind == "line":
-            self.display.line(text)
+        self._shown += len(f"{told.text}\n".encode())
+        self.records.add(_message(told), told.level, **told.fields)
+        if self.as_json:
+            return
+        if told.kind == "line":
+            self.display.line(told.text)
         else:
-            self.display.progress(text)
+            self.display.progress(told.text)
 
     def tells_more(self) -> bool:
         """Whether the log is one of a run, or holds what was not shown."""
         return self._is_kept or self.log.stat().st_size > self._shown
+
+
+def _message(told: Told) -> str:
+    """The text without the stage that stands before it, which is a field of its own."""
+    return told.text.removeprefix(f"[{told.fields.get('stage')}] ")
 
 
 class _Captured(io.TextIOWrapper):
@@ -96,7 +130,7 @@ class _Captured(io.TextIOWrapper):
         self._begun = threading.local()  # of each thread its own, for print writes the end of a line apart
 
     def write(self, text: str) -> int:
-        super().write(text.translate(_MARKS))
+        super().write(_HEADS.sub("", text))
         *lines, rest = (getattr(self._begun, "line", "") + text).split("\n")
         self._begun.line = rest
         for line in lines:
@@ -105,16 +139,19 @@ class _Captured(io.TextIOWrapper):
 
 
 @contextmanager
-def captured() -> Iterator[Terminal]:
+def captured(as_json: bool = False) -> Iterator[Terminal]:
     """Within it, the terminal shows what is for a person, and the log file gets all of it.
 
     An error that passes gets a note that names the log file, where that holds more than was shown.
+
+    Args:
+        as_json: show each line as a record. An error is shown so too, and ends the process with its exit code.
     """
     streams, kept = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
     for stream in streams:
         stream.flush()
-    with display_on(_apart(sys.stderr)) as display, _watched(display.interval):
-        terminal = Terminal(display)
+    with display_on(_apart(sys.stderr), plain=as_json) as display, _watched(display.interval):
+        terminal = Terminal(display, as_json)
         for descriptor in (1, 2):
             os.dup2(terminal.descriptor, descriptor)
         sys.stdout = sys.stderr = _Captured(terminal)
@@ -125,8 +162,14 @@ def captured() -> Iterator[Terminal]:
                 error.add_note(f"{SAID} {terminal.log}.")
             else:
                 terminal.log.unlink()
+            if isinstance(error, Exception):
+                text, code = last_words(error)
+                terminal.records.add(f"{wanted_traceback(error)}{text}", "error")
+                if as_json:
+                    raise SystemExit(code) from error
             raise
         finally:
+            terminal.records.close()
             sys.stdout, sys.stderr = streams
             for descriptor, original in zip((1, 2), kept, strict=True):
                 os.dup2(original, descriptor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dpo_ray.data.tally import NOTED, Tally
 from dpo_ray.errors import DataError
 from dpo_ray.model.resolve import ModelFolder
-from dpo_ray.on_ray.pool import Pool, shard_stage
+from dpo_ray.on_ray.pool import rows_pool, shard_stage
 from dpo_ray.progress import say
 from dpo_ray.shards.tokenize import TokenizeShard, identity
 from dpo_ray.storage.artifact import Artifact
@@ -29,7 +29,7 @@ def _tokenize(context: RunContext, pairs: Artifact, left_out: Artifact) -> tuple
         identity=identity(ModelFolder.of(model).tokenizer_hash(), data),
         inputs={"pairs": pairs.fingerprint, "duplicates": left_out.fingerprint},
         tasks=kept_tasks(pairs, left_out),
-        pool=Pool(TokenizeShard, {"model": model, "data": data}),
+        pool=rows_pool(context.config, TokenizeShard, {"model": model, "data": data}, stateless=False),
         unit="pairs",
     )
     tally = Tally.of(artifact.manifest.counters)

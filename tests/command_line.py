@@ -188,7 +188,9 @@ def processes_with(variable: str) -> dict[int, str]:
 
 def processes_below(root: int) -> dict[int, str]:
     """Process id → command line, of all descendants of a process."""
-    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["ps", "-ww", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout
     lines = [line.split(None, 2) for line in listing.splitlines()]
     parents = {int(pid): int(parent) for pid, parent, *_ in lines}
 

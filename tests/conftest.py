@@ -9,6 +9,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tests run side by side: a thread that spins takes another's core
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+# Ray's workers would stand back behind tests that compute in pytest's own processes, and get next to nothing.
+os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")  # steps of milliseconds, each with a checkpoint
 
 from collections.abc import Callable, Iterator

@@ -9,6 +9,7 @@ from pathlib import Path
 from coverage import Coverage
 
 ROOT = Path(__file__).parents[1]
+ELSEWHERE = ROOT / "cluster" / "orchestrators"  # runs in other environments
 CONFIG = str(ROOT / "pyproject.toml")
 
 
@@ -28,6 +29,8 @@ def table(data: Path) -> list[str]:
     missed: Counter[str] = Counter()
     for package in _packages():
         for source in sorted((ROOT / package).rglob("*.py")):
+            if ELSEWHERE in source.parents:
+                continue
             _, statements, _, missing, _ = coverage.analysis2(str(source))
             for folder in (str(source.parent.relative_to(ROOT)), "all"):
                 lines[folder] += len(statements)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,8 @@ class RayHead:
     """What RAY_ADDRESS is to be."""
     folder: str
     token: str | None
+    process: subprocess.Popen[bytes]
+    """`ray start --block`, above all other processes of its node."""
 
     @property
     def env(self) -> dict[str, str]:
@@ -48,16 +50,25 @@ class RayHead:
         return {**_authentication(self.token), "RAY_ADDRESS": self.address}
 
     @contextmanager
-    def node(self, *arguments: str, wrapped: Sequence[str] = ()) -> Iterator[None]:
-        """One more node of 2 CPUs.
+    def node(
+        self, *arguments: str, wrapped: Sequence[str] = (), env: Mapping[str, str] | None = None, num_cpus: int = 2
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """One more node: `ray start --block`, above all other processes of it.
 
         Args:
             wrapped: a command that is given Ray's as its further arguments.
+            env: what its processes have in their environment besides.
         """
         ports = [f"--{name}={port}" for name, port in zip(_PORTS, free_ports(len(_PORTS)), strict=True)]
-        command = [*wrapped, RAY, "start", f"--address={self.address}", "--num-cpus=2", *_COMMON, *ports, *arguments]
-        with _running(command, self.folder, self.env):
-            yield
+        # As on a machine of its own: nodes that share a folder remove a job's working directory below each other.
+        folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+        start = [RAY, "start", f"--address={self.address}", f"--num-cpus={num_cpus}", f"--temp-dir={folder}"]
+        command = [*wrapped, *start, *_COMMON, *ports, *arguments]
+        try:
+            with _running(command, self.folder, {**self.env, **(env or {})}) as process:
+                yield process
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 _COMMON = ("--object-store-memory=200000000", "--disable-usage-stats", "--block")
@@ -65,30 +76,36 @@ _COMMON = ("--object-store-memory=200000000", "--disable-usage-stats", "--block"
 
 @contextmanager
 def ray_head(
-    num_cpus: int = 4, autoscaling: dict[str, Any] | None = None, token: str | None = None
+    num_cpus: int = 4,
+    autoscaling: dict[str, Any] | None = None,
+    token: str | None = None,
+    ip: str = "127.0.0.1",
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[RayHead]:
     """Start one.
 
     Args:
         autoscaling: types of the nodes that Ray's autoscaler may add on this machine, by name.
         token: what it demands of all who join it.
+        ip: of this machine, where its nodes find it.
+        env: what its processes have in their environment besides.
     """
     gcs, dashboard, client, *others = free_ports(3 + len(_PORTS))
     # Unix sockets lie below it, and their paths have to be short.
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     arguments = [f"--{name}={port}" for name, port in zip(_PORTS, others, strict=True)]
-    env = _authentication(token)
+    env = {**_authentication(token), **(env or {})}
     if autoscaling is not None:
         file = Path(folder) / "autoscaling.json"
-        file.write_text(json.dumps(_fake_multinode(f"127.0.0.1:{gcs}", autoscaling)))
+        file.write_text(json.dumps(_fake_multinode(f"{ip}:{gcs}", autoscaling)))
         arguments.append(f"--autoscaling-config={file}")
         env |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     command = [
         RAY,
         "start",
         "--head",
-        "--node-ip-address=127.0.0.1",
-        "--dashboard-host=127.0.0.1",
+        f"--node-ip-address={ip}",
+        f"--dashboard-host={ip}",
         f"--port={gcs}",
         f"--dashboard-port={dashboard}",
         f"--ray-client-server-port={client}",
@@ -99,8 +116,8 @@ def ray_head(
     ]
     try:
         with _running(command, folder, env) as process:
-            head = RayHead(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", folder, token)
-            _wait_for(head, process)
+            head = RayHead(f"http://{ip}:{dashboard}", f"{ip}:{gcs}", folder, token, process)
+            _wait_for(head, process, agent=(ip, others[0]))
             yield head
     finally:
         for pid in processes_with(f"HOME={folder}"):  # nodes that an autoscaler made outlive it
@@ -165,7 +182,8 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _wait_for(head: RayHead, process: subprocess.Popen[bytes]) -> None:
+def _wait_for(head: RayHead, process: subprocess.Popen[bytes], agent: tuple[str, int]) -> None:
+    """Until its dashboard answers, and its node's agent, by which jobs are started."""
     request = urllib.request.Request(f"{head.dashboard}/api/jobs/")
     if head.token is not None:
         request.add_header("Authorization", f"Bearer {head.token}")
@@ -173,8 +191,8 @@ def _wait_for(head: RayHead, process: subprocess.Popen[bytes]) -> None:
     while time.monotonic() < deadline:
         assert process.poll() is None, "the Ray head ended at its start"
         try:
-            with urllib.request.urlopen(request, timeout=60):
+            with urllib.request.urlopen(request, timeout=60), socket.create_connection(agent, timeout=60):
                 return
         except OSError:
             time.sleep(1)
-    raise AssertionError(f"no dashboard at {head.dashboard} within {LONGEST:g} seconds")
+    raise AssertionError(f"no dashboard at {head.dashboard}, or no agent at {agent}, within {LONGEST:g} seconds")

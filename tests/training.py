@@ -195,6 +195,7 @@ def run(
     is_forewarned: Callable[[], bool] | None = None,
     steps_from: Callable[[int], Iterable[Step]] | None = None,
     sources: tuple[str, ...] = (),
+    told: Callable[[dict[str, Any], int], None] | None = None,
     export_file_bytes: int = FILE_BYTES,
     **values: Any,
 ) -> TrainState:
@@ -206,7 +207,7 @@ def run(
         factor_of_rank_1: a fault: what rank 1's gradients are multiplied by before they travel.
         tries_longest: the longest pair is tried before the first step, as on a GPU.
         memory_ends_on_rank: a fault: where it is tried, this rank has too little memory.
-        is_forewarned, sources: as `train` takes them.
+        is_forewarned, told, sources: as `train` takes them.
         steps_from: as `train` takes it; None: the pairs in order.
         export_file_bytes: of weights in a file of the trained model, at most.
         values: of the section `train`.
@@ -243,6 +244,7 @@ def run(
             else partial(require_same_start, reference_tolerance.limits(model.dtype)),
             longest=longest_of(pairs) if tries_longest else None,
             **({"is_forewarned": is_forewarned} if is_forewarned is not None else {}),
+            **({"told": told} if told is not None else {}),
         )
 
 

@@ -52,7 +52,7 @@ def word_model(folder: Path, model: Path) -> Path:
 def no_cluster() -> Iterator[None]:
     """Within it no stage needs Ray, and one that asks for it fails."""
 
-    def scan_here(folder: Location, stamps: list[Stamp], rows_per_shard: Any) -> None:
+    def scan_here(folder: Location, stamps: list[Stamp], rows_per_shard: Any, place: Any) -> None:
         for stamp in stamps:
             record = scan(stamp, rows_per_shard, folder)
             (folder / record_name(stamp, rows_per_shard)).write_bytes(record.model_dump_json().encode())

@@ -20,6 +20,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from dpo_ray.config.tune import ASHA, MedianStopping, Scheduler
 from dpo_ray.on_ray.held_trainer import PLACEMENT_GROUP
+from dpo_ray.on_ray.room import Need, Nodes, fitting
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.storage.location import Location
 from tuning.records import Evaluation
@@ -260,8 +261,11 @@ def give_back(group: str) -> None:
     remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
 
 
-def places(trial_cpus: float, trial_gpus: float) -> int:
-    """Trials for which the cluster has room side by side, one at least."""
-    total = ray.cluster_resources()
-    fits = [total.get(name, 0) // needs for name, needs in (("CPU", trial_cpus), ("GPU", trial_gpus)) if needs]
+def places(nodes: Nodes, trial: Need) -> int:
+    """Trials for which the nodes have room side by side, one at least."""
+    there = fitting(nodes, trial.place)
+    fits = [
+        sum(node.resources.get(name, 0) for node in there) // (trial.processes * number)
+        for name, number in trial.each.items()
+    ]
     return max(1, int(min(fits)))

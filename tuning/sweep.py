@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from dpo_ray.config import Config, Train
+from dpo_ray.config import Config
 from dpo_ray.errors import Busy, ConfigError, DpoRayError
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.room import Need
-from dpo_ray.on_ray.session import connect, is_embedded, num_cores
+from dpo_ray.on_ray.session import connect, is_embedded, nodes, num_cores
 from dpo_ray.on_ray.trainer import tokens_per_microbatch, tokens_per_second, train_location, training_lease
 from dpo_ray.progress import Progress, say
 from dpo_ray.storage.artifact import MANIFEST, Artifact, digest
@@ -188,12 +188,12 @@ class Sweep:
 
     def _connect(self, open_trials: int) -> None:
         train = self.config.train
-        cpus, gpus = train.num_workers * train.cpus_per_worker, train.num_workers * train.gpus
+        cpus = train.num_workers * train.cpus_per_worker
         wanted = self.tune.max_concurrent_trials or (max(1, int(num_cores() // cpus)) if is_embedded() else 1)
         wanted = min(wanted, open_trials)
-        connect(trials_need(train, wanted), trains=True)
+        connect(trials_need(self.config, wanted), trains=True)
         if self.tune.max_concurrent_trials is None and not is_embedded():
-            wanted = min(places(cpus, gpus), open_trials)
+            wanted = min(places(nodes(), trials_need(self.config, 1)), open_trials)
         self._at_once = wanted
 
     def _say_cost(self, open_trials: int) -> None:
@@ -301,13 +301,15 @@ class Sweep:
         return train_location(self.output, config, rows) if rows is not None else None
 
 
-def trials_need(train: Train, at_once: int) -> Need:
+def trials_need(config: Config, at_once: int) -> Need:
     """Of trials side by side."""
+    train = config.train
     return Need(
         "tune.max_concurrent_trials trials at once, each with train.num_workers workers",
         processes=at_once * train.num_workers,
         cpus=train.cpus_per_worker,
         gpus=train.gpus,
+        place=config.placement.training,
     )
 
 

@@ -8,6 +8,7 @@ from dpo_ray.config.hooks import Hook, Hooks
 from dpo_ray.config.iterate import Iterate
 from dpo_ray.config.load import dump_config, load_config, overridden, parse_config
 from dpo_ray.config.pairing import CandidatePairing, Pairing
+from dpo_ray.config.placement import NodeChoice, Placement
 from dpo_ray.config.reward import Dtype, Endpoint, ImplicitReward, Judge, Reward, RewardModel, Rule, Source
 from dpo_ray.config.sources import DataSource, Paths
 from dpo_ray.config.tree import (
@@ -62,8 +63,10 @@ __all__ = [
     "LossTurns",
     "Metric",
     "Model",
+    "NodeChoice",
     "Pairing",
     "Paths",
+    "Placement",
     "Publish",
     "Reference",
     "Reward",

@@ -17,6 +17,7 @@ from dpo_ray.config.hooks import Hooks
 from dpo_ray.config.iterate import Iterate
 from dpo_ray.config.losses import Judged, Loss, SigmoidLoss, losses_using
 from dpo_ray.config.pairing import CandidatePairing, Pairing
+from dpo_ray.config.placement import Placement
 from dpo_ray.config.reward import Dtype, Reward, Rule
 from dpo_ray.config.section import Section
 from dpo_ray.config.sources import DataSource, Paths, TrainData, require_a_mixture
@@ -55,6 +56,9 @@ class Run(Section):
     """Minutes that a stage waits, at most, for a cluster to grow where it has too little room: its autoscaler is asked
     for more. 0: the run is refused at its start, as is right for a cluster that nothing adds nodes to."""
 
+    log_format: Literal["text", "json"] = "text"
+    """How a run's lines are printed: text, for people; json, for what collects logs: each line an object with time,
+    level, run, stage, shard, node and message. log.jsonl in the run's folder has these objects either way."""
     hooks: Hooks = Hooks()
     """Who is told how the run ended."""
 
@@ -709,6 +713,8 @@ class Config(Section):
     """The search of `dpo-ray sweep`."""
     iterate: Iterate | None = None
     """The rounds of `dpo-ray iterate`."""
+    placement: Placement = Placement()
+    """Which nodes of a cluster do what; left out: each whatever it has room for."""
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:

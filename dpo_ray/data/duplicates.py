@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_ray.data.row_ids import RowIds
-from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.shard_pool import read_whole_shard
 
 REASONS = ("duplicate", "contradiction", "prompt_in_eval")
 """duplicate: an earlier row holds the same pair. contradiction: another row judges the same answers the other way; all
@@ -123,7 +123,7 @@ def by_shard(tables: Iterable[pa.Table]) -> dict[str, LeftOut]:
 
 def read_kept(source: PairsShard) -> tuple[pa.Table, Counter[str]]:
     """The rows of a shard that are not left out; and `read`, and rows left out by reason."""
-    table = read_shard(Location(source.file))
+    table = read_whole_shard(Location(source.file))
     counters = Counter({"read": table.num_rows})
     if source.left_out is None:
         return table, counters

@@ -42,6 +42,11 @@ _NO_REASONS = {
 }
 
 
+def dropped_by_reason(counters: Mapping[str, int]) -> dict[str, int]:
+    """Of the counters of an artifact, or of one of its shards: reason → rows dropped for it."""
+    return {name: count for name, count in counters.items() if count and name not in _NO_REASONS}
+
+
 @dataclass(frozen=True)
 class Tally:
     """What became of the rows that a stage read."""
@@ -63,7 +68,7 @@ class Tally:
             read=counters["read"],
             kept=counters["kept"],
             more_pairs=counters.get("more_pairs", 0),
-            dropped={name: count for name, count in counters.items() if count and name not in _NO_REASONS},
+            dropped=dropped_by_reason(counters),
             noted={name: counters[name] for name in NOTED if counters.get(name)},
         )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
@@ -20,6 +20,7 @@ class Node:
     """Host name and address."""
     session: str = ""
     """Its folder of Ray's session: logs, sockets, and what is spilled to disk."""
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def alive() -> list[Node]:
             node["NodeID"],
             f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})",
             str(PurePath(node["ObjectStoreSocketName"]).parent.parent),
+            node["Labels"],
         )
         for node in nodes
     ]

@@ -25,8 +25,9 @@ from dpo_ray.on_ray.vllm_engine import VLLMScorer, vllm_pool
 from dpo_ray.pairs import TokenizedPair, tokenized_pair
 from dpo_ray.progress import say
 from dpo_ray.shards.score import Engine
-from dpo_ray.storage.artifact import Artifact, Contents, make, read_shard
+from dpo_ray.storage.artifact import Artifact, Contents, make
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.shard_pool import read_whole_shard
 
 _VERSION = 2
 """Of the measures and of how pairs are drawn, raised when either changes."""
@@ -172,7 +173,7 @@ def _drawn(rows: Artifact, count: int) -> list[TokenizedPair]:
     pairs = []
     for n, of_shard in groupby(places, lambda place: bisect_right(ends, place)):
         first = ends[n] - (shards[n].rows or 0)
-        table = read_shard(rows.file(shards[n].name)).take([place - first for place in of_shard])
+        table = read_whole_shard(rows.file(shards[n].name)).take([place - first for place in of_shard])
         pairs += [tokenized_pair(row) for row in table.to_pylist()]
     return pairs
 

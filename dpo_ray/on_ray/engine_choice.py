@@ -123,6 +123,7 @@ def alone(pool: Pool) -> Any:
     import ray
 
     function: Callable[..., Any] = pool.build
-    task = ray.remote(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, max_calls=1)(function)
+    resources = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus, **pool.place.options}
+    task = ray.remote(max_calls=1, **resources)(function)
     environment = {"runtime_env": {"env_vars": pool.env}} if pool.env else {}
     return ray.get(task.options(**environment).remote(**pool.arguments))

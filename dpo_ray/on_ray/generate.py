@@ -9,7 +9,7 @@ from typing import Any
 from dpo_ray.config import VLLM, Config, Model, Sampling
 from dpo_ray.data.chat import ChatTokenizer, require_chat_template
 from dpo_ray.model.resolve import ModelFolder
-from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage, shard_tasks
+from dpo_ray.on_ray.pool import ShardTask, rows_pool, shard_stage, shard_tasks
 from dpo_ray.on_ray.vllm_engine import VLLMSampler, vllm_pool
 from dpo_ray.on_ray.vllm_version import require_vllm
 from dpo_ray.shards.generate import Ask, GenerateShard, identity
@@ -64,7 +64,7 @@ def _together(config: Config, asks: Sequence[Ask], tasks: list[ShardTask[Any]]) 
     return max(2, _ROUNDS_AT_ONCE * config.vllm.max_num_seqs // max(1, largest))
 
 
-def merge_candidates(output: Location, of_models: Sequence[Artifact]) -> tuple[Artifact, bool]:
+def merge_candidates(output: Location, config: Config, of_models: Sequence[Artifact]) -> tuple[Artifact, bool]:
     """The candidates of several models for the same prompts, a row for each prompt."""
     tasks = [
         ShardTask(
@@ -80,7 +80,7 @@ def merge_candidates(output: Location, of_models: Sequence[Artifact]) -> tuple[A
         identity=merge_identity(),
         inputs={f"candidates/{n}": artifact.fingerprint for n, artifact in enumerate(of_models)},
         tasks=tasks,
-        pool=Pool(MergeShard, {}, stateless=True),
+        pool=rows_pool(config, MergeShard, {}),
         unit="prompts",
     )
 

@@ -18,15 +18,33 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 
-from dpo_ray.config import Config
+from dpo_ray.config import Config, NodeChoice
+from dpo_ray.config.placement import ANYWHERE
+from dpo_ray.data.tally import dropped_by_reason
 from dpo_ray.errors import DataError, EngineDied
 from dpo_ray.on_ray.failures import carried, raise_ours
+from dpo_ray.on_ray.metrics import (
+    DROPPED,
+    ENGINE_START,
+    RETRIES,
+    ROWS,
+    SHARDS_LEFT,
+    TOKENS,
+    Work,
+    at_work,
+    count,
+    keep_telling,
+    take_up,
+    tell,
+    tell_progress,
+)
 from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import connect, is_embedded, num_cores
 from dpo_ray.on_ray.usage import used
@@ -82,6 +100,8 @@ class Pool:
     num_cpus: float = 1.0
     num_gpus: float = 0
     env: dict[str, str] = field(default_factory=dict)
+    place: NodeChoice = ANYWHERE
+    """Nodes of the workers, and of the tasks that look at what an unfinished run has left of their shards."""
     why: str = "a worker, and one CPU to read and write"
     """The configuration keys behind these numbers."""
 
@@ -89,7 +109,7 @@ class Pool:
     def need(self) -> Need:
         """Of one worker, and a CPU to read and write: with those the stage comes to its end."""
         wanted = self.num_cpus * (self.num_actors or 0) + 1
-        return Need(self.why, cpus=self.num_cpus, gpus=self.num_gpus, beside=1, wanted_cpus=wanted)
+        return Need(self.why, cpus=self.num_cpus, gpus=self.num_gpus, beside=1, wanted_cpus=wanted, place=self.place)
 
 
 COMPUTED = "computed"
@@ -151,7 +171,7 @@ def shard_stage(
     names = [digest([kind, SCHEMA_VERSION, identity, task.content]) for task in tasks]
 
     def compute(location: Location) -> Contents:
-        found = _take_over(kind, location, set(names), pool.isolates)
+        found = _take_over(kind, location, set(names), pool)
         missing = [(n, t) for n, t in dict(zip(names, tasks, strict=True)).items() if n not in found]
         say(kind, f"{len(found)} of {len(set(names))} shards are finished already, {len(missing)} to compute")
         began = time.monotonic()
@@ -184,7 +204,7 @@ def _contents(finished: Sequence[Finished]) -> Contents:
     return Contents(files=[*(one.shard for one in finished), *quarantines], counters=dict(sorted(counters.items())))
 
 
-def _take_over(kind: str, location: Location, wanted: set[str], isolates: bool) -> dict[str, Finished]:
+def _take_over(kind: str, location: Location, wanted: set[str], pool: Pool) -> dict[str, Finished]:
     """The finished shards of these tasks, by task.
 
     Of several of a task the newest manifest's is taken: what was made of it since is made already. Of those that no
@@ -193,14 +213,14 @@ def _take_over(kind: str, location: Location, wanted: set[str], isolates: bool) 
 
     Args:
         location: the artifact's own folder.
-        isolates: rows in quarantine are those that an engine failed on. Only the artifact that set them aside takes
-            such a shard up again; another one tries these rows anew.
+        pool: of the stage. Where it isolates, rows in quarantine are those that an engine failed on: only the artifact
+            that set them aside takes such a shard up again, and another one tries these rows anew.
     """
     shards = ShardPool(location.parent)
     present = shards.present()
     found = {one.task: one for one in _own(location, present) if one.task in wanted and present.holds(one)}
     left = {task: present.by_task[task] for task in wanted & present.by_task.keys() - found.keys()}
-    if isolates:
+    if pool.isolates:
         left = {task: [n for n in names if not has_quarantine(n, present.files)] for task, names in left.items()}
         left = {task: names for task, names in left.items() if names}
     for folder in present.manifests:
@@ -211,7 +231,8 @@ def _take_over(kind: str, location: Location, wanted: set[str], isolates: bool) 
                 found[one.task] = one
                 del left[one.task]
     names = [name for task in left for name in left[task]]
-    for inspected in _inspect(kind, shards, [(name, has_quarantine(name, present.files)) for name in sorted(names)]):
+    looked_at = [(name, has_quarantine(name, present.files)) for name in sorted(names)]
+    for inspected in _inspect(kind, shards, looked_at, pool.place):
         if inspected is not None:
             found.setdefault(inspected.task, inspected)
     return found
@@ -232,7 +253,9 @@ def _finished_in(folder: Location) -> list[Finished]:
         return []
 
 
-def _inspect(kind: str, shards: ShardPool, names: list[tuple[str, bool]]) -> Iterator[Finished | None]:
+def _inspect(
+    kind: str, shards: ShardPool, names: list[tuple[str, bool]], place: NodeChoice
+) -> Iterator[Finished | None]:
     """What shards are that no manifest tells of, in the order of their names."""
     if not names:
         return
@@ -244,7 +267,8 @@ def _inspect(kind: str, shards: ShardPool, names: list[tuple[str, bool]]) -> Ite
     found: dict[str, Finished | None] = {}
     tasks = [{"task": pickle.dumps(name)} for name in names]
     work = {"fn": inspect_shards, "fn_kwargs": {"shards": shards}}
-    for result in _results(kind, tasks, Pool(inspect_shards, {}, stateless=True, together=_FEW), work):
+    pool = Pool(inspect_shards, {}, stateless=True, together=_FEW, place=place)
+    for result in _results(kind, tasks, pool, work):
         found[result["name"]] = result["finished"] and Finished.model_validate_json(result["finished"])
     yield from (found[name] for name, _ in names)
 
@@ -272,6 +296,7 @@ def _compute(
         "isolates": pool.isolates,
         "stateless": pool.stateless,
         "run": run,
+        "at": at_work(),
     }
     if pool.stateless:
         work = {"fn": write_shards, "fn_kwargs": worker}
@@ -280,14 +305,27 @@ def _compute(
     progress = Progress(kind, sum(task.rows for _, task in missing), unit)
     rows = {name: task.rows for name, task in missing}
     say(kind, f"computing {len(missing)} shards, {progress.total} {unit}")
-    found = {}
+    found: dict[str, Finished] = {}
+    tell(SHARDS_LEFT, len(missing), artifact=kind)
     for result in _results(kind, tasks, pool, work):
-        found[result["name"]] = Finished.model_validate_json(result["finished"])
-        progress.advance(rows[result["name"]], note=f"shard {result['name']} done")
+        name = result["name"]
+        found[name] = Finished.model_validate_json(result["finished"])
+        progress.advance(rows[name], shard=name)
+        _tell_of(kind, rows[name], found[name].shard.counters, left=len(missing) - len(found))
     for note in (location / NOTES).children():
         if note.name.startswith(run):
             note.remove()  # of a process that was killed between its shard and the end of its note
     return found
+
+
+def _tell_of(kind: str, rows: int, counters: dict[str, int], left: int) -> None:
+    """The metrics of a shard that is finished."""
+    count(ROWS, rows, artifact=kind)
+    count(TOKENS, counters.get("tokens", 0), artifact=kind)
+    for reason, number in dropped_by_reason(counters).items():
+        count(DROPPED, number, artifact=kind, reason=reason)
+    tell(SHARDS_LEFT, left, artifact=kind)
+    tell_progress()
 
 
 def _results(kind: str, tasks: list[dict[str, bytes]], pool: Pool, work: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -295,7 +333,7 @@ def _results(kind: str, tasks: list[dict[str, bytes]], pool: Pool, work: dict[st
     import ray.data
 
     connect(pool.need)
-    resources: dict[str, Any] = {"num_cpus": pool.num_cpus}
+    resources: dict[str, Any] = {"num_cpus": pool.num_cpus, **pool.place.options}
     if pool.num_gpus:
         resources["num_gpus"] = pool.num_gpus
     if pool.env:
@@ -339,6 +377,7 @@ class ShardWorker:
 
     Args:
         location: the artifact's own folder. Its shards go into the pool beside it, notes on attempts into itself.
+        at: what the driver is at, for the metrics.
     """
 
     def __init__(
@@ -350,9 +389,13 @@ class ShardWorker:
         isolates: bool = False,
         stateless: bool = False,
         run: str = "",
+        at: Work | None = None,
     ):
+        if at is not None:
+            take_up(at)
         self.location = location
         self.shards = ShardPool(location.parent)
+        self.kind = location.parent.name
         self.streams = streams
         self.isolates = isolates
         self.run = run
@@ -362,9 +405,12 @@ class ShardWorker:
             return
         # Ray starts an actor that dies while it loads its model again, under the same id.
         building = Deaths(location / NOTES / f"{run}-worker-{_actor()}.json", f"to start {_named(build)}", run)
+        began = time.monotonic()
         try:
-            with building.attempt():
+            with self._attempt(building):
                 _ = self.work
+            tell(ENGINE_START, time.monotonic() - began, artifact=self.kind)
+            keep_telling()
         except Exception as error:
             self.failure = carried(error)
 
@@ -385,7 +431,7 @@ class ShardWorker:
         unfinished = {n: name for n, (name, _) in enumerate(tasks)}
         try:
             for name in unfinished.values():
-                self._deaths(name).begin()
+                self._count_retry(self._deaths(name).begin() > 0)
             for n, output in self.work.stream([source for _, source in tasks]):
                 finished = self._write(unfinished[n], output)
                 self._deaths(unfinished[n]).end()
@@ -405,9 +451,10 @@ class ShardWorker:
     def do(self, name: str, source: Any) -> Finished:
         """Make the shard of one task."""
         if not self.isolates:
-            with self._deaths(name).attempt():
+            with self._attempt(self._deaths(name)):
                 return self._write(name, self.work(source))
         attempts = Attempts(self._note(name))
+        self._count_retry(attempts.location.exists())
         try:
             output = self.work(source, attempts)
         except EngineDied:
@@ -424,6 +471,15 @@ class ShardWorker:
             (self.location / ISOLATED / f"{name}.json").write_bytes(finished.model_dump_json().encode())
         attempts.clear()
         return finished
+
+    @contextmanager
+    def _attempt(self, deaths: Deaths) -> Iterator[None]:
+        with deaths.attempt() as died:
+            self._count_retry(died > 0)
+            yield
+
+    def _count_retry(self, again: bool) -> None:
+        count(RETRIES, int(again), artifact=self.kind)
 
     def _note(self, name: str) -> Location:
         return self.location / NOTES / f"{name}.json"
@@ -460,6 +516,11 @@ def _told(name: str, finished: Finished | None, failure: bytes | None) -> pa.Tab
     )
 
 
+def rows_pool(config: Config, build: Any, arguments: dict[str, Any], *, stateless: bool = True) -> Pool:
+    """Workers that only carry rows, of one CPU each. Args: stateless: as in Pool."""
+    return Pool(build, arguments, stateless=stateless, place=config.placement.data)
+
+
 def torch_pool(config: Config, build: Any, arguments: dict[str, Any]) -> Pool:
     """Actors with the trainer's forward, as many and as large as the training workers."""
     train = config.train
@@ -469,5 +530,6 @@ def torch_pool(config: Config, build: Any, arguments: dict[str, Any]) -> Pool:
         num_actors=train.num_workers,
         num_cpus=train.cpus_per_worker,
         num_gpus=1 if train.use_gpu else 0,
+        place=config.placement.training,
         why="train.num_workers, train.cpus_per_worker, train.use_gpu, and one CPU to read and write",
     )

@@ -13,9 +13,10 @@ _SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's record of the chec
 
 
 def run_name(runs: Location) -> str:
-    """The name under which Ray Train goes on, or begins: the first whose record of checkpoints is whole.
+    """The name under which Ray Train goes on, or begins: the first whose record is whole, and its newest checkpoint.
 
-    Ray does not write that record atomically; a kill in the middle of it would otherwise end every later attempt.
+    Ray does not write that record atomically; a kill in the middle of it would otherwise end every later attempt. And
+    it goes on from the newest checkpoint that the record names, whatever has become of that.
     """
     number = 1
     while True:
@@ -24,11 +25,25 @@ def run_name(runs: Location) -> str:
         if not record.exists():
             return name
         try:
-            json.loads(record.read_bytes())
-            return name
+            newest = _newest(record)
         except ValueError:
             say(KIND, f"{record} is damaged; its checkpoints are looked at one by one")
-            number += 1
+        else:
+            if newest is None or is_whole(newest):
+                return name
+            say(KIND, f"{newest} is damaged or gone; the training goes on from another one")
+        number += 1
+
+
+def _newest(record: Location) -> Location | None:
+    """The newest checkpoint in Ray Train's record; None: there is none yet. Raises ValueError where it is damaged."""
+    result = json.loads(record.read_bytes())["latest_checkpoint_result"]
+    return record.parent / result["checkpoint_dir_name"] if result is not None else None
+
+
+def leave_out(checkpoint: Location) -> None:
+    """Have nothing go on from a damaged checkpoint: from here on it is not whole."""
+    (checkpoint / STATE).remove()
 
 
 def newest_whole_checkpoint(runs: Location) -> Location | None:
@@ -49,9 +64,9 @@ def resumed_step(run: Location, fallback: Location | None) -> int:
         fallback: what workers resume from where Ray knows of no checkpoint.
     """
     record = run / _SNAPSHOT
-    newest = json.loads(record.read_bytes())["latest_checkpoint_result"] if record.exists() else None
+    newest = _newest(record) if record.exists() else None
     if newest is not None:
-        return _step_of(run / newest["checkpoint_dir_name"])
+        return _step_of(newest)
     return _step_of(fallback) if fallback is not None and fallback.exists() else 0
 
 

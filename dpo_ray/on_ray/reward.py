@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from dpo_ray.config import VLLM, CandidatePairing, Config, ImplicitReward, Judge, Reward, RewardModel, Rule, Source
-from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage, shard_tasks, torch_pool
+from dpo_ray.on_ray.pool import Pool, ShardTask, rows_pool, shard_stage, shard_tasks, torch_pool
 from dpo_ray.on_ray.reward_model import reward_model_work
 from dpo_ray.on_ray.vllm_engine import VLLMChat, vllm_pool
 from dpo_ray.on_ray.vllm_version import require_vllm
@@ -54,14 +55,14 @@ def _work(
         case Rule():
             identity = rule_identity(source)
             arguments = {"rule": source, "source": identity["reward_source"]}
-            return identity, Pool(RuleShard, arguments, stateless=True)
+            return identity, rows_pool(config, RuleShard, arguments)
         case RewardModel():
             return reward_model_work(output, config, source, candidates)
         case Judge():
             arguments = {"judge": source, "template": template_of(source), "across": across}
             if source.endpoint is not None:
                 # One process for the whole cluster, for the rate is the server's.
-                pool = Pool(EndpointJudgeShard, arguments, num_actors=1)
+                pool = replace(rows_pool(config, EndpointJudgeShard, arguments, stateless=False), num_actors=1)
             else:
                 require_vllm("A judge that is served here")
                 pool = vllm_pool(config, vllm_judge_shard, {**arguments, "options": config.vllm})
@@ -79,7 +80,12 @@ def vllm_judge_shard(judge: Judge, template: str, across: int | None, options: V
 
 
 def pair_candidates(
-    output: Location, rules: CandidatePairing, reward: Reward, candidates: Artifact, scores: dict[str, Artifact]
+    output: Location,
+    config: Config,
+    rules: CandidatePairing,
+    reward: Reward,
+    candidates: Artifact,
+    scores: dict[str, Artifact],
 ) -> tuple[Artifact, bool]:
     """Pairs of candidates. scores: source → what it gives to them."""
     weights = {source.label: source.weight for source in reward}
@@ -89,8 +95,8 @@ def pair_candidates(
         identity=pairs_identity(rules, weights),
         inputs={"candidates": candidates.fingerprint, **{f"rewards/{n}": a.fingerprint for n, a in scores.items()}},
         tasks=_tasks(candidates, scores),
-        pool=Pool(
-            PairShard, {"rules": rules, "weights": weights, "made_by": _made_by(candidates, scores)}, stateless=True
+        pool=rows_pool(
+            config, PairShard, {"rules": rules, "weights": weights, "made_by": _made_by(candidates, scores)}
         ),
         unit="prompts",
     )

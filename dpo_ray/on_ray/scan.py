@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from dpo_ray.config import NodeChoice
 from dpo_ray.data.raw.files import Stamp
 from dpo_ray.data.raw.parts import RowsPerShard
 from dpo_ray.data.raw.scan import FileRecord, map_files, one_error, read_record, record_name, scan
@@ -21,11 +22,16 @@ from dpo_ray.storage.location import Location
 
 _STAGE = "ingest"
 
-NEED = Need("reading data.train and data.eval", beside=1)
+
+def need(place: NodeChoice) -> Need:
+    """Of files that are looked through, on such nodes."""
+    return Need("reading data.train and data.eval", beside=1, place=place)
 
 
-def scan_files(folder: Location, files: list[Location], rows_per_shard: RowsPerShard) -> list[FileRecord]:
-    """The records of raw files, in their order: from `folder`, or by scanning what has none there.
+def scan_files(
+    folder: Location, files: list[Location], rows_per_shard: RowsPerShard, place: NodeChoice
+) -> list[FileRecord]:
+    """The records of raw files, in their order: from `folder`, or by scanning what has none there, on such nodes.
 
     No Ray starts where every file has its record. Raises DataError that names the bad files.
     """
@@ -34,16 +40,16 @@ def scan_files(folder: Location, files: list[Location], rows_per_shard: RowsPerS
     missing = dict.fromkeys(stamp for stamp, record in zip(stamps, records, strict=True) if record is None)
     if missing:
         about_to_compute("files that were not looked through")
-        _scan(folder, list(missing), rows_per_shard)
+        _scan(folder, list(missing), rows_per_shard, place)
         records = map_files(lambda stamp: read_record(folder, stamp, rows_per_shard), stamps)
     assert all(records)
     return [record for record in records if record is not None]
 
 
-def _scan(folder: Location, stamps: list[Stamp], rows_per_shard: RowsPerShard) -> None:
+def _scan(folder: Location, stamps: list[Stamp], rows_per_shard: RowsPerShard, place: NodeChoice) -> None:
     import ray.data
 
-    connect(NEED)
+    connect(need(place))
     items = [{"stamp": json.dumps(asdict(stamp))} for stamp in stamps]
     results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _scan_batch,
@@ -52,6 +58,7 @@ def _scan(folder: Location, stamps: list[Stamp], rows_per_shard: RowsPerShard) -
         fn_kwargs={"folder": folder, "rows_per_shard": rows_per_shard},
         num_cpus=1,
         max_retries=3,  # Ray Data would scan a file for ever at which the process dies
+        **place.options,
     )
     say(_STAGE, f"looking through {len(stamps)} files, {sum(stamp.size for stamp in stamps) / 1e6:.4g} MB")
     progress = Progress(_STAGE, len(stamps), "files")

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from dpo_ray.errors import ConfigError, DpoRayError
 from dpo_ray.on_ray.authentication import MODE, PATH, TOKEN, WAY_IN, described
+from dpo_ray.on_ray.metrics import keep_telling
 from dpo_ray.on_ray.preemption import watch_for_preemption
-from dpo_ray.on_ray.room import Cluster, Need, Nodes, await_room, require_room
+from dpo_ray.on_ray.room import Cluster, Host, Need, Nodes, await_room, require_room
 from dpo_ray.origin import short
 from dpo_ray.progress import WATCHED, say
 from dpo_ray.storage.finished import about_to_compute
@@ -32,6 +33,8 @@ class _Session:
     """Ray Train or Tune will run on it: they ask the dashboard's State API, which takes seconds to start."""
     is_open: bool = False
     has_dashboard: bool = False
+    has_own_token: bool = False
+    """Its embedded Ray asks for a token that nobody else has."""
     wait_minutes: float = 0
 
 
@@ -67,9 +70,7 @@ def connect(need: Need, *, trains: bool = False) -> None:
     if is_embedded():
         require_room(nodes(), need)
         return
-    from ray.autoscaler.sdk import request_resources
-
-    await_room(Cluster(nodes, lambda bundles: request_resources(bundles=bundles)), need, _session.wait_minutes)
+    await_room(Cluster(nodes, _request), need, _session.wait_minutes)
 
 
 def join() -> None:
@@ -82,7 +83,14 @@ def nodes() -> Nodes:
     """What each node of the cluster has that is alive. Ray must be connected."""
     import ray
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Host(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+
+
+def _request(bundles: list[dict[str, float]], label_selectors: list[dict[str, str]]) -> None:
+    """Of Ray's autoscaler. Its first version (KubeRay's and `ray up` take the second) does not heed labels."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=bundles, bundle_label_selectors=label_selectors or None)
 
 
 def _open(embedded_cpus: float) -> None:
@@ -103,6 +111,7 @@ def _open(embedded_cpus: float) -> None:
     else:
         _join()
     _session.is_open = True
+    keep_telling()
     quiet_data()
 
 
@@ -148,7 +157,7 @@ def _join() -> None:
         ) from error
     try:
         with _few_tries():
-            ray.init(
+            joined = ray.init(
                 log_to_driver=True,
                 logging_level=logging.WARNING,
                 runtime_env={"env_vars": {**_WORKER_ENV, **watched}},
@@ -158,6 +167,8 @@ def _join() -> None:
             f"RAY_ADDRESS is {address}, and what listens there does not let us in ({short(str(error))}); here "
             f"{described()}. {WAY_IN} Where it is no Ray, or one of another version: {_WAYS_OUT}"
         ) from error
+    if joined.dashboard_url:
+        say("ray", f"on the cluster {address}, whose dashboard is at http://{joined.dashboard_url}")
 
 
 _WAYS_OUT = (
@@ -201,10 +212,11 @@ def _start_embedded(num_cpus: float) -> None:
     # and every Ray that is started there demands it from then on. This one ends with the process, which reads it once.
     if not {MODE, TOKEN, PATH} & os.environ.keys():
         os.environ[TOKEN] = secrets.token_hex(32)
+        _session.has_own_token = True
     for attempt in (1, 2):
         try:
             # "local": not another Ray that happens to run on this machine; who means that one sets RAY_ADDRESS.
-            ray.init(
+            started = ray.init(
                 address="local",
                 num_cpus=cpus,
                 include_dashboard=_session.trains,
@@ -212,6 +224,9 @@ def _start_embedded(num_cpus: float) -> None:
                 logging_level=logging.WARNING,
             )
             _session.has_dashboard = _session.trains
+            if _session.trains:
+                token = f". It asks for a token: set {MODE}=token and {TOKEN} to have chosen it"
+                say("ray", f"its dashboard is at http://{started.dashboard_url}{token * _session.has_own_token}")
             return
         except Exception as error:
             # On a busy machine the node's agent can miss its start-up deadline; a second start mostly succeeds.

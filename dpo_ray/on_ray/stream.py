@@ -27,11 +27,13 @@ import pyarrow as pa
 import ray.data
 import ray.train
 
+from dpo_ray.config import NodeChoice
+from dpo_ray.config.placement import ANYWHERE
 from dpo_ray.on_ray.session import quiet_data
 from dpo_ray.pairs import TokenizedPair, tokenized_pair
 from dpo_ray.shards.deaths import Deaths
-from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.shard_pool import read_whole_shard
 from dpo_ray.training.batch import Share, Step, batch_weight
 from dpo_ray.training.index import PlanIndex
 from dpo_ray.training.plan import StepPlan
@@ -53,12 +55,18 @@ _PAIR_COLUMNS = [field.name for field in fields(TokenizedPair)]
 
 
 def feed_dataset(
-    plan: StepPlan, start: int, world_size: int, tokens_per_microbatch: int, notes: Location
+    plan: StepPlan,
+    start: int,
+    world_size: int,
+    tokens_per_microbatch: int,
+    notes: Location,
+    place: NodeChoice = ANYWHERE,
 ) -> ray.data.Dataset:
     """The stream of shares of the steps from `start` on, one block of one row a rank and group of steps.
 
     Args:
         notes: folder in which attempts at a stretch are noted while they are under way.
+        place: nodes of the tasks, by their labels.
     """
     quiet_data()  # Ray Train calls this in a process of its own
     steps_per_group = group_size(plan)
@@ -66,8 +74,8 @@ def feed_dataset(
     steps_per_task = steps_per_group * max(_GROUPS_PER_TASK, math.ceil(groups / _MOST_TASKS))
     # A finished run that is asked again has no steps left, but Ray wants a data set all the same.
     stretches = [{"first": first} for first in range(start, plan.num_steps, steps_per_task)] or [{"first": start}]
-    # It claims no CPU of its own: workers may have taken them all, elastic ones whatever there is, and would then wait
-    # for a feed that waits for them. One task at a time is little work beside a training step.
+    # It claims no CPU of its own, nor a custom resource: workers may have taken them all, elastic ones whatever there
+    # is, and would then wait for a feed that waits for them. One task at a time is little work beside a training step.
     stream = ray.data.from_items(stretches, override_num_blocks=len(stretches)).map_batches(
         fetch_stretch,
         fn_kwargs={
@@ -84,6 +92,7 @@ def feed_dataset(
         num_cpus=0,
         # A second task would fill the room for what is read ahead with blocks whose turn comes after the first's.
         compute=ray.data.TaskPoolStrategy(size=1),
+        **place.options_of_labels,
     )
     stream.context.target_max_block_size = 1  # byte: Ray would join rows of one task to larger blocks
     stream.context.custom_execution_callback_classes = [Unhurried]
@@ -202,7 +211,7 @@ def _by_value(values: np.ndarray, order: np.ndarray) -> Iterator[tuple[int, np.n
 
 
 def _shard(uri: str) -> pa.Table:
-    table = read_shard(Location(uri))
+    table = read_whole_shard(Location(uri))
     return table.select([name for name in _PAIR_COLUMNS if name in table.column_names]).replace_schema_metadata()
 
 
@@ -213,7 +222,14 @@ class StepFeed(ray.train.DataConfig):
     before. The stream then begins at the step that was reached.
     """
 
-    def __init__(self, plan: StepPlan, tokens_per_microbatch: int, reached: Callable[[], int], notes: Location) -> None:
+    def __init__(
+        self,
+        plan: StepPlan,
+        tokens_per_microbatch: int,
+        reached: Callable[[], int],
+        notes: Location,
+        place: NodeChoice = ANYWHERE,
+    ) -> None:
         room = ray.data.ExecutionResources.for_limits(object_store_memory=_GROUPS_AHEAD * _group_bytes(plan))
         super().__init__(
             execution_options=ray.data.ExecutionOptions(preserve_order=True, resource_limits=room),
@@ -223,11 +239,13 @@ class StepFeed(ray.train.DataConfig):
         self.tokens_per_microbatch = tokens_per_microbatch
         self.reached = reached
         self.notes = notes
+        self.place = place
 
     def configure(
         self, datasets: Any, world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
     ) -> Any:
-        ordered = feed_dataset(self.plan, self.reached(), world_size, self.tokens_per_microbatch, self.notes)
+        reached = self.reached()
+        ordered = feed_dataset(self.plan, reached, world_size, self.tokens_per_microbatch, self.notes, self.place)
         ordered.context.execution_options = self._resolve_execution_options(TRAIN)
         ordered.context.enable_progress_bars = False
         # A step may take longer than Ray Data's patience with a slow consumer.

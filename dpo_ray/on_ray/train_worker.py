@@ -16,9 +16,10 @@ import numpy as np
 
 from dpo_ray.config import Metric, Model, Train
 from dpo_ray.config.tolerance import Limits
-from dpo_ray.errors import DpoRayError, NonFiniteLoss, PairTooLong, ReferenceMismatch
+from dpo_ray.errors import DamagedCheckpoint, DpoRayError, NonFiniteLoss, PairTooLong, ReferenceMismatch
 from dpo_ray.evaluation.agreement import require_same_start
-from dpo_ray.on_ray.resume import state_of, whole_checkpoints
+from dpo_ray.on_ray.metrics import RETRIES, Work, count, keep_telling, take_up
+from dpo_ray.on_ray.resume import leave_out, state_of, whole_checkpoints
 from dpo_ray.progress import aside, say
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import KIND
@@ -59,6 +60,8 @@ class TrainJob:
     """Of a mixture, those that metrics are told apart by."""
     whose: str | None
     """Lines of the workers are for the log alone, and named by this."""
+    name: str
+    """run.name, for the metrics."""
 
 
 def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
@@ -68,6 +71,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
     """
     if config["job"].whose is not None:
         aside(config["job"].whose)
+    take_up(Work(config["job"].name, KIND))
     gc.disable()  # while importing it finds nothing, and costs a fifth of the time
     import ray.train
 
@@ -78,6 +82,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
     import ray.train.torch
     import torch
 
+    from dpo_ray.on_ray.train_metrics import StepMetrics
     from dpo_ray.training.loop import train
     from dpo_ray.training.memory import worker_memory
     from dpo_ray.training.parallel import Rank
@@ -96,11 +101,13 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
     if job.held_out is not None:
         pairs = np.arange(len(job.held_out))
         held_out = read_share(job.held_out, pairs, me.rank, me.world_size, job.tokens_per_microbatch, job.hidden_size)
+    keep_telling()
     latest = ray.train.get_checkpoint()
     resume = job.run.same_store(latest.path) if latest is not None else job.fallback
     if me.rank == 0 and resume is not None:
         step = state_of(resume)["next_step"]
         say(KIND, f"going on from {resume.name}, after step {step}, with {me.world_size} workers")
+        count(RETRIES, artifact=KIND)
     try:
         train(
             job.model,
@@ -118,9 +125,14 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
             require_reference=partial(require_same_start, limits) if (limits := job.reference_limits) else None,
             longest=job.longest,
             memory=worker_memory(context.get_local_world_size(), options.gpus),
+            told=StepMetrics(me, job.num_steps, job.whose or ""),
             is_forewarned=Forewarning(me).is_due if preemption_is_watched() else lambda: False,
         )
     except (NonFiniteLoss, ReferenceMismatch, PairTooLong) as error:
+        return error
+    except DamagedCheckpoint as error:
+        if me.rank == 0 and resume is not None:
+            leave_out(resume)
         return error
     return None
 

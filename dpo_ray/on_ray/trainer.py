@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_ray.config import Config, Model, Train
 from dpo_ray.config.tolerance import Limits
-from dpo_ray.errors import DpoRayError
+from dpo_ray.errors import DamagedCheckpoint, DpoRayError
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray.failures import raise_ours, reason_of
 from dpo_ray.on_ray.resume import newest_whole_checkpoint, resumed_step, run_name, state_of
@@ -136,7 +136,7 @@ def _train(output: Location, config: Config, rows: Artifact, location: Location,
         say(KIND, line)
     began = time.monotonic()
     with index_in_use(plan.index, rows):
-        checkpoint = _run(config, plan, held_out, location, steering, _limits(config, rows))
+        checkpoint = _run_from_what_is_sound(config, plan, held_out, location, steering, _limits(config, rows))
     metrics = (checkpoint / HISTORY).read_bytes()
     (location / HISTORY).write_bytes(metrics)
     history = [json.loads(line) for line in metrics.splitlines()]
@@ -179,6 +179,15 @@ def _limits(config: Config, rows: Artifact) -> Limits | None:
     return config.reference.tolerance.limits(config.model.dtype)
 
 
+def _run_from_what_is_sound(*arguments: Any) -> Location:
+    """_run, and again from an earlier checkpoint, or from the start, for each that turns out to be damaged."""
+    while True:
+        try:
+            return _run(*arguments)
+        except DamagedCheckpoint as error:  # its worker has left it out
+            say(KIND, f"{error} It is left out, and the training goes on from the one before it")
+
+
 def _run(
     config: Config,
     plan: StepPlan,
@@ -189,7 +198,7 @@ def _run(
 ) -> Location:
     """Run the workers to the last step. Returns where the last checkpoint is."""
     options = config.train
-    connect(training_need(options), trains=True)
+    connect(training_need(config), trains=True)
     used(options.num_workers, options.gpus)
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -206,7 +215,8 @@ def _run(
         return resumed_step(runs / name, fallback)
 
     fallback = newest_whole_checkpoint(runs)
-    resources = {"CPU": options.cpus_per_worker, **({"GPU": options.gpus} if options.use_gpu else {})}
+    place = config.placement.training
+    resources = {"CPU": options.cpus_per_worker, **({"GPU": options.gpus} if options.use_gpu else {}), **place.taken}
     trainer = (steering.make_trainer or TorchTrainer)(
         train_worker,
         train_loop_config={
@@ -225,6 +235,7 @@ def _run(
                 export_to=location / MODEL_FOLDER,
                 sources=plan.index.sources,
                 whose=steering.whose,
+                name=config.run.name,
                 fallback=fallback,
             )
         },
@@ -232,6 +243,7 @@ def _run(
             num_workers=(options.min_workers, options.num_workers) if options.min_workers else options.num_workers,
             use_gpu=options.use_gpu,
             resources_per_worker=resources,
+            label_selector=place.label_selector or None,
         ),
         run_config=ray.train.RunConfig(
             name=name,
@@ -247,7 +259,7 @@ def _run(
         ),
         torch_config=TorchConfig(backend="nccl" if options.use_gpu else "gloo"),
         datasets={TRAIN: placeholder},
-        dataset_config=StepFeed(plan, microbatch, reached, runs / "reading"),
+        dataset_config=StepFeed(plan, microbatch, reached, runs / "reading", place),
     )
     try:
         with _ctrl_c_as_before():
@@ -273,14 +285,16 @@ def _ctrl_c_as_before() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def training_need(options: Train) -> Need:
+def training_need(config: Config) -> Need:
     """Of the workers that a training cannot do without."""
+    options = config.train
     return Need(
         "train.num_workers or min_workers, cpus_per_worker, use_gpu",
         processes=options.min_workers or options.num_workers,
         cpus=options.cpus_per_worker,
         gpus=options.gpus,
         wanted_cpus=options.num_workers * options.cpus_per_worker + 1,  # the stages after this one read and write too
+        place=config.placement.training,
     )
 
 
@@ -302,14 +316,14 @@ def _pair_at(index: PlanIndex, place: int) -> LongestPair:
 
 def tokens_per_microbatch(config: Config) -> int:
     """As configured, or what fits into the memory that a worker has on every node. Ray must be connected."""
-    options = config.train
+    options, place = config.train, config.placement.training
     if options.tokens_per_microbatch != "auto":
         return options.tokens_per_microbatch
     import ray
 
-    task = ray.remote(num_cpus=0, max_calls=1)(_tokens_that_fit)
+    task = ray.remote(num_cpus=0, max_calls=1, **place.options_of_labels)(_tokens_that_fit)
     try:
-        tokens: int = ray.get(task.remote(config.model, options, least_memory(options)))
+        tokens: int = ray.get(task.remote(config.model, options, least_memory(options, place)))
     except Exception as error:
         raise_ours(error, KIND)
     say(KIND, f"micro-batches of at most {tokens} tokens (train.tokens_per_microbatch=auto)")
@@ -321,13 +335,14 @@ def tokens_per_second(config: Config, index: PlanIndex) -> float | None:
 
     None where a worker does not hold the whole model, or where it failed there: nothing depends on it.
     """
-    options = config.train
+    options, place = config.train, config.placement.training
     if options.strategy == "fsdp":
         return None
     import ray
 
     few = index.drawn(_TRIED_PAIRS)
-    task = ray.remote(num_cpus=options.cpus_per_worker, num_gpus=options.gpus, max_calls=1)(_speed_of_a_worker)
+    resources = {"num_cpus": options.cpus_per_worker, "num_gpus": options.gpus, **place.options}
+    task = ray.remote(max_calls=1, **resources)(_speed_of_a_worker)
     try:
         found: float = ray.get(task.remote(config.model, options, few))
     except ray.exceptions.RayError as error:

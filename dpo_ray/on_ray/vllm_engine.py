@@ -271,6 +271,7 @@ def vllm_pool(config: Config, build: Any, arguments: dict[str, Any]) -> Pool:
         num_cpus=options.cpus_per_actor,
         num_gpus=options.gpus_per_actor,
         env=_vllm_env(options),
+        place=config.placement.engines,
         why="vllm.num_actors, vllm.cpus_per_actor, vllm.gpus_per_actor, and one CPU to read and write",
     )
 

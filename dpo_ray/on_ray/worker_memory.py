@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_ray.config import Train
+from dpo_ray.config import NodeChoice, Train
 from dpo_ray.errors import DpoRayError
 from dpo_ray.on_ray.failures import raise_ours, reason_of
+from dpo_ray.on_ray.room import Host, fitting
 from dpo_ray.progress import say
 from dpo_ray.training.files import KIND
 
@@ -22,7 +23,7 @@ Node = Mapping[str, Any]
 """As ray.nodes() tells of it."""
 
 
-def least_memory(options: Train) -> int:
+def least_memory(options: Train, place: NodeChoice) -> int:
     """Bytes that a training worker has on the node that has the least for one. Ray must be connected.
 
     Raises DpoRayError where no node answers.
@@ -30,7 +31,7 @@ def least_memory(options: Train) -> int:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    holding = may_hold_a_worker(ray.nodes(), options)
+    holding = may_hold_a_worker(ray.nodes(), options, place)
     asked = some_of_each_kind(holding, MOST_NODES)
     task = ray.remote(num_cpus=0, num_gpus=options.gpus, max_calls=1)(_worker_memory)
     refs = {}
@@ -64,14 +65,15 @@ def least_memory(options: Train) -> int:
     return min(found.values())
 
 
-def may_hold_a_worker(nodes: Sequence[Node], options: Train) -> list[Node]:
-    """Those that are alive and large enough for one."""
+def may_hold_a_worker(nodes: Sequence[Node], options: Train, place: NodeChoice) -> list[Node]:
+    """Those that are alive, of the kind that was chosen, and large enough for one."""
     return [
         node
         for node in nodes
         if node["Alive"]
         and node["Resources"].get("CPU", 0) >= options.cpus_per_worker
         and node["Resources"].get("GPU", 0) >= options.gpus
+        and fitting([Host(node["Resources"], node["Labels"])], place)
     ]
 
 

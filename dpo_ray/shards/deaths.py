@@ -40,16 +40,16 @@ class Deaths:
     """The attempts of another run do not count: who started it may have killed it."""
 
     @contextmanager
-    def attempt(self) -> Iterator[None]:
+    def attempt(self) -> Iterator[int]:
         """Around the work; see `begin`."""
-        self.begin()
+        died = self.begin()
         try:
-            yield
+            yield died
         finally:
             self.end()
 
-    def begin(self) -> None:
-        """Before the work. Raises DpoRayError where too many have died over it."""
+    def begin(self) -> int:
+        """Before the work. Returns how many have died over it, and raises DpoRayError where these are too many."""
         hosts = self._hosts()
         if len(hosts) >= MOST_DEATHS:
             self.end()
@@ -62,6 +62,7 @@ class Deaths:
                 "command tries the rest again."
             )
         self.note.write_bytes(_Note(run=self.run, hosts=[*hosts, socket.gethostname()]).model_dump_json().encode())
+        return len(hosts)
 
     def end(self) -> None:
         """After the work, whether it succeeded or raised: the process is alive."""

@@ -12,8 +12,8 @@ from dpo_ray.config import Sampling
 from dpo_ray.data.chat import ChatTokenizer, parse_tools
 from dpo_ray.pairs import CANDIDATES, Message
 from dpo_ray.shards.output import Shard, ShardOutput
-from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.shard_pool import read_whole_shard
 
 
 class Completion(NamedTuple):
@@ -135,7 +135,7 @@ class GenerateShard:
                 yield n, self._output(shard)
 
     def _opened(self, source: Shard) -> _Opened:
-        rows = read_shard(Location(source.file)).to_pylist()
+        rows = read_whole_shard(Location(source.file)).to_pylist()
         by_ask = [self._encoded(rows, ask) for ask in self.asks]
         kept = [n for n in range(len(rows)) if all(len(ids[n]) <= self.max_prompt_tokens for ids in by_ask)]
         # Seeds belong to prompts, so that a shard made again is the same.

@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from dpo_ray.pairs import CANDIDATES
 from dpo_ray.shards.output import ShardOutput
-from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.shard_pool import read_whole_shard
 
 VERSION = 1
 
@@ -38,7 +38,7 @@ class MergeShard:
     def __call__(self, source: OfModels) -> ShardOutput:
         rows: dict[str, dict[str, Any]] = {}
         for file in source.files:
-            for row in read_shard(Location(file)).to_pylist():
+            for row in read_whole_shard(Location(file)).to_pylist():
                 if row["prompt_id"] in rows:
                     rows[row["prompt_id"]]["completions"] += row["completions"]
                 else:

@@ -18,6 +18,7 @@ from dpo_ray.scoring.scorer import weighted
 from dpo_ray.shards.output import ShardOutput
 from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.shard_pool import read_whole_shard
 
 
 def identity(rules: CandidatePairing, weights: dict[str, float]) -> dict[str, Any]:
@@ -93,7 +94,7 @@ class PairShard:
 
 def _scored_rows(source: ScoredShard) -> Iterator[tuple[dict[str, Any], dict[str, list[float]]]]:
     """The rows of candidates, each with its completions' scores by source. Raises DataError where they do not match."""
-    rows = read_shard(Location(source.candidates)).to_pylist()
+    rows = read_whole_shard(Location(source.candidates)).to_pylist()
     by_source = {}
     for name, file in source.rewards.items():
         table = read_shard(Location(file), columns=["prompt_id", "scores"])

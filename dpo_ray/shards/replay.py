@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from dpo_ray.pairs import GENERATED_PAIRS
 from dpo_ray.shards.output import ShardOutput
-from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.shard_pool import read_whole_shard
 
 VERSION = 1
 
@@ -37,7 +37,7 @@ class ReplayShard:
     """The rows of a shard that are kept."""
 
     def __call__(self, source: Earlier) -> ShardOutput:
-        table = read_shard(Location(source.file))
+        table = read_whole_shard(Location(source.file))
         counters = Counter(read=table.num_rows)
         if source.share < 1:
             ids = zip(table["pair_id"].to_pylist(), table["split"].to_pylist(), strict=True)

@@ -19,8 +19,9 @@ from dpo_ray.scoring.rule import RuleScorer
 from dpo_ray.scoring.rule_source import require_same_source, reward_identity
 from dpo_ray.scoring.scorer import Scorer
 from dpo_ray.shards.output import Shard, ShardOutput
-from dpo_ray.storage.artifact import digest, library_versions, read_shard
+from dpo_ray.storage.artifact import digest, library_versions
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.shard_pool import read_whole_shard
 
 _COUNTED = "the tokens that were sampled"
 """What an implicit reward is summed over."""
@@ -82,7 +83,7 @@ class RewardShard:
         self.scorer = scorer
 
     def __call__(self, source: Shard) -> ShardOutput:
-        rows = read_shard(Location(source.file)).to_pylist()
+        rows = read_whole_shard(Location(source.file)).to_pylist()
         counters = Counter(read=len(rows))
         out = []
         for row, scored in zip(rows, self.scorer.score(rows), strict=True):

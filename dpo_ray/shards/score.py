@@ -21,8 +21,8 @@ from dpo_ray.model.version import own_forward
 from dpo_ray.pairs import MISMATCHED, SCORES, TokenizedPair, tokenized_pair
 from dpo_ray.shards.isolation import Attempts, FailedRow, isolate
 from dpo_ray.shards.output import Shard, ShardOutput
-from dpo_ray.storage.artifact import read_shard
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.shard_pool import read_whole_shard
 
 if TYPE_CHECKING:
     from dpo_ray.model.pair_scorer import PairScorer
@@ -71,7 +71,7 @@ class ScoreShard:
         self.columns = columns
 
     def __call__(self, source: Shard, attempts: Attempts | None = None) -> ShardOutput:
-        table = read_shard(Location(source.file))
+        table = read_whole_shard(Location(source.file))
         counters = Counter(read=table.num_rows)
         scores, failed = _scores(self.scorer, [tokenized_pair(row) for row in table.to_pylist()], attempts)
         quarantine = _quarantined(table, failed, source, counters)
@@ -94,7 +94,7 @@ class MismatchShard:
         self.scorer = scorer
 
     def __call__(self, source: Shard, attempts: Attempts | None = None) -> ShardOutput:
-        table = read_shard(Location(source.file))
+        table = read_whole_shard(Location(source.file))
         rows = table.to_pylist()
         others = mismatched_rows(table["prompt_id"].to_pylist(), table["split"].to_pylist())
         ids: list[list[int] | None] = []
@@ -182,7 +182,7 @@ class PolicyScoreShard:
         self.rows = rows
 
     def __call__(self, source: Shard) -> ShardOutput:
-        table = read_shard(Location(source.file))
+        table = read_whole_shard(Location(source.file))
         counters = Counter(read=table.num_rows)
         table = table.take(pa.array(self.rows.of(table, counters)))
         rows = table.to_pylist()

@@ -185,8 +185,9 @@ def make(
         tasks: what the shards are made from, whose finished ones may be in the pool: see dpo_ray.storage.shard_pool.
         makes_lost: compute makes again what a finished artifact has lost; otherwise that is an error.
 
-    Raises DataError where there is a manifest, but not of this artifact, or where a file of it is missing; Unfinished
-    where nothing is to be written; NotFinished where nothing is to be computed (dpo_ray.storage.finished).
+    Raises DataError where there is a manifest, but not of this artifact, or where a file of it is missing or has
+    another size; Unfinished where nothing is to be written; NotFinished where nothing is to be computed
+    (dpo_ray.storage.finished).
     """
     location = place(output, kind, identity, inputs)
     if only_looks():
@@ -220,7 +221,8 @@ def make(
 def load(location: Location, kind: str, expected: str) -> Artifact | None:
     """The finished artifact at a location, or None where it is unfinished.
 
-    Raises DataError where there is a manifest, but not of this artifact, or where a file of it is missing.
+    Raises DataError where there is a manifest, but not of this artifact, or where a file of it is missing or has
+    another size.
     """
     manifest = _manifest(location, kind, expected)
     if manifest is None:
@@ -232,16 +234,18 @@ def load(location: Location, kind: str, expected: str) -> Artifact | None:
 
 def _lacks(location: Location, manifest: Manifest, missing: Sequence[str]) -> DataError:
     return DataError(
-        f"{location} lacks {len(missing)} of its {len(manifest.files)} files, the first being {missing[0]}. "
-        "Bring them back; or remove this folder, and the stage that made it will compute all of it."
+        f"{location} lacks {len(missing)} of its {len(manifest.files)} files, the first being {missing[0]}, or has "
+        "them in another size. Bring them back; or remove this folder, and the stage that made it will compute all of "
+        "it."
     )
 
 
 def _missing(location: Location, manifest: Manifest) -> list[str]:
+    """Names of the files that are not there in their size: a copy or a disk may have cut one off."""
     pooled = {f.name.startswith(f"{POOL}/") for f in manifest.files}
     folders = [location.parent / POOL if of_pool else location for of_pool in pooled]
-    present = {str(location.same_store(info.path)) for folder in folders for info in folder.files()}
-    return [f.name for f in manifest.files if str(_file(location, f.name)) not in present]
+    sizes = {str(location.same_store(info.path)): info.size for folder in folders for info in folder.files()}
+    return [f.name for f in manifest.files if sizes.get(str(_file(location, f.name))) != f.bytes]
 
 
 def _file(location: Location, name: str) -> Location:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import getpass
 import os
 import platform
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,6 +21,7 @@ from dpo_ray.storage.location import Location
 LATEST = "latest.json"
 CARD = "README.md"
 _HISTORY = "history"
+_STAMP = "%Y%m%dT%H%M%S.%fZ"
 
 
 class Move(BaseModel):
@@ -141,9 +142,16 @@ def move(
     )
     content = made.model_dump_json(indent=1).encode()
     # A kill between the two leaves a record of a move that did not happen, and never a move without a record.
-    (folder / _HISTORY / f"{now:%Y%m%dT%H%M%S.%fZ}-{action}.json").write_bytes(content)
+    (folder / _HISTORY / f"{_stamp(folder, now):{_STAMP}}-{action}.json").write_bytes(content)
     (folder / LATEST).write_bytes(content)
     return made
+
+
+def _stamp(folder: Location, now: datetime) -> datetime:
+    """Of a new record, later than all others: clocks of machines differ, and are set back, and names tell the order."""
+    names = sorted(file.name for file in (folder / _HISTORY).children())
+    last = datetime.strptime(names[-1].partition("-")[0], _STAMP).replace(tzinfo=UTC) if names else None
+    return now if last is None or last < now else last + timedelta(microseconds=1)
 
 
 def complete_versions(folder: Location) -> list[str]:

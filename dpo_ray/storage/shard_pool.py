@@ -12,10 +12,12 @@ fit its name, or a shard without its quarantine, is known for what it is.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from dpo_ray.errors import DataError
@@ -28,10 +30,12 @@ from dpo_ray.storage.artifact import (
     encoded,
     entry_of,
     inspect_shard,
+    read_shard,
 )
 from dpo_ray.storage.location import Location
 
 _DIGITS = 16
+_NAME = re.compile(rf"[^-]+-([0-9a-f]{{{_DIGITS}}})\.parquet")
 
 
 class Finished(BaseModel):
@@ -47,17 +51,21 @@ class Finished(BaseModel):
         return task_of(self.shard.name)
 
     @property
+    def entries(self) -> tuple[FileEntry, ...]:
+        return (self.shard, *([self.quarantine] if self.quarantine else []))
+
+    @property
     def files(self) -> tuple[str, ...]:
         """Names of its files."""
-        return (self.shard.name, *([self.quarantine.name] if self.quarantine else []))
+        return tuple(entry.name for entry in self.entries)
 
 
 @dataclass(frozen=True)
 class Present:
     """What one listing of a kind's folder shows."""
 
-    files: frozenset[str]
-    """Of the pool, as manifests name them."""
+    files: Mapping[str, int]
+    """Of the pool, as manifests name them → bytes."""
     by_task: dict[str, list[str]]
     """Task → names of its shards, in order."""
     manifests: list[Location]
@@ -66,8 +74,8 @@ class Present:
     """Name of an artifact's folder → all that lies in it."""
 
     def holds(self, finished: Finished) -> bool:
-        """Whether all its files are there."""
-        return self.files.issuperset(finished.files)
+        """Whether all its files are there, in their size."""
+        return all(self.files.get(entry.name) == entry.bytes for entry in finished.entries)
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ class ShardPool:
     def present(self) -> Present:
         """What is there, in one listing."""
         by_task: dict[str, list[str]] = {}
-        files: set[str] = set()
+        files: dict[str, int] = {}
         manifests: list[tuple[int, Location]] = []
         beside: dict[str, list[Location]] = {}
         for info in self.folder.files():
@@ -127,11 +135,11 @@ class ShardPool:
                 if rest == MANIFEST:
                     manifests.append((info.mtime_ns or 0, place.parent))
                 continue
-            files.add(name)
+            files[name] = info.size or 0
             if "/" not in rest:
                 by_task.setdefault(task_of(name), []).append(name)
         newest = [place for _, place in sorted(manifests, key=lambda found: (-found[0], found[1].uri))]
-        return Present(frozenset(files), {task: sorted(names) for task, names in by_task.items()}, newest, beside)
+        return Present(files, {task: sorted(names) for task, names in by_task.items()}, newest, beside)
 
 
 def task_of(name: str) -> str:
@@ -152,6 +160,49 @@ def finished_in(manifest: Manifest) -> list[Finished]:
         for entry in manifest.files
         if entry.rows is not None and entry.name.startswith(f"{POOL}/")
     ]
+
+
+def read_whole_shard(shard: Location) -> pa.Table:
+    """All of a shard. One of a pool is known by its bytes: whoever computes with what is in it reads it by this.
+
+    Raises DataError where it is not there, or where its bytes are not those that its name tells. Then it is removed,
+    with its quarantine, so that the stage that made it makes it again.
+    """
+    told = _NAME.fullmatch(shard.name)
+    if shard.parent.name != POOL or told is None:
+        return read_shard(shard)
+    try:
+        # What came wrong from a network or a memory may come right the second time: only what lies there is removed.
+        data = next((data for data in (shard.read_bytes() for _ in range(2)) if _is_told(data, shard, told[1])), None)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{shard} is not there any more: it was lost, or was damaged and removed. The same command makes it again."
+        ) from error
+    if data is None:
+        for place in (shard, _beside(shard)):
+            place.remove()
+        raise DataError(
+            f"{shard} was damaged: its bytes were not those that its name tells. It has been removed, and the same "
+            "command makes it again. A disk, a memory or a copy that changes bytes will do so again: look for it."
+        )
+    return pq.read_table(pa.BufferReader(data))
+
+
+def _is_told(data: bytes, shard: Location, content: str) -> bool:
+    """Whether these are the bytes that the name of a shard tells."""
+    of_shard = hashlib.sha256(data).hexdigest()
+    if _content_of(of_shard, None) == content:
+        return True
+    try:
+        sets_aside = _beside(shard).read_bytes()
+    except FileNotFoundError:
+        return False
+    return _content_of(of_shard, hashlib.sha256(sets_aside).hexdigest()) == content
+
+
+def _beside(shard: Location) -> Location:
+    """Where a shard's quarantine lies, if it has one."""
+    return shard.parent / QUARANTINE / shard.name
 
 
 def _quarantine_of(name: str) -> str:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from dpo_ray.errors import DamagedCheckpoint
 from dpo_ray.storage.location import Location
 from dpo_ray.training.checkpoint_reader import Planner, Reader
 from dpo_ray.training.files import HISTORY, STATE, read_history
@@ -87,12 +89,18 @@ def load_checkpoint(
 ) -> TrainState:
     """Restore in place, whatever the number of workers and the wrapping were when it was written.
 
-    Each rank reads its own part, from where the checkpoint lies.
+    Each rank reads its own part, from where the checkpoint lies. Raises DamagedCheckpoint on every rank alike where one
+    of them reads tensors that are not those that were written.
     """
     tensors = _tensors(policy, optimizer, average)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(tensors, storage_reader=Reader(checkpoint), planner=Planner(), no_dist=not dist.is_initialized())
+        reader = Reader(checkpoint)
+        reader.require_index()
+        try:
+            dcp.load(tensors, storage_reader=reader, planner=Planner(), no_dist=not dist.is_initialized())
+        except CheckpointException as error:
+            raise _damage(error, checkpoint) or error from error
     set_model_state_dict(policy, tensors["model"], options=_TRAINED)
     set_optimizer_state_dict(policy, optimizer, tensors["optimizer"], options=_TRAINED)
     with suppress(FileNotFoundError):  # a rank that the run did not have before starts from its seed
@@ -101,6 +109,16 @@ def load_checkpoint(
     record = json.loads((checkpoint / STATE).read_bytes())
     del record["files"]
     return TrainState(**record, history=read_history(checkpoint))
+
+
+def _damage(failed: CheckpointException, checkpoint: Location) -> DamagedCheckpoint | None:
+    """What a rank has found, of which torch tells all of them; None where it is something else."""
+    for error, _ in failed.failures.values():
+        if isinstance(error, DamagedCheckpoint):
+            return error
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error):  # torch's, of a header of its own
+            return DamagedCheckpoint(f"{checkpoint} is damaged: {str(error).splitlines()[0]}")
+    return None
 
 
 def load_weights(checkpoint: Location, *, policy: nn.Module, average: WeightAverage | None) -> None:

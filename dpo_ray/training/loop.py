@@ -69,6 +69,7 @@ def train(
     memory: int = 0,
     sources: tuple[str, ...] = (),
     is_forewarned: Callable[[], bool] = lambda: False,
+    told: Callable[[dict[str, Any], int], None] = lambda metrics, num_tokens: None,
 ) -> TrainState:
     """Train the policy from its start, or from a checkpoint, to the last step. Returns where it ended.
 
@@ -84,6 +85,7 @@ def train(
         sources: of a mixture, those that metrics are told apart by.
         is_forewarned: whether a worker is about to be lost, and what was done should be kept now. Every rank calls it
             after each step, and is told the same.
+        told: given the metrics of each step, one that was left out included, and its tokens; every rank calls it.
 
     Raises NonFiniteLoss, ReferenceMismatch or PairTooLong, each on every rank alike; DataError where a pair lacks what
     the loss needs; ConfigError where the adapter that is to be exported would have no base that is kept.
@@ -142,6 +144,7 @@ def train(
         if eval_due and held_out is not None:
             with average.in_place() if average is not None else nullcontext():
                 metrics |= learner.evaluate(held_out)
+        told(metrics, result.num_tokens)
         forewarned = is_forewarned()
         scheduled = number == num_steps or number % options.checkpoint_every_steps == 0 or forewarned
         if scheduled or eval_due or result.skipped or number % options.log_every_steps == 0:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_ray import machine
-from dpo_ray.config import Config, Model, load_config
+from dpo_ray.config import Config, Model, Placement, load_config
 from dpo_ray.errors import ConfigError
 from dpo_ray.machine import Disk, Machine
 from dpo_ray.on_ray.engine_start import start_engine
-from dpo_ray.on_ray.room import Nodes, described
+from dpo_ray.on_ray.room import Host, Nodes, described, fitting
 from dpo_ray.on_ray.vllm_version import has_vllm
 from dpo_ray.storage.location import Location
 from pipelines import planned
@@ -227,8 +227,9 @@ class _Examination:
         from dpo_ray.on_ray.session import num_cores
 
         # A Ray of a run's own plans with as many CPUs as the run asks for.
-        nodes = [{"CPU": _PLENTY, "GPU": float(self.here.torch_gpus)}]
-        for status, said in self._lacking(nodes, grows=False):
+        nodes = [Host({"CPU": _PLENTY, "GPU": float(self.here.torch_gpus)})]
+        anywhere = self.config.model_copy(update={"placement": Placement()})  # told by a check of its own
+        for status, said in _lacking(anywhere, nodes, grows=False):
             yield status, said.replace("The Ray cluster", "This machine").replace("node of the Ray cluster", "machine")
         train, cores = self.config.train, num_cores()
         if train.num_workers * train.cpus_per_worker > cores:
@@ -237,25 +238,6 @@ class _Examination:
                 f"train.num_workers={train.num_workers} with train.cpus_per_worker={train.cpus_per_worker:g} are more "
                 f"than this machine's {cores} cores: workers will wait for each other. Lower one of the two.",
             )
-
-    def _lacking(self, nodes: Nodes, *, grows: bool) -> Iterator[Found]:
-        plan = [*planned(self.config, "publish"), *(["sweep"] if self.config.tune is not None else [])]
-        missing = without_room(self.config, plan, nodes)
-        minutes = self.config.run.wait_for_resources
-        for reason, stages in missing.items():
-            said = f"{', '.join(stages)}: {reason} Lower those settings, or use a cluster with more or larger nodes."
-            if stages == ["sweep"]:
-                yield "warning", f"{said} Only `dpo-ray sweep` needs it."
-            elif grows and minutes:
-                yield (
-                    "warning",
-                    f"{said} The stage will ask the cluster's autoscaler for it, and wait {minutes:g} minutes "
-                    "(run.wait_for_resources): where nothing adds nodes, it fails then.",
-                )
-            else:
-                yield "failed", said
-        if not missing:
-            yield "ok", f"there is room for each of {', '.join(plan)}"
 
     def _token(self) -> Iterator[Found]:
         from dpo_ray.on_ray.authentication import WAY_IN, find_token, mode
@@ -285,7 +267,10 @@ class _Examination:
         self.joined = True
         nodes = cluster.nodes()
         yield "ok", f"{cluster.address} has {described(nodes)}"
-        yield from self._lacking(nodes, grows=True)
+        for _, chosen in self.config.placement:
+            if there := chosen.options and fitting(nodes, chosen):
+                yield "ok", f"{chosen.key} ({chosen}): {len(there)} of {len(nodes)} nodes"
+        yield from _lacking(self.config, nodes, grows=True)
 
     def _engine(self) -> Iterator[Found]:
         if not uses_vllm(self.config):
@@ -345,8 +330,11 @@ class _Examination:
             )
             return
         found: Machine = answer.value
+        may_serve = self.config.placement.engines.admits(node.labels)
         yield from self._packages_of(
-            found, f"{node.name}: ", serves=self.config.vllm.gpus_per_actor == 0 or bool(found.gpus)
+            found,
+            f"{node.name}: ",
+            serves=may_serve and (self.config.vllm.gpus_per_actor == 0 or bool(found.gpus)),
         )
         if others := _differences(self.here, found):
             yield (
@@ -359,6 +347,26 @@ class _Examination:
         yield from clock(f"The clock of {node.name}", found.clock - answer.received)
         for what, disk in found.disks.items():
             yield from (one for one in room_on(what, disk, self.needed, f"{node.name}: ") if one[0] != "ok")
+
+
+def _lacking(config: Config, nodes: Nodes, *, grows: bool) -> Iterator[Found]:
+    plan = [*planned(config, "publish"), *(["sweep"] if config.tune is not None else [])]
+    missing = without_room(config, plan, nodes)
+    minutes = config.run.wait_for_resources
+    for lack, stages in missing.items():
+        said = f"{', '.join(stages)}: {lack.said} {lack.way_out}"
+        if stages == ["sweep"]:
+            yield "warning", f"{said} Only `dpo-ray sweep` needs it."
+        elif grows and minutes:
+            yield (
+                "warning",
+                f"{said} The stage will ask the cluster's autoscaler for it, and wait {minutes:g} minutes "
+                "(run.wait_for_resources): where nothing adds nodes, it fails then.",
+            )
+        else:
+            yield "failed", said
+    if not missing:
+        yield "ok", f"there is room for each of {', '.join(plan)}"
 
 
 def _passed(check: Callable[[], None]) -> Iterator[Found]:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo_ray.config import Config
+from dpo_ray.config import Config, NodeChoice
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.resolve import ModelFolder
-from dpo_ray.on_ray.pool import Pool, torch_pool
+from dpo_ray.on_ray.pool import Pool, rows_pool, torch_pool
 from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import is_embedded, num_cores
 from dpo_ray.on_ray.trainer import training_need
@@ -161,13 +161,14 @@ class _Estimate:
     def _rows_stage(self, name: str, kind: str, rows: float, matches: Callable[[Manifest], bool]) -> Stage:
         """A stage that only carries rows, by as many workers as there are cores."""
         state, left = self._state(name)
-        pool = Pool(IngestShard, {})
+        pool = rows_pool(self.config, IngestShard, {})
         workers = num_cores() if is_embedded() else 1
         rate = measured_rate(self.config, kind, matches, 0) if left else None
         seconds, why = 0.0 if not left else None, "nothing is computed" if not left else "unknown: no earlier run here"
         if rate is not None:
             seconds, why = left * rows / rate.rows_per_second / workers, rate.source
         place = f"{workers} × 1 CPU" if is_embedded() else "as many × 1 CPU as there is room for (time: of one)"
+        place += _on(pool.place)
         return Stage(name, state, left, rows, None, None, workers, pool.num_gpus, place, seconds, why)
 
     def _ingest(self) -> Stage:
@@ -263,7 +264,7 @@ class _Estimate:
             seconds, why = left * rows / rate.rows_per_second / workers, rate.source
         else:
             seconds, why = self._by_flops(left * flops, workers)
-        place = _place(workers, pool.num_cpus, pool.num_gpus)
+        place = _place(workers, pool.num_cpus, pool.num_gpus, pool.place)
         return Stage(name, state, left, rows, tokens, memory, workers, workers * pool.num_gpus, place, seconds, why)
 
     def _train(self) -> Stage:
@@ -282,7 +283,7 @@ class _Estimate:
             evaluated = -(-self.num_steps // train.eval_every_steps) * share
         flops = self.training_flops + FORWARD * evaluated * counts.held_out.flops(self.matrices)
         memory = of_training(config, self.shape, counts.train, counts.index, self.memory, self.process)
-        need: Need = training_need(train)
+        need: Need = training_need(config)
         seconds: float | None
         if not left:
             seconds, why = 0.0, "nothing is computed"
@@ -293,7 +294,7 @@ class _Estimate:
             why = f"{self.trained.source}, and its {self.trained.beside_steps:.0f} s beside the steps"
         else:
             seconds, why = self._by_flops(left * flops, train.num_workers)
-        place = _place(train.num_workers, train.cpus_per_worker, train.gpus)
+        place = _place(train.num_workers, train.cpus_per_worker, train.gpus, need.place)
         if train.min_workers is not None:
             place = f"{need.processes} to {place}"
         rows = self.num_steps * train.global_batch_size
@@ -349,9 +350,13 @@ class _Estimate:
         return int(self.memory / train.gpus) if train.use_gpu and self.memory is not None else None
 
 
-def _place(processes: int, cpus: float, gpus: float) -> str:
+def _place(processes: int, cpus: float, gpus: float, place: NodeChoice) -> str:
     of_gpu = f" and {gpus:g} GPU" if gpus else ""
-    return f"{processes} × {cpus:g} CPU{of_gpu}"
+    return f"{processes} × {cpus:g} CPU{of_gpu}{_on(place)}"
+
+
+def _on(place: NodeChoice) -> str:
+    return f" on {place}" if place.options else ""
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

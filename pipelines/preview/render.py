@@ -82,10 +82,10 @@ def _example(example: Example) -> Iterator[str]:
             if side in example.messages:
                 yield f"  {side}: {OPENS}{_shown(example.messages[side])}{CLOSES}"
         return
-    for side, pieces in example.pieces.items():
+    for name, pieces in example.pieces.items():
         if pieces:
             with_loss = sum(piece.tokens for piece in pieces if piece.loss)
-            yield f"  {side}, {sum(piece.tokens for piece in pieces)} tokens, {with_loss} of them with loss:"
+            yield f"  {name}, {sum(piece.tokens for piece in pieces)} tokens, {with_loss} of them with loss:"
             yield from (f"    {line}" for line in "".join(map(_marked, pieces)).split("\n"))
 
 

@@ -162,11 +162,11 @@ def _count(sheet: Sheet, output: ShardOutput, tokenize: TokenizeShard | None, ex
 
 
 def _messages(row: dict[str, Any]) -> dict[str, Any]:
-    said = {
+    said: dict[str, Any] = {
         "prompt": plain(row["prompt"]),
-        **{side: plain(answer_of(row, side)) for side in SIDES},
         "tools": row["tools"],
     }
+    said |= {side: plain(answer_of(row, side)) for side in SIDES}
     return {name: value for name, value in said.items() if value is not None}
 
 

@@ -54,7 +54,14 @@ def stage(folder: Path, deaths: int, stateless: bool, building: bool) -> Any:
         disconnect()
 
 
-@pytest.mark.parametrize(("stateless", "building"), [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize(
+    ("stateless", "building"),
+    [
+        (True, False),
+        pytest.param(False, False, marks=pytest.mark.long),
+        pytest.param(False, True, marks=pytest.mark.long),
+    ],
+)
 def test_a_worker_that_dies_for_ever_ends_the_stage(tmp_path: Path, monkeypatch: Any, stateless: bool, building: bool):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     named = "to start Dying" if building else "the shard"

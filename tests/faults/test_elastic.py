@@ -25,7 +25,7 @@ from tests.command_line import CONFIGS, DPO_RAY, overrides, summary_of
 from tests.rounding import of_logprob
 from tests.training import Kept, Trained
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.long]
 
 NUM_STEPS = 100
 """So many that none of them is the last before the lost node is noticed."""

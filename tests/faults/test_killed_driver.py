@@ -20,7 +20,7 @@ from pipelines.terminal import LOG
 from tests.command_line import CONFIGS, LONGEST, Finished, dpo_ray, killed_at, overrides, processes_with, summary_of
 from tests.rounding import ulps
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.vllm, pytest.mark.long]
 
 PROMPTS = 18
 MARK = ("DPO_RAY_TEST", f"killed driver {os.getpid()}")

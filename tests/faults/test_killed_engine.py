@@ -13,7 +13,7 @@ import pytest
 
 from tests.command_line import LONGEST
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.long]
 
 PROGRAM = """
 import json, os, signal, sys, time

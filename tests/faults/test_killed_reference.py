@@ -25,7 +25,7 @@ from tests.command_line import CONFIGS, DPO_RAY, LONGEST, WORKER, dpo_ray, overr
 KILLS = int(os.environ.get("DPO_RAY_KILLS", "2"))
 ENGINES = ["torch", pytest.param("vllm", marks=pytest.mark.vllm)] if "DPO_RAY_KILLS" in os.environ else ["torch"]
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1800 + 300 * KILLS)]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1800 + 300 * KILLS), pytest.mark.long]
 
 NUM_PAIRS, ROWS_PER_SHARD = 240, 6  # so many shards that some are left when a first one is seen
 LONGEST_WAIT = 40.0  # seconds from a start of the driver to the kill: Ray and vLLM start in about half of it

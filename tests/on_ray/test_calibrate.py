@@ -16,8 +16,9 @@ from dpo_ray.errors import ConfigError, DataError, ReferenceMismatch
 from dpo_ray.on_ray import calibrate, engine_choice
 from dpo_ray.on_ray.calibrate import choose_engine
 from dpo_ray.pairs import TOKENIZED
-from dpo_ray.storage.artifact import Artifact, publish, read_shard, write_shard
+from dpo_ray.storage.artifact import Artifact, publish, write_shard
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.shard_pool import read_whole_shard
 from tests.unit.shards.test_score import FOUR
 
 Settings = Callable[..., Config]
@@ -117,9 +118,9 @@ def test_at_most_as_many_shards_are_read_as_pairs_are_drawn(tmp_path, monkeypatc
 
     def counted(location: Location) -> pa.Table:
         read.append(location.name)
-        return read_shard(location)
+        return read_whole_shard(location)
 
-    monkeypatch.setattr(calibrate, "read_shard", counted)
+    monkeypatch.setattr(calibrate, "read_whole_shard", counted)
     assert len(drawn(rows, 6)) == 6
     assert len(read) == len(set(read)) <= 6
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.command_line import Finished, overrides, summary_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.long]
 
 RULE = [{"function": "dpo_ray.rewards:length_window", "arguments": {"at_most": 4, "unit": "words"}}]
 SAMPLING = {"samples": 4, "max_tokens": 12, "dtype": "float32"}

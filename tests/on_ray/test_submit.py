@@ -44,9 +44,10 @@ def submit(
 
 
 def test_a_submitted_job_streams_its_log_and_returns_0(head, job_settings, tmp_path):
-    done = submit(head, "ingest", job_settings)
+    done = submit(head, "ingest", job_settings, "--submission-id", "night-1")
     assert done.code == 0, done.log
     assert done.lines("[ingest] done: 12 rows")
+    assert (tmp_path / "out" / "runs" / "night-1" / "summary.json").exists()
     assert list((tmp_path / "out" / "artifacts" / "pairs").glob("*/manifest.json"))
 
 
@@ -130,6 +131,7 @@ def test_a_job_is_watched_and_ended(head, job_settings, tmp_path):
     assert unknown.code == 2 and "The cluster knows no job fast-1" in unknown.log
 
 
+@pytest.mark.long
 def test_a_cluster_that_wants_a_token_says_so(job_settings):
     with ray_head(token="a" * 64) as guarded:
         refused = submit(guarded.dashboard, "ingest", job_settings)

@@ -131,6 +131,7 @@ def test_models_of_the_others_and_checkpoints_of_those_that_were_ended_are_remov
     assert not [f for f in folders if (f / "checkpoints").exists()]
 
 
+@pytest.mark.long
 def test_the_same_command_repeats_no_trial_and_more_trials_are_added(first, sweep):
     run, output = sweep
     tpe = {
@@ -155,6 +156,7 @@ def test_the_same_command_repeats_no_trial_and_more_trials_are_added(first, swee
     assert again.code == 0 and not again.lines("[sweep] trial ")
 
 
+@pytest.mark.long
 def test_a_failing_trial_is_marked_and_losses_that_need_other_rows_have_them(sweep):
     run, output = sweep
     done = run(

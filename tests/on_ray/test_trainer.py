@@ -10,7 +10,7 @@ import pytest
 from dpo_ray.config import parse_config
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.on_ray import trainer
-from dpo_ray.on_ray.resume import newest_whole_checkpoint, resumed_step, run_name
+from dpo_ray.on_ray.resume import leave_out, newest_whole_checkpoint, resumed_step, run_name
 from dpo_ray.storage.artifact import publish
 from dpo_ray.storage.location import Location
 
@@ -90,6 +90,19 @@ def test_with_a_damaged_record_training_goes_on_from_the_newest_whole_checkpoint
     left_behind(8, name="run-2", snapshot=record(8))
     assert resumed_step(runs / "run-2", fallback=newest) == 8
     assert run.exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [leave_out, Location.remove_folder, lambda place: (place / "weights").write_bytes(b"1")]
+)
+def test_with_a_damaged_checkpoint_training_goes_on_from_the_one_before_it(left_behind, tmp_path, damage, capsys):
+    run = left_behind(2, 4, 6, snapshot=record(6))
+    damage(run / "checkpoint_006")
+    runs = Location.of(tmp_path)
+    assert run_name(runs) == "run-2"
+    assert "checkpoint_006 is damaged or gone; the training goes on from another one" in capsys.readouterr().err
+    newest = newest_whole_checkpoint(runs)
+    assert newest is not None and resumed_step(runs / "run-2", fallback=newest) == 4
 
 
 @pytest.mark.parametrize(("of_reference", "is_held_to"), [("mine", True), ("another", False), (None, True)])

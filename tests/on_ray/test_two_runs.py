@@ -54,6 +54,7 @@ def start(command: list[str], run_id: str) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.long
 def test_one_trains_and_the_others_leave_or_wait_and_go_on_when_it_is_killed(command: list[str], tmp_path: Path):
     first = start(command, "first")
     until(first, r"\[train\].*/240 steps")

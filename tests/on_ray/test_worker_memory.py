@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dpo_ray.config import Train
+from dpo_ray.config.placement import ANYWHERE, TrainingNodes
 from dpo_ray.on_ray.worker_memory import (
     least_memory,
     may_hold_a_worker,
@@ -20,17 +21,32 @@ from dpo_ray.training.memory import worker_memory
 GIB = 2**30
 
 
-def node(number: int, *, alive: bool = True, **resources: float) -> dict[str, Any]:
+def node(
+    number: int, *, alive: bool = True, labels: dict[str, str] | None = None, **resources: float
+) -> dict[str, Any]:
     named = {name.replace("__", ":"): value for name, value in resources.items()}
-    return {"NodeID": f"{number:056x}"[::-1], "NodeManagerAddress": "10.0.0.1", "Alive": alive, "Resources": named}
+    return {
+        "NodeID": f"{number:056x}"[::-1],
+        "NodeManagerAddress": "10.0.0.1",
+        "Alive": alive,
+        "Resources": named,
+        "Labels": labels or {},
+    }
 
 
 def test_only_nodes_that_can_hold_a_worker_are_asked():
     nodes = [node(1, CPU=4), node(2, CPU=8, GPU=1), node(3, CPU=1, GPU=8), node(4, CPU=8, GPU=2, alive=False), node(5)]
     options = Train(use_gpu=True, cpus_per_worker=2)
-    assert may_hold_a_worker(nodes, options) == [nodes[1]]
-    assert may_hold_a_worker(nodes, Train(cpus_per_worker=2)) == nodes[:2]
-    assert may_hold_a_worker(nodes, Train(use_gpu=True, gpus_per_worker=0.5)) == [nodes[1], nodes[2]]
+    assert may_hold_a_worker(nodes, options, ANYWHERE) == [nodes[1]]
+    assert may_hold_a_worker(nodes, Train(cpus_per_worker=2), ANYWHERE) == nodes[:2]
+    assert may_hold_a_worker(nodes, Train(use_gpu=True, gpus_per_worker=0.5), ANYWHERE) == [nodes[1], nodes[2]]
+
+
+def test_only_nodes_of_the_chosen_kind_are_asked():
+    nodes = [node(1, CPU=4, labels={"pool": "cpu"}), node(2, CPU=4, labels={"pool": "gpu"}), node(3, CPU=4, slot=1)]
+    assert may_hold_a_worker(nodes, Train(), TrainingNodes(label_selector={"pool": "gpu"})) == [nodes[1]]
+    assert may_hold_a_worker(nodes, Train(), TrainingNodes(label_selector={"pool": "!gpu"})) == [nodes[0], nodes[2]]
+    assert may_hold_a_worker(nodes, Train(), TrainingNodes(resources={"slot": 1})) == [nodes[2]]
 
 
 @pytest.mark.parametrize("most", [1, 3, 64])
@@ -70,7 +86,7 @@ def test_of_two_nodes_the_one_with_less_memory_for_a_worker_counts(capfd: pytest
     try:
         shared = made.add_node(num_cpus=3)
         ray.init(address=made.address)
-        found = least_memory(Train(num_workers=3))
+        found = least_memory(Train(num_workers=3), ANYWHERE)
         names = {n["NodeID"]: node_name(n) for n in ray.nodes()}
     finally:
         ray.shutdown()

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -15,6 +16,8 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("dpo_ray", "pipelines", "tuning", "cluster")
 MODULE_OF = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "typing-extensions": "typing_extensions"}
+EXAMPLES = sorted((ROOT / "cluster" / "orchestrators").glob("*.py"))
+"""They are copied to other environments, and run there."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -35,7 +38,7 @@ def imported_tops(path: Path) -> set[str]:
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round():
-    sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if path not in EXAMPLES]
     imported = set().union(*map(imported_tops, sources)) - set(sys.stdlib_module_names) - set(PACKAGES)
     extras = PROJECT["optional-dependencies"]
     required = [*PROJECT["dependencies"], *extras["judge"], *extras["language"], *extras["tasks"]]
@@ -65,6 +68,15 @@ def test_the_harness_is_pinned_on_top_of_the_cpu_environment():
     assert not {name.lower() for name in added} & {name.lower() for name in own}, "versions are the project's own"
     # They come as CUDA builds, which break `import transformers`.
     assert not {"torch", "torchvision", "torchaudio", "torchcodec"} & added.keys()
+
+
+@pytest.mark.parametrize("name", ["dagster", "airflow"])
+def test_the_examples_of_an_orchestrator_import_what_its_environment_has_and_nothing_of_ours(name: str):
+    pinned = {one.removeprefix("apache-") for one in pins(f"requirements-{name}.txt")}
+    examples = [path for path in EXAMPLES if path.name.startswith(name)]
+    found = set().union(*map(imported_tops, examples)) - set(sys.stdlib_module_names)
+    assert name in found and found <= pinned
+    assert not pinned & {"ray", "torch", "vllm", "dpo-ray"}
 
 
 def test_hooks_run_what_make_lint_runs():

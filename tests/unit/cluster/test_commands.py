@@ -5,15 +5,27 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from dpo_ray.config import load_config
 from tests.unit.cluster.manifests import KUBERNETES, MANIFESTS, NIGHTLY, OBJECTS, ROOT, objects, parse, pod_specs, the
 from tests.unit.cluster.test_launch import EXIT_CODES, JOB, RUN
 
 PAGES = (ROOT / "README.md", MANIFESTS / "README.md")
-PROGRAMS = ("docker", "export", "kubectl", "ray get-auth-token", "ray up", "ray down", "ray dashboard", "sbatch")
+PROGRAMS = (
+    "docker",
+    "export",
+    "kubectl",
+    "ray get-auth-token",
+    "ray up",
+    "ray down",
+    "ray dashboard",
+    "sbatch",
+    "prometheus",
+)
 COMMANDS = [
     (page, line)
     for page in PAGES
@@ -50,6 +62,8 @@ def test_a_command_names_what_is_there(line: str):
             assert "RAY_AUTH_MODE=token" in words
         case "ray":
             of_ray(words[1:])
+        case "prometheus":  # it is started with it in tests/on_ray/test_observability.py
+            assert (ROOT / words[1].removeprefix("--config.file=")).is_file()
         case "sbatch":
             assert (ROOT / words[1]).read_text().startswith("#!/usr/bin/env bash\n")
         case _:
@@ -60,7 +74,10 @@ def test_a_command_names_what_is_there(line: str):
 def of_kubectl(words: list[str]) -> None:
     verb = words[1]
     if verb == "apply":
-        assert (ROOT / option(words, "-k") / "kustomization.yaml").is_file()
+        if "-k" in words:
+            assert (ROOT / option(words, "-k") / "kustomization.yaml").is_file()
+        else:
+            assert objects((ROOT / option(words, "-f")).read_text())
         return
     assert verb in {"create", "get", "logs", "label", "delete", "patch", "port-forward"}
     if words[2] != "namespace":
@@ -74,10 +91,19 @@ def of_kubectl(words: list[str]) -> None:
             assert word.removeprefix("--from=cronjob/") == cronjob
         elif "dpo-ray-nightly" in word:
             assert word.removeprefix("job/") in {JOB, RUN}
+    if "configmap" in words:
+        name, file = words[-2], ROOT / words[-1].removeprefix("--from-file=")
+        assert load_config(file)
+        assert name == argo()["spec"]["workflowSpec"]["volumes"][0]["configMap"]["name"]
     if "secret" in words:
         spec = next(pod_specs(the("RayJob", objects(OBJECTS[0].read_text()))["spec"]["rayClusterSpec"]))
         sources = [source["secretRef"]["name"] for source in spec["containers"][0]["envFrom"] if "secretRef" in source]
         assert sources == [words[words.index("generic") + 1]]
+
+
+def argo() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((ROOT / "cluster/orchestrators/argo.yaml").read_text())
+    return found
 
 
 def of_ray(words: list[str]) -> None:
@@ -93,10 +119,13 @@ def test_a_command_with_a_mistake_is_found():
     for wrong in (
         "kubectl apply -k cluster/manifests/kubernetes/nightley",
         "kubectl delete job -n dpo-ray dpo-ray-nightly-1",
+        "kubectl apply -n dpo-ray -f cluster/orchestrators/argo.yml",
+        "kubectl create configmap -n dpo-ray dpo-ray-runs --from-file=cluster/manifests/kubernetes/site/run.yaml",
         "docker build -f cluster/manifests/image/Dockerfile --target gpus -t x .",
         "ray up cluster/manifests/ray_up/gcp.yaml",
         "ray get-auth-token --make",
         "sbatch cluster/manifests/slurm/nightly.sbatch",
+        "prometheus --config.file=cluster/manifests/observability/prometheus.yml",
         "dpo-ray submit cluster/manifests/kubernetes/site/run.yaml --adress http://127.0.0.1:8265",
         "export RAY_AUTH_MODE=none",
     ):

@@ -14,7 +14,7 @@ import pytest
 
 from dpo_ray import errors
 from dpo_ray.config import load_config
-from dpo_ray.on_ray.room import lacking
+from dpo_ray.on_ray.room import Host, fitting, lacking
 from pipelines import planned
 from pipelines.needs import needs
 from tests.unit.cluster.manifests import (
@@ -193,8 +193,8 @@ def test_its_stages_have_room_on_the_machines(overlay: str):
     nodes = []
     for group in cluster["workerGroupSpecs"]:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        node = {"CPU": quantity(limits["cpu"]), "GPU": quantity(limits.get("nvidia.com/gpu", 0))}
-        nodes += [node] * group["maxReplicas"]
+        has = {"CPU": quantity(limits["cpu"]), "GPU": quantity(limits.get("nvidia.com/gpu", 0))}
+        nodes += [Host(has, group["labels"])] * group["maxReplicas"]
     config = load_config(KUBERNETES / "site" / "run.yaml")
     found = needs(config, planned(config, "publish"))
     assert found
@@ -202,6 +202,9 @@ def test_its_stages_have_room_on_the_machines(overlay: str):
     # Models are on the nodes with GPUs, and rows on those without.
     on_gpus = {stage for stage, need in found if need.gpus}
     assert on_gpus == {"reference", "train", "evaluate"}
+    assert all({bool(node.resources["GPU"]) for node in fitting(nodes, n.place)} == {n.gpus > 0} for _, n in found)
+    for _, need in found:
+        assert lacking([Host(node.resources, {"pool": "none"}) for node in nodes], need) is not None
 
 
 def test_workers_come_from_nothing_and_go_again():

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from dpo_ray.config import load_config
-from dpo_ray.on_ray.room import lacking
+from dpo_ray.on_ray.room import Host, lacking
 from pipelines import planned
 from pipelines.needs import needs
 from tests.unit.cluster.manifests import KUBERNETES, MANIFESTS, ROOT, changed
@@ -105,7 +105,8 @@ def test_the_clouds_machines_have_room_for_every_stage():
     nodes = []
     for name, one in types.items():
         cpus, gpus = machines[one["node_config"]["InstanceType"]]
-        nodes += [{"CPU": one["resources"].get("CPU", cpus), "GPU": gpus}] * one.get("max_workers", 1)
+        has = {"CPU": one["resources"].get("CPU", cpus), "GPU": gpus}
+        nodes += [Host(has, one.get("labels", {}))] * one.get("max_workers", 1)
         assert name == "head" or one["min_workers"] == 0
     config = load_config(KUBERNETES / "site" / "run.yaml")
     found = needs(config, planned(config, "publish"))

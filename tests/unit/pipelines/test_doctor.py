@@ -19,6 +19,7 @@ from dpo_ray.config import Config, parse_config
 from dpo_ray.machine import Disk, Machine
 from dpo_ray.on_ray.ask_nodes import Answer, Node
 from dpo_ray.on_ray.authentication import described
+from dpo_ray.on_ray.room import Host
 from dpo_ray.on_ray.session import join
 from dpo_ray.storage import probe
 from pipelines.doctor import examination
@@ -69,11 +70,11 @@ def failure(found: list[Line], *said: str, code: int = 2) -> str:
     return line.said
 
 
-def cluster(answers: list[Answer | None], nodes: list[dict[str, float]] | None = None, **more: Any) -> Cluster:
+def cluster(answers: list[Answer | None], nodes: list[Host] | None = None, **more: Any) -> Cluster:
     return Cluster(
         "10.0.0.1:6379",
         join=more.get("join", lambda: None),
-        nodes=lambda: nodes or [{"CPU": 8.0}] * 2,
+        nodes=lambda: nodes or [Host({"CPU": 8.0})] * 2,
         ask=lambda function, arguments: list(zip(NODES, answers, strict=True)),
         see=more.get("see", lambda output: None),
     )
@@ -207,14 +208,35 @@ def test_a_disk_that_is_nearly_full(tree, here: Machine):
 
 def test_a_stage_that_needs_more_gpus_than_there_are(tree, here: Machine):
     tree["train"] = {"use_gpu": True, "num_workers": 8}
-    waits = lines(tree, "cluster", cluster([None, None], [{"CPU": 16.0, "GPU": 4.0}]))
+    waits = lines(tree, "cluster", cluster([None, None], [Host({"CPU": 16.0, "GPU": 4.0})]))
     assert [line.status for line in waits] == ["ok", "warning"]
     tree["run"]["wait_for_resources"] = 0
-    found = lines(tree, "cluster", cluster([None, None], [{"CPU": 16.0, "GPU": 4.0}]))
+    found = lines(tree, "cluster", cluster([None, None], [Host({"CPU": 16.0, "GPU": 4.0})]))
     failure(found, "train: The Ray cluster has 4 GPUs, but this needs 8", "more or larger nodes")
     alone = [line.said for line in lines(tree, "room", here=here) if line.status == "failed"]
     assert any("train: This machine has 0 GPUs, but this needs 8" in said for said in alone)
     failure(lines(tree, "GPUs", here=here), "has no GPU, and the configuration asks for some", "train.use_gpu=false")
+
+
+def test_nodes_that_nothing_can_be_put_on(tree, here: Machine, monkeypatch: pytest.MonkeyPatch):
+    tree["placement"] = {"data": {"label_selector": {"pool": "cpu"}}, "training": {"label_selector": {"pool": "gpu"}}}
+    tree["run"]["wait_for_resources"] = 0
+    nodes = [Host({"CPU": 8.0}, {"pool": "cpu"}), Host({"CPU": 8.0}, {"pool": "gpus"})]
+    found = lines(tree, "cluster", cluster([None, None], nodes))
+    assert [line.said for line in found if "placement.data" in line.said] == ["placement.data (pool=cpu): 1 of 2 nodes"]
+    failure(found, "reference, train, evaluate: No node", "(pool=gpu)", "1 with pool=gpus", "`ray start --labels`")
+    # On this machine there is nothing to choose from, which is said once.
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    failure(lines(tree, "placement"), "placement.training (pool=gpu)", "RAY_ADDRESS names none")
+    assert [line.status for line in lines(tree, "room", here=here)] == ["ok"]
+
+
+def test_vllm_is_missed_only_where_its_engines_may_be(tree, here: Machine):
+    tree |= {"reference": {"engine": "vllm"}, "placement": {"engines": {"label_selector": {"pool": "gpu"}}}}
+    bare = replace(here, unmet=["vllm is not installed"])
+    asked = [replace(NODES[0], labels={"pool": "cpu"}), replace(NODES[1], labels={"pool": "gpu"})]
+    both = replace(cluster([]), ask=lambda function, arguments: [(node, answer(bare)) for node in asked])
+    failure(lines(tree, "nodes", both, here=here), "worker (10.0.0.2): vllm is not installed")
 
 
 def with_driver(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> Machine:

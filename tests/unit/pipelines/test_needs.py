@@ -8,6 +8,7 @@ import pytest
 
 from dpo_ray.config import Config, parse_config
 from dpo_ray.errors import ConfigError
+from dpo_ray.on_ray.room import Host
 from pipelines import planned
 from pipelines.needs import needs, require_room_for_all
 
@@ -51,8 +52,56 @@ def test_rewards_and_samples_need_their_engines():
     assert (trials.processes, trials.all_gpus) == (24, 24)
 
 
+PLACEMENT = {
+    "data": {"label_selector": {"pool": "cpu"}},
+    "engines": {"label_selector": {"pool": "gpu"}},
+    "training": {"label_selector": {"pool": "in(gpu, big)"}, "accelerator_type": "H100"},
+}
+
+
+def test_each_stage_needs_its_nodes():
+    reward = [
+        {"type": "rule", "function": "dpo_ray.rewards:exact"},
+        {"type": "judge", "model": "j"},
+        {"type": "judge", "endpoint": {"base_url": "http://127.0.0.1:1/v1", "model": "j"}, "name": "far"},
+        {"type": "implicit", "policy": "p"},
+    ]
+    placed = config(**GPUS, placement=PLACEMENT)
+    keys: dict[str, list[str]] = {}
+    for stage, need in needs(placed, planned(placed, "publish")):
+        keys.setdefault(stage, []).append(need.place.key.removeprefix("placement."))
+    assert keys == {
+        "ingest": ["data", "data"],
+        "tokenize": ["data"],
+        "reference": ["engines", "training"],
+        "train": ["training"],
+        "evaluate": ["training"],
+    }
+    samples = {**GPUS, "data": {}, "generate": {"prompts": "p", "reward": reward}, "placement": PLACEMENT}
+    sampled = [need.place.key.removeprefix("placement.") for _, need in needs(config(**samples), ["generate"])]
+    assert sampled == ["engines", "data", "data", "engines", "data", "training"]
+    tuned = config(**GPUS, tune={"beta": [0.1, 0.2]}, placement=PLACEMENT)
+    [(_, trials)] = needs(tuned, ["sweep"])
+    assert trials.place == placed.placement.training
+
+
+def test_labels_that_no_node_has_are_named_with_their_stages_before_the_first_begins():
+    small = [Host({"CPU": 16.0}, {"pool": "cpu"}), Host({"CPU": 16.0, "GPU": 8.0}, {"pool": "gpus"})]
+    placed = config({"wait_for_resources": 0}, **GPUS, placement=PLACEMENT)
+    with pytest.raises(ConfigError) as error:
+        require_room_for_all(placed, planned(placed, "publish"), small)
+    said = str(error.value)
+    assert (
+        "reference: No node of the Ray cluster has the labels that placement.engines.label_selector asks for "
+        "(pool=gpu): there are 1 with pool=cpu, 1 with pool=gpus." in said
+    )
+    assert "reference, train, evaluate: No node of the Ray cluster has the labels that placement.training" in said
+    assert "change placement.engines.label_selector." in said and "wait_for_resources" in said
+    assert "ingest" not in said
+
+
 def test_a_cluster_that_does_not_grow_is_refused_with_all_that_has_no_room():
-    small = [{"CPU": 16.0, "GPU": 1.0}]
+    small = [Host({"CPU": 16.0, "GPU": 1.0})]
     with pytest.raises(ConfigError) as error:
         require_room_for_all(config({"wait_for_resources": 0}, **GPUS), ["ingest", "reference", "train"], small)
     said = str(error.value)
@@ -62,9 +111,9 @@ def test_a_cluster_that_does_not_grow_is_refused_with_all_that_has_no_room():
 
 
 def test_one_that_may_grow_is_told_what_will_be_asked_for(capfd: pytest.CaptureFixture[str]):
-    require_room_for_all(config(**GPUS), ["ingest", "train"], [{"CPU": 16.0}])
+    require_room_for_all(config(**GPUS), ["ingest", "train"], [Host({"CPU": 16.0})])
     said = capfd.readouterr().err
     assert "train: The Ray cluster has 0 GPUs, but this needs 2 at once" in said
     assert "waits up to 15 minutes (run.wait_for_resources)" in said
-    require_room_for_all(config(), ["ingest", "train"], [{"CPU": 16.0}])
+    require_room_for_all(config(), ["ingest", "train"], [Host({"CPU": 16.0})])
     assert capfd.readouterr().err == ""

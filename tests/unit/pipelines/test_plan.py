@@ -74,7 +74,7 @@ def stage_of(made: Plan, name: str) -> Stage:
 def here() -> Iterator[None]:
     """Stages that only carry rows are done in this process."""
 
-    def scan_here(folder: Location, stamps: Any, rows_per_shard: RowsPerShard) -> None:
+    def scan_here(folder: Location, stamps: Any, rows_per_shard: RowsPerShard, place: Any) -> None:
         for stamp in stamps:
             record = scan(stamp, rows_per_shard, folder)
             (folder / record_name(stamp, rows_per_shard)).write_bytes(record.model_dump_json().encode())

@@ -102,7 +102,8 @@ def test_another_weight_or_rule_scores_nothing_anew(context: RunContext, tmp_pat
         scores, reused = score_candidates(context.output, context.config, reward[0], candidates)
         assert reused == bool(fingerprints)
         rules = CandidatePairing(min_score_gap=gap)
-        fingerprints.add(pair_candidates(context.output, rules, reward, candidates, {"score": scores})[0].fingerprint)
+        pairs, _ = pair_candidates(context.output, context.config, rules, reward, candidates, {"score": scores})
+        fingerprints.add(pairs.fingerprint)
     assert len(fingerprints) == 3
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from dpo_ray.progress import WATCHED, Progress, say
 from pipelines.display import Display, LiveDisplay, display_on
-from pipelines.terminal import LOG, captured, told_apart
+from pipelines.terminal import LOG, Told, captured, told_apart
 
 NOISE = [
     "2026-11-25 17:47:05,440\tWARNING authentication_token_setup.py:85 -- Token authentication is enabled for this Ray",
@@ -40,8 +40,12 @@ def test_what_libraries_print_is_not_shown(line: str):
 
 @pytest.mark.parametrize("before", ["", "(RayTrainWorker pid=7) ", "\x1b[36m(ShardWorker pid=81, ip=10.0.0.2)\x1b[0m "])
 def test_our_own_lines_are_shown_as_they_are_wherever_they_come_from(before: str):
-    assert told_apart(f"{before}\x1e[train] checkpoint at step 8/16") == ("line", "[train] checkpoint at step 8/16")
-    assert told_apart(f"{before}\x1f[train] 8/16 steps") == ("progress", "[train] 8/16 steps")
+    assert told_apart(f"{before}\x1e[train] checkpoint at step 8/16") == Told("line", "[train] checkpoint at step 8/16")
+    assert told_apart(f"{before}\x1f[train] 8/16 steps") == Told("progress", "[train] 8/16 steps")
+    fields = {"stage": "train", "node": "a23"}
+    assert told_apart(f'{before}\x1e{{"stage": "train", "node": "a23"}}\x1d[train] 8') == Told(
+        "line", "[train] 8", fields=fields
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,9 +56,10 @@ def test_our_own_lines_are_shown_as_they_are_wherever_they_come_from(before: str
         "(autoscaler +12s) Error: No available node types can fulfill resource request {'GPU': 4.0}.",
     ],
 )
-def test_what_rays_nodes_say_is_shown(line: str):
-    assert told_apart(line) == ("line", line)
-    assert told_apart(f"\x1b[33m{line}") == ("line", f"\x1b[33m{line}")
+def test_what_rays_nodes_say_is_shown_as_a_warning(line: str):
+    fields = {"node": "10.0.0.2"} if "ip=" in line else {}
+    assert told_apart(line) == Told("line", line, "warning", fields)
+    assert told_apart(f"\x1b[33m{line}") == Told("line", f"\x1b[33m{line}", "warning", fields)
 
 
 def log_record(handler: logging.Handler, text: str) -> None:

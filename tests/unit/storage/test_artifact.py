@@ -161,14 +161,19 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path):
         load(artifact.location, "pairs", artifact.fingerprint)
 
 
-def test_what_is_lost_is_an_error_unless_it_is_made_again(tmp_path: Path):
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_what_is_lost_is_an_error_unless_it_is_made_again(tmp_path: Path, cut_off: bool):
     output = Location.of(tmp_path)
 
     def compute(location: Location) -> Contents:
         return Contents([write_shard(location / "part-0.parquet", TABLE, {})])
 
     artifact, _ = make(output, "pairs", IDENTITY, INPUTS, compute)
-    artifact.shards()[0].remove()
+    shard = artifact.shards()[0]
+    if cut_off:
+        shard.write_bytes(shard.read_bytes()[:-1])
+    else:
+        shard.remove()
     with pytest.raises(DataError, match="lacks 1 of its 1 files"):
         make(output, "pairs", IDENTITY, INPUTS, compute)
     again, reused = make(output, "pairs", IDENTITY, INPUTS, compute, makes_lost=True)

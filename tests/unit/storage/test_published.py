@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.storage import published
 from dpo_ray.storage.location import Location
 from dpo_ray.storage.published import (
     CARD,
@@ -73,6 +75,23 @@ def test_a_rollback_goes_back_each_time_and_is_recorded(output: Location):
     assert (last.run_id, last.data) == ("run-a", {"d": "a"})
     publish(output, "c")
     assert rollback(output, "n", "again").version == "a"
+
+
+def test_a_clock_that_is_set_back_does_not_turn_the_order_of_the_moves_around(
+    output: Location, monkeypatch: pytest.MonkeyPatch
+):
+    times = iter([datetime(2026, 11, 1, 3, tzinfo=UTC), *[datetime(2026, 11, 1, 2, tzinfo=UTC)] * 3])
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return next(times)
+
+    monkeypatch.setattr(published, "datetime", Clock)
+    for version in "abc":
+        publish(output, version)
+    assert [one.version for one in history(output / "models/n")] == ["a", "b", "c"]
+    assert rollback(output, "n", "worse").version == "b"
 
 
 def test_a_version_is_promoted_by_hand(output: Location):

@@ -9,9 +9,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from dpo_ray.storage.artifact import publish, read_shard
+from dpo_ray.errors import DataError
+from dpo_ray.storage.artifact import publish, read_shard, write_shard
 from dpo_ray.storage.location import Location
-from dpo_ray.storage.shard_pool import Finished, ShardPool, finished_in, has_quarantine, task_of
+from dpo_ray.storage.shard_pool import Finished, ShardPool, finished_in, has_quarantine, read_whole_shard, task_of
 
 TABLE = pa.table({"x": [1, 2, 3]})
 BAD = pa.table({"row": [7]})
@@ -35,7 +36,7 @@ def test_what_is_written_is_what_is_found_of_it_afterwards(pool: ShardPool, quar
     assert pool.inspect(made.shard.name, quarantine is not None) == made
     assert Finished.model_validate_json(made.model_dump_json()) == made
     present = pool.present()
-    assert present.holds(made) and present.files == set(made.files)
+    assert present.holds(made) and present.files.keys() == set(made.files)
     assert present.by_task == {TASK: [made.shard.name]}
     assert has_quarantine(made.shard.name, present.files) == (quarantine is not None)
     assert pool.write(TASK, TABLE, {"read": 4, "bad": 1}, quarantine) == made  # the same bytes, the same name
@@ -91,7 +92,7 @@ def test_one_listing_tells_manifests_newest_first_and_what_lies_beside_them(pool
     present = pool.present()
     assert [place.name for place in present.manifests] == ["c", "a", "b"]
     assert present.beside["d"] == [pool.folder / "d" / "isolated" / "x.json"]
-    assert present.files == set(made.files)
+    assert present.files.keys() == set(made.files)
 
 
 def test_the_shards_of_a_manifest_are_those_of_the_pool(pool: ShardPool):
@@ -102,3 +103,54 @@ def test_the_shards_of_a_manifest_are_those_of_the_pool(pool: ShardPool):
     artifact = publish(pool.folder / "a", "pairs", identity={}, inputs={}, files=files)
     assert finished_in(artifact.manifest) == [one, two]
     assert [task_of(name) for name in (one.quarantine.name, two.shard.name)] == [TASK, "f" * 16]
+
+
+def flipped(place: Location) -> None:
+    """The bits of its middle byte."""
+    data = bytearray(place.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    place.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("quarantine", [None, BAD])
+def test_a_shard_whose_bytes_are_its_own_is_read(pool: ShardPool, quarantine: pa.Table | None):
+    made = pool.write(TASK, TABLE, {}, quarantine)
+    assert read_whole_shard(pool.folder / made.shard.name).equals(TABLE)
+    assert pool.present().holds(made)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_with_other_bytes_is_told_and_removed_so_that_it_is_made_again(pool: ShardPool, which: int):
+    made = pool.write(TASK, TABLE, {}, BAD)
+    shard = pool.folder / made.shard.name
+    flipped(pool.folder / made.files[which])
+    with pytest.raises(DataError, match=r"was damaged: .* It has been removed, and the same command makes it again"):
+        read_whole_shard(shard)
+    assert not pool.present().files
+    with pytest.raises(DataError, match=r"is not there any more: .* The same command makes it again"):
+        read_whole_shard(shard)
+
+
+def test_what_comes_wrong_once_is_read_again(pool: ShardPool, monkeypatch: pytest.MonkeyPatch):
+    made = pool.write(TASK, TABLE, {})
+    read, times = Location.read_bytes, []
+
+    def wrong_at_first(place: Location) -> bytes:
+        times.append(place)
+        return read(place) if len(times) > 1 else read(place)[:-1] + b"?"
+
+    monkeypatch.setattr(Location, "read_bytes", wrong_at_first)
+    assert read_whole_shard(pool.folder / made.shard.name).equals(TABLE)
+
+
+def test_a_shard_that_no_pool_has_named_is_read_as_it_is(tmp_path: Path):
+    place = Location.of(tmp_path) / "shards" / "part-0.parquet"
+    write_shard(place, TABLE, {})
+    assert read_whole_shard(place).equals(TABLE)
+
+
+def test_a_shard_that_was_cut_off_is_not_held(pool: ShardPool):
+    made = pool.write(TASK, TABLE, {})
+    place = pool.folder / made.shard.name
+    place.write_bytes(place.read_bytes()[:-1])
+    assert not pool.present().holds(made)

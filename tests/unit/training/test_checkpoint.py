@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dpo_ray.config import Train
+from dpo_ray.errors import DamagedCheckpoint
 from dpo_ray.storage.location import Location
 from dpo_ray.training.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
 from dpo_ray.training.checkpoint_reader import Reader
@@ -284,7 +285,35 @@ def test_a_file_that_is_cut_short_is_named(tmp_path: Path):
     save(tmp_path, *trained(1))
     file = tmp_path / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(CheckpointException, match=r"__0_0\.distcp ends before"):
+    with pytest.raises(DamagedCheckpoint, match=r"__0_0\.distcp ends before"):
+        load(tmp_path, *trained(1))
+
+
+def test_no_changed_byte_of_a_tensor_goes_unnoticed(tmp_path: Path):
+    save(tmp_path, *trained(1))
+    file = tmp_path / "__0_0.distcp"
+    content = file.read_bytes()
+    expected, _ = trained(1)
+    damaged = 0
+    for place in range(len(content) // 48, len(content), len(content) // 24):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        model, optimizer = trained(0, seed=1)
+        try:
+            load(tmp_path, model, optimizer)
+        except DamagedCheckpoint as error:
+            assert str(tmp_path) in str(error)
+            damaged += 1
+            continue
+        # It was one of those that fill the space between what is kept.
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert damaged > 4
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04X\xff"])
+def test_a_damaged_index_is_told(tmp_path: Path, content: bytes):
+    save(tmp_path, *trained(1))
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(DamagedCheckpoint, match=r"\.metadata is damaged"):
         load(tmp_path, *trained(1))
 
 

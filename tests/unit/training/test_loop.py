@@ -22,6 +22,7 @@ from dpo_ray.config import LoRA, Model, Train
 from dpo_ray.config.tolerance import Tolerance
 from dpo_ray.errors import DataError, NonFiniteLoss, ReferenceMismatch
 from dpo_ray.pairs import TokenizedPair
+from dpo_ray.training.files import SKIPPED
 from dpo_ray.training.optim import learning_rate
 from tests.gradients import require_same
 from tests.rounding import GRADIENT, of_logprob, of_sum, ulps
@@ -429,6 +430,16 @@ def test_a_resumed_run_goes_on_with_its_average(small_model: Path, pairs: list[T
     assert all_equal(Trained(tmp_path / "resumed").weights, Trained(tmp_path / "whole").weights)
 
 
+def test_who_asks_is_told_of_every_step_also_of_those_that_are_not_logged(
+    small_model: Path, pairs: list[TokenizedPair], tmp_path: Path
+):
+    told: list[tuple[dict[str, Any], int]] = []
+    run(small_model, pairs, tmp_path, log_every_steps=50, told=lambda step, tokens: told.append((step, tokens)))
+    assert [step["step"] for step, _ in told] == [1, 2, 3, 4]
+    last, _ = told[-1]
+    assert sum(tokens for _, tokens in told) == last["num_tokens"] and Trained(tmp_path).metrics == [last]
+
+
 # What is wrong with the pairs.
 
 
@@ -467,8 +478,10 @@ def test_a_step_whose_loss_is_not_a_number_is_left_out_and_names_its_pairs(
 def test_one_step_too_many_without_a_number_ends_the_run(small_model: Path, pairs: list[TokenizedPair], tmp_path: Path):
     bad = [*pairs]
     bad[BATCH + 1] = without_a_number(bad[BATCH + 1])
+    told: list[dict[str, Any]] = []
     with pytest.raises(NonFiniteLoss) as caught:
-        run(small_model, bad, tmp_path / "none", checkpoint_every_steps=1)
+        run(small_model, bad, tmp_path / "none", checkpoint_every_steps=1, told=lambda step, _: told.append(step))
+    assert [SKIPPED in step for step in told] == [False, True]  # before it ends the training
     assert "Step 2" in str(caught.value) and f"pair-{BATCH + 1}" in str(caught.value)
     assert "train.max_nonfinite_steps=0" in str(caught.value)
     assert Trained(tmp_path / "none").checkpoints == [1]

@@ -33,6 +33,7 @@ from dpo_ray.config.tree import (
     SampledModel,
     Sampling,
     Tasks,
+    Sharding,
     Train,
     WinRate,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "Sampling",
     "Source",
     "Tasks",
+    "Sharding",
     "Train",
     "Tune",
     "WinRate",

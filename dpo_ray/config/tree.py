@@ -449,6 +449,18 @@ class EarlyStopping(Section):
     """A smaller change counts as none."""
 
 
+class Sharding(Section):
+    workers: int | None = Field(None, ge=1)
+    """Workers that hold a model together, a divisor of train.num_workers: workers of one node, where several nodes have
+    one each and only gradients are to travel between them. Left out: all workers hold one."""
+    keep_gathered: bool = False
+    """Keep each layer's weights gathered between the forward and the backward pass: less is sent, and a worker has
+    memory for the whole model in model.dtype beside its part."""
+    prefetch_layers: int = Field(0, ge=0)
+    """Layers whose weights are asked for while another one computes, beside what FSDP asks for itself; each takes its
+    memory. On a GPU only."""
+
+
 class Train(Section):
     loss: Loss = SigmoidLoss(type="sigmoid")
     """The loss; each type takes only the options that it uses."""
@@ -478,7 +490,10 @@ class Train(Section):
     min_workers: int | None = Field(None, ge=1)
     """Elastic training: go on with as few workers as this while the cluster lacks room for num_workers."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """ddp: each worker holds the whole model. fsdp: model, gradients and optimizer are sharded over the workers."""
+    """ddp: each worker holds the whole model. fsdp: model, gradients and optimizer are sharded over the workers, from
+    the first byte: each reads its own part of the weights."""
+    sharding: Sharding = Sharding()
+    """How strategy=fsdp shards."""
     activation_checkpointing: bool = False
     """Compute the activations again in the backward pass: less memory, about a third more time."""
     compile: bool = False
@@ -524,6 +539,7 @@ class Train(Section):
             "num_workers",
             "min_workers",
             "strategy",
+            "sharding",
             "activation_checkpointing",
             "compile",
             "cpus_per_worker",
@@ -554,6 +570,7 @@ class Train(Section):
                 f"train.global_batch_size is {self.global_batch_size}, but each of the "
                 f"{self.num_workers} workers (train.num_workers) needs at least one pair a step"
             )
+        self._require_sensible_sharding()
         if self.compile and not self.use_gpu:
             raise ValueError(
                 "train.compile is true, but train.use_gpu is false: on CPU, compiling takes minutes and gains nothing. "
@@ -575,6 +592,30 @@ class Train(Section):
                         f"between evaluations, or leave train.{name} out"
                     )
         return self
+
+    def _require_sensible_sharding(self) -> None:
+        sharding = self.sharding
+        if self.strategy != "fsdp" and sharding != Sharding():
+            [name, *_] = sharding.model_fields_set or ("workers",)
+            raise ValueError(
+                f"train.sharding.{name} is {getattr(sharding, name)}, but train.strategy is {self.strategy}, under which "
+                "each worker holds the whole model: set train.strategy=fsdp, or leave train.sharding out"
+            )
+        if sharding.workers is not None and self.num_workers % sharding.workers:
+            raise ValueError(
+                f"train.sharding.workers is {sharding.workers}, which does not divide "
+                f"train.num_workers={self.num_workers}: set one of them so that all groups of workers are as large"
+            )
+        if sharding.workers is not None and self.min_workers is not None:
+            raise ValueError(
+                f"train.sharding.workers is {sharding.workers}, but with train.min_workers={self.min_workers} training "
+                "goes on with any number of workers, which it may not divide: leave one of the two out"
+            )
+        if sharding.prefetch_layers and not self.use_gpu:
+            raise ValueError(
+                f"train.sharding.prefetch_layers is {sharding.prefetch_layers}, but train.use_gpu is false: on CPU "
+                "weights are gathered while nothing computes. Leave it out"
+            )
 
 
 BASE_MODEL = "the base model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from dpo_ray.model import attention
 from dpo_ray.model.logprobs import Head, TokenScores, token_scores
 from dpo_ray.model.lora import add_adapters
 from dpo_ray.model.packing import MicroBatch, pack, pad
+from dpo_ray.model.part import Part, PartOfModel, read_part, without_memory
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.progress import say
 
@@ -44,6 +46,40 @@ def load_policy(
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
     )
+    _prepare(model)
+    use_packed_attention(CompletionScorer(model))
+    if lora is not None:
+        add_adapters(model, lora, seed=seed)
+    if activation_checkpointing:
+        _checkpoint_activations(model)
+    return model
+
+
+def load_part_of_policy(
+    folder: Path,
+    part: Part,
+    *,
+    trust_remote_code: bool = False,
+    lora: LoRA | None = None,
+    seed: int = 0,
+    activation_checkpointing: bool = False,
+) -> PartOfModel:
+    """The same without its weights, and this process's part of these: nothing is whole, on any process.
+
+    Adapters are whole. Whoever puts the weights in calls use_packed_attention then. Raises as load_policy does.
+    """
+    found = read_part(folder, part, trust_remote_code=trust_remote_code)
+    _prepare(found.model)
+    if lora is not None:
+        with without_memory(found.model):
+            add_adapters(found.model, lora, seed=seed)
+    if activation_checkpointing:
+        _checkpoint_activations(found.model)
+    return found
+
+
+def _prepare(model: PreTrainedModel) -> None:
+    """What is done to every model, before its first forward pass. Raises ConfigError."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -55,16 +91,6 @@ def load_policy(
         )
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")  # the others leave the cap out without a word
-    if not _use_packed_attention(model):
-        say(
-            "model",
-            f"{model.config.model_type} does not run on packed pairs; each completion is computed with its prompt",
-        )
-    if lora is not None:
-        add_adapters(model, lora, seed=seed)
-    if activation_checkpointing:
-        _checkpoint_activations(model)
-    return model
 
 
 def decoder_layers(model: PreTrainedModel, *, wanted_by: str) -> list[nn.Module]:
@@ -105,30 +131,52 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
     model.disable_input_require_grads()
 
 
-def _use_packed_attention(model: PreTrainedModel) -> bool:
-    """Switch to the packed attention if the model gives the same log-probs with it; otherwise leave it as it was.
+def use_packed_attention(
+    scorer: CompletionScorer, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> None:
+    """Switch to the packed attention if the model gives the same log-probs with it; otherwise say that it does not.
 
     Some models claim to call transformers' attention interface and do not, or keep state between tokens; their
-    packed log-probs would be wrong without any error, so it is tried on a few tokens.
+    packed log-probs would be wrong without any error, so it is tried on a few tokens. Where a model is sharded every
+    process calls it.
+
+    Args:
+        device, dtype: that the scorer computes on and in.
     """
-    if not attention.serves(model.config) or not getattr(model, "_supports_attention_backend", False):
-        return False
-    before, was_training = model.config._attn_implementation, model.training
-    ids = [i % model.config.vocab_size for i in range(7, 7 + 19)]
-    pairs = [TokenizedPair("a", ids[:5], ids[5:8], ids[8:12]), TokenizedPair("b", ids[12:15], ids[15:18], ids[18:])]
-    scorer = CompletionScorer(model.eval())
-    with torch.inference_mode():
-        expected = scorer(pad(pairs)).logprobs
-        attention.register()
-        model.set_attn_implementation(attention.IMPLEMENTATION)
-        try:
-            serves = torch.allclose(scorer(pack(pairs)).logprobs, expected, rtol=0, atol=1e-3)
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            serves = False  # it cannot take the layout at all
+    model = scorer.model
+    before, was_training = model.config._attn_implementation, scorer.training
+    serves = attention.serves(model.config) and getattr(model, "_supports_attention_backend", False)
+    if serves:
+        scorer.eval()
+        with torch.no_grad():
+            serves = _gives_the_same(scorer, device, dtype)
+        scorer.train(was_training)
     if not serves:
         model.set_attn_implementation(before)
-    model.train(was_training)
-    return serves
+        say(
+            "model",
+            f"{model.config.model_type} does not run on packed pairs; each completion is computed with its prompt",
+        )
+
+
+def _gives_the_same(scorer: CompletionScorer, device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether the model's log-probs are the same on packed pairs; it is left on the packed attention."""
+    model = scorer.model
+    ids = [i % model.config.vocab_size for i in range(7, 7 + 19)]
+    pairs = [TokenizedPair("a", ids[:5], ids[5:8], ids[8:12]), TokenizedPair("b", ids[12:15], ids[15:18], ids[18:])]
+    expected = scorer(pad(pairs).to(device)).logprobs
+    allowed = 1e-3
+    if dtype != torch.float32:
+        # Roundings are larger than that. A layout that is wrong hides some of a pair from some of it, which changes
+        # log-probs as much as leaving most of the prompt out does.
+        without = [replace(pair, prompt_ids=pair.prompt_ids[-1:]) for pair in pairs]
+        allowed = max(allowed, float((scorer(pad(without).to(device)).logprobs - expected).abs().max()) / 4)
+    attention.register()
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    try:
+        return torch.allclose(scorer(pack(pairs).to(device)).logprobs, expected, rtol=0, atol=allowed)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False  # it cannot take the layout at all
 
 
 class CompletionScorer(nn.Module):
@@ -140,6 +188,8 @@ class CompletionScorer(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
+        self.parts = 1
+        """Processes that hold a part of each weight; 1: this one holds all of it."""
 
     @property
     def packs(self) -> bool:

@@ -15,7 +15,6 @@ import torch
 
 from dpo_ray.config import Model, Train
 from dpo_ray.errors import NonFiniteLoss
-from dpo_ray.model.policy import CompletionScorer, compile_layers, load_policy, torch_dtype
 from dpo_ray.model.resolve import ModelFolder, adapter_base
 from dpo_ray.progress import Progress, say
 from dpo_ray.storage.artifact import FileEntry
@@ -26,9 +25,10 @@ from dpo_ray.training.export import export_policy
 from dpo_ray.training.files import EXPORTED, num_skipped
 from dpo_ray.training.longest import LongestPairs
 from dpo_ray.training.optim import WeightAverage, learning_rate, make_optimizer
-from dpo_ray.training.parallel import Rank, parallelize
+from dpo_ray.training.parallel import Rank
 from dpo_ray.training.rehearsal import require_that_it_fits
 from dpo_ray.training.selection import best_step, should_stop
+from dpo_ray.training.start import start_policy
 from dpo_ray.training.step import Learner, RequireReference
 
 
@@ -94,17 +94,8 @@ def train(
     folder = ModelFolder.of(model)
     adapter_alone = model.lora is not None and model.lora.export == "adapter"
     base = adapter_base(model) if adapter_alone else None
-    policy = load_policy(
-        folder.path,
-        trust_remote_code=folder.trust_remote_code,
-        lora=model.lora,
-        seed=seed,
-        activation_checkpointing=options.activation_checkpointing,
-    )
-    scorer = CompletionScorer(policy).to(me.device).train()
-    if options.compile:
-        compile_layers(policy)
-    forward = parallelize(scorer, options.strategy, me, torch_dtype(model.dtype))
+    scorer, forward = start_policy(folder, model, options, me, seed=seed)
+    policy = scorer.model
     optimizer = make_optimizer(policy, options)
     average = WeightAverage(policy, options.ema_decay) if options.ema_decay is not None else None
     state = TrainState()

@@ -5,7 +5,7 @@ Both average gradients over the workers; one worker that trains in float32 is no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from dpo_ray.config import Sharding
+from dpo_ray.model.part import Part, set_everywhere
 from dpo_ray.model.policy import CompletionScorer, decoder_layers
 
 
@@ -31,8 +33,20 @@ class Rank:
     device: torch.device
 
 
+def part_of(me: Rank, sharding: Sharding) -> Part:
+    """Which part of each weight this worker holds under train.strategy=fsdp."""
+    shards = sharding.workers or me.world_size
+    return Part(me.rank % shards, shards)
+
+
 def parallelize(
-    scorer: CompletionScorer, strategy: Literal["ddp", "fsdp"], me: Rank, dtype: torch.dtype = torch.float32
+    scorer: CompletionScorer,
+    strategy: Literal["ddp", "fsdp"],
+    me: Rank,
+    dtype: torch.dtype = torch.float32,
+    *,
+    sharding: Sharding = Sharding(),
+    weights: dict[str, Tensor] | None = None,
 ) -> nn.Module:
     """The module to call for a forward pass that gradients are to flow through.
 
@@ -42,6 +56,8 @@ def parallelize(
 
     Args:
         dtype: what the forward and backward pass compute in.
+        weights: of a model without any (dpo_ray.model.part), this worker's part of each by its name, for fsdp; taken
+            out of it, so that none is held twice.
 
     Raises ConfigError where the model does not name its decoder layers.
     """
@@ -50,20 +66,53 @@ def parallelize(
     layers = decoder_layers(scorer.model, wanted_by="train.strategy=fsdp or model.dtype=bfloat16")
     if not dist.is_initialized():
         _start_group_of_one(me)
-    kind = me.device.type
-    if strategy == "fsdp":
-        mesh = init_device_mesh(kind, (me.world_size,))
-    else:
-        mesh = init_device_mesh(kind, (me.world_size, 1), mesh_dim_names=("replicate", "shard"))
-    precision = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    part = part_of(me, sharding) if strategy == "fsdp" else Part(0, 1)
+    if part.of == me.world_size:
+        mesh = init_device_mesh(me.device.type, (me.world_size,))
+    else:  # workers that come one after the other, as those of a node do, hold a model together
+        shape = (me.world_size // part.of, part.of)
+        mesh = init_device_mesh(me.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+        "shard_placement_fn": lambda weight: Shard(part.dimension(weight.shape)),
+    }
     # Where every worker holds all weights, giving the computing copy up between the passes would save nothing.
-    keep = strategy == "ddp"
+    give_up = strategy == "fsdp" and not sharding.keep_gathered
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=not keep)
-    fully_shard(scorer, mesh=mesh, mp_policy=precision)
+        fully_shard(layer, reshard_after_forward=give_up, **options)
+    fully_shard(scorer, **options)
+    scorer.parts = part.of
+    if weights is not None:
+        _put_in(scorer, weights, me)
+    _prefetch(layers, sharding.prefetch_layers)
     return scorer
+
+
+def _put_in(scorer: CompletionScorer, weights: dict[str, Tensor], me: Rank) -> None:
+    """Give each parameter that has no values its own part."""
+    filled: dict[int, nn.Parameter] = {}
+    for name, empty in scorer.model.named_parameters():
+        if empty.is_meta:
+            assert isinstance(empty, DTensor)
+            mine = weights.pop(name.replace(".base_layer.", ".")).to(me.device)
+            whole = DTensor.from_local(
+                mine, empty.device_mesh, empty.placements, run_check=False, shape=empty.shape, stride=empty.stride()
+            )
+            filled[id(empty)] = nn.Parameter(whole, requires_grad=empty.requires_grad)
+    weights.clear()  # other names of the same ones
+    set_everywhere(scorer, filled)
+    # FSDP looks at its parameters anew when a state is loaded, were it none.
+    scorer.load_state_dict({}, strict=False, assign=True)
+
+
+def _prefetch(layers: Sequence[nn.Module], ahead: int) -> None:
+    """Have each layer ask for the next ones' weights while it computes."""
+    for ordered, ask in ((layers, "forward"), (layers[::-1], "backward")):
+        for number, layer in enumerate(ordered) if ahead else ():
+            getattr(layer, f"set_modules_to_{ask}_prefetch")(list(ordered[number + 1 : number + 1 + ahead]))
 
 
 def _start_group_of_one(me: Rank) -> None:
@@ -72,9 +121,16 @@ def _start_group_of_one(me: Rank) -> None:
 
 
 def accumulating(forward: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-    """Around forward and backward of one micro-batch: gradients travel between workers in the last one only."""
+    """Around forward and backward of one micro-batch: gradients are added up over the workers in the last one only.
+
+    Of a sharded model each worker keeps its part of them, though, so that those of a micro-batch travel to where they
+    belong at once: kept until the last one they would be as large as the model in float32, on every worker.
+    """
     if isinstance(forward, FSDPModule):
-        forward.set_requires_gradient_sync(last)
+        if isinstance(forward, CompletionScorer) and forward.parts > 1:
+            forward.set_requires_all_reduce(last)
+        else:
+            forward.set_requires_gradient_sync(last)
     elif isinstance(forward, DistributedDataParallel) and not last:
         return forward.no_sync()
     return nullcontext()
@@ -83,10 +139,12 @@ def accumulating(forward: nn.Module, *, last: bool) -> AbstractContextManager[An
 def forget_gathered(forward: nn.Module) -> None:
     """After forward passes without a backward one, before weights are written to.
 
-    FSDP2 keeps the outermost weights gathered then, and would use them in the next forward pass as they were.
+    FSDP2 keeps the outermost weights gathered then, and those of layers that are not given up between the passes; it
+    would use them in the next forward pass as they were.
     """
-    if isinstance(forward, FSDPModule):
-        forward.reshard()
+    for module in forward.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:

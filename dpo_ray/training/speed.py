@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from dpo_ray.config import Model, Train
-from dpo_ray.model.policy import CompletionScorer, load_policy, torch_dtype
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.training.batch import Share
 from dpo_ray.training.checkpoint import TrainState
 from dpo_ray.training.optim import make_optimizer
-from dpo_ray.training.parallel import Rank, parallelize
+from dpo_ray.training.parallel import Rank
+from dpo_ray.training.start import start_policy
 from dpo_ray.training.step import Learner
 
 
@@ -24,17 +24,9 @@ def tokens_per_second(model: Model, options: Train, pairs: Sequence[TokenizedPai
 
     Tokens are counted as everywhere: a prompt once for each of its completions.
     """
-    folder = ModelFolder.of(model)
-    policy = load_policy(
-        folder.path,
-        trust_remote_code=folder.trust_remote_code,
-        lora=model.lora,
-        activation_checkpointing=options.activation_checkpointing,
-    )
     me = Rank(0, 1, device)
-    scorer = CompletionScorer(policy).to(device).train()
-    forward = parallelize(scorer, options.strategy, me, torch_dtype(model.dtype))
-    learner = Learner(forward, scorer, make_optimizer(policy, options), None, options, me, TrainState())
+    scorer, forward = start_policy(ModelFolder.of(model), model, options, me, seed=0)
+    learner = Learner(forward, scorer, make_optimizer(scorer.model, options), None, options, me, TrainState())
     share = Share([list(pairs)], filler=pairs[0])
     learner.step(share, 0.0, None)
     rates = []

@@ -1,7 +1,7 @@
 """The trained policy as an ordinary folder: a Hugging Face model, or a PEFT adapter, written by all workers together.
 
-Weights go tensor by tensor: each is made whole, brought to the dtype of the folder, and kept by the one worker whose
-file it belongs to. So no process holds the model a second time, but at most one file of it.
+Weights go tensor by tensor: each is made whole, brought to the dtype of the folder, and written by the one worker whose
+file it belongs to. So no process holds the model a second time, but a layer of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from dpo_ray.config import Model
 from dpo_ray.model.folders import HASHES, load_tokenizer, stored_dtype
 from dpo_ray.model.lora import merged_weights, save_adapter
 from dpo_ray.model.tokenizer_files import read_template
+from dpo_ray.model.safetensors_file import SafetensorsFile, num_bytes
 from dpo_ray.storage.artifact import FileEntry, describe_file
 from dpo_ray.storage.location import Location
 from dpo_ray.training.parallel import Rank, gathered_objects, trained_state, whole_state
@@ -165,7 +166,7 @@ def _divided(policy: PreTrainedModel, weights: Mapping[str, _Weight], file_bytes
     room = filled = 0
     for group in _groups(policy, weights):
         converted = _as_saved(policy, {name: weights[name].like for name in group})
-        size = sum(map(_num_bytes, converted.values()))
+        size = sum(map(num_bytes, converted.values()))
         if not parts or size > room:
             parts.append(_Part(files=[{}]))
             room, filled = file_bytes, 0
@@ -174,11 +175,11 @@ def _divided(policy: PreTrainedModel, weights: Mapping[str, _Weight], file_bytes
         part.weights |= {name: weights[name] for name in group}
         part.groups.append(group)
         for name, like in converted.items():
-            if part.files[-1] and filled + _num_bytes(like) > file_bytes:
+            if part.files[-1] and filled + num_bytes(like) > file_bytes:
                 part.files.append({})
                 filled = 0
             part.files[-1][name] = like
-            filled += _num_bytes(like)
+            filled += num_bytes(like)
     total = sum(len(part.files) for part in parts)
     number = 0
     for part in parts:
@@ -230,51 +231,67 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _write_mine(target: Location, policy: PreTrainedModel, parts: list[_Part], me: Rank) -> list[FileEntry]:
-    """Write the files of this rank's parts; every rank makes every weight whole with the others."""
-    writes: list[Future[list[FileEntry]]] = []
+    """Write the files of this rank's parts; every rank makes every weight whole with the others.
+
+    A weight goes into its file when it is whole, so that a rank holds two groups of them at most.
+    """
+    entries: list[FileEntry] = []
     with ThreadPoolExecutor(1) as writer:
         for number, part in enumerate(parts):
             mine = number % me.world_size == me.rank
-            if mine and writes:
-                writes[-1].result()  # one part in memory at a time
-            kept: dict[str, Tensor] = {}
-            for group in part.groups:
-                made: dict[str, Tensor] = {}
-                for name in group:
-                    weight = part.weights[name]
-                    value = weight.whole()
-                    if mine:
-                        made[name] = value.detach().to("cpu", weight.like.dtype)
-                    del value
-                if mine:
-                    kept |= _as_saved(policy, made)
-            if mine:
-                writes.append(writer.submit(_write_files, target, part, kept))
-            del kept
-        return [entry for write in writes for entry in write.result()]
-
-
-def _write_files(target: Location, part: _Part, tensors: dict[str, Tensor]) -> list[FileEntry]:
-    """Write one part's files, and forget the tensors of each."""
-    from safetensors.torch import save_file
-
-    entries = []
-    for name, file in zip(part.names, part.files, strict=True):
-        with _local(target / name) as path:
-            # Parts of one tensor share its memory, which the library refuses.
-            save_file({n: _of_its_own(tensors.pop(n)) for n in file}, path, metadata={"format": "pt"})
-            entries.append(describe_file(Location.of(path)).model_copy(update={"name": name}))
+            with _files(target, part) if mine else nullcontext() as files:
+                write: Future[None] | None = None
+                for group in part.groups:
+                    made: dict[str, Tensor] = {}
+                    for name in group:
+                        weight = part.weights[name]
+                        value = weight.whole()
+                        if mine:
+                            made[name] = value.detach().to("cpu", weight.like.dtype)
+                        del value
+                    if files is not None:
+                        if write is not None:
+                            write.result()
+                        write = writer.submit(files.write, _as_saved(policy, made))
+                    del made
+                if write is not None:
+                    write.result()
+            if files is not None:
+                entries += files.entries
     return entries
 
 
-def _of_its_own(tensor: Tensor) -> Tensor:
-    alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == _num_bytes(tensor)
-    return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
+@dataclass
+class _Files:
+    """The files of a part while they are written."""
+
+    open: dict[str, SafetensorsFile]
+    """Of each tensor, the file that it belongs to."""
+    entries: list[FileEntry] = field(default_factory=list)
+    """Once they are written."""
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Tensors are taken out as they are written."""
+        while tensors:
+            name, tensor = tensors.popitem()
+            self.open[name].write(name, tensor)
+
+
+@contextmanager
+def _files(target: Location, part: _Part) -> Iterator[_Files]:
+    files = _Files({})
+    with ExitStack() as closing:
+        written = []
+        for name, tensors in zip(part.names, part.files, strict=True):
+            path = closing.enter_context(_local(target / name))
+            file = closing.enter_context(SafetensorsFile.create(path, tensors))
+            files.open |= dict.fromkeys(tensors, file)
+            written.append((name, path, file))
+        yield files
+        for name, path, file in written:  # before they go to their places
+            file.close()
+            files.entries.append(describe_file(Location.of(path)).model_copy(update={"name": name}))
 
 
 @contextmanager
@@ -315,7 +332,7 @@ def _save_index(folder: Path, parts: list[_Part]) -> None:
     files = {name: file for part in parts for name, file in zip(part.names, part.files, strict=True)}
     if len(files) < 2:
         return
-    total = sum(_num_bytes(like) for file in files.values() for like in file.values())
+    total = sum(num_bytes(like) for file in files.values() for like in file.values())
     places = {tensor: name for name, file in files.items() for tensor in file}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     (folder / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,251 @@
+"""Host memory of each worker of a sharded model: loading, a training step, a checkpoint, resuming, scoring, export.
+
+    python -m benchmarks.sharding [--model 1b] [--workers 1 2 4] [--lora 16] [--whole] [--write]
+
+Processes that exchange by gloo train a random model that is built from a configuration, whose files are written weight by
+weight and removed afterwards. Measured from outside, some hundred times a second, is a process's anonymous memory
+(RssAnon: pages of mapped files do not count), less what it holds once everything is imported. --whole has each worker
+load the whole model and shard it then. Prints a table; --write puts it at the end of sharding.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import OUR_PACKAGES, ROOT, environment, table, versions
+
+_MIB = 2**20
+MODELS: dict[str, dict[str, int]] = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 19, "vocab_size": 64000},
+    "300m": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 20, "vocab_size": 32000},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512},
+}
+STAGES = ("load", "train", "checkpoint", "resume", "score", "export")
+_HEADS = 8
+_PART = 24  # tokens of a prompt, and of each answer
+_PAIRS = 2  # of a worker in a step, a micro-batch each
+
+
+def write_model(folder: Path, sizes: dict[str, int]) -> int:
+    """Random weights in bfloat16, in one file, of which one at a time is in memory. Returns their number."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    from dpo_ray.model.safetensors_file import SafetensorsFile
+
+    config = LlamaConfig(**sizes, num_attention_heads=_HEADS, num_key_value_heads=_HEADS, max_position_embeddings=256)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
+    config.save_pretrained(folder)
+    state = model.state_dict()
+    with SafetensorsFile.create(folder / "model.safetensors", state) as file:
+        for name, like in state.items():
+            drawn = torch.empty(like.shape, dtype=torch.bfloat16).normal_(std=0.02)
+            file.write(name, drawn if like.ndim > 1 else torch.ones_like(drawn))
+    words = Tokenizer(WordLevel({str(i): i for i in range(100)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0").save_pretrained(folder)
+    return sum(like.numel() for like in state.values())
+
+
+def work(rank: int, world: int, folder: Path, options: dict[str, Any], stage: Any, baseline: Any) -> None:
+    """One worker: says in `stage` which of STAGES it is at, and in `baseline` what it held before."""
+    import torch
+    import torch.distributed as dist
+
+    from dpo_ray.config import Model, Train
+    from dpo_ray.model.policy import CompletionScorer, load_policy, torch_dtype
+    from dpo_ray.model.resolve import ModelFolder
+    from dpo_ray.pairs import TokenizedPair
+    from dpo_ray.storage.location import Location
+    from dpo_ray.training.batch import Share
+    from dpo_ray.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
+    from dpo_ray.training.export import export_policy
+    from dpo_ray.training.optim import make_optimizer
+    from dpo_ray.training.parallel import Rank, forget_gathered, parallelize
+    from dpo_ray.training.step import Learner
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{world}", rank=rank, world_size=world)
+    lora = {"rank": options["lora"]} if options["lora"] else None
+    model = Model.model_validate({"path": str(folder / "model"), "dtype": options["dtype"], "lora": lora})
+    train = Train.model_validate(
+        {"strategy": "fsdp", "num_workers": world, "global_batch_size": world * _PAIRS, "tokens_per_microbatch": 1,
+         "loss": {"type": "orpo"}, "entropy_every_steps": None, "activation_checkpointing": True}
+    )  # fmt: skip
+    me = Rank(rank, world, torch.device("cpu"))
+    ids = list(range(5, 5 + _PART))
+    pairs = [TokenizedPair(str(n), ids, ids[1:] + ids[:1], ids[2:] + ids[:2]) for n in range(_PAIRS)]
+    warm_up(me)
+
+    @contextmanager
+    def at(name: str) -> Iterator[None]:
+        dist.barrier()
+        stage.value = STAGES.index(name)
+        yield
+        dist.barrier()
+        gc.collect()
+        stage.value = -1
+        dist.barrier()
+
+    def load() -> tuple[CompletionScorer, Any]:
+        if options["whole"]:
+            policy = load_policy(folder / "model", lora=model.lora, activation_checkpointing=True)
+            scorer = CompletionScorer(policy).train()
+            return scorer, parallelize(scorer, "fsdp", me, torch_dtype(model.dtype))
+        from dpo_ray.training.start import start_policy
+
+        return start_policy(ModelFolder.of(model), model, train, me, seed=0)
+
+    gc.collect()
+    baseline.value = anonymous(os.getpid())
+    with at("load"):
+        scorer, forward = load()
+    optimizer = make_optimizer(scorer.model, train)
+    learner = Learner(forward, scorer, optimizer, None, train, me, TrainState())
+    share = Share([[pair] for pair in pairs], pairs[0])
+    with at("train"):
+        learner.step(share, 1e-6, None)
+        learner.step(share, 1e-6, None)
+    kept = folder / "checkpoint"
+    kept.mkdir(exist_ok=True)
+    parts = {"policy": scorer.model, "optimizer": optimizer, "average": None, "me": me}
+    with at("checkpoint"):
+        save_checkpoint(kept, state=TrainState(next_step=2), **parts)
+    del learner, optimizer, scorer, forward, parts
+    gc.collect()
+    scorer, forward = load()
+    optimizer = make_optimizer(scorer.model, train)
+    with at("resume"):
+        load_checkpoint(Location.of(kept), policy=scorer.model, optimizer=optimizer, average=None, me=me)
+    optimizer = None
+    scorer.eval()
+    with at("score"), torch.no_grad():
+        scorer(scorer.collate(pairs))
+        forget_gathered(forward)
+    with at("export"):
+        merged = model.model_copy(update={"lora": model.lora and model.lora.model_copy(update={"export": "merged"})})
+        target = Location.of(folder / "exported")
+        export_policy(target, policy=scorer.model, source=folder / "model", options=merged, dtype=None, me=me)
+    dist.destroy_process_group()
+
+
+def warm_up(me: Any) -> None:
+    """Import what a training imports on its way, and make the first exchange."""
+    import torch
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from torch.distributed.device_mesh import init_device_mesh
+
+    import peft  # noqa: F401
+
+    init_device_mesh("cpu", (me.world_size,))
+    torch.distributed.all_reduce(torch.zeros(4))
+    weight = torch.zeros(8, 8, requires_grad=True)
+    torch.optim.AdamW([weight], fused=True)
+    (weight @ weight).sum().backward()
+
+
+def anonymous(pid: int) -> int:
+    """Bytes that a process holds beside mapped files; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
+
+
+def measure(world: int, folder: Path, options: dict[str, Any]) -> list[dict[str, int]]:
+    """Of each worker, the largest number of bytes above its baseline in each stage."""
+    context = multiprocessing.get_context("spawn")
+    stages = [context.Value("i", -1, lock=False) for _ in range(world)]
+    baselines = [context.Value("q", 0, lock=False) for _ in range(world)]
+    workers = [
+        context.Process(target=work, args=(rank, world, folder, options, stages[rank], baselines[rank]))
+        for rank in range(world)
+    ]
+    for worker in workers:
+        worker.start()
+    peaks: list[dict[str, int]] = [{} for _ in workers]
+    while any(worker.is_alive() for worker in workers):
+        if any(worker.exitcode for worker in workers):
+            for worker in workers:
+                worker.terminate()
+            raise SystemExit("a worker has failed")
+        for rank, worker in enumerate(workers):
+            number = stages[rank].value
+            if number >= 0:
+                held = anonymous(worker.pid or 0) - baselines[rank].value
+                peaks[rank][STAGES[number]] = max(peaks[rank].get(STAGES[number], 0), held)
+        time.sleep(0.004)
+    return peaks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="1b")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0: all weights are trained")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--whole", action="store_true", help="each worker loads the whole model")
+    parser.add_argument("--folder", type=Path, default=None, help="for the model's files, some GB")
+    parser.add_argument("--write", action="store_true", help="put the table at the end of benchmarks/sharding.md")
+    options = parser.parse_args()
+    os.environ.setdefault("MALLOC_TOP_PAD_", "0")  # what is freed is given back: gaps of the heap are not measured
+    with tempfile.TemporaryDirectory(prefix="dpo-ray-sharding-", dir=options.folder) as scratch:
+        folder = Path(scratch)
+        (folder / "model").mkdir()
+        count = write_model(folder / "model", MODELS[options.model])
+        layer, ends = _sizes(MODELS[options.model])
+        rows = []
+        for world in options.workers:
+            given = {"lora": options.lora, "dtype": options.dtype, "whole": options.whole}
+            peaks = measure(world, folder, given)
+            print(json.dumps({"workers": world, "peaks": peaks}), flush=True)
+            for rest in ("checkpoint", "exported"):
+                shutil.rmtree(folder / rest, ignore_errors=True)
+            most = {stage: max(peak.get(stage, 0) for peak in peaks) for stage in STAGES}
+            rows.append(
+                [str(world), f"{4 * count / world / _MIB:.0f}", *(f"{most[stage] / _MIB:.0f}" for stage in STAGES)]
+            )
+    made = environment((*OUR_PACKAGES,))
+    trained = f"LoRA of rank {options.lora}" if options.lora else "all weights trained"
+    how = "each worker loads the whole model" if options.whole else "each worker reads its own part"
+    text = (
+        f"## {options.model}, {trained}, {options.dtype}, {how}: {datetime.now(UTC):%Y-%m-%d} "
+        f"(commit {made['commit']})\n\n"
+        f"{os.cpu_count()} cores, {made['hardware']}; {versions(made)}. {count:,} weights; a layer is "
+        f"{4 * layer / _MIB:.0f} MiB in float32, embedding and head {4 * ends / _MIB:.0f} MiB. The worker with the "
+        f"largest peak, MiB above its baseline:\n\n{table(['workers', 'its part', *STAGES], rows)}\n"
+    )
+    print(text)
+    if options.write:
+        report = ROOT / "benchmarks" / "sharding.md"
+        before = report.read_text().rstrip() if report.exists() else "# Memory of a sharded model"
+        report.write_text(f"{before}\n\n{text}")
+
+
+def _sizes(sizes: dict[str, int]) -> tuple[int, int]:
+    """Weights of a layer, and of embedding and head."""
+    hidden = sizes["hidden_size"]
+    layer = 4 * hidden**2 + 3 * hidden * sizes["intermediate_size"] + 2 * hidden
+    return layer, 2 * hidden * sizes["vocab_size"]
+
+
+if __name__ == "__main__":
+    main()

@@ -450,7 +450,7 @@ class EarlyStopping(Section):
 
 
 class Sharding(Section):
-    workers: int | None = Field(None, ge=1)
+    workers: int | None = Field(None, ge=2)
     """Workers that hold a model together, a divisor of train.num_workers: workers of one node, where several nodes have
     one each and only gradients are to travel between them. Left out: all workers hold one."""
     keep_gathered: bool = False

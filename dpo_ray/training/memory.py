@@ -38,6 +38,13 @@ class Shape:
     vocabulary: int
     heads: int
     """Of queries in a layer's attention."""
+    outside: int
+    """Parameters that are in no decoder layer: embedding, head, the last norm. FSDP has them gathered all the time."""
+
+    @property
+    def layer(self) -> int:
+        """Parameters of a decoder layer."""
+        return (self.parameters - self.outside) // max(1, self.layers)
 
 
 def shape_of(folder: ModelFolder) -> Shape:
@@ -53,6 +60,8 @@ def shape_of(folder: ModelFolder) -> Shape:
     experts = getattr(config, "num_experts_per_tok", None) or 1
     width = getattr(config, "moe_intermediate_size", None) if experts > 1 else None
     width = width or getattr(config, "intermediate_size", None) or 4 * hidden
+    names = set(model._no_split_modules or ())
+    inside = {id(p) for m in model.modules() if type(m).__name__ in names for p in m.parameters()}
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),
         layers=config.num_hidden_layers,
@@ -60,6 +69,7 @@ def shape_of(folder: ModelFolder) -> Shape:
         intermediate=experts * width,
         vocabulary=config.vocab_size,
         heads=config.num_attention_heads,
+        outside=sum(p.numel() for p in model.parameters() if id(p) not in inside),
     )
 
 
@@ -84,14 +94,46 @@ def checkpoint_bytes(trained: int, train: Train) -> int:
 
 
 def state_bytes(shape: Shape, model: Model, train: Train, num_workers: int) -> int:
-    """Weights, gradients and AdamW's moments on one worker, what gradients travel in, and the computing copy in
-    bfloat16."""
+    """What one worker holds between two steps and within them: weights, gradients and AdamW's moments, what gradients
+    travel in, and of replicas the computing copy in bfloat16."""
     whole = 4 if model.lora is not None else 16  # adapters themselves are small beside it
-    if train.strategy == "ddp" and model.dtype == "float32" and num_workers > 1 and model.lora is None:
+    if train.strategy == "fsdp":
+        return shape.parameters * whole // _shards(train, num_workers)
+    if model.dtype == "float32" and num_workers > 1 and model.lora is None:
         whole += 4  # DistributedDataParallel's buckets
-    copy = 2 if model.dtype == "bfloat16" else 0
-    sharded = num_workers if train.strategy == "fsdp" else 1
-    return shape.parameters * whole // sharded + shape.parameters * copy // sharded
+    return shape.parameters * (whole + (2 if model.dtype == "bfloat16" else 0))
+
+
+def _shards(train: Train, num_workers: int) -> int:
+    return train.sharding.workers or num_workers
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Bytes that a worker of a sharded model holds for a moment, beside its part."""
+
+    with_tokens: int = 0
+    """While layers are computed, beside what is kept of each token: weights that are gathered, of the layer and outside
+    the layers, and their gradients on their way to where they belong."""
+    at_end: int = 0
+    """At the end of the backward pass, when nothing of a token is kept any more: the gradients outside the layers."""
+
+
+def gathered_bytes(shape: Shape, model: Model, train: Train, num_workers: int) -> Gathered:
+    """Nothing for replicas. Measured: benchmarks/sharding.md."""
+    if train.strategy != "fsdp":
+        return Gathered()
+    size = 2 if model.dtype == "bfloat16" else 4
+    alone = _shards(train, num_workers) == 1  # nothing is received
+    outside, layer, head = shape.outside, shape.layer, shape.vocabulary * shape.hidden
+    layers = shape.parameters - outside if train.sharding.keep_gathered else layer
+    ahead = 0 if train.sharding.keep_gathered or alone else layer * (1 + train.sharding.prefetch_layers)
+    forward = size * (outside + layers + ahead)
+    if model.lora is not None:
+        return Gathered(forward, 0 if alone else 2 * size * outside)
+    # Gradients in the dtype that is computed in, and in the float32 that they travel in.
+    backward = forward + size * head + (size + 4) * layer
+    return Gathered(backward, (size + size + 4) * outside + (layers * size if train.sharding.keep_gathered else 0))
 
 
 def bytes_per_token(shape: Shape, model: Model, train: Train) -> int:
@@ -111,7 +153,8 @@ def tokens_that_fit(shape: Shape, model: Model, train: Train, *, memory: int, nu
     room = room_beside_state(shape, model, train, memory=memory, num_workers=num_workers)
     tokens = int(room // bytes_per_token(shape, model, train))
     if tokens < 128:
-        state = state_bytes(shape, model, train, num_workers)
+        gathered = gathered_bytes(shape, model, train, num_workers)
+        state = state_bytes(shape, model, train, num_workers) + max(gathered.with_tokens, gathered.at_end)
         raise ConfigError(
             f"train.tokens_per_microbatch=auto finds no room: a worker has {memory / _GIB:.1f} GiB, of which weights, "
             f"gradients and optimizer take about {state / _GIB:.1f}. Use train.strategy=fsdp with more workers, "
@@ -123,7 +166,10 @@ def tokens_that_fit(shape: Shape, model: Model, train: Train, *, memory: int, nu
 
 def room_beside_state(shape: Shape, model: Model, train: Train, *, memory: int, num_workers: int) -> float:
     """Bytes of a worker with `memory` bytes that are left for micro-batches; below 0 where not even the state fits."""
-    return _USABLE * memory - state_bytes(shape, model, train, num_workers) - _LOGIT_TILES * shape.vocabulary
+    room = _USABLE * memory - state_bytes(shape, model, train, num_workers)
+    gathered = gathered_bytes(shape, model, train, num_workers)
+    beside = room - gathered.with_tokens - _LOGIT_TILES * shape.vocabulary
+    return min(beside, room - gathered.at_end) if room < gathered.at_end else beside
 
 
 def pair_bytes(shape: Shape, model: Model, train: Train, pair: TokenizedPair, implementation: str) -> int:

@@ -19,6 +19,7 @@ from dpo_ray.training.memory import (
     MOST_TOKENS_GPU,
     Shape,
     bytes_per_token,
+    gathered_bytes,
     room_beside_state,
     state_bytes,
     tokens_that_fit,
@@ -81,13 +82,18 @@ def of_training(
     counted = counted_bytes_per_token(ModelFolder.of(model), model, train)
     batch = int(tokens * (counted if counted is not None else bytes_per_token(shape, model, train)))
     logits = 3 * TILE_TOKENS * 4 * shape.vocabulary
+    gathered = gathered_bytes(shape, model, train, workers)
+    brief = gathered.with_tokens
+    if gathered.at_end > brief + batch + logits:
+        brief = gathered.at_end - batch - logits
+    of_others = f"gathered from other workers {brief / _GIB:.2f} + " if brief else ""
     parts = (
-        f"weights, gradients, optimizer {state / _GIB:.2f} + {tokens} tokens at once {batch / _GIB:.2f} "
+        f"weights, gradients, optimizer {state / _GIB:.2f} + {of_others}{tokens} tokens at once {batch / _GIB:.2f} "
         f"({'counted on two of its layers' if counted is not None else 'a bound by its shape'}) + logits "
         f"{logits / _GIB:.2f} + the process {process / _GIB:.2f} GiB"
     )
     knob = _knob(config, shape, pairs.longest, has) if lacking is not None and has is not None else None
-    return Memory(state + batch + logits + process, parts, has, lacking, knob)
+    return Memory(state + brief + batch + logits + process, parts, has, lacking, knob)
 
 
 def of_scoring(config: Config, shape: Shape, process: int, *, by_vllm: bool, gpu: int | None) -> Memory:

@@ -20,16 +20,18 @@ from dpo_ray.training import memory
 from dpo_ray.training.memory import (
     MOST_TOKENS_CPU,
     MOST_TOKENS_GPU,
+    Gathered,
     Shape,
     bytes_per_token,
+    gathered_bytes,
     shape_of,
     state_bytes,
     tokens_that_fit,
 )
 
 GIB = 2**30
-EIGHT_BILLION = Shape(parameters=8_000_000_000, layers=32, hidden=4096, intermediate=14336, vocabulary=128256, heads=32)
-SMALL = Shape(parameters=135_000_000, layers=30, hidden=576, intermediate=1536, vocabulary=49152, heads=9)
+EIGHT_BILLION = Shape(8_000_000_000, 32, 4096, 14336, 128256, 32, outside=1_050_677_248)
+SMALL = Shape(135_000_000, 30, 576, 1536, 49152, 9, outside=28_312_128)
 
 
 def fits(shape: Shape, gib: float, num_workers: int = 1, model: dict[str, Any] | None = None, **train: Any) -> int:
@@ -44,7 +46,9 @@ def test_shape_is_read_off_the_configuration(tmp_path: Path):
     config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not read")
     model = AutoModelForCausalLM.from_config(config)
-    assert shape_of(ModelFolder(str(tmp_path))) == Shape(sum(p.numel() for p in model.parameters()), 3, 64, 96, 100, 32)
+    assert shape_of(ModelFolder(str(tmp_path))) == Shape(
+        sum(p.numel() for p in model.parameters()), 3, 64, 96, 100, 32, outside=2 * 100 * 64 + 64
+    )
 
 
 def test_experts_count_as_many_times_as_a_token_goes_through_them(tmp_path: Path):
@@ -77,11 +81,11 @@ def test_what_is_counted_for_a_token_is_at_least_what_is_kept_and_not_twice_that
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         _ = CompletionScorer(policy)(pack([pair])).logprobs
     measured = sum(size for size, _ in kept.values()) / pair.num_tokens
-    shape = Shape(0, 4, 128, 384, 32, 4)
+    shape = Shape(0, 4, 128, 384, 32, 4, outside=0)
     train = Train(activation_checkpointing=checkpointing)
     counted = bytes_per_token(shape, Model(path="m", dtype=dtype), train)
     if checkpointing:  # one layer is whole in the backward pass, beside what is kept of all
-        one_layer = bytes_per_token(Shape(0, 1, 128, 384, 32, 4), Model(path="m", dtype=dtype), Train())
+        one_layer = bytes_per_token(Shape(0, 1, 128, 384, 32, 4, outside=0), Model(path="m", dtype=dtype), Train())
         measured += one_layer / 2
     assert measured <= counted <= 2 * measured
 
@@ -103,6 +107,20 @@ def test_replicas_in_float32_have_their_gradients_twice():
     assert state_bytes(SMALL, model, train, 2) == 20 * SMALL.parameters
     assert state_bytes(SMALL, model, Train(strategy="fsdp"), 2) == 8 * SMALL.parameters
     assert state_bytes(SMALL, Model(path="m", lora={}), train, 2) == 4 * SMALL.parameters
+
+
+def test_workers_of_a_sharded_model_gather_some_of_it():
+    model, train = Model(path="m"), Train(strategy="fsdp")
+    layer, outside, head = (135_000_000 - 28_312_128) // 30, 28_312_128, 49152 * 576
+    assert gathered_bytes(SMALL, model, Train(), 2) == Gathered()
+    two = gathered_bytes(SMALL, model, train, 2)
+    # A layer, the next one on its way, the layer's gradients, and these as they travel; and so outside the layers.
+    assert two == Gathered(4 * (outside + 2 * layer + head + 2 * layer), 12 * outside)
+    assert gathered_bytes(SMALL, Model(path="m", dtype="bfloat16"), train, 2).at_end == 8 * outside
+    kept = Train(strategy="fsdp", num_workers=4, sharding={"workers": 2, "keep_gathered": True})
+    assert gathered_bytes(SMALL, model, kept, 4).with_tokens == 4 * (135_000_000 + head + 2 * layer)
+    assert state_bytes(SMALL, model, kept, 4) == 8 * SMALL.parameters
+    assert gathered_bytes(SMALL, Model(path="m", lora={}), train, 2).with_tokens == 4 * (outside + 2 * layer)
 
 
 def test_more_workers_checkpointing_and_adapters_make_room():

@@ -10,7 +10,8 @@ import torch
 from dpo_ray.bins import first_fit
 from dpo_ray.config import Model
 from dpo_ray.errors import EngineDied
-from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy, torch_dtype
+from dpo_ray.model.for_scoring import load_for_scoring
+from dpo_ray.model.policy import torch_dtype
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import TokenizedPair
 
@@ -32,10 +33,10 @@ class TorchScorer:
 
     def __init__(self, model: Model):
         folder = ModelFolder.of(model)
-        policy = load_policy(folder.path, trust_remote_code=folder.trust_remote_code)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        compute_in(policy, torch_dtype(model.dtype))
-        self.scorer = CompletionScorer(policy).to(self.device).eval()
+        self.scorer = load_for_scoring(
+            folder.path, self.device, torch_dtype(model.dtype), trust_remote_code=folder.trust_remote_code
+        )
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[TokenizedPair]) -> tuple[list[list[float]], list[list[float]]]:

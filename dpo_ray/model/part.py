@@ -6,7 +6,7 @@ holds in another form than its files do (as the experts of a layer, stacked): su
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,18 +64,43 @@ def read_part(folder: Path, part: Part, *, trust_remote_code: bool = False) -> P
 
     Models whose files are quantized are read whole by each process, and cut then, which the log says.
     """
+    weights: dict[str, Tensor] = {}
+
+    def take(files: Files) -> Any:
+        for name in files.plain:
+            parameter = files.parameters[name]
+            weights[name] = files.plain[name][part.within(parameter.shape)].to(torch.float32)
+            files.seen(name)
+        for group in files.converted:
+            files.convert(group)
+            _cut(files.model, part, weights)
+        return files.told()
+
+    model = without_weights(folder, take, trust_remote_code=trust_remote_code)
+    _cut(model, part, weights)  # what has been read or drawn whole
+    found: dict[int, Tensor] = {id(p): weights[name] for name, p in model.named_parameters()}
+    return PartOfModel(model, {name: found[id(p)] for name, p in model.named_parameters(remove_duplicate=False)})
+
+
+def without_weights(
+    folder: Path, take: Callable[[Files], Any], *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """What from_pretrained makes of a folder, in float32, but its weights: these are left to `take`.
+
+    take: given the files; returns what they tell of the loading. Parameters that it does not put in are on the meta
+        device; those that no file has are drawn, the same ones in every process.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-    weights: dict[str, Tensor] = {}
 
     def read(model: Any, state: Any, files: list[str], options: Any, expected: Any = None) -> tuple[Any, Any]:
         if options.hf_quantizer is not None or not all(file.endswith(".safetensors") for file in files):
             say("model", f"{config.model_type}: its files are quantized, so each worker reads all of them")
             return kind._load_pretrained_model(model, state, files, options, expected)
-        return _read(model, files, options, part, weights), None
+        return take(Files(model, files, options)), None
 
     # Of the same name: transformers goes by it.
     reader = type(kind.__name__, (kind,), {"_load_pretrained_model": staticmethod(read), "__module__": kind.__module__})
@@ -85,59 +110,65 @@ def read_part(folder: Path, part: Part, *, trust_remote_code: bool = False) -> P
             folder, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
         )
     model.__class__ = kind
-    _cut(model, part, weights)  # what has been read or drawn whole
-    found: dict[int, Tensor] = {id(p): weights[name] for name, p in model.named_parameters()}
-    return PartOfModel(model, {name: found[id(p)] for name, p in model.named_parameters(remove_duplicate=False)})
+    return model  # type: ignore[no-any-return]
 
 
-def _read(model: PreTrainedModel, files: list[str], options: Any, part: Part, weights: dict[str, Tensor]) -> Any:
-    """Take the part of every weight that is in the files. Returns what transformers wants to know of a loading."""
-    from safetensors import safe_open
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        convert_and_load_state_dict_in_model,
-        dot_natural_key,
-        rename_source_key,
-    )
+class Files:
+    """The weights in a model's files, by what they are in the model; none is read before it is asked for."""
 
-    opened = [safe_open(file, framework="pt", device="cpu") for file in files]
-    stored = {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
-    mapping = options.weight_mapping or []
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state, prefix = model.state_dict(), model.base_model_prefix
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    converted: dict[str, dict[str, Any]] = {}  # by the weight that they become: what has to be whole for it
-    missing = set(state)
-    for name in sorted(stored, key=dot_natural_key):
-        target, converter = rename_source_key(name, renamings, converters, prefix, state)
-        if target not in state and name in state:
-            target, converter = name, None
-        parameter = parameters.get(target)
-        if converter is None and parameter is not None and torch.Size(stored[name].get_shape()) == parameter.shape:
-            weights[target] = stored[name][part.within(parameter.shape)].to(torch.float32)
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-            missing.discard(target)
-        else:
-            converted.setdefault(target, {})[name] = stored[name]
-    # At least once, if only for what it notes of the model.
-    for group in list(converted.values()) or [{}]:
-        info, _ = convert_and_load_state_dict_in_model(model, group, replace(options, device_map=None))
-        _cut(model, part, weights)
-        told = info if not converted or group is next(iter(converted.values())) else _joined(told, info)
-    told.missing_keys &= missing
-    model._weight_conversions = [entry for entry in mapping if entry.was_used()]
-    return told
+    def __init__(self, model: PreTrainedModel, files: list[str], options: Any):
+        """options: LoadStateDictConfig of transformers."""
+        from safetensors import safe_open
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+        self.model = model
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.plain: dict[str, Any] = {}
+        """By a weight's name in the model: what is read of by slices, and is that weight."""
+        self.converted: list[dict[str, Any]] = []
+        """All else, in groups that become a weight, or several: by their names in the files."""
+        self._options = replace(options, device_map=None)
+        self._mapping = options.weight_mapping or []
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        state, groups = model.state_dict(), dict[str, dict[str, Any]]()
+        opened = [safe_open(file, framework="pt", device="cpu") for file in files]
+        stored = {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
+        for name in sorted(stored, key=dot_natural_key):
+            target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+            if target not in state and name in state:
+                target, converter = name, None
+            parameter = self.parameters.get(target)
+            if converter is None and parameter is not None and list(parameter.shape) == stored[name].get_shape():
+                self.plain[target] = stored[name]
+            else:
+                groups.setdefault(target, {})[name] = stored[name]
+        self.converted = list(groups.values())
+        self._told = self._load({})
 
-def _joined(one: Any, other: Any) -> Any:
-    one.missing_keys &= other.missing_keys
-    one.unexpected_keys |= other.unexpected_keys
-    one.mismatched_keys |= other.mismatched_keys
-    one.conversion_errors |= other.conversion_errors
-    one.error_msgs += other.error_msgs
-    return one
+    def seen(self, name: str) -> None:
+        """A weight that has been taken, or will be."""
+        self.parameters[name]._is_hf_initialized = True  # type: ignore[attr-defined]
+        self._told.missing_keys.discard(name)
+
+    def convert(self, group: dict[str, Any]) -> None:
+        """Put the weights that a group becomes into the model, whole, on the CPU."""
+        told, new = self._told, self._load(group)
+        told.missing_keys &= new.missing_keys
+        told.unexpected_keys |= new.unexpected_keys
+        told.mismatched_keys |= new.mismatched_keys
+        told.conversion_errors |= new.conversion_errors
+        told.error_msgs += new.error_msgs
+
+    def told(self) -> Any:
+        """What transformers wants to know of the loading, once all has been seen or converted."""
+        self.model._weight_conversions = [entry for entry in self._mapping if entry.was_used()]
+        return self._told
+
+    def _load(self, group: dict[str, Any]) -> Any:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+        return convert_and_load_state_dict_in_model(self.model, group, self._options)[0]
 
 
 def _cut(model: nn.Module, part: Part, weights: dict[str, Tensor]) -> None:

@@ -46,7 +46,7 @@ def load_policy(
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
     )
-    _prepare(model)
+    prepare(model)
     use_packed_attention(CompletionScorer(model))
     if lora is not None:
         add_adapters(model, lora, seed=seed)
@@ -69,7 +69,7 @@ def load_part_of_policy(
     Adapters are whole. Whoever puts the weights in calls use_packed_attention then. Raises as load_policy does.
     """
     found = read_part(folder, part, trust_remote_code=trust_remote_code)
-    _prepare(found.model)
+    prepare(found.model)
     if lora is not None:
         with without_memory(found.model):
             add_adapters(found.model, lora, seed=seed)
@@ -78,7 +78,7 @@ def load_part_of_policy(
     return found
 
 
-def _prepare(model: PreTrainedModel) -> None:
+def prepare(model: PreTrainedModel) -> None:
     """What is done to every model, before its first forward pass. Raises ConfigError."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):

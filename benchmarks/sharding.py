@@ -30,11 +30,12 @@ _MIB = 2**20
 MODELS: dict[str, dict[str, int]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 19, "vocab_size": 64000},
     "300m": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 20, "vocab_size": 32000},
+    "100m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 24000},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512},
 }
-STAGES = ("load", "train", "checkpoint", "resume", "score", "export")
+STAGES = ("load", "try", "train", "checkpoint", "resume", "score", "export")
 _HEADS = 8
-_PART = 24  # tokens of a prompt, and of each answer
+_PART = 8  # tokens of a prompt, and of each answer
 _PAIRS = 2  # of a worker in a step, a micro-batch each
 
 
@@ -69,7 +70,6 @@ def work(rank: int, world: int, folder: Path, options: dict[str, Any], stage: An
 
     from dpo_ray.config import Model, Train
     from dpo_ray.model.policy import CompletionScorer, load_policy, torch_dtype
-    from dpo_ray.model.resolve import ModelFolder
     from dpo_ray.pairs import TokenizedPair
     from dpo_ray.storage.location import Location
     from dpo_ray.training.batch import Share
@@ -103,18 +103,30 @@ def work(rank: int, world: int, folder: Path, options: dict[str, Any], stage: An
         dist.barrier()
 
     def load() -> tuple[CompletionScorer, Any]:
+        how: dict[str, Any] = {"lora": model.lora, "activation_checkpointing": True}
         if options["whole"]:
-            policy = load_policy(folder / "model", lora=model.lora, activation_checkpointing=True)
-            scorer = CompletionScorer(policy).train()
+            scorer = CompletionScorer(load_policy(folder / "model", **how)).train()
             return scorer, parallelize(scorer, "fsdp", me, torch_dtype(model.dtype))
-        from dpo_ray.training.start import start_policy
+        from dpo_ray.model.policy import load_part_of_policy
+        from dpo_ray.training.parallel import part_of
 
-        return start_policy(ModelFolder.of(model), model, train, me, seed=0)
+        found = load_part_of_policy(folder / "model", part_of(me, train.sharding), **how)
+        scorer = CompletionScorer(found.model).train()
+        return scorer, parallelize(scorer, "fsdp", me, torch_dtype(model.dtype), weights=found.weights)
+
+    def try_packed(scorer: CompletionScorer, forward: Any) -> None:
+        if not options["whole"]:
+            from dpo_ray.model.policy import use_packed_attention
+
+            use_packed_attention(scorer, me.device, torch_dtype(model.dtype))
+            forget_gathered(forward)
 
     gc.collect()
     baseline.value = anonymous(os.getpid())
     with at("load"):
         scorer, forward = load()
+    with at("try"):
+        try_packed(scorer, forward)
     optimizer = make_optimizer(scorer.model, train)
     learner = Learner(forward, scorer, optimizer, None, train, me, TrainState())
     share = Share([[pair] for pair in pairs], pairs[0])
@@ -129,6 +141,7 @@ def work(rank: int, world: int, folder: Path, options: dict[str, Any], stage: An
     del learner, optimizer, scorer, forward, parts
     gc.collect()
     scorer, forward = load()
+    try_packed(scorer, forward)
     optimizer = make_optimizer(scorer.model, train)
     with at("resume"):
         load_checkpoint(Location.of(kept), policy=scorer.model, optimizer=optimizer, average=None, me=me)
@@ -212,6 +225,7 @@ def main() -> None:
         (folder / "model").mkdir()
         count = write_model(folder / "model", MODELS[options.model])
         layer, ends = _sizes(MODELS[options.model])
+        planned = {world: _planned(folder / "model", options, world) for world in options.workers}
         rows = []
         for world in options.workers:
             given = {"lora": options.lora, "dtype": options.dtype, "whole": options.whole}
@@ -221,8 +235,9 @@ def main() -> None:
                 shutil.rmtree(folder / rest, ignore_errors=True)
             most = {stage: max(peak.get(stage, 0) for peak in peaks) for stage in STAGES}
             rows.append(
-                [str(world), f"{4 * count / world / _MIB:.0f}", *(f"{most[stage] / _MIB:.0f}" for stage in STAGES)]
-            )
+                [str(world), f"{4 * count / world / _MIB:.0f}", *(f"{most[stage] / _MIB:.0f}" for stage in STAGES),
+                 f"{planned[world] / _MIB:.0f}", f"{planned[world] / max(1, most['train']):.3f}"]
+            )  # fmt: skip
     made = environment((*OUR_PACKAGES,))
     trained = f"LoRA of rank {options.lora}" if options.lora else "all weights trained"
     how = "each worker loads the whole model" if options.whole else "each worker reads its own part"
@@ -231,13 +246,31 @@ def main() -> None:
         f"(commit {made['commit']})\n\n"
         f"{os.cpu_count()} cores, {made['hardware']}; {versions(made)}. {count:,} weights; a layer is "
         f"{4 * layer / _MIB:.0f} MiB in float32, embedding and head {4 * ends / _MIB:.0f} MiB. The worker with the "
-        f"largest peak, MiB above its baseline:\n\n{table(['workers', 'its part', *STAGES], rows)}\n"
+        f"largest peak, MiB above its baseline:\n\n{table(['workers', 'its part', *STAGES, 'train, planned', 'planned / measured'], rows)}\n"
     )
     print(text)
     if options.write:
         report = ROOT / "benchmarks" / "sharding.md"
         before = report.read_text().rstrip() if report.exists() else "# Memory of a sharded model"
         report.write_text(f"{before}\n\n{text}")
+
+
+def _planned(folder: Path, options: argparse.Namespace, world: int) -> int:
+    """Bytes of a worker in a training step, by dpo_ray.training.memory."""
+    from dpo_ray.config import Model, Train
+    from dpo_ray.model.logprobs import TILE_TOKENS
+    from dpo_ray.model.resolve import ModelFolder
+    from dpo_ray.training.activations import counted_bytes_per_token
+    from dpo_ray.training.memory import gathered_bytes, shape_of, state_bytes
+
+    lora = {"rank": options.lora} if options.lora else None
+    model = Model.model_validate({"path": str(folder), "dtype": options.dtype, "lora": lora})
+    train, of = Train(strategy="fsdp", activation_checkpointing=True), ModelFolder.of(model)
+    shape = shape_of(of)
+    tokens = 3 * _PART * (counted_bytes_per_token(of, model, train) or 0)
+    logits = 3 * min(TILE_TOKENS, 2 * _PART) * 4 * shape.vocabulary
+    held = state_bytes(shape, model, train, world) + gathered_bytes(shape, model, train, world)
+    return int(held + tokens + logits)
 
 
 def _sizes(sizes: dict[str, int]) -> tuple[int, int]:

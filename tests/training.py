@@ -61,10 +61,11 @@ def small_model(folder: Path, *, dtype: torch.dtype = torch.float32, **larger: i
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
     }
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**{**sizes, **larger}, tie_word_embeddings=True))
+        model = LlamaForCausalLM(LlamaConfig(**{**sizes, **larger}))
         model.to(dtype).save_pretrained(folder)
     words = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", bos_token="1", eos_token="2")

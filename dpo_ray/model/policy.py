@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpo_ray.config import LoRA
 from dpo_ray.errors import ConfigError
@@ -210,9 +210,22 @@ class CompletionScorer(nn.Module):
             use_cache=False,
             **extra,
         ).last_hidden_state
-        head = output_head(self.model)
-        rows = hidden.flatten(0, 1)[batch.predictors].to(head.weight.dtype)
-        return token_scores(rows, head, batch.targets, with_collisions=with_collisions, with_entropies=with_entropies)
+        output = self.model.get_output_embeddings()
+
+        def scores(rows: Tensor) -> TokenScores:
+            head = output_head(self.model)
+            rows = rows.to(head.weight.dtype)
+            return token_scores(
+                rows, head, batch.targets, with_collisions=with_collisions, with_entropies=with_entropies
+            )
+
+        # As the output layer's own forward pass, so that FSDP gathers its weights for this.
+        output.forward = scores
+        try:
+            found: TokenScores = output(hidden.flatten(0, 1)[batch.predictors])
+        finally:
+            del output.forward
+        return found
 
 
 def output_head(model: PreTrainedModel) -> Head:

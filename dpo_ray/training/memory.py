@@ -39,7 +39,9 @@ class Shape:
     heads: int
     """Of queries in a layer's attention."""
     outside: int
-    """Parameters that are in no decoder layer: embedding, head, the last norm. FSDP has them gathered all the time."""
+    """Parameters that are in no decoder layer: embedding, head, the last norm."""
+    tied: bool
+    """Whether embedding and head are one."""
 
     @property
     def layer(self) -> int:
@@ -70,6 +72,7 @@ def shape_of(folder: ModelFolder) -> Shape:
         vocabulary=config.vocab_size,
         heads=config.num_attention_heads,
         outside=sum(p.numel() for p in model.parameters() if id(p) not in inside),
+        tied=model.get_input_embeddings().weight is model.get_output_embeddings().weight,
     )
 
 
@@ -108,32 +111,25 @@ def _shards(train: Train, num_workers: int) -> int:
     return train.sharding.workers or num_workers
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """Bytes that a worker of a sharded model holds for a moment, beside its part."""
+def gathered_bytes(shape: Shape, model: Model, train: Train, num_workers: int) -> int:
+    """What a worker of a sharded model holds for a moment beside its part: weights that are gathered, in the dtype that
+    is computed in; their gradients in it, and in the float32 that these travel in.
 
-    with_tokens: int = 0
-    """While layers are computed, beside what is kept of each token: weights that are gathered, of the layer and outside
-    the layers, and their gradients on their way to where they belong."""
-    at_end: int = 0
-    """At the end of the backward pass, when nothing of a token is kept any more: the gradients outside the layers."""
-
-
-def gathered_bytes(shape: Shape, model: Model, train: Train, num_workers: int) -> Gathered:
-    """Nothing for replicas. Measured: benchmarks/sharding.md."""
+    Of a layer and of the next one on its way; or of embedding or head, whichever is more. Nothing for replicas.
+    Measured: benchmarks/sharding.md.
+    """
     if train.strategy != "fsdp":
-        return Gathered()
+        return 0
     size = 2 if model.dtype == "bfloat16" else 4
-    alone = _shards(train, num_workers) == 1  # nothing is received
-    outside, layer, head = shape.outside, shape.layer, shape.vocabulary * shape.hidden
-    layers = shape.parameters - outside if train.sharding.keep_gathered else layer
-    ahead = 0 if train.sharding.keep_gathered or alone else layer * (1 + train.sharding.prefetch_layers)
-    forward = size * (outside + layers + ahead)
-    if model.lora is not None:
-        return Gathered(forward, 0 if alone else 2 * size * outside)
-    # Gradients in the dtype that is computed in, and in the float32 that they travel in.
-    backward = forward + size * head + (size + 4) * layer
-    return Gathered(backward, (size + size + 4) * outside + (layers * size if train.sharding.keep_gathered else 0))
+    trained = model.lora is None
+    layer, end = shape.layer, shape.vocabulary * shape.hidden
+    kept = shape.parameters if train.sharding.keep_gathered else 0
+    ahead = 1 + train.sharding.prefetch_layers if _shards(train, num_workers) > 1 else 0
+    of_layers = size * layer * (1 + ahead) + (size + 4) * layer * trained
+    if shape.tied:  # gathered all the time, and its gradient waits for the embedding's
+        of_layers += size * end * (1 + trained)
+    of_ends = size * end * 2 if not trained else (2 * size + 4) * end
+    return size * kept + max(of_layers, of_ends)
 
 
 def bytes_per_token(shape: Shape, model: Model, train: Train) -> int:
@@ -153,8 +149,7 @@ def tokens_that_fit(shape: Shape, model: Model, train: Train, *, memory: int, nu
     room = room_beside_state(shape, model, train, memory=memory, num_workers=num_workers)
     tokens = int(room // bytes_per_token(shape, model, train))
     if tokens < 128:
-        gathered = gathered_bytes(shape, model, train, num_workers)
-        state = state_bytes(shape, model, train, num_workers) + max(gathered.with_tokens, gathered.at_end)
+        state = state_bytes(shape, model, train, num_workers) + gathered_bytes(shape, model, train, num_workers)
         raise ConfigError(
             f"train.tokens_per_microbatch=auto finds no room: a worker has {memory / _GIB:.1f} GiB, of which weights, "
             f"gradients and optimizer take about {state / _GIB:.1f}. Use train.strategy=fsdp with more workers, "
@@ -166,10 +161,8 @@ def tokens_that_fit(shape: Shape, model: Model, train: Train, *, memory: int, nu
 
 def room_beside_state(shape: Shape, model: Model, train: Train, *, memory: int, num_workers: int) -> float:
     """Bytes of a worker with `memory` bytes that are left for micro-batches; below 0 where not even the state fits."""
-    room = _USABLE * memory - state_bytes(shape, model, train, num_workers)
-    gathered = gathered_bytes(shape, model, train, num_workers)
-    beside = room - gathered.with_tokens - _LOGIT_TILES * shape.vocabulary
-    return min(beside, room - gathered.at_end) if room < gathered.at_end else beside
+    held = state_bytes(shape, model, train, num_workers) + gathered_bytes(shape, model, train, num_workers)
+    return _USABLE * memory - held - _LOGIT_TILES * shape.vocabulary
 
 
 def pair_bytes(shape: Shape, model: Model, train: Train, pair: TokenizedPair, implementation: str) -> int:

@@ -50,8 +50,8 @@ def parallelize(
 ) -> nn.Module:
     """The module to call for a forward pass that gradients are to flow through.
 
-    fsdp shards each decoder layer on its own, in place (torch's fully_shard, arXiv:2304.11277), so that one layer
-    at a time is whole. In bfloat16, layers compute in it while weights, gradients and the optimizer stay in float32;
+    fsdp shards each decoder layer on its own, in place (torch's fully_shard, arXiv:2304.11277), and so embedding and
+    head where they are two, so that one of them at a time is whole. In bfloat16, layers compute in it while weights, gradients and the optimizer stay in float32;
     FSDP does that, for ddp on a mesh in which every worker is a shard of one and only gradients travel.
 
     Args:
@@ -81,8 +81,11 @@ def parallelize(
     }
     # Where every worker holds all weights, giving the computing copy up between the passes would save nothing.
     give_up = strategy == "fsdp" and not sharding.keep_gathered
-    for layer in layers:
-        fully_shard(layer, reshard_after_forward=give_up, **options)
+    ends = [scorer.model.get_input_embeddings(), scorer.model.get_output_embeddings()]
+    if ends[0].weight is ends[1].weight:
+        ends = []  # gathered with the outermost weights, from the first use to the last
+    for module in (*layers, *ends):
+        fully_shard(module, reshard_after_forward=give_up, **options)
     fully_shard(scorer, **options)
     scorer.parts = part.of
     if weights is not None:

@@ -83,17 +83,14 @@ def of_training(
     batch = int(tokens * (counted if counted is not None else bytes_per_token(shape, model, train)))
     logits = 3 * TILE_TOKENS * 4 * shape.vocabulary
     gathered = gathered_bytes(shape, model, train, workers)
-    brief = gathered.with_tokens
-    if gathered.at_end > brief + batch + logits:
-        brief = gathered.at_end - batch - logits
-    of_others = f"gathered from other workers {brief / _GIB:.2f} + " if brief else ""
+    of_others = f"gathered from other workers {gathered / _GIB:.2f} + " if gathered else ""
     parts = (
         f"weights, gradients, optimizer {state / _GIB:.2f} + {of_others}{tokens} tokens at once {batch / _GIB:.2f} "
         f"({'counted on two of its layers' if counted is not None else 'a bound by its shape'}) + logits "
         f"{logits / _GIB:.2f} + the process {process / _GIB:.2f} GiB"
     )
     knob = _knob(config, shape, pairs.longest, has) if lacking is not None and has is not None else None
-    return Memory(state + brief + batch + logits + process, parts, has, lacking, knob)
+    return Memory(state + gathered + batch + logits + process, parts, has, lacking, knob)
 
 
 def of_scoring(config: Config, shape: Shape, process: int, *, by_vllm: bool, gpu: int | None) -> Memory:
@@ -101,9 +98,13 @@ def of_scoring(config: Config, shape: Shape, process: int, *, by_vllm: bool, gpu
     weights = shape.parameters * _WIDTH[config.model.dtype]
     if not by_vllm:
         logits = 3 * TILE_TOKENS * 4 * shape.vocabulary
-        whole = 4 * shape.parameters  # as it is loaded, before it is brought to model.dtype
-        parts = f"weights {whole / _GIB:.2f} + logits {logits / _GIB:.2f} + the process {process / _GIB:.2f} GiB"
-        return Memory(whole + logits + process, parts, gpu)
+        if gpu is not None and weights > 0.8 * gpu:  # as dpo_ray.model.for_scoring does
+            weights = _WIDTH[config.model.dtype] * (shape.outside + shape.layer)
+            what = f"embedding, head and one layer at a time {weights / _GIB:.2f}"
+        else:
+            what = f"weights {weights / _GIB:.2f}"
+        parts = f"{what} + logits {logits / _GIB:.2f} + the process {process / _GIB:.2f} GiB"
+        return Memory(weights + logits + process, parts, gpu)
     vllm = config.vllm
     if vllm.gpus_per_actor == 0:
         held = weights + vllm.kv_cache_gib * _GIB + _GIB

@@ -20,7 +20,6 @@ from dpo_ray.training import memory
 from dpo_ray.training.memory import (
     MOST_TOKENS_CPU,
     MOST_TOKENS_GPU,
-    Gathered,
     Shape,
     bytes_per_token,
     gathered_bytes,
@@ -30,8 +29,8 @@ from dpo_ray.training.memory import (
 )
 
 GIB = 2**30
-EIGHT_BILLION = Shape(8_000_000_000, 32, 4096, 14336, 128256, 32, outside=1_050_677_248)
-SMALL = Shape(135_000_000, 30, 576, 1536, 49152, 9, outside=28_312_128)
+EIGHT_BILLION = Shape(8_000_000_000, 32, 4096, 14336, 128256, 32, outside=1_050_677_248, tied=False)
+SMALL = Shape(135_000_000, 30, 576, 1536, 49152, 9, outside=28_312_128, tied=True)
 
 
 def fits(shape: Shape, gib: float, num_workers: int = 1, model: dict[str, Any] | None = None, **train: Any) -> int:
@@ -47,7 +46,7 @@ def test_shape_is_read_off_the_configuration(tmp_path: Path):
     (tmp_path / "model.safetensors").write_bytes(b"not read")
     model = AutoModelForCausalLM.from_config(config)
     assert shape_of(ModelFolder(str(tmp_path))) == Shape(
-        sum(p.numel() for p in model.parameters()), 3, 64, 96, 100, 32, outside=2 * 100 * 64 + 64
+        sum(p.numel() for p in model.parameters()), 3, 64, 96, 100, 32, outside=2 * 100 * 64 + 64, tied=False
     )
 
 
@@ -81,11 +80,11 @@ def test_what_is_counted_for_a_token_is_at_least_what_is_kept_and_not_twice_that
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         _ = CompletionScorer(policy)(pack([pair])).logprobs
     measured = sum(size for size, _ in kept.values()) / pair.num_tokens
-    shape = Shape(0, 4, 128, 384, 32, 4, outside=0)
+    shape = Shape(0, 4, 128, 384, 32, 4, outside=0, tied=False)
     train = Train(activation_checkpointing=checkpointing)
     counted = bytes_per_token(shape, Model(path="m", dtype=dtype), train)
     if checkpointing:  # one layer is whole in the backward pass, beside what is kept of all
-        one_layer = bytes_per_token(Shape(0, 1, 128, 384, 32, 4, outside=0), Model(path="m", dtype=dtype), Train())
+        one_layer = bytes_per_token(Shape(0, 1, 128, 384, 32, 4, outside=0, tied=False), Model(path="m", dtype=dtype), Train())
         measured += one_layer / 2
     assert measured <= counted <= 2 * measured
 
@@ -110,17 +109,22 @@ def test_replicas_in_float32_have_their_gradients_twice():
 
 
 def test_workers_of_a_sharded_model_gather_some_of_it():
-    model, train = Model(path="m"), Train(strategy="fsdp")
-    layer, outside, head = (135_000_000 - 28_312_128) // 30, 28_312_128, 49152 * 576
-    assert gathered_bytes(SMALL, model, Train(), 2) == Gathered()
-    two = gathered_bytes(SMALL, model, train, 2)
-    # A layer, the next one on its way, the layer's gradients, and these as they travel; and so outside the layers.
-    assert two == Gathered(4 * (outside + 2 * layer + head + 2 * layer), 12 * outside)
-    assert gathered_bytes(SMALL, Model(path="m", dtype="bfloat16"), train, 2).at_end == 8 * outside
+    model, train, adapters = Model(path="m"), Train(strategy="fsdp"), Model(path="m", lora={})
+    end = 128256 * 4096
+    assert gathered_bytes(EIGHT_BILLION, model, Train(), 2) == 0
+    # The head and its gradient, and the gradient as it travels; in float32 and in bfloat16.
+    assert gathered_bytes(EIGHT_BILLION, model, train, 2) == 12 * end
+    assert gathered_bytes(EIGHT_BILLION, Model(path="m", dtype="bfloat16"), train, 2) == 8 * end
+    assert gathered_bytes(EIGHT_BILLION, adapters, train, 2) == 8 * end
+    # A layer, the next one on its way, the layer's gradients, and these as they travel, beside what is tied.
+    deep = Shape(8 * 10**9, 4, 4096, 14336, 1024, 32, outside=1024 * 4096, tied=True)
+    layer, end = (8 * 10**9 - 1024 * 4096) // 4, 1024 * 4096
+    assert gathered_bytes(deep, model, train, 2) == 4 * (2 * layer + 2 * layer + 2 * end)
+    assert gathered_bytes(deep, model, train, 1) == 4 * (layer + 2 * layer + 2 * end)
+    assert gathered_bytes(deep, adapters, train, 2) == 4 * (2 * layer + end)
     kept = Train(strategy="fsdp", num_workers=4, sharding={"workers": 2, "keep_gathered": True})
-    assert gathered_bytes(SMALL, model, kept, 4).with_tokens == 4 * (135_000_000 + head + 2 * layer)
+    assert gathered_bytes(SMALL, model, kept, 4) - gathered_bytes(SMALL, model, train, 2) == 4 * 135_000_000
     assert state_bytes(SMALL, model, kept, 4) == 8 * SMALL.parameters
-    assert gathered_bytes(SMALL, Model(path="m", lora={}), train, 2).with_tokens == 4 * (outside + 2 * layer)
 
 
 def test_more_workers_checkpointing_and_adapters_make_room():

@@ -40,6 +40,19 @@ def gang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gang]:
     gang.end()
 
 
+@pytest.mark.parametrize("sharding", [{}, {"workers": 2}], ids=["4", "2x2"])
+def test_embedding_and_head_may_be_two(gang: Gang, tmp_path: Path, sharding: dict[str, Any]):
+    model = make_model(tmp_path / "model", tie_word_embeddings=False)
+    pairs = scored(random_pairs(24), model)
+    run(model, pairs, tmp_path / "one", **ALWAYS)
+    gang.run(model, pairs, tmp_path / "four", strategy="fsdp", num_workers=4, sharding=sharding, **ALWAYS)
+    one, four = Trained(tmp_path / "one"), Trained(tmp_path / "four")
+    assert max(abs(a - b) for a, b in zip(one.losses, four.losses, strict=True)) < NEAR
+    expected, found = trained_weights(one), trained_weights(four)
+    assert found.keys() == expected.keys()
+    assert max(float((found[n] - expected[n]).abs().max()) for n in found) < 1e-5
+
+
 def trained_weights(done: Trained) -> dict[str, torch.Tensor]:
     [file] = done.model.glob("*.safetensors")
     return load_file(file)

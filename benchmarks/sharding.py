@@ -2,8 +2,8 @@
 
     python -m benchmarks.sharding [--model 1b] [--workers 1 2 4] [--lora 16] [--whole] [--write]
 
-Processes that exchange by gloo train a random model that is built from a configuration, whose files are written weight by
-weight and removed afterwards. Measured from outside, some hundred times a second, is a process's anonymous memory
+Processes that exchange by gloo train a random model that is built from a configuration, whose files are written weight
+by weight and removed afterwards. Measured from outside, some hundred times a second, is a process's anonymous memory
 (RssAnon: pages of mapped files do not count), less what it holds once everything is imported. --whole has each worker
 load the whole model and shard it then. Prints a table; --write puts it at the end of sharding.md.
 """
@@ -42,9 +42,9 @@ _PAIRS = 2  # of a worker in a step, a micro-batch each
 def write_model(folder: Path, sizes: dict[str, int]) -> int:
     """Random weights in bfloat16, in one file, of which one at a time is in memory. Returns their number."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from dpo_ray.model.safetensors_file import SafetensorsFile
 
@@ -159,13 +159,12 @@ def work(rank: int, world: int, folder: Path, options: dict[str, Any], stage: An
 
 def warm_up(me: Any) -> None:
     """Import what a training imports on its way, and make the first exchange."""
+    import peft  # noqa: F401
     import torch
     import torch.distributed.checkpoint
     import torch.distributed.fsdp
     import transformers.models.llama.modeling_llama  # noqa: F401
     from torch.distributed.device_mesh import init_device_mesh
-
-    import peft  # noqa: F401
 
     init_device_mesh("cpu", (me.world_size,))
     torch.distributed.all_reduce(torch.zeros(4))
@@ -241,12 +240,13 @@ def main() -> None:
     made = environment((*OUR_PACKAGES,))
     trained = f"LoRA of rank {options.lora}" if options.lora else "all weights trained"
     how = "each worker loads the whole model" if options.whole else "each worker reads its own part"
+    head = ["workers", "its part", *STAGES, "train, planned", "planned / measured"]
     text = (
         f"## {options.model}, {trained}, {options.dtype}, {how}: {datetime.now(UTC):%Y-%m-%d} "
         f"(commit {made['commit']})\n\n"
         f"{os.cpu_count()} cores, {made['hardware']}; {versions(made)}. {count:,} weights; a layer is "
         f"{4 * layer / _MIB:.0f} MiB in float32, embedding and head {4 * ends / _MIB:.0f} MiB. The worker with the "
-        f"largest peak, MiB above its baseline:\n\n{table(['workers', 'its part', *STAGES, 'train, planned', 'planned / measured'], rows)}\n"
+        f"largest peak, MiB above its baseline:\n\n{table(head, rows)}\n"
     )
     print(text)
     if options.write:

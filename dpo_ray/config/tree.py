@@ -598,8 +598,8 @@ class Train(Section):
         if self.strategy != "fsdp" and sharding != Sharding():
             [name, *_] = sharding.model_fields_set or ("workers",)
             raise ValueError(
-                f"train.sharding.{name} is {getattr(sharding, name)}, but train.strategy is {self.strategy}, under which "
-                "each worker holds the whole model: set train.strategy=fsdp, or leave train.sharding out"
+                f"train.sharding.{name} is {getattr(sharding, name)}, but train.strategy is {self.strategy}, under "
+                "which each worker holds the whole model: set train.strategy=fsdp, or leave train.sharding out"
             )
         if sharding.workers is not None and self.num_workers % sharding.workers:
             raise ValueError(

@@ -1,8 +1,8 @@
 """A model that only scores: its weights go straight to the device, in the dtype that it computes in.
 
 Of a model that is larger than the device, those of the decoder layers stay in the model's files, and each layer's are
-brought when it computes. Nothing is exchanged for it, so that each scorer works by itself; what is computed is the same,
-bit for bit. A pass over the files serves all tokens of a batch.
+brought when it computes. Nothing is exchanged for it, so that each scorer works by itself; what is computed is the
+same, bit for bit. A pass over the files serves all tokens of a batch.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _GIB = 2**30
 def load_for_scoring(
     folder: Path, device: torch.device, dtype: torch.dtype, *, trust_remote_code: bool = False
 ) -> CompletionScorer:
-    """In eval mode, without gradients, on the packed attention where it can serve. Raises ConfigError as load_policy."""
+    """In eval mode, without gradients, on the packed attention where it can serve. Raises as load_policy does."""
     weights, memory = weight_bytes(folder, dtype), memory_of(device)
     in_files = weights > _USABLE * memory
     if in_files:
         say(
             "model",
-            f"its weights are {weights / _GIB:.1f} GiB, and there are {memory / _GIB:.1f}: those of each layer are read "
-            "from its files when it computes",
+            f"its weights are {weights / _GIB:.1f} GiB, and there are {memory / _GIB:.1f}: those of each layer are "
+            "read from its files when it computes",
         )
     scorer = CompletionScorer(_load(folder, device, dtype, trust_remote_code=trust_remote_code, in_files=in_files))
     use_packed_attention(scorer.eval(), device, dtype)

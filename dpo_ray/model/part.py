@@ -1,7 +1,8 @@
-"""One process's part of a model that several hold together: of each weight some rows, read from the folder's files alone.
+"""One process's part of a model that several hold together: of each weight some rows, and no others are read.
 
-What is read of a file is what is kept: files are mapped, and no weight is ever whole, but for one that the model's class
-holds in another form than its files do (as the experts of a layer, stacked): such a one is made whole, cut, and let go.
+What is read of a file is what is kept: files are mapped, and no weight is ever whole, but for one that the model's
+class holds in another form than its files do (as the experts of a layer, stacked): such a one is made whole, cut, and
+let go.
 """
 
 from __future__ import annotations
@@ -82,9 +83,7 @@ def read_part(folder: Path, part: Part, *, trust_remote_code: bool = False) -> P
     return PartOfModel(model, {name: found[id(p)] for name, p in model.named_parameters(remove_duplicate=False)})
 
 
-def without_weights(
-    folder: Path, take: Callable[[Files], Any], *, trust_remote_code: bool = False
-) -> PreTrainedModel:
+def without_weights(folder: Path, take: Callable[[Files], Any], *, trust_remote_code: bool = False) -> PreTrainedModel:
     """What from_pretrained makes of a folder, in float32, but its weights: these are left to `take`.
 
     take: given the files; returns what they tell of the loading. Parameters that it does not put in are on the meta

@@ -28,8 +28,8 @@ from torch.distributed.tensor import DTensor
 from dpo_ray.config import Model
 from dpo_ray.model.folders import HASHES, load_tokenizer, stored_dtype
 from dpo_ray.model.lora import merged_weights, save_adapter
-from dpo_ray.model.tokenizer_files import read_template
 from dpo_ray.model.safetensors_file import SafetensorsFile, num_bytes
+from dpo_ray.model.tokenizer_files import read_template
 from dpo_ray.storage.artifact import FileEntry, describe_file
 from dpo_ray.storage.location import Location
 from dpo_ray.training.parallel import Rank, gathered_objects, trained_state, whole_state

@@ -50,9 +50,10 @@ def parallelize(
 ) -> nn.Module:
     """The module to call for a forward pass that gradients are to flow through.
 
-    fsdp shards each decoder layer on its own, in place (torch's fully_shard, arXiv:2304.11277), and so embedding and
-    head where they are two, so that one of them at a time is whole. In bfloat16, layers compute in it while weights, gradients and the optimizer stay in float32;
-    FSDP does that, for ddp on a mesh in which every worker is a shard of one and only gradients travel.
+    fsdp shards each decoder layer on its own, in place (torch's fully_shard, arXiv:2304.11277), and embedding and head
+    where they are two, so that one of them at a time is whole. In bfloat16, layers compute in it while weights,
+    gradients and the optimizer stay in float32; FSDP does that, for ddp on a mesh in which every worker is a shard of
+    one and only gradients travel.
 
     Args:
         dtype: what the forward and backward pass compute in.

@@ -364,14 +364,23 @@ def test_combinations_in_train_that_cannot_work(train: dict[str, object], told: 
 @pytest.mark.parametrize(
     ("train", "said"),
     [
-        ({"sharding": {"workers": 2}, "num_workers": 4}, r"train\.sharding\.workers is 2, but train\.strategy is ddp.*fsdp"),
+        (
+            {"sharding": {"workers": 2}, "num_workers": 4},
+            r"train\.sharding\.workers is 2, but train\.strategy is ddp.*fsdp",
+        ),
         ({"sharding": {"keep_gathered": True}}, r"train\.sharding\.keep_gathered is True.*leave train\.sharding out"),
-        ({"strategy": "fsdp", "sharding": {"workers": 3}, "num_workers": 4}, r"workers is 3, which does not divide.*=4"),
+        (
+            {"strategy": "fsdp", "sharding": {"workers": 3}, "num_workers": 4},
+            r"workers is 3, which does not divide.*=4",
+        ),
         (
             {"strategy": "fsdp", "sharding": {"workers": 2}, "num_workers": 4, "min_workers": 2},
             r"workers is 2, but with train\.min_workers=2.*leave one of the two out",
         ),
-        ({"strategy": "fsdp", "sharding": {"prefetch_layers": 1}}, r"prefetch_layers is 1, but train\.use_gpu is false"),
+        (
+            {"strategy": "fsdp", "sharding": {"prefetch_layers": 1}},
+            r"prefetch_layers is 1, but train\.use_gpu is false",
+        ),
     ],
 )
 def test_sharding_that_means_nothing_is_refused(train: dict[str, Any], said: str):

@@ -84,7 +84,9 @@ def test_what_is_counted_for_a_token_is_at_least_what_is_kept_and_not_twice_that
     train = Train(activation_checkpointing=checkpointing)
     counted = bytes_per_token(shape, Model(path="m", dtype=dtype), train)
     if checkpointing:  # one layer is whole in the backward pass, beside what is kept of all
-        one_layer = bytes_per_token(Shape(0, 1, 128, 384, 32, 4, outside=0, tied=False), Model(path="m", dtype=dtype), Train())
+        one_layer = bytes_per_token(
+            Shape(0, 1, 128, 384, 32, 4, outside=0, tied=False), Model(path="m", dtype=dtype), Train()
+        )
         measured += one_layer / 2
     assert measured <= counted <= 2 * measured
 

@@ -127,25 +127,26 @@ def work(rank: int, world: int, folder: Path, options: dict[str, Any], stage: An
         scorer, forward = load()
     with at("try"):
         try_packed(scorer, forward)
-    optimizer = make_optimizer(scorer.model, train)
-    learner = Learner(forward, scorer, optimizer, None, train, me, TrainState())
-    share = Share([[pair] for pair in pairs], pairs[0])
-    with at("train"):
-        learner.step(share, 1e-6, None)
-        learner.step(share, 1e-6, None)
-    kept = folder / "checkpoint"
-    kept.mkdir(exist_ok=True)
-    parts = {"policy": scorer.model, "optimizer": optimizer, "average": None, "me": me}
-    with at("checkpoint"):
-        save_checkpoint(kept, state=TrainState(next_step=2), **parts)
-    del learner, optimizer, scorer, forward, parts
-    gc.collect()
-    scorer, forward = load()
-    try_packed(scorer, forward)
-    optimizer = make_optimizer(scorer.model, train)
-    with at("resume"):
-        load_checkpoint(Location.of(kept), policy=scorer.model, optimizer=optimizer, average=None, me=me)
-    optimizer = None
+    if options["trains"]:
+        optimizer = make_optimizer(scorer.model, train)
+        learner = Learner(forward, scorer, optimizer, None, train, me, TrainState())
+        share = Share([[pair] for pair in pairs], pairs[0])
+        with at("train"):
+            learner.step(share, 1e-6, None)
+            learner.step(share, 1e-6, None)
+        kept = folder / "checkpoint"
+        kept.mkdir(exist_ok=True)
+        parts = {"policy": scorer.model, "optimizer": optimizer, "average": None, "me": me}
+        with at("checkpoint"):
+            save_checkpoint(kept, state=TrainState(next_step=2), **parts)
+        del learner, optimizer, scorer, forward, parts
+        gc.collect()
+        scorer, forward = load()
+        try_packed(scorer, forward)
+        optimizer = make_optimizer(scorer.model, train)
+        with at("resume"):
+            load_checkpoint(Location.of(kept), policy=scorer.model, optimizer=optimizer, average=None, me=me)
+        del optimizer
     scorer.eval()
     with at("score"), torch.no_grad():
         scorer(scorer.collate(pairs))
@@ -215,6 +216,7 @@ def main() -> None:
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0: all weights are trained")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--whole", action="store_true", help="each worker loads the whole model")
+    parser.add_argument("--no-training", action="store_true", help="only load, score and export")
     parser.add_argument("--folder", type=Path, default=None, help="for the model's files, some GB")
     parser.add_argument("--write", action="store_true", help="put the table at the end of benchmarks/sharding.md")
     options = parser.parse_args()
@@ -228,6 +230,7 @@ def main() -> None:
         rows = []
         for world in options.workers:
             given = {"lora": options.lora, "dtype": options.dtype, "whole": options.whole}
+            given["trains"] = not options.no_training
             peaks = measure(world, folder, given)
             print(json.dumps({"workers": world, "peaks": peaks}), flush=True)
             for rest in ("checkpoint", "exported"):

@@ -5,13 +5,15 @@
 Processes that exchange by gloo train a random model that is built from a configuration, whose files are written weight
 by weight and removed afterwards. Measured from outside, some hundred times a second, is a process's anonymous memory
 (RssAnon: pages of mapped files do not count), less what it holds once everything is imported. --whole has each worker
-load the whole model and shard it then. Prints a table; --write puts it at the end of sharding.md.
+load the whole model and shard it then. Prints a table; --write puts it at the end of sharding.md. --plan prints what 8B
+and 70B take on GPUs, by dpo_ray.training.memory, and measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -219,7 +221,11 @@ def main() -> None:
     parser.add_argument("--no-training", action="store_true", help="only load, score and export")
     parser.add_argument("--folder", type=Path, default=None, help="for the model's files, some GB")
     parser.add_argument("--write", action="store_true", help="put the table at the end of benchmarks/sharding.md")
+    parser.add_argument("--plan", action="store_true", help="print the plan for large models alone")
     options = parser.parse_args()
+    if options.plan:
+        print(plan())
+        return
     os.environ.setdefault("MALLOC_TOP_PAD_", "0")  # what is freed is given back: gaps of the heap are not measured
     with tempfile.TemporaryDirectory(prefix="dpo-ray-sharding-", dir=options.folder) as scratch:
         folder = Path(scratch)
@@ -256,6 +262,39 @@ def main() -> None:
         report = ROOT / "benchmarks" / "sharding.md"
         before = report.read_text().rstrip() if report.exists() else "# Memory of a sharded model"
         report.write_text(f"{before}\n\n{text}")
+
+
+def plan() -> str:
+    """8B (Llama 3.1) on 1 and 8 GPUs and 70B on 8 and 64, in bfloat16: GiB of a GPU by part, and tokens that fit."""
+    from dpo_ray.config import LoRA, Model, Train
+    from dpo_ray.errors import ConfigError
+    from dpo_ray.model.logprobs import TILE_TOKENS
+    from dpo_ray.training.memory import Shape, bytes_per_token, gathered_bytes, state_bytes, tokens_that_fit
+
+    eight = Shape(8_030_261_248, 32, 4096, 14336, 128256, 32, outside=2 * 128256 * 4096 + 4096, tied=False)
+    seventy = Shape(70_553_706_496, 80, 8192, 28672, 128256, 64, outside=2 * 128256 * 8192 + 8192, tied=False)
+    gib, tokens, rows = 2**30, 4096, []
+    for name, shape, workers in (("8B", eight, 1), ("8B", eight, 8), ("70B", seventy, 8), ("70B", seventy, 64)):
+        for lora, again in itertools.product((None, LoRA(rank=16)), (False, True)):
+            model = Model(path="m", dtype="bfloat16", lora=lora)
+            train = Train(use_gpu=True, num_workers=workers, strategy="fsdp", activation_checkpointing=again)
+            parts = [
+                state_bytes(shape, model, train, workers),
+                gathered_bytes(shape, model, train, workers),
+                tokens * bytes_per_token(shape, model, train),
+                3 * TILE_TOKENS * 4 * shape.vocabulary,
+            ]
+            fit = []
+            for memory in (80, 141):
+                try:
+                    found = tokens_that_fit(shape, model, train, memory=memory * gib, num_workers=workers)
+                except ConfigError:
+                    found = 0
+                fit.append(str(found) if found else "does not fit")
+            how = ["LoRA" if lora else "all weights", "yes" if again else "no"]
+            rows.append([name, str(workers), *how, *(f"{n / gib:.1f}" for n in (*parts, sum(parts))), *fit])
+    head = ["model", "GPUs", "trained", "activation checkpointing", "state", "gathered", f"{tokens} tokens", "logits"]
+    return table([*head, "together", "tokens in 80 GiB", "in 141 GiB"], rows)
 
 
 def _planned(folder: Path, options: argparse.Namespace, world: int) -> int:

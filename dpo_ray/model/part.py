@@ -93,16 +93,19 @@ def without_weights(folder: Path, take: Callable[[Files], Any], *, trust_remote_
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        kind: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
 
     def read(model: Any, state: Any, files: list[str], options: Any, expected: Any = None) -> tuple[Any, Any]:
         if options.hf_quantizer is not None or not all(file.endswith(".safetensors") for file in files):
             say("model", f"{config.model_type}: its files are quantized, so each worker reads all of them")
-            return kind._load_pretrained_model(model, state, files, options, expected)
+            loaded: tuple[Any, Any] = kind._load_pretrained_model(model, state, files, options, expected)
+            return loaded
         return take(Files(model, files, options)), None
 
     # Of the same name: transformers goes by it.
-    reader = type(kind.__name__, (kind,), {"_load_pretrained_model": staticmethod(read), "__module__": kind.__module__})
+    reader: Any = type(
+        kind.__name__, (kind,), {"_load_pretrained_model": staticmethod(read), "__module__": kind.__module__}
+    )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(_SEED)
         model: Any = reader.from_pretrained(
@@ -120,7 +123,7 @@ class Files:
         from safetensors import safe_open
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-        self.model = model
+        self.model: Any = model
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.plain: dict[str, Any] = {}
         """By a weight's name in the model: what is read of by slices, and is that weight."""
@@ -131,7 +134,7 @@ class Files:
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         state, groups = model.state_dict(), dict[str, dict[str, Any]]()
-        opened = [safe_open(file, framework="pt", device="cpu") for file in files]
+        opened: list[Any] = [safe_open(file, framework="pt", device="cpu") for file in files]
         stored = {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
         for name in sorted(stored, key=dot_natural_key):
             target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)

@@ -22,6 +22,8 @@ from dpo_ray.progress import say
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_CPU = torch.device("cpu")
+
 
 def load_policy(
     folder: Path,
@@ -132,7 +134,7 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def use_packed_attention(
-    scorer: CompletionScorer, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    scorer: CompletionScorer, device: torch.device = _CPU, dtype: torch.dtype = torch.float32
 ) -> None:
     """Switch to the packed attention if the model gives the same log-probs with it; otherwise say that it does not.
 
@@ -159,7 +161,7 @@ def use_packed_attention(
         )
 
 
-def _gives_the_same(scorer: CompletionScorer, device: torch.device | str, dtype: torch.dtype) -> bool:
+def _gives_the_same(scorer: CompletionScorer, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the model's log-probs are the same on packed pairs; it is left on the packed attention."""
     model = scorer.model
     ids = [i % model.config.vocab_size for i in range(7, 7 + 19)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from dpo_ray.config import Model, Train
@@ -28,7 +30,7 @@ def start_policy(
     Raises ConfigError as load_policy and parallelize do.
     """
     dtype = torch_dtype(model.dtype)
-    how = {
+    how: dict[str, Any] = {
         "trust_remote_code": folder.trust_remote_code,
         "lora": model.lora,
         "seed": seed,
@@ -43,8 +45,7 @@ def start_policy(
     scorer = CompletionScorer(found.model).train()
     if options.compile:
         compile_layers(scorer.model)
-    sharded = {"sharding": options.sharding, "weights": found.weights}
-    forward = parallelize(scorer, options.strategy, me, dtype, **sharded)
+    forward = parallelize(scorer, options.strategy, me, dtype, sharding=options.sharding, weights=found.weights)
     use_packed_attention(scorer, me.device, dtype)
     forget_gathered(forward)
     return scorer, forward

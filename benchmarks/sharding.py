@@ -187,6 +187,7 @@ def anonymous(pid: int) -> int:
 
 def measure(world: int, folder: Path, options: dict[str, Any]) -> list[dict[str, int]]:
     """Of each worker, the largest number of bytes above its baseline in each stage."""
+    os.environ.setdefault("MALLOC_TOP_PAD_", "0")  # what is freed is given back: gaps of the heap are not measured
     context = multiprocessing.get_context("spawn")
     stages = [context.Value("i", -1, lock=False) for _ in range(world)]
     baselines = [context.Value("q", 0, lock=False) for _ in range(world)]
@@ -226,7 +227,6 @@ def main() -> None:
     if options.plan:
         print(plan())
         return
-    os.environ.setdefault("MALLOC_TOP_PAD_", "0")  # what is freed is given back: gaps of the heap are not measured
     with tempfile.TemporaryDirectory(prefix="dpo-ray-sharding-", dir=options.folder) as scratch:
         folder = Path(scratch)
         (folder / "model").mkdir()

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from dpo_ray.model import varlen
+
 IMPLEMENTATION = "dpo_packed"
 
 
@@ -63,7 +65,7 @@ def packed_attention(
     """
     if segments is None:
         raise ValueError(f"{IMPLEMENTATION} attention needs the segments of the packed row")
-    if query.dtype in (torch.bfloat16, torch.float16) and _has_flash(query.device):
+    if query.dtype in (torch.bfloat16, torch.float16) and varlen.is_there(query.device):
         return _flash(query, key, value, segments.pairs, scaling), None
     grouped = query.shape[1] != key.shape[1]
     parts = []
@@ -91,18 +93,11 @@ def packed_attention(
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
-@lru_cache
-def _has_flash(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def _flash(query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], scaling: float | None) -> Tensor:
     """All pairs in one call: the shared keys and values stand before chosen and again before rejected."""
-    from torch.nn.attention.varlen import varlen_attn
-
     layout = varlen_layout(segments, query.device)
     k, v = (x[0].transpose(0, 1)[layout.keys] for x in (key, value))
-    out = varlen_attn(
+    out = varlen.attend(
         query[0].transpose(0, 1).contiguous(),
         k,
         v,
@@ -111,10 +106,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, .
         layout.longest_query,
         layout.longest_key,
         scale=scaling,
-        window_size=(-1, 0),  # causal; where queries are fewer than keys, aligned to the bottom right
-        enable_gqa=query.shape[1] != key.shape[1],
     )
-    assert isinstance(out, Tensor)
     return out[None]
 
 

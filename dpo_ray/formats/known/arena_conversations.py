@@ -15,8 +15,16 @@ def _fits(row: Row) -> bool:
 
 
 def _fields(row: Row) -> dict[str, Any]:
-    first, second = (present(row, side) for side in _SIDES)
+    first, second = (_judged(present(row, side), row.get("turn")) for side in _SIDES)
     return compared(first, second, first_is_better(row))
+
+
+def _judged(dialogue: Any, turns: Any) -> Any:
+    """A dialogue as far as it was judged: MT-Bench has both questions in it also where the first answer is."""
+    if not isinstance(dialogue, list) or not isinstance(turns, int) or isinstance(turns, bool) or turns < 1:
+        return dialogue
+    asked = [place for place, turn in enumerate(dialogue) if isinstance(turn, dict) and turn.get("role") == "user"]
+    return dialogue[: asked[turns]] if turns < len(asked) else dialogue
 
 
 FORMAT = Format(
@@ -24,6 +32,8 @@ FORMAT = Format(
     about="conversation_a, conversation_b, winner",
     layout="paired",
     columns=((*_SIDES, "winner"),),
+    optional=("turn",),
+    typed=("turn",),
     fits=_fits,
     fields=_fields,
 )

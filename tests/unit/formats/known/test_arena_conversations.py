@@ -37,6 +37,21 @@ CARDS = [
         pairs=[(said("Why?"), "So.", "No."), (said("Why?"), "No.", "So.")],
         dropped={"tie": 2, "null_field": 1},
     ),
+    Card(
+        source="lmsys/mt_bench_human_judgments",
+        types={name: _TYPES[name] for name in ("winner", "judge", "conversation_a", "conversation_b", "turn")},
+        rows=[
+            {
+                "winner": winner,
+                "judge": "author_2",
+                "conversation_a": said("Why?", "So.", "Sure?", "Yes."),
+                "conversation_b": said("Why?", first, "Sure?", "Well."),
+                "turn": turn,
+            }
+            for turn, first, winner in ((1, "No.", "model_b"), (2, "So.", "model_a"))
+        ],
+        pairs=[(said("Why?"), "No.", "So."), (said("Why?", "So.", "Sure?"), "Yes.", "Well.")],
+    ),
 ]
 
 

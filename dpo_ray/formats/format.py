@@ -159,8 +159,8 @@ def is_turn(value: Any, role: str = "role", content: str = "content") -> bool:
 
 
 def is_transcript(value: Any) -> bool:
-    """Whether a text begins as the transcripts of HH-RLHF do."""
-    return isinstance(value, str) and value.startswith("\n\nHuman:")
+    """Whether a text begins as the transcripts of HH-RLHF do, also where white space was stripped off or CRLF written."""
+    return isinstance(value, str) and value.lstrip().startswith("Human:")
 
 
 def text(row: Row, column: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_ray.formats.format import no_pair
 
-_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+_TURN = re.compile(r"(?:^\s*|(?:\r?\n){2})(Human|Assistant): ?")
 _MARKED = re.compile(r"\n{0,2}<extra_id_1>(User|Assistant)\n")
 _ROLES = {"Human": "user", "User": "user", "Assistant": "assistant"}
 

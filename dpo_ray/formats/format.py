@@ -172,7 +172,7 @@ def is_turn(value: Any, role: str = "role", content: str = "content") -> bool:
 
 
 def is_transcript(value: Any) -> bool:
-    """Whether a text begins as the transcripts of HH-RLHF do, also where white space was stripped off or CRLF written."""
+    """Whether a text begins as the transcripts of HH-RLHF do, also stripped of white space or with CRLF."""
     return isinstance(value, str) and value.lstrip().startswith("Human:")
 
 

@@ -1,4 +1,4 @@
-"""Dialogues that are one text: transcripts of HH-RLHF, `\\n\\nHuman: …\\n\\nAssistant: …`, and prompts of HelpSteer2."""
+"""Dialogues in one text: transcripts of HH-RLHF, `\\n\\nHuman: …\\n\\nAssistant: …`, and prompts of HelpSteer2."""
 
 from __future__ import annotations
 

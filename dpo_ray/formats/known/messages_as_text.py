@@ -1,4 +1,4 @@
-"""chosen and rejected are lists of messages written as text: JSON in a cell, or the Python that pandas writes to CSV."""
+"""chosen and rejected are lists of messages written as text: JSON in a cell, or Python, as pandas writes them."""
 
 from __future__ import annotations
 

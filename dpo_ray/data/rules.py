@@ -54,7 +54,7 @@ MEANING: dict[Reason, str] = {
     "missing_field": "a field is absent and cannot be derived; say with data.columns what it is called",
     "non_string_content": "a field or a content is of another type than text or messages",
     "mixed_types": "some fields are text and others messages; data.layout=implicit_prompt passes over a prompt column",
-    "messages_as_text": "messages are written as text, as pandas does in CSV; write them as a list, in JSON lines or Parquet",
+    "messages_as_text": "messages are written as text, as pandas does in CSV, and not as a list, as in JSON lines",
     "empty_prompt": "no prompt, or an empty message in it",
     "empty_response": "an answer without text",
     "identical_pair": "both answers are equal",

@@ -28,7 +28,7 @@ def _judged(dialogue: Any, turns: Any) -> Any:
 
 
 def _spoken(dialogue: Any) -> Any:
-    """A dialogue whose contents are text, where they are lists of parts that are all text; images stay what they are."""
+    """A dialogue whose contents are text, where they are lists of parts that are all text; images stay."""
     if not isinstance(dialogue, list):
         return dialogue
     return [_joined(turn) if isinstance(turn, dict) else turn for turn in dialogue]

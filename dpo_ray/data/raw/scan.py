@@ -350,8 +350,8 @@ def _require_distinct(location: Location, schema: pa.Schema) -> None:
     """Raises DataError where columns share a name: of a row, one of them would be read, and which one by chance."""
     if twice := [name for name, count in Counter(schema.names).items() if count > 1]:
         raise DataError(
-            f"{location} has {len(schema.get_all_field_indices(twice[0]))} columns called {twice[0]}, so that it cannot "
-            "be told which is meant. Write it again with a name for each, or take it out of data.train and data.eval."
+            f"{location} has several columns called {twice[0]}, so that it cannot be told which is meant. Write it "
+            "again with a name for each, or take it out of data.train and data.eval."
         )
 
 

@@ -17,10 +17,9 @@ def _fits(row: Row) -> bool:
 
 def _fields(row: Row) -> dict[str, Any]:
     sides = {side: _read(text(row, side)) for side in ("chosen", "rejected")}
-    prompt = row.get("prompt")
-    if is_written_out(prompt, whole=True):
-        prompt = _read(prompt)
-        return sides if repeats_prompt({"prompt": prompt, **sides}) else {"prompt": prompt, **sides}
+    if is_written_out(row.get("prompt"), whole=True):
+        whole = {"prompt": _read(text(row, "prompt")), **sides}
+        return sides if repeats_prompt(whole) else whole
     are_answers = all(turns and turns[0].get("role") == "assistant" for turns in sides.values())
     # A prompt beside whole dialogues says again what they hold.
     return {"prompt": asked(text(row, "prompt")), **sides} if are_answers else sides

@@ -74,7 +74,7 @@ def check_inputs(config: Config) -> None:
     names = set()
     for side in sides(config):
         found = map_files(lambda file: _known(file, config), side.files)
-        _require_rows([file for file, _ in found], side.key)
+        require_rows([file for file, _ in found], side.key)
         names |= {format_.name for _, format_ in found if format_ is not None}
         for (one, format_), file in zip(found, side.files, strict=True):
             for column in judged_by(one.columns, format_, config.data) if format_ is not None else ():
@@ -86,7 +86,7 @@ def check_set(config: Config, name: str, paths: Paths) -> None:
     """The same of a set of evaluate.sets, whose files are read by their own columns."""
     key = f"evaluate.sets.{name}"
     files = input_files(paths, key, Location.of(config.run.output))
-    _require_rows([file for file, _ in map_files(lambda file: _known(file, of_set(config)), files)], key)
+    require_rows([file for file, _ in map_files(lambda file: _known(file, of_set(config)), files)], key)
 
 
 def of_set(config: Config) -> Config:
@@ -216,7 +216,8 @@ def judged_by(columns: Sequence[str], format_: Format, data: Data) -> list[Judge
     return [field for field in read if field in there]
 
 
-def _require_rows(found: Sequence[Peek | FileRecord], key: str) -> None:
+def require_rows(found: Sequence[Peek | FileRecord], key: str) -> None:
+    """Raises DataError where none of the files of data.train, of a source of it, or of data.eval has a row."""
     if not any(file.has_rows for file in found):
         raise DataError(f"{key} names {len(found)} readable files, but not a single row is in them.")
 
@@ -234,7 +235,7 @@ def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
     """Of each task."""
     for side in sides:
         mine, found = found[: len(side.files)], found[len(side.files) :]
-        _require_rows([record for record, _ in mine], side.key)
+        require_rows([record for record, _ in mine], side.key)
         left = math.inf if side.max_rows is None else side.max_rows
         for record, format_ in mine:
             made = [] if format_ is None else _tasks(record, format_, folder, side, data, left)

@@ -37,6 +37,7 @@ from dpo_ray.data.rules import (
     check_tools,
     reject,
 )
+from dpo_ray.formats.format import is_written_out
 from dpo_ray.formats.layout import Layout, fields_of
 from dpo_ray.pairs import TIE, Answer, Message, PreferencePair
 
@@ -76,7 +77,7 @@ def canonical_prompt(value: Any) -> list[Message]:
     if isinstance(value, list):
         prompt = [check_message(m) for m in value]
     else:
-        prompt = [Message(role="user", content=check_text(value))]
+        prompt = [Message(role="user", content=_plain(value))]
     check_prompt(prompt)
     return prompt
 
@@ -121,7 +122,7 @@ _WITHOUT_PAIR: tuple[Reason, ...] = ("tie", "small_gap", "length_ratio", "near_i
 def _answer(value: Any, prompt: list[Message]) -> Answer:
     """A single answer; empty text where it is a list without messages."""
     if not isinstance(value, list):
-        return check_text(value)
+        return _plain(value)
     messages = [check_message(m) for m in value]
     if not messages:
         return ""
@@ -139,8 +140,16 @@ def _text(answer: Answer) -> str:
 def _from_text(row: Mapping[str, Any]) -> PreferencePair:
     if "prompt" not in row:
         reject("missing_field")
-    prompt = Message(role="user", content=check_text(row["prompt"]))
-    return PreferencePair((prompt,), check_text(row["chosen"]), check_text(row["rejected"]))
+    prompt = Message(role="user", content=_plain(row["prompt"]))
+    return PreferencePair((prompt,), _plain(row["chosen"]), _plain(row["rejected"]))
+
+
+def _plain(value: Any) -> str:
+    """Text that is said, not a list of messages that somebody wrote as text. Raises BadRow."""
+    text = check_text(value)
+    if is_written_out(text, whole=True):
+        reject("messages_as_text")
+    return text
 
 
 def _from_messages(row: Mapping[str, Any]) -> PreferencePair:

@@ -113,6 +113,8 @@ class Columns(Section):
 
     prompt: str | None = None
     """Column of the prompt: text or messages."""
+    system: str | None = None
+    """Column of the system message that the dialogue begins with: text. null: none."""
     chosen: str | None = None
     """Column of the better answer, or of the dialogue that ends with it."""
     rejected: str | None = None

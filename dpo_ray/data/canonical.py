@@ -9,7 +9,8 @@ fields of its layout (dpo_ray.formats.layout):
     unpaired          prompt, completion, and label: desirable or not; the pair has one side
     ranked            prompt, completions, scores: pairs by dpo_ray.data.pairing
 
-Beside them `tools`, and how the pair was judged (dpo_ray.data.judgement).
+Beside them `system`, the message that the dialogue begins with if it has none itself; `tools`; and how the pair was
+judged (dpo_ray.data.judgement).
 
 One row makes one pair, a ranked row one or several. A ranked answer without text, or one that stands in the list
 already, is passed over; a row of which no pair is left is bad: `empty_response`, `too_few_distinct` or `tie`.
@@ -54,7 +55,9 @@ def canonical_pairs(
         pairs = [_from_unpaired(row)]
     else:
         pairs = [canonical_pair({k: v for k, v in row.items() if k != "prompt" or layout == "paired"})]
-    tools = check_tools(row.get("tools"))
+    system, tools = row.get("system"), check_tools(row.get("tools"))
+    if system is not None and check_text(system).strip():
+        pairs = [replace(pair, prompt=_opened_by(system, pair.prompt)) for pair in pairs]
     said = {name: row[name] for name in get_args(Judged) if name in row and name in fields_of(layout)}
     return [judged(replace(check_pair(pair), tools=tools), said, ties) for pair in pairs]
 
@@ -79,6 +82,15 @@ def canonical_prompt(value: Any) -> list[Message]:
     else:
         prompt = [Message(role="user", content=_plain(value))]
     check_prompt(prompt)
+    return prompt
+
+
+def _opened_by(system: str, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A dialogue with this system message. Raises BadRow where it begins with another one."""
+    if prompt[0]["role"] != "system":
+        return (Message(role="system", content=system), *prompt)
+    if prompt[0]["content"] != system:
+        reject("other_system")
     return prompt
 
 

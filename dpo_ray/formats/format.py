@@ -106,7 +106,7 @@ class Format:
         return {**passed_on, **self.fields(row)}
 
     def _decoded(self, row: Row) -> Row:
-        numbers = [field for field in beside(self.layout) if field != "tools"]
+        numbers = [field for field in beside(self.layout) if field not in {"system", "tools"}]
         found = {name: json_value(row[name]) for name in (*self.typed, *numbers) if isinstance(row.get(name), str)}
         return {**row, **found} if found else row
 

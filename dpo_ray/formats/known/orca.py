@@ -39,7 +39,7 @@ FORMAT = Format(
         ("input", "chosen", "rejected"),
         ("question", "chosen", "rejected"),
         ("instruction", "chosen", "rejected"),
-        *((system, "prompt", "chosen", "rejected") for system in _SYSTEMS),
+        ("system_prompt", "prompt", "chosen", "rejected"),
     ),
     optional=(*_SYSTEMS, "status"),
     fits=_fits,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from dpo_ray.model.logprobs import Head, TokenScores, token_scores
 from dpo_ray.model.lora import add_adapters
 from dpo_ray.model.packing import MicroBatch, pack, pad
 from dpo_ray.model.recurrent import Separation, separated
+from dpo_ray.model.routing import routing, tells_routing
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.progress import say
 
@@ -191,19 +192,42 @@ class CompletionScorer(nn.Module):
         """The layout that this model can take."""
         return pack(pairs) if self.packs else pad(pairs)
 
-    def forward(self, batch: MicroBatch, *, with_collisions: bool = False, with_entropies: bool = False) -> TokenScores:
-        """Scores of the micro-batch's N tokens that bear the loss, in float32; see token_scores."""
-        extra = {"segments": attention.Segments(batch.segments)} if batch.segments is not None else {}
-        hidden = self.model.base_model(
+    @property
+    def routes(self) -> bool:
+        """Whether the model is a mixture of experts that tells what its routers compute."""
+        return tells_routing(self.model)
+
+    def forward(
+        self,
+        batch: MicroBatch,
+        *,
+        with_collisions: bool = False,
+        with_entropies: bool = False,
+        with_routing: bool = False,
+    ) -> TokenScores:
+        """Scores of the micro-batch's N tokens that bear the loss, in float32; see token_scores.
+
+        Args:
+            with_routing: also which experts its tokens went to; for a model that routes.
+        """
+        extra: dict[str, Any] = {"output_router_logits": True} if with_routing else {}
+        if batch.segments is not None:
+            extra["segments"] = attention.Segments(batch.segments)
+        outputs = self.model.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention_mask=batch.attention_mask,
             use_cache=False,
             **extra,
-        ).last_hidden_state
+        )
+        hidden = outputs.last_hidden_state
         head = output_head(self.model)
         rows = hidden.flatten(0, 1)[batch.predictors].to(head.weight.dtype)
-        return token_scores(rows, head, batch.targets, with_collisions=with_collisions, with_entropies=with_entropies)
+        scores = token_scores(rows, head, batch.targets, with_collisions=with_collisions, with_entropies=with_entropies)
+        if not with_routing:
+            return scores
+        per_token = self.model.config.get_text_config().num_experts_per_tok
+        return scores._replace(routing=routing(outputs.router_logits, batch.occurrences, per_token))
 
 
 def output_head(model: PreTrainedModel) -> Head:

@@ -195,7 +195,7 @@ class CompletionScorer(nn.Module):
     @property
     def routes(self) -> bool:
         """Whether the model is a mixture of experts that tells what its routers compute."""
-        return tells_routing(self.model)
+        return tells_routing(backbone(self.model))
 
     def forward(
         self,
@@ -213,7 +213,7 @@ class CompletionScorer(nn.Module):
         extra: dict[str, Any] = {"output_router_logits": True} if with_routing else {}
         if batch.segments is not None:
             extra["segments"] = attention.Segments(batch.segments)
-        outputs = self.model.base_model(
+        outputs = backbone(self.model)(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention_mask=batch.attention_mask,
@@ -228,6 +228,14 @@ class CompletionScorer(nn.Module):
             return scores
         per_token = self.model.config.get_text_config().num_experts_per_tok
         return scores._replace(routing=routing(outputs.router_logits, batch.occurrences, per_token))
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The model up to its last hidden states. Some models say that they have it under another name than they do."""
+    from transformers import PreTrainedModel
+
+    base = model.base_model
+    return base if base is not model else next(m for m in model.children() if isinstance(m, PreTrainedModel))
 
 
 def output_head(model: PreTrainedModel) -> Head:

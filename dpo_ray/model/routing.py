@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Routing(NamedTuple):
@@ -72,7 +72,7 @@ def router_coefficient(config: Any) -> float | None:
     return getattr(config.get_text_config(), "router_aux_loss_coef", None)
 
 
-def tells_routing(model: nn.Module) -> bool:
-    """Whether transformers hands out what the model's routers compute."""
-    recorded = getattr(getattr(model, "base_model", model), "_can_record_outputs", None) or {}
-    return "router_logits" in recorded and router_coefficient(model.config) is not None
+def tells_routing(backbone: Any) -> bool:
+    """Whether transformers hands out what the routers of a model without its head compute, and means to balance them."""
+    recorded = getattr(backbone, "_can_record_outputs", None) or {}
+    return "router_logits" in recorded and router_coefficient(backbone.config) is not None

@@ -3,8 +3,8 @@
     python -m benchmarks.attention
 
 Small models of many families are built from their configurations, with random weights and sliding windows far shorter
-than prompts and answers. Log-probs and gradients of a micro-batch are computed in float32 on three layouts: shared (what
-the trainer takes where it is exact), packed (no padding, but the prompt once for each answer) and padded (transformers'
+than prompts and answers. Log-probs and gradients of a micro-batch are computed in float32 on three layouts: shared (the
+trainer takes it where it is exact), packed (no padding, but the prompt once for each answer) and padded (transformers'
 own attention). The truth is transformers' own forward in float64 over each sequence alone, eager, with nothing padded.
 Tokens a second are of forward and backward on a wider model of the same kind, a prompt counted once for each answer.
 """
@@ -314,9 +314,7 @@ def main() -> None:
         REPORT.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
-def _row(
-    family: Family, layout: str, found: dict[str, tuple[float, float]], rates: dict[str, float]
-) -> list[str]:
+def _row(family: Family, layout: str, found: dict[str, tuple[float, float]], rates: dict[str, float]) -> list[str]:
     def apart(name: str) -> str:
         return "{:.1e}, {:.1e}".format(*found[name]) if name in found else "–"
 

@@ -6,8 +6,8 @@ to shared and to itself, skipping chosen. Either may be empty. Pairs do not see 
 transformers' attention interface with causal attention runs unchanged on it. The layout follows arXiv:2410.20305
 (prefix sharing for DPO).
 
-Positions of [shared | rejected] are contiguous, as those of [shared | chosen] are. So a sliding window of w tokens, which
-shows a query itself and the w - 1 before it, is the same on the packed row as on each sequence alone.
+Positions of [shared | rejected] are contiguous, as those of [shared | chosen] are. So a sliding window of w tokens,
+which shows a query itself and the w - 1 before it, is the same on the packed row as on each sequence alone.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def packed_attention(
     """Segment attention, with the signature of transformers' attention functions.
 
     On CUDA in half precision it is one variable-length flash attention, elsewhere two calls a pair. That kernel has no
-    soft caps, and no gradient for what attention sinks need of it: these are computed step by step, as transformers does.
+    soft caps, and gives no gradient to the log-sum-exp that sinks need: both are computed step by step, as transformers
+    does.
 
     Args:
         query: [1, heads, T, D]; key and value: [1, kv_heads, T, D].
@@ -151,7 +152,9 @@ def _require_known(module: nn.Module, softcap: float | None, sinks: Tensor | Non
     if asked.get("position_bias") is not None:
         raise ValueError(f"{IMPLEMENTATION} attention has no position bias, and the layer wants one")
     if softcap is None and getattr(getattr(module, "config", None), "attn_logit_softcapping", None) is not None:
-        raise ValueError(f"the configuration has a soft cap, of which the layer does not tell {IMPLEMENTATION} attention")
+        raise ValueError(
+            f"the configuration has a soft cap, of which the layer does not tell {IMPLEMENTATION} attention"
+        )
     if sinks is None and getattr(module, "sinks", None) is not None:
         raise ValueError(f"the layer has sinks, of which it does not tell {IMPLEMENTATION} attention")
 

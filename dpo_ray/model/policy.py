@@ -50,9 +50,7 @@ def load_policy(
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
     )
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    _turn_dropout_off(model)
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise ConfigError(
             f"The output layer of {type(model).__name__} is a {type(model.get_output_embeddings()).__name__}, not a "
@@ -69,6 +67,15 @@ def load_policy(
     if activation_checkpointing:
         _checkpoint_activations(model)
     return model
+
+
+def _turn_dropout_off(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):  # of attention weights, for which there is no module
+                setattr(module, name, 0.0)
 
 
 def decoder_layers(model: PreTrainedModel, *, wanted_by: str) -> list[nn.Module]:

@@ -1,10 +1,10 @@
 """Layers that carry state from token to token, on the packed row: each sequence goes through them by itself.
 
 Linear attention, state-space models and short convolutions cannot skip chosen on the way from the prompt to rejected,
-and what transformers computes them with on most machines takes no notice of where a packed row's sequences end. So their
-input is taken apart, [shared | chosen] and [shared | rejected] as rows of their own, padded on the right, where a causal
-layer does not look; and what comes out is put back where it belongs. All else of the model, above all its feed-forward
-layers, computes on the packed row, and what is shared once.
+and what transformers computes them with where there are no kernels of theirs takes no notice of where a packed row's
+sequences end, whatever it is told of them. So their input is taken apart, [shared | chosen] and [shared | rejected] as
+rows of their own, padded on the right, where a causal layer does not look; and what comes out is put back where it
+belongs. All else of the model, above all its feed-forward layers, computes on the packed row, and what is shared once.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def sequence_rows(pairs: tuple[Segment, ...], device: torch.device) -> tuple[Row
     found = []
     for sequences in groups.values():
         longest = max(len(positions) for positions, _ in sequences)
-        take, put, place = [], [], []
+        take: list[list[int]] = []
+        put: list[int] = []
+        place: list[int] = []
         for number, (positions, filled) in enumerate(sequences):
             take.append(positions + [positions[-1]] * (longest - len(positions)))
             put += positions[filled:]
@@ -92,7 +94,7 @@ class Separation:
             mixers = [(name, child) for name, child in layer.named_children() if name in MIXERS]
             if not mixers:
                 continue
-            # A layer does not hand its mixer all that it is given. It is asked anew where activations are computed again.
+            # Not every layer hands its mixer what it is given. It is noted anew where activations are computed again.
             self._undo.append(layer.register_forward_pre_hook(self._note, with_kwargs=True))
             for _, mixer in mixers:
                 self._wrap(mixer)
@@ -108,7 +110,6 @@ class Separation:
     def _wrap(self, mixer: nn.Module) -> None:
         whole = mixer.forward
 
-        @torch.compiler.disable  # what it does differs with every packed row
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._current is None:
                 return whole(*args, **kwargs)
@@ -116,6 +117,7 @@ class Separation:
             kwargs.pop("segments", None)
             return by_sequence(lambda rows: whole(rows, *rest, **kwargs), hidden, self._current)
 
-        for name, value in (("forward", forward), (_MARK, True)):
+        # Compiled layers call it as it is: what it does differs with every packed row.
+        for name, value in (("forward", torch.compiler.disable(forward)), (_MARK, True)):
             setattr(mixer, name, value)
             self._undo.append(partial(mixer.__dict__.pop, name))

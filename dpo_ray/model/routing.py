@@ -46,10 +46,10 @@ def routing(router_logits: Sequence[Tensor], occurrences: Tensor, experts_per_to
 
 
 def balance_loss(choices: Tensor, probabilities: Tensor, tokens: Tensor) -> Tensor:
-    """E Σ_e f_e P_e: f_e how often a token chooses expert e, P_e the mean probability of it (arXiv:2101.03961, eq. 4–6).
+    """E Σ_e f_e P_e: f_e how often a token chooses expert e, P_e its mean probability (arXiv:2101.03961, eq. 4–6).
 
     Over all layers together, as transformers takes it; where k of E experts are chosen evenly it is k. It is linear in
-    the probabilities, so that parts of a batch add up to the loss of the whole one, given the whole's choices and tokens.
+    the probabilities: given the whole batch's choices and tokens, its parts add up to the loss of the whole.
 
     Args:
         choices: [L, E]; probabilities: [E]; tokens: [], all as in Routing.
@@ -68,11 +68,11 @@ def most_and_least(choices: Tensor) -> tuple[float, float]:
 
 
 def router_coefficient(config: Any) -> float | None:
-    """What a configuration gives the balance of its routers in the loss; None where it has no routers to be balanced."""
+    """What a configuration counts the balance of its routers in the loss; None where it has none to be balanced."""
     return getattr(config.get_text_config(), "router_aux_loss_coef", None)
 
 
 def tells_routing(backbone: Any) -> bool:
-    """Whether transformers hands out what the routers of a model without its head compute, and means to balance them."""
+    """Whether transformers hands out what a model's routers compute, and means to balance them."""
     recorded = getattr(backbone, "_can_record_outputs", None) or {}
     return "router_logits" in recorded and router_coefficient(backbone.config) is not None

@@ -29,8 +29,8 @@ def balance_coefficient(scorer: CompletionScorer, options: Train) -> float:
     asked, config = options.router_aux_loss, scorer.model.config
     if asked and not scorer.routes:
         raise ConfigError(
-            f"train.router_aux_loss={asked:g} is for mixtures of experts whose configuration has a router_aux_loss_coef; "
-            f"{config.model_type} has none. Leave train.router_aux_loss out."
+            f"train.router_aux_loss={asked:g} is for mixtures of experts whose configuration has a "
+            f"router_aux_loss_coef; {config.model_type} has none. Leave train.router_aux_loss out."
         )
     if asked is not None:
         return asked
@@ -40,7 +40,8 @@ def balance_coefficient(scorer: CompletionScorer, options: Train) -> float:
 
 def added(parts: Sequence[Routing]) -> Routing:
     """Of micro-batches together, without gradients and in float64."""
-    return Routing(*(torch.stack([field.detach().double() for field in fields]).sum(0) for fields in zip(*parts, strict=True)))
+    fields = zip(*parts, strict=True)
+    return Routing(*(torch.stack([value.detach().double() for value in values]).sum(0) for values in fields))
 
 
 def nothing(like: Routing) -> Routing:

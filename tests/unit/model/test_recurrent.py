@@ -22,11 +22,11 @@ PAIRS = (Segment(0, 2, 1, 2), Segment(5, 1, 2, 0), Segment(8, 2, 0, 1))
 
 
 def test_rows_by_hand():
-    of_three_or_less, = (rows for rows in sequence_rows(PAIRS, CPU) if rows.take.shape[1] == 3)
+    (of_three_or_less,) = (rows for rows in sequence_rows(PAIRS, CPU) if rows.take.shape[1] == 3)
     assert of_three_or_less.take.tolist() == [[0, 1, 2], [5, 6, 7], [8, 9, 10]]
     assert of_three_or_less.put.tolist() == [0, 1, 2, 5, 6, 7, 8, 9, 10]
     assert of_three_or_less.place.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
-    of_four, = (rows for rows in sequence_rows(PAIRS, CPU) if rows.take.shape[1] == 4)
+    (of_four,) = (rows for rows in sequence_rows(PAIRS, CPU) if rows.take.shape[1] == 4)
     assert of_four.take.tolist() == [[0, 1, 3, 4]]
     # What is shared is filled by the sequence of chosen.
     assert of_four.put.tolist() == [3, 4] and of_four.place.tolist() == [2, 3]

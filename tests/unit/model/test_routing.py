@@ -43,9 +43,7 @@ def test_the_balance_is_what_transformers_computes_of_padded_rows():
     expected = load_balancing_loss_func(logits, 8, 2, mask)
     found = balance_loss(*routing(logits, mask, 2))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    for mine, other in zip(
-        torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits), strict=True
-    ):
+    for mine, other in zip(torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-9)
 
 

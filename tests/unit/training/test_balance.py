@@ -17,7 +17,6 @@ from dpo_ray.model.policy import CompletionScorer, load_policy
 from dpo_ray.model.routing import balance_loss
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.training.balance import balance_coefficient
-from dpo_ray.training.batch import Share
 from dpo_ray.training.checkpoint import TrainState
 from dpo_ray.training.parallel import Rank
 from dpo_ray.training.step import Learner
@@ -124,9 +123,7 @@ def trajectory(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return many, Trained(place)
 
 
-def test_two_workers_come_to_the_same(
-    folder: Path, trajectory: tuple[list[TokenizedPair], Trained], tmp_path: Path
-):
+def test_two_workers_come_to_the_same(folder: Path, trajectory: tuple[list[TokenizedPair], Trained], tmp_path: Path):
     many, expected = trajectory
     gang = Gang(2, tmp_path / "store")
     try:

@@ -6,7 +6,8 @@ Small models of many families are built from their configurations, with random w
 than prompts and answers. Log-probs and gradients of a micro-batch are computed in float32 on three layouts: shared (the
 trainer takes it where it is exact), packed (no padding, but the prompt once for each answer) and padded (transformers'
 own attention). The truth is transformers' own forward in float64 over each sequence alone, eager, with nothing padded.
-Tokens a second are of forward and backward on a wider model of the same kind, a prompt counted once for each answer.
+Tokens a second of one core are of forward and backward on a wider model of the same kind, a prompt counted once for each
+answer.
 """
 
 from __future__ import annotations
@@ -271,7 +272,10 @@ def long_pairs(seed: int = 2) -> list[TokenizedPair]:
 
 
 def speeds(family: Family, pairs: list[TokenizedPair], rounds: int) -> dict[str, float]:
-    """Tokens a second by layout, forward and backward; the layouts take turns, and the median round counts."""
+    """Tokens in a second of one core by layout, forward and backward; the layouts take turns, the median round counts.
+
+    Time that the core gave to others does not count.
+    """
     wider = {name: value for name, value in _WIDER_PARTS.items() if name in family.options}
     if family.architecture == "Mamba2":
         wider = {"num_heads": 8, "head_dim": 64, "state_size": 32}
@@ -284,10 +288,10 @@ def speeds(family: Family, pairs: list[TokenizedPair], rounds: int) -> dict[str,
         for turn in range(rounds + 1):
             for name, times in took.items():
                 batch = layouts.batch(name, pairs)
-                began = time.perf_counter()
+                began = time.process_time()
                 layouts.scorer(batch).logprobs.sum().backward()
                 if turn:  # the first one warms up
-                    times.append(time.perf_counter() - began)
+                    times.append(time.process_time() - began)
                 layouts.scorer.zero_grad()
     return {name: tokens / statistics.median(times) for name, times in took.items()}
 
@@ -298,6 +302,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="families whose name has this in it; nothing is written then")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
     rows = []
     for family in FAMILIES:
         if arguments.only in family.name:
@@ -330,7 +335,7 @@ def _report(rows: list[list[str]], rounds: int) -> str:
     about = environment(OUR_PACKAGES)
     head = [
         "family", "layout taken", "shared: values, gradients", "packed: values, gradients",
-        "padded: values, gradients", "padded, tokens/s", "packed ×", "shared ×",
+        "padded: values, gradients", "padded, tokens / core-second", "packed ×", "shared ×",
     ]  # fmt: skip
     swapped = [[*row[:6], row[7], row[6]] for row in rows]
     return (

@@ -261,14 +261,14 @@ _WIDER_PARTS = {  # of what some families have beside
 
 
 def long_pairs(seed: int = 2) -> list[TokenizedPair]:
-    """Eight pairs as people's dialogues are: a prompt of 100 to 500 tokens, answers of 50 to 200."""
+    """Four pairs as people's dialogues are: a prompt of 100 to 500 tokens, answers of 50 to 200."""
     random = torch.Generator().manual_seed(seed)
 
     def ids(least: int, most: int) -> list[int]:
         length = int(torch.randint(least, most, (1,), generator=random))
         return torch.randint(3, 2048, (length,), generator=random).tolist()
 
-    return [TokenizedPair(str(n), ids(100, 500), ids(50, 200), ids(50, 200)) for n in range(8)]
+    return [TokenizedPair(str(n), ids(100, 500), ids(50, 200), ids(50, 200)) for n in range(4)]
 
 
 def speeds(family: Family, pairs: list[TokenizedPair], rounds: int) -> dict[str, float]:

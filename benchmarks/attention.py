@@ -6,8 +6,8 @@ Small models of many families are built from their configurations, with random w
 than prompts and answers. Log-probs and gradients of a micro-batch are computed in float32 on three layouts: shared (the
 trainer takes it where it is exact), packed (no padding, but the prompt once for each answer) and padded (transformers'
 own attention). The truth is transformers' own forward in float64 over each sequence alone, eager, with nothing padded.
-Tokens a second of one core are of forward and backward on a wider model of the same kind, a prompt counted once for each
-answer.
+Tokens a second of one core are of forward and backward on a wider model of the same kind, a prompt counted once for
+each answer.
 """
 
 from __future__ import annotations

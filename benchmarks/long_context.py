@@ -2,10 +2,10 @@
 
     python -m benchmarks.long_context
 
-Two processes with gloo. Ulysses (arXiv:2309.14509): each holds a part of the row's tokens with all heads; before attention
-they exchange, so that each has all tokens of a part of the heads, and after it back. The exchange is torch's own
-all_to_all_single with gradients; attention is the trainer's. It is held against one process that has all, in float64. Then
-PyTorch's context_parallel is asked for the same.
+Two processes with gloo. Ulysses (arXiv:2309.14509): each holds a part of the row's tokens with all heads; before
+attention they exchange, so that each has all tokens of a part of the heads, and after it back. The exchange is torch's
+own all_to_all_single with gradients; attention is the trainer's. It is held against one process that has all, in
+float64. Then PyTorch's context_parallel is asked for the same.
 """
 
 from __future__ import annotations
@@ -81,9 +81,8 @@ def _work(rank: int, store: str) -> None:
     for window in (None, 3):
         values, gradients = exchanged(rank, window)
         print(f"process {rank}, window {window}: values {values:.1e}, gradients {gradients:.1e}", flush=True)
-    causal, masked = (
-        asked_of_torch({"is_causal": True}), asked_of_torch({"attn_mask": torch.ones(1, 1, TOKENS, TOKENS).tril().bool()})
-    )  # fmt: skip
+    causal = asked_of_torch({"is_causal": True})
+    masked = asked_of_torch({"attn_mask": torch.ones(1, 1, TOKENS, TOKENS).tril().bool()})
     if rank == 0:
         print(f"context_parallel, causal: {causal}\ncontext_parallel, with a mask: {masked}", flush=True)
     dist.destroy_process_group()

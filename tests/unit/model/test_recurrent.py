@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from dpo_ray.model.attention import Segment, Segments
 from dpo_ray.model.packing import pack
 from dpo_ray.model.policy import CompletionScorer, load_policy
 from dpo_ray.model.recurrent import Separation, by_sequence, separated, sequence_rows
+from tests.gradients import require_same
 from tests.rounding import require_gradients
+from tests.training import Trained, random_pairs, run, scored
 
 CPU = torch.device("cpu")
 # Of both sides; of chosen alone; of rejected alone; a shared part that rejected goes on from, with no token of chosen.
@@ -95,3 +98,17 @@ def test_a_model_that_stays_padded_is_left_as_it_was(tmp_path: Path):
     policy = load_policy(saved(next(f for f in FAMILIES if f.name == "Nemotron-H, Mamba-2"), tmp_path))
     assert separated(policy) == set()
     assert policy.config._attn_implementation != "dpo_packed"
+
+
+def test_a_training_comes_to_the_same_as_on_padded_pairs_and_says_how_it_was_computed(tmp_path: Path):
+    folder = saved(next(f for f in FAMILIES if f.name == "Qwen3.5, linear attention"), tmp_path / "model")
+    pairs = scored(random_pairs(16, vocabulary=64), folder)
+    found = []
+    for packed in (True, False):
+        place = tmp_path / str(packed)
+        state = run(
+            folder, pairs, place, packed=packed, record_gradients=True, strategy="fsdp", activation_checkpointing=True
+        )
+        found.append((state.layout, json.loads((Trained(place).last / "state.json").read_text())["layout"]))
+    assert found == [("shared, linear_attn apart",) * 2, ("padded",) * 2]
+    require_same(*(Trained(tmp_path / str(packed)).gradients for packed in (True, False)))

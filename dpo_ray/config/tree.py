@@ -473,6 +473,10 @@ class Train(Section):
     """Tokens that a worker computes at once; a longer pair goes alone. auto: by the model's shape and the memory."""
     epochs: int = Field(1, ge=1)
     """Passes over the training pairs."""
+    router_aux_loss: float | None = Field(None, ge=0.0)
+    """Of a mixture of experts: how much the loss that keeps its experts evenly used counts beside the preference loss,
+    over the global batch. Left out: the router_aux_loss_coef of the model's configuration where that says
+    output_router_logits, otherwise nothing. It costs another forward pass, where a step has several micro-batches."""
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
     """Decay of an exponential moving average of the weights, which is then what is evaluated and published."""
     num_workers: int = Field(1, ge=1)
@@ -537,7 +541,8 @@ class Train(Section):
             "entropy_every_steps",
             "max_failures",
         }
-        return self.model_dump(mode="json", exclude=execution)
+        unset = {"router_aux_loss"} if self.router_aux_loss is None else set()  # the model's own, which is known
+        return self.model_dump(mode="json", exclude=execution | unset)
 
     @property
     def gpus(self) -> float:

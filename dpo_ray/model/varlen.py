@@ -26,6 +26,7 @@ def attend(
     longest_key: int,
     *,
     scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention of sequences that lie one behind the other. Where a sequence has fewer queries than keys, the
     last query sees all keys: aligned to the bottom right.
@@ -35,6 +36,7 @@ def attend(
         query_ends, key_ends: [sequences + 1] int32, cumulative lengths from 0.
         longest_query, longest_key: of a sequence, in tokens.
         scale: of the scores; None: 1/√D.
+        window: how many keys a query sees, its own place included; None: all before it.
 
     Returns [Tq, heads, D].
     """
@@ -49,7 +51,7 @@ def attend(
             key, value = (x.repeat_interleave(each, dim=1) for x in (key, value))
     out = varlen.varlen_attn(
         query, key, value, query_ends, key_ends, longest_query, longest_key,
-        scale=scale, window_size=(-1, 0), **grouped,
+        scale=scale, window_size=(-1 if window is None else window - 1, 0), **grouped,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out

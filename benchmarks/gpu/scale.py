@@ -30,6 +30,8 @@ class Scale:
     """Timed ones, after two that are not."""
     attention: tuple[tuple[int, int, int], ...]
     """Shared, chosen and rejected tokens of the segments of a packed row."""
+    window: int
+    """Tokens that a layer with a sliding window sees, shorter than the longest segments."""
     head_size: int
     logprobs: tuple[int, int, int]
     """Tokens, hidden size and vocabulary."""
@@ -65,6 +67,7 @@ ON_GPU = Scale(
     pairs_per_microbatch=8,
     steps=8,
     attention=((700, 200, 90), (1, 1, 1), (64, 0, 300), (900, 513, 0), (0, 127, 129), (333, 2, 1000)),
+    window=128,
     head_size=128,
     logprobs=(8192, 4096, 151_936),
     tiles=(256, 512, 1024, 2048, 4096),
@@ -96,6 +99,7 @@ REHEARSAL = Scale(
     pairs_per_microbatch=2,
     steps=2,
     attention=((7, 3, 2), (1, 1, 1), (4, 0, 5), (6, 4, 0), (0, 3, 4)),
+    window=3,
     head_size=8,
     logprobs=(64, 32, 96),
     tiles=(16, 64),

@@ -34,7 +34,7 @@ def test_a_part_that_fails_is_recorded_and_the_next_one_runs(tmp_path: Path):
     done = subprocess.run([sys.executable, *command], cwd=gpu.ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
     found = {result["part"]: result for result in read(out)}
-    assert "IsADirectoryError" in found["resume"]["failed"] and len(found["exactness"]["rows"]) == 3
+    assert "IsADirectoryError" in found["resume"]["failed"] and len(found["exactness"]["rows"]) == 6
     written = (out / "gpu.md").read_text()
     assert f"Failed: {found['resume']['failed']}" in written and "grouped heads" in written
 

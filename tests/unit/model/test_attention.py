@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from dpo_ray.model import attention
+from dpo_ray.model import varlen
 from dpo_ray.model.attention import (
     IMPLEMENTATION,
     Segment,
@@ -126,7 +126,7 @@ def flash_by_its_documentation(
     *,
     scale: float | None,
     window_size: tuple[int, int],
-    enable_gqa: bool,
+    enable_gqa: bool = False,
 ) -> torch.Tensor:
     """torch's varlen_attn, which runs on CUDA only: aligned to the bottom right, `window_size` keys to either side."""
     left, right = window_size
@@ -152,7 +152,7 @@ def test_one_call_of_the_variable_length_kernel_is_the_same(
     kv_heads: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash_by_its_documentation)
-    monkeypatch.setattr(attention, "_has_flash", lambda device: True)
+    monkeypatch.setattr(varlen, "is_there", lambda device: True)
     inputs = [x.detach().bfloat16() for x in random_inputs(4, kv_heads)]
     out, _ = packed_attention(
         torch.nn.Module(), *inputs, window_mask(local_size=window), scaling=0.3, segments=Segments(SEGMENTS)
@@ -169,7 +169,7 @@ def test_the_kernel_is_not_asked_for_heads_that_it_does_not_take(monkeypatch: py
         raise AssertionError("called")
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", refuse)
-    monkeypatch.setattr(attention, "_has_flash", lambda device: True)
+    monkeypatch.setattr(varlen, "is_there", lambda device: True)
     for size, of_value in ((512, 512), (16, 8)):
         q, k = torch.randn(2, 1, 2, 3, size).bfloat16()
         v = torch.randn(1, 2, 3, of_value).bfloat16()

@@ -68,6 +68,8 @@ def trace_back(output: Location, asked: str) -> Answer:
     """
     if not (output / "models").folders():
         raise ConfigError(f"{output} holds no published model: name the folder given as run.output.")
+    if not asked.strip():
+        raise ConfigError("Nothing is asked for: name a model, a pair id, a file or a partition.")
     version = _version(output, asked)
     if version is not None:
         return _of_model(output, version)
@@ -84,7 +86,8 @@ def versions(output: Location) -> Iterator[Version]:
         for move in history(folder):
             first.setdefault(move.version, move)
         standing = latest(folder)
-        for version in sorted({*complete, *first}, key=lambda v: (first[v].published if v in first else "", v)):
+        named = {standing.version} if standing is not None else set()
+        for version in sorted({*complete, *first, *named}, key=lambda v: (first[v].published if v in first else "", v)):
             yield Version(
                 folder.name,
                 version,
@@ -96,14 +99,15 @@ def versions(output: Location) -> Iterator[Version]:
 
 def _version(output: Location, asked: str) -> Version | None:
     models, place = f"{output.uri}/models/", Location.of(asked).uri
-    name, _, version = (place.removeprefix(models) if place.startswith(models) else asked).partition("/")
+    inside = place.removeprefix(models) if place.startswith(models) else asked.rstrip("/")
+    name, _, version = inside.partition("/")
     if version:
         return next((one for one in versions(output) if (one.name, one.version) == (name, version)), None)
-    if asked in (output / "models").folders():
-        standing = latest(published_folder(output, asked))
+    if name in (output / "models").folders():
+        standing = latest(published_folder(output, name))
         if standing is None:
-            raise ConfigError(f"Nothing was published under the name {asked}.")
-        return next(one for one in versions(output) if (one.name, one.version) == (asked, standing.version))
+            raise ConfigError(f"Nothing was published under the name {name}.")
+        return next(one for one in versions(output) if (one.name, one.version) == (name, standing.version))
     return next((one for one in versions(output) if one.version == asked), None)
 
 

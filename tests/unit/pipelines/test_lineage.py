@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.pairs import PreferencePair, split_of
 from dpo_ray.storage.lineage import read_policy
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.published import latest
 from pipelines import lineage
 from pipelines.gc import collect
+from pipelines.ingest import FILES
 from pipelines.lineage import lines, trace_back
 from tests.command_line import in_process
 from tests.object_store import BUCKET, object_store
@@ -191,6 +193,34 @@ def test_a_damaged_id_or_a_wrong_name_is_refused_by_name(output: Location):
         trace_back(output, "nosuch.parquet")
     with pytest.raises(ConfigError, match="holds no published model"):
         trace_back(output / "artifacts", "numbers")
+
+
+def test_a_models_folder_is_named_as_a_shell_completes_it(output: Location):
+    assert trace_back(output, "numbers/")["asked"] == trace_back(output, "numbers")["asked"]
+    assert trace_back(output, f"{output}/models/numbers/")["what"] == "model"
+
+
+@pytest.mark.parametrize("asked", ["", " "])
+def test_nothing_names_nothing(output: Location, asked: str):
+    with pytest.raises(ConfigError, match="Nothing is asked for"):
+        trace_back(output, asked)
+
+
+def test_a_latest_version_of_which_nothing_else_is_left_is_still_known(output: Location):
+    folder = output / "models" / "numbers"
+    standing = latest(folder)
+    assert standing is not None
+    (folder / "history").remove_folder()
+    (folder / standing.version).remove_folder()
+    answer = trace_back(output, "numbers")
+    assert (answer["version"], answer["latest"], answer["present"]) == (standing.version, True, False)
+
+
+def test_a_damaged_record_of_a_file_is_named(output: Location):
+    record = next(one for one in (output / FILES).children() if one.name.endswith(".json"))
+    record.write_bytes(b'{"uri": ')
+    with pytest.raises(DataError, match=rf"{record.name}, which says what was read from a file, is damaged"):
+        trace_back(output, "b.jsonl")
 
 
 def test_the_command_prints_words_or_json(job: Job):

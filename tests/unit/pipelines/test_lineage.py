@@ -135,6 +135,19 @@ def test_a_file_that_was_moved_since_is_known_by_its_content(output: Location, j
     assert [one["read"] for one in trace_back(output, "elsewhere.jsonl")["models"]] == [8]
 
 
+def test_of_a_file_that_was_changed_in_place_all_that_it_held_is_looked_for(output: Location):
+    [first] = [file for file in trace_back(output, "b.jsonl")["files"] if file["uri"].endswith("/b.jsonl")]
+    # At another place, with what a model was trained on first and something else later.
+    for name, sha256 in (("0", "0" * 64), ("1", first["sha256"]), ("2", "f" * 64)):
+        record = json.dumps({"uri": "/elsewhere/c.jsonl", "sha256": sha256})
+        (output / FILES / f"{name}.json").write_bytes(record.encode())
+    answer = trace_back(output, "c.jsonl")
+    assert len([file for file in answer["files"] if file["uri"] == "/elsewhere/c.jsonl"]) == 3
+    assert [one["trained"] for one in answer["models"]] == [
+        one["trained"] for one in trace_back(output, "b.jsonl")["models"]
+    ]
+
+
 def test_a_model_tells_its_artifacts_files_and_shards(output: Location, job: Job):
     answer = trace_back(output, "numbers")
     assert (answer["version"], answer["latest"], answer["present"]) == (job.published(), True, True)

@@ -79,7 +79,7 @@ def connected(address: str | None) -> JobSubmissionClient:
     from ray.exceptions import AuthenticationError, RayError
     from ray.job_submission import JobSubmissionClient
 
-    class Client(JobSubmissionClient):
+    class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is not typed
         def _do_request(self, method: str, *args: Any, **kwargs: Any) -> Any:
             # Ray waits for ever, as behind a forwarded port whose other end is gone.
             wait = _ANSWER_S if method == "GET" else _TAKE_S

@@ -72,7 +72,7 @@ def latest(folder: Location) -> Move | None:
             raise DataError(
                 f"{folder / LATEST} is not there, and {folder / _HISTORY} tells of {len(moved)} moves of it. "
                 "`dpo-ray promote` writes it anew, naming one of the versions, which are the folders beside it; to "
-                "begin without any, remove both folders, versions and history, or take another run.name."
+                f"begin without any, move {folder} away, or take another run.name."
             ) from None
         return None
     except ValidationError as error:

@@ -33,6 +33,7 @@ from dpo_ray.storage.location import Location, find_files
 from pipelines.context import RunContext
 from pipelines.input import tell_input
 
+_LISTED = 3
 FILES = "artifacts/files"
 """Below run.output: what was found out about the input files."""
 
@@ -174,11 +175,21 @@ def _real(place: Location) -> str:
 
 
 def known_files(output: Location) -> Iterator[tuple[str, str]]:
-    """Every file that a run below `output` has read: where it lay then, and the sha256 of its bytes."""
+    """Every file that a run below `output` has read: where it lay then, and the sha256 of its bytes.
+
+    Raises DataError where the record of one is damaged.
+    """
     for place in (output / FILES).children():
         if place.name.endswith(".json"):
-            record = json.loads(place.read_bytes())  # of an earlier version, too
-            yield record["uri"], record["sha256"]
+            try:
+                record = json.loads(place.read_bytes())  # of an earlier version, too
+                found = record["uri"], record["sha256"]
+            except (ValueError, LookupError, TypeError) as error:
+                raise DataError(
+                    f"{place}, which says what was read from a file, is damaged. Remove it: the next run that reads "
+                    "that file writes it anew."
+                ) from error
+            yield found
 
 
 def written_as(found: Peek | FileRecord, source: str, data: Data) -> Format | None:
@@ -229,6 +240,9 @@ def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
     records = scan_files(folder, files, data.rows_per_shard, context.config.placement.data)
     found = map_files(lambda record: (record, _learnable(record, record.uri, context.config)), records)
     data.require_used({format_.name for _, format_ in found if format_ is not None})
+    if empty := [record.uri for record in records if not record.has_rows]:
+        more = f" and {len(empty) - _LISTED} more" if len(empty) > _LISTED else ""
+        say("ingest", f"{len(empty)} of {len(files)} files hold no row: {', '.join(empty[:_LISTED])}{more}")
     _tell_formats(context, [format_ for _, format_ in found if format_ is not None])
     tasks: list[ShardTask[RawShard]] = []
     sources: list[SourceFile] = []

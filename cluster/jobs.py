@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _SECONDS_TO_STOP = 60
 _NOT_FOUND = "status code 404"  # Ray's client has no error of its own for it
+_CONNECT_S, _ANSWER_S, _TAKE_S = 10.0, 60.0, 600.0
+"""How long a dashboard may take: to be reached, to answer a question, and to take in what it is sent or told to do."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Outcome:
 
     def told(self) -> str:
         """In one line."""
-        began, ended = (time.strftime("%F %T", time.localtime(s)) if s else "-" for s in self._times)
+        # As runs and models are dated, wherever the job was started from.
+        began, ended = (time.strftime("%FT%TZ", time.gmtime(s)) if s else "-" for s in self._times)
         code = "" if self.driver_exit_code is None else f", exit code {self.driver_exit_code}"
         return f"{self.job}: {self.status}{code}; began {began}, ended {ended}. {' '.join(self.message.split())}"
 
@@ -73,17 +76,26 @@ def connected(address: str | None) -> JobSubmissionClient:
     Args:
         address: as in http://127.0.0.1:8265; None: where Ray looks, which is a Ray of this machine at last.
     """
-    from ray.exceptions import AuthenticationError
+    from ray.exceptions import AuthenticationError, RayError
     from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is not typed
+        def _do_request(self, method: str, *args: Any, **kwargs: Any) -> Any:
+            # Ray waits for ever, as behind a forwarded port whose other end is gone.
+            wait = _ANSWER_S if method == "GET" else _TAKE_S
+            return super()._do_request(method, *args, **{"timeout": (_CONNECT_S, wait), **kwargs})
 
     there = address or "the address that Ray finds"
     try:
-        return JobSubmissionClient(address)
+        return Client(address)
     except AuthenticationError as error:
         raise ConfigError(f"The Ray dashboard at {there} does not let us in; here {described()}. {WAY_IN}") from error
-    except (ConnectionError, RuntimeError) as error:
+    # Of requests' errors all are OSError: no connection, no answer in time, an error of a proxy, no JSON.
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, RayError) as error:
+        bare = address is not None and "://" not in address
+        scheme = f" Without http:// before it, Ray took {address} for the port by which nodes join." if bare else ""
         raise ConfigError(
-            f"No Ray dashboard answers at {there} ({short(str(error))}). Name the head's dashboard, as in "
+            f"No Ray dashboard answers at {there} ({short(str(error))}).{scheme} Name the head's dashboard, as in "
             "--address http://127.0.0.1:8265 or by RAY_API_SERVER_ADDRESS; from outside a Kubernetes cluster, forward "
             "its port first."
         ) from error

@@ -59,7 +59,7 @@ def runtime_env(folder: Path, names: Sequence[str], file: Path | None) -> dict[s
             f"--env {missing[0]}: this variable is not set here, so that the job cannot be given it. Set it, or leave "
             "--env out."
         )
-    variables = {**given.get("env_vars", {}), **{name: os.environ[name] for name in names}}
+    variables = {**(given.get("env_vars") or {}), **{name: os.environ[name] for name in names}}
     return {**given, **({"env_vars": variables} if variables else {}), "working_dir": str(folder)}
 
 

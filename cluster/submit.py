@@ -118,12 +118,13 @@ def _name(client: JobSubmissionClient, config: Config, submission: Submission) -
 
 
 def _tell(job: str, found: Outcome | None, shipped: Sequence[str], address: str | None) -> None:
-    there = f" --address {address}" if address is not None else ""
+    there = f" --address {shlex.quote(address)}" if address is not None else ""
+    of_it = f"{shlex.quote(job)}{there}"  # to be pasted into a shell, and a name may have spaces
     if found is None:
         carried = f", and with it {', '.join(shipped)}" if shipped else ""
         said = f"Submitted {job}{carried}."
     else:
         said = f"{job} is of this period and this configuration, and {found.status}: it is not run twice."
     sys.stderr.write(
-        f"{said} `dpo-ray job logs {job}{there} --follow` shows its log, `dpo-ray job cancel {job}{there}` ends it.\n"
+        f"{said} `dpo-ray job logs {of_it} --follow` shows its log, `dpo-ray job cancel {of_it}` ends it.\n"
     )

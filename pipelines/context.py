@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 from dpo_ray.config import Config, Model, Train, dump_config
@@ -55,14 +58,13 @@ class RunContext:
     @classmethod
     def start(cls, config: Config, run_id: str | None = None) -> RunContext:
         """Open the run's folder and put the resolved configuration there. Raises ConfigError."""
-        if run_id is None:
-            run_id = f"{config.run.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-        require_run_id(run_id)
+        if run_id is not None:
+            require_run_id(run_id)
         if _JOB in os.environ:
             config.run.require_absolute_output()
         output = Location.of(config.run.output)
         output.require_writable()
-        context = cls(config, run_id, output)
+        context = cls(config, run_id or _free_run_id(output, config.run.name), output)
         (context.folder / "config.yaml").write_bytes(dump_config(config).encode())
         take_up(Work(config.run.name))
         return context
@@ -128,3 +130,19 @@ class RunContext:
         """Of a sweep, what cost_of wants to know of its trials."""
         sweep = self.results.get("sweep")
         return (sweep["seconds"], sweep["at_once"], self.config.train) if sweep else None
+
+
+def _free_run_id(output: Location, name: str) -> str:
+    """By the name and the time. Two runs that begin in the same second, as schedules have them, get one each."""
+    stem = f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    if not output.is_local:
+        # Folders of an object store are not made, so that none can be taken before another.
+        return f"{stem}-{uuid.uuid4().hex[:4]}"
+    for number in count(1):
+        run_id = stem if number == 1 else f"{stem}-{number}"
+        try:
+            Path((output / "runs" / run_id).uri).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return run_id
+    raise AssertionError("unreachable")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.storage.location import Location
 from dpo_ray.storage.published import latest
 
@@ -33,6 +33,8 @@ class Page:
     """Runs that the folder has."""
     latest: dict[str, str]
     """Name of a published model → its latest version."""
+    damaged: list[str]
+    """What could not be read, in sentences."""
 
 
 def page(output: Location, last: int | None) -> Page:
@@ -42,8 +44,17 @@ def page(output: Location, last: int | None) -> Page:
         raise ConfigError(f"{output} holds no run: name the folder given as run.output, or a folder below its runs/.")
     with ThreadPoolExecutor(_SIDE_BY_SIDE) as threads:
         runs = list(threads.map(lambda name: _run(output / "runs" / name), names[:last]))
-    standing = {name: latest(output / "models" / name) for name in (output / "models").folders()}
-    return Page(runs, len(names), {name: move.version for name, move in standing.items() if move is not None})
+    standing: dict[str, str] = {}
+    damaged: list[str] = []
+    for name in (output / "models").folders():
+        try:
+            move = latest(output / "models" / name)
+        except DataError as error:  # the other names, and the runs, are to be seen all the same
+            damaged.append(str(error))
+            continue
+        if move is not None:
+            standing[name] = move.version
+    return Page(runs, len(names), standing, damaged)
 
 
 def _newest_first(folder: Location) -> list[str]:
@@ -75,12 +86,18 @@ def _began(name: str) -> float | None:
 def _run(folder: Location) -> dict[str, Any]:
     """What is told of a run."""
     try:
-        summary = json.loads((folder / "summary.json").read_bytes())
+        return _told(folder.name, json.loads((folder / "summary.json").read_bytes()))
     except FileNotFoundError:
         return {"run_id": folder.name, "outcome": "unfinished", "exit_code": None}
+    except (ValueError, LookupError, TypeError, AttributeError):  # of one run, which is to hide no other
+        reason = f"{folder / 'summary.json'} cannot be read"
+        return {"run_id": folder.name, "outcome": "damaged", "exit_code": None, "reasons": [reason]}
+
+
+def _told(run_id: str, summary: dict[str, Any]) -> dict[str, Any]:
     evaluation = summary.get("eval") or {}
     return {
-        "run_id": folder.name,
+        "run_id": run_id,
         "outcome": _outcome(summary),
         "exit_code": summary["exit_code"],
         "began": summary.get("began"),
@@ -115,13 +132,15 @@ def _dropped(stages: dict[str, Any]) -> dict[str, int]:
 def lines(found: Page, *, as_json: bool = False) -> Iterator[str]:
     """What a person, or a program, is told."""
     if as_json:
-        yield json.dumps({"total": found.total, "runs": found.runs, "latest": found.latest}, indent=1)
+        told = {"total": found.total, "runs": found.runs, "latest": found.latest, "damaged": found.damaged}
+        yield json.dumps(told, indent=1)
         return
     yield from _table(found.runs)
     if len(found.runs) < found.total:
         yield f"The newest {len(found.runs)} of {found.total} runs; --last N or --all shows more."
     for name, version in found.latest.items():
         yield f"{name}: latest is {version}"
+    yield from found.damaged
 
 
 def _table(runs: list[dict[str, Any]]) -> Iterator[str]:

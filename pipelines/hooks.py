@@ -12,12 +12,15 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from dpo_ray.config import Config, Hook
 from dpo_ray.errors import Busy, ConfigError, DpoRayError, GateFailed, Interrupted
@@ -27,6 +30,7 @@ Event = Literal["success", "gate_failed", "error"]
 _STAGE = "hooks"
 _AGAIN = (429, 500, 502, 503, 504)
 _PAUSE_S = 60  # at most between two requests
+_KEPT = 64 << 10  # bytes of what a command printed, its end, that go to the log
 
 
 @dataclass
@@ -45,6 +49,11 @@ def require_hooks(config: Config) -> None:
             raise ConfigError(
                 f"run.hooks.{name}.url_env is {hook.url_env}, and there is no such environment variable here: set it "
                 "to the webhook's URL where the run is started (a job takes it in its runtime_env), or leave it out."
+            )
+        if hook.url_env is not None and not _is_url(os.environ[hook.url_env]):
+            raise ConfigError(
+                f"run.hooks.{name}.url_env is {hook.url_env}, and what this environment variable holds is no URL that "
+                "begins with https:// or http:// and names a server: set it to the webhook's URL, without quotes."
             )
         if hook.command is not None and shutil.which(hook.command[0]) is None:
             raise ConfigError(
@@ -65,6 +74,14 @@ def told_when_ended(config: Config) -> Iterator[Ended]:
         _call(config, "gate_failed" if isinstance(error, GateFailed) else "error", ended, error)
         raise
     _call(config, "success", ended, None)
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return False
+    return parts.scheme in {"http", "https"} and bool(parts.hostname)
 
 
 def _hooks(config: Config) -> dict[str, Hook]:
@@ -123,21 +140,28 @@ def _text(event: Event, summary: dict[str, Any], reasons: list[str]) -> str:
 def _run(hook: Hook, content: bytes) -> str | None:
     """What went wrong with the command. What it prints is in the log file."""
     assert hook.command is not None
-    try:
-        done = subprocess.run(
-            hook.command,
-            input=content,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=hook.timeout_seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"it took more than timeout_seconds={hook.timeout_seconds:g} and was ended"
-    except OSError as error:
-        return f"{hook.command[0]} could not be started ({error.strerror})"
-    sys.stderr.write(done.stdout.decode(errors="replace"))
-    return f"exit code {done.returncode}; what it said is in the log" if done.returncode else None
+    # A file and no pipe: one that the command leaves running may hold it open, and what it prints may be much.
+    with tempfile.TemporaryFile() as printed:
+        try:
+            process = subprocess.Popen(
+                hook.command, stdin=subprocess.PIPE, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except OSError as error:
+            return f"{hook.command[0]} could not be started ({error.strerror})"
+        with process:
+            try:
+                process.communicate(content, timeout=hook.timeout_seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # what it has started itself, too
+                return f"it took more than timeout_seconds={hook.timeout_seconds:g} and was ended"
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        size = printed.seek(0, os.SEEK_END)
+        printed.seek(max(0, size - _KEPT))
+        left_out = f"[{size - _KEPT} bytes before this are left out]\n" if size > _KEPT else ""
+        sys.stderr.write(left_out + printed.read().decode(errors="replace"))
+    return f"exit code {process.returncode}; what it said is in the log" if process.returncode else None
 
 
 def _post(hook: Hook, content: bytes) -> str | None:
@@ -166,6 +190,7 @@ def _post(hook: Hook, content: bytes) -> str | None:
                 headers={"Content-Type": "application/json"},
                 timeout=hook.timeout_seconds,
                 allow_redirects=False,
+                stream=True,  # its code is the answer: a body may take for ever, a byte now and then
             )
         except requests.RequestException as error:
             return f"{type(error).__name__}, in {hook.max_retries + 1} tries"

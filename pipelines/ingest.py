@@ -33,6 +33,7 @@ from dpo_ray.storage.location import Location, find_files
 from pipelines.context import RunContext
 from pipelines.input import tell_input
 
+_LISTED = 3
 FILES = "artifacts/files"
 """Below run.output: what was found out about the input files."""
 
@@ -74,7 +75,7 @@ def check_inputs(config: Config) -> None:
     names = set()
     for side in sides(config):
         found = map_files(lambda file: _known(file, config), side.files)
-        _require_rows([file for file, _ in found], side.key)
+        require_rows([file for file, _ in found], side.key)
         names |= {format_.name for _, format_ in found if format_ is not None}
         for (one, format_), file in zip(found, side.files, strict=True):
             for column in judged_by(one.columns, format_, config.data) if format_ is not None else ():
@@ -86,7 +87,7 @@ def check_set(config: Config, name: str, paths: Paths) -> None:
     """The same of a set of evaluate.sets, whose files are read by their own columns."""
     key = f"evaluate.sets.{name}"
     files = input_files(paths, key, Location.of(config.run.output))
-    _require_rows([file for file, _ in map_files(lambda file: _known(file, of_set(config)), files)], key)
+    require_rows([file for file, _ in map_files(lambda file: _known(file, of_set(config)), files)], key)
 
 
 def of_set(config: Config) -> Config:
@@ -174,11 +175,21 @@ def _real(place: Location) -> str:
 
 
 def known_files(output: Location) -> Iterator[tuple[str, str]]:
-    """Every file that a run below `output` has read: where it lay then, and the sha256 of its bytes."""
+    """Every file that a run below `output` has read: where it lay then, and the sha256 of its bytes.
+
+    Raises DataError where the record of one is damaged.
+    """
     for place in (output / FILES).children():
         if place.name.endswith(".json"):
-            record = json.loads(place.read_bytes())  # of an earlier version, too
-            yield record["uri"], record["sha256"]
+            try:
+                record = json.loads(place.read_bytes())  # of an earlier version, too
+                found = record["uri"], record["sha256"]
+            except (ValueError, LookupError, TypeError) as error:
+                raise DataError(
+                    f"{place}, which says what was read from a file, is damaged. Remove it: the next run that reads "
+                    "that file writes it anew."
+                ) from error
+            yield found
 
 
 def written_as(found: Peek | FileRecord, source: str, data: Data) -> Format | None:
@@ -216,7 +227,8 @@ def judged_by(columns: Sequence[str], format_: Format, data: Data) -> list[Judge
     return [field for field in read if field in there]
 
 
-def _require_rows(found: Sequence[Peek | FileRecord], key: str) -> None:
+def require_rows(found: Sequence[Peek | FileRecord], key: str) -> None:
+    """Raises DataError where none of the files of data.train, of a source of it, or of data.eval has a row."""
     if not any(file.has_rows for file in found):
         raise DataError(f"{key} names {len(found)} readable files, but not a single row is in them.")
 
@@ -228,13 +240,16 @@ def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:
     records = scan_files(folder, files, data.rows_per_shard, context.config.placement.data)
     found = map_files(lambda record: (record, _learnable(record, record.uri, context.config)), records)
     data.require_used({format_.name for _, format_ in found if format_ is not None})
+    if empty := [record.uri for record in records if not record.has_rows]:
+        more = f" and {len(empty) - _LISTED} more" if len(empty) > _LISTED else ""
+        say("ingest", f"{len(empty)} of {len(files)} files hold no row: {', '.join(empty[:_LISTED])}{more}")
     _tell_formats(context, [format_ for _, format_ in found if format_ is not None])
     tasks: list[ShardTask[RawShard]] = []
     sources: list[SourceFile] = []
     """Of each task."""
     for side in sides:
         mine, found = found[: len(side.files)], found[len(side.files) :]
-        _require_rows([record for record, _ in mine], side.key)
+        require_rows([record for record, _ in mine], side.key)
         left = math.inf if side.max_rows is None else side.max_rows
         for record, format_ in mine:
             made = [] if format_ is None else _tasks(record, format_, folder, side, data, left)

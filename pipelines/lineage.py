@@ -68,6 +68,8 @@ def trace_back(output: Location, asked: str) -> Answer:
     """
     if not (output / "models").folders():
         raise ConfigError(f"{output} holds no published model: name the folder given as run.output.")
+    if not asked.strip():
+        raise ConfigError("Nothing is asked for: name a model, a pair id, a file or a partition.")
     version = _version(output, asked)
     if version is not None:
         return _of_model(output, version)
@@ -84,7 +86,8 @@ def versions(output: Location) -> Iterator[Version]:
         for move in history(folder):
             first.setdefault(move.version, move)
         standing = latest(folder)
-        for version in sorted({*complete, *first}, key=lambda v: (first[v].published if v in first else "", v)):
+        named = {standing.version} if standing is not None else set()
+        for version in sorted({*complete, *first, *named}, key=lambda v: (first[v].published if v in first else "", v)):
             yield Version(
                 folder.name,
                 version,
@@ -96,14 +99,15 @@ def versions(output: Location) -> Iterator[Version]:
 
 def _version(output: Location, asked: str) -> Version | None:
     models, place = f"{output.uri}/models/", Location.of(asked).uri
-    name, _, version = (place.removeprefix(models) if place.startswith(models) else asked).partition("/")
+    inside = place.removeprefix(models) if place.startswith(models) else asked.rstrip("/")
+    name, _, version = inside.partition("/")
     if version:
         return next((one for one in versions(output) if (one.name, one.version) == (name, version)), None)
-    if asked in (output / "models").folders():
-        standing = latest(published_folder(output, asked))
+    if name in (output / "models").folders():
+        standing = latest(published_folder(output, name))
         if standing is None:
-            raise ConfigError(f"Nothing was published under the name {asked}.")
-        return next(one for one in versions(output) if (one.name, one.version) == (asked, standing.version))
+            raise ConfigError(f"Nothing was published under the name {name}.")
+        return next(one for one in versions(output) if (one.name, one.version) == (name, standing.version))
     return next((one for one in versions(output) if one.version == asked), None)
 
 
@@ -269,29 +273,31 @@ class _Ids:
 
 def _of_file(output: Location, asked: str) -> Answer:
     """Which versions were made with a file, and what became of its rows."""
-    uris: dict[str, str | None] = {}
     models, unknown, count = [], [], 0
-    moved = {uri: sha256 for uri, sha256 in known_files(output) if _is_named(uri, asked)}
-    hashes = set(moved.values())
+    # Where it lay, and its bytes: of a file that was changed in place each of them.
+    found: dict[tuple[str, str | None], None] = dict.fromkeys(
+        sorted((uri, sha256) for uri, sha256 in known_files(output) if _is_named(uri, asked))
+    )
+    hashes = {sha256 for _, sha256 in found}
     for version, known, lacking in _each_version(output):
         count += 1
         for one in known:
             mine = [n for n, file in enumerate(one.sources) if _is_named(file.uri, asked) or file.sha256 in hashes]
             if not mine:
                 continue
-            uris |= {one.sources[n].uri: one.sources[n].sha256 for n in mine}
+            found |= dict.fromkeys((one.sources[n].uri, one.sources[n].sha256) for n in mine)
             shards = [shard for shard in one.shards if shard.source in mine]
             by = one.policy if one.policy != version.version else None
             models.append(version.told() | _counted(shards) | {"by": by, "files": [one.sources[n].uri for n in mine]})
         if lacking is not None or any(not one.sources for one in known):
             unknown.append(version.told() | {"why": lacking or "its source files were not recorded"})
-    if not uris and not moved:
+    if not found:
         raise ConfigError(
             f"{asked} is no model, no pair id (16 hex digits) and no file that a run below {output} has read. Name a "
             f"model ({', '.join((output / 'models').folders())}), a pair id, a file by its "
             "path or the end of it, or a partition such as date=2026-11-01."
         )
-    files = [{"uri": uri, "sha256": sha256} for uri, sha256 in {**moved, **uris}.items()]
+    files = [{"uri": uri, "sha256": sha256} for uri, sha256 in found]
     return {
         "asked": asked,
         "what": "file",
@@ -299,7 +305,7 @@ def _of_file(output: Location, asked: str) -> Answer:
         "published_models": count,
         "models": models,
         "unknown": unknown,
-        "quarantined": _quarantined(output, {*moved, *uris}),
+        "quarantined": _quarantined(output, {uri for uri, _ in found}),
     }
 
 

@@ -26,7 +26,7 @@ class Hook(Section):
     def _of_something(self) -> Hook:
         if self.command is None and self.url_env is None:
             raise ValueError("names neither a `command` nor a `url_env`: give one of them, or leave the hook out")
-        if self.url_env is None and "max_retries" in self.model_fields_set:
+        if self.url_env is None and self.changed("max_retries"):
             raise ValueError("max_retries is of requests to a webhook, and there is no `url_env`: leave it out")
         return self
 

@@ -30,6 +30,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"The configuration file {path} cannot be read: {error}.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:  # what looks like a date is made one, and some are none
+        raise ConfigError(f"{path} holds a date that there is not: {error}. Write it as in 2026-11-01.") from error
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{path} must hold a mapping with the sections run, model, …; it holds {type(tree).__name__}."
@@ -66,6 +68,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         found = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"-o {override}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:  # what looks like a date is made one, and some are none
+        raise ConfigError(f"-o {override}: no such date ({error}). Write it as in 2026-11-01.") from error
     put(tree, key, found, source=f"-o {override}")
 
 

@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from dpo_ray.config.hooks import Hooks
 from dpo_ray.config.iterate import Iterate
@@ -32,6 +32,15 @@ def _check_layout(name: str) -> str:
         raise ValueError(f"{name!r} is no format; name one of {AUTO}, {', '.join(formats())}")
     return name
 
+
+def _no_number(value: Any) -> Any:
+    """A number would be taken for seconds since 1970: 20261101 for a day of August 1970."""
+    if isinstance(value, int | float):
+        raise ValueError("a day is written as in 2026-11-01")
+    return value
+
+
+Day = Annotated[date, BeforeValidator(_no_number)]
 
 LongPrompts = Literal["drop", "keep_start", "keep_end"]
 
@@ -113,6 +122,8 @@ class Columns(Section):
 
     prompt: str | None = None
     """Column of the prompt: text or messages."""
+    system: str | None = None
+    """Column of the system message that the dialogue begins with: text. null: none."""
     chosen: str | None = None
     """Column of the better answer, or of the dialogue that ends with it."""
     rejected: str | None = None
@@ -162,10 +173,10 @@ class Data(Section):
     max_rows. Of pairs that several sources have, that of the first one stays. An epoch is as many pairs as all sources
     hold: of one that is smaller than its share pairs come again, in another order, and one that is larger goes on where
     it was."""
-    since: date | None = None
+    since: Day | None = None
     """Of `train` only the files of this day and later ones, as their paths tell (date=2026-11-01/…, or a date in the
     file's name). Held-out data named by `eval` is taken whole."""
-    until: date | None = None
+    until: Day | None = None
     """Of `train` only the files up to this day, it included."""
     partitions: tuple[Annotated[str, Field(pattern=r"^[^=/]+=[^/]+$")], ...] = ()
     """Of `train` only the files in these Hive-style folders, such as date=2026-11-01: in any of those with the same
@@ -348,7 +359,7 @@ class SampledModel(Section):
 
     @model_validator(mode="after")
     def _of_the_model(self) -> SampledModel:
-        if self.path is None and (given := [name for name in _OF_MODEL if name in self.model_fields_set]):
+        if self.path is None and (given := self.changed(*_OF_MODEL)):
             raise ValueError(
                 f"{given[0]} is an option of a model, but this entry names none and so draws from `model`: set it "
                 "there, or name a `path`"
@@ -380,7 +391,7 @@ class Generate(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Generate:
-        if self.models and "samples" in self.sampling.model_fields_set:
+        if self.models and self.sampling.changed("samples"):
             raise ValueError(
                 f"generate.sampling.samples={self.sampling.samples} is of one model, but with generate.models each has "
                 "`samples` of its own: leave it out"
@@ -483,6 +494,10 @@ class Train(Section):
     """Tokens that a worker computes at once; a longer pair goes alone. auto: by the model's shape and the memory."""
     epochs: int = Field(1, ge=1)
     """Passes over the training pairs."""
+    router_aux_loss: float | None = Field(None, ge=0.0)
+    """Of a mixture of experts: how much the loss that keeps its experts evenly used counts beside the preference loss,
+    over the global batch. Left out: the router_aux_loss_coef of the model's configuration where that says
+    output_router_logits, otherwise nothing. It costs another forward pass, where a step has several micro-batches."""
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
     """Decay of an exponential moving average of the weights, which is then what is evaluated and published."""
     num_workers: int = Field(1, ge=1)
@@ -551,7 +566,8 @@ class Train(Section):
             "entropy_every_steps",
             "max_failures",
         }
-        return self.model_dump(mode="json", exclude=execution)
+        unset = {"router_aux_loss"} if self.router_aux_loss is None else set()  # the model's own, which is known
+        return self.model_dump(mode="json", exclude=execution | unset)
 
     @property
     def gpus(self) -> float:

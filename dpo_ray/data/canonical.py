@@ -9,7 +9,8 @@ fields of its layout (dpo_ray.formats.layout):
     unpaired          prompt, completion, and label: desirable or not; the pair has one side
     ranked            prompt, completions, scores: pairs by dpo_ray.data.pairing
 
-Beside them `tools`, and how the pair was judged (dpo_ray.data.judgement).
+Beside them `system`, the message that the dialogue begins with if it has none itself; `tools`; and how the pair was
+judged (dpo_ray.data.judgement).
 
 One row makes one pair, a ranked row one or several. A ranked answer without text, or one that stands in the list
 already, is passed over; a row of which no pair is left is bad: `empty_response`, `too_few_distinct` or `tie`.
@@ -37,6 +38,7 @@ from dpo_ray.data.rules import (
     check_tools,
     reject,
 )
+from dpo_ray.formats.format import is_written_out
 from dpo_ray.formats.layout import Layout, fields_of
 from dpo_ray.pairs import TIE, Answer, Message, PreferencePair
 
@@ -53,7 +55,9 @@ def canonical_pairs(
         pairs = [_from_unpaired(row)]
     else:
         pairs = [canonical_pair({k: v for k, v in row.items() if k != "prompt" or layout == "paired"})]
-    tools = check_tools(row.get("tools"))
+    system, tools = row.get("system"), check_tools(row.get("tools"))
+    if system is not None and check_text(system).strip():
+        pairs = [replace(pair, prompt=_opened_by(system, pair.prompt)) for pair in pairs]
     said = {name: row[name] for name in get_args(Judged) if name in row and name in fields_of(layout)}
     return [judged(replace(check_pair(pair), tools=tools), said, ties) for pair in pairs]
 
@@ -76,8 +80,17 @@ def canonical_prompt(value: Any) -> list[Message]:
     if isinstance(value, list):
         prompt = [check_message(m) for m in value]
     else:
-        prompt = [Message(role="user", content=check_text(value))]
+        prompt = [Message(role="user", content=_plain(value))]
     check_prompt(prompt)
+    return prompt
+
+
+def _opened_by(system: str, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A dialogue with this system message. Raises BadRow where it begins with another one."""
+    if prompt[0]["role"] != "system":
+        return (Message(role="system", content=system), *prompt)
+    if prompt[0]["content"] != system:
+        reject("other_system")
     return prompt
 
 
@@ -121,7 +134,7 @@ _WITHOUT_PAIR: tuple[Reason, ...] = ("tie", "small_gap", "length_ratio", "near_i
 def _answer(value: Any, prompt: list[Message]) -> Answer:
     """A single answer; empty text where it is a list without messages."""
     if not isinstance(value, list):
-        return check_text(value)
+        return _plain(value)
     messages = [check_message(m) for m in value]
     if not messages:
         return ""
@@ -139,8 +152,16 @@ def _text(answer: Answer) -> str:
 def _from_text(row: Mapping[str, Any]) -> PreferencePair:
     if "prompt" not in row:
         reject("missing_field")
-    prompt = Message(role="user", content=check_text(row["prompt"]))
-    return PreferencePair((prompt,), check_text(row["chosen"]), check_text(row["rejected"]))
+    prompt = Message(role="user", content=_plain(row["prompt"]))
+    return PreferencePair((prompt,), _plain(row["chosen"]), _plain(row["rejected"]))
+
+
+def _plain(value: Any) -> str:
+    """Text that is said, not a list of messages that somebody wrote as text. Raises BadRow."""
+    text = check_text(value)
+    if is_written_out(text, whole=True):
+        reject("messages_as_text")
+    return text
 
 
 def _from_messages(row: Mapping[str, Any]) -> PreferencePair:

@@ -107,12 +107,17 @@ class Template:
         return value
 
 
+# What Jinja raises, and what the Python in an expression does: "abc".index("z"), 1 / 0, a range over the sandbox's
+# limit, a macro that calls itself.
+_FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+
+
 @contextmanager
 def _refusals(messages: Sequence[Message]) -> Iterator[None]:
     """Raises DataError where the template refuses the messages, or cannot take what they hold."""
     try:
         yield
-    except (TemplateError, TypeError) as error:
+    except _FAULTS as error:
         raise DataError(
             f"The model's chat template refuses a dialogue of the roles {', '.join(m['role'] for m in messages)} "
             f"that begins with {messages[0]['content'][:60]!r}: {error}. Leave such dialogues out of the data, or "

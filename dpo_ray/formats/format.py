@@ -7,6 +7,7 @@ by how a value begins and of what type it is.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,8 @@ CUT_LIST = 8
 """Entries of a list that a look is given, at most: its first ones."""
 TIE = 0.5
 """The preference between two answers that are said to be equally good."""
+_WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*(["'])(?:role|content|from|value)\1\s*:""")
+_ROLE = re.compile(r"""(["'])(?:role|from)\1\s*:\s*(["'])(?:system|user|assistant|tool|human|gpt)\2""")
 _CUT_KEYS, _CUT_DEPTH = 64, 8  # of what is inside of a column
 
 
@@ -103,7 +106,7 @@ class Format:
         return {**passed_on, **self.fields(row)}
 
     def _decoded(self, row: Row) -> Row:
-        numbers = [field for field in beside(self.layout) if field != "tools"]
+        numbers = [field for field in beside(self.layout) if field not in {"system", "tools"}]
         found = {name: json_value(row[name]) for name in (*self.typed, *numbers) if isinstance(row.get(name), str)}
         return {**row, **found} if found else row
 
@@ -144,8 +147,18 @@ def layout_format(layout: Layout, about: str, fits: Callable[[Row], bool], typed
 
 
 def is_text(*values: Any) -> bool:
-    """Whether all are text."""
-    return all(isinstance(value, str) for value in values)
+    """Whether all are text, and none of it is a list of messages written as text."""
+    return all(isinstance(value, str) and not is_written_out(value) for value in values)
+
+
+def is_written_out(value: Any, *, whole: bool = False) -> bool:
+    """Whether a text begins as a list of messages does: JSON in a cell, or Python, as pandas writes it.
+
+    whole: the text is not cut, so that a role must stand somewhere in it.
+    """
+    if not isinstance(value, str) or _WRITTEN_OUT.match(value) is None:
+        return False
+    return (len(value) >= CUT and not whole) or _ROLE.search(value) is not None
 
 
 def is_turns(value: Any, role: str = "role", content: str = "content") -> bool:
@@ -159,8 +172,8 @@ def is_turn(value: Any, role: str = "role", content: str = "content") -> bool:
 
 
 def is_transcript(value: Any) -> bool:
-    """Whether a text begins as the transcripts of HH-RLHF do."""
-    return isinstance(value, str) and value.startswith("\n\nHuman:")
+    """Whether a text begins as the transcripts of HH-RLHF do, also stripped of white space or with CRLF."""
+    return isinstance(value, str) and value.lstrip().startswith("Human:")
 
 
 def text(row: Row, column: str) -> str:

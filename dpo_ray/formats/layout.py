@@ -5,8 +5,8 @@
     unpaired         prompt, completion, label: one answer, desirable or not
     ranked           prompt, completions, scores: several answers, each with a number; the higher, the better
 
-Rows of any layout may have `tools` and `weight`, and pairs `margin` and `preference`. A format (dpo_ray.formats.format)
-says how rows become rows of a layout.
+Rows of any layout may have `system`, `tools` and `weight`, and pairs `margin` and `preference`. A format
+(dpo_ray.formats.format) says how rows become rows of a layout.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _REQUIRED: dict[Layout, tuple[str, ...]] = {
     "ranked": ("prompt", "completions", "scores"),
 }
 _OPTIONAL: dict[Layout, tuple[str, ...]] = {
-    "paired": ("prompt", "weight", "margin", "preference", "tools"),
-    "implicit_prompt": ("weight", "margin", "preference", "tools"),
-    "unpaired": ("weight", "tools"),
-    "ranked": ("weight", "tools"),
+    "paired": ("prompt", "system", "weight", "margin", "preference", "tools"),
+    "implicit_prompt": ("system", "weight", "margin", "preference", "tools"),
+    "unpaired": ("system", "weight", "tools"),
+    "ranked": ("system", "weight", "tools"),
 }
 
 

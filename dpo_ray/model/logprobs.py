@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_ray.model.routing import Routing
+
 TILE_TOKENS = 256  # 256 × 150k logits in float32 are 0.15 GB
 """Rows whose logits exist at once; three tiles of them are the most that is held."""
 
@@ -38,7 +40,7 @@ class Head:
 
 
 class TokenScores(NamedTuple):
-    """What is known of each completion token; each [N] in float32. Only the log-probs carry gradients."""
+    """What is known of each completion token; each [N] in float32. Of them the log-probs alone carry gradients."""
 
     logprobs: Tensor
     """log p(target), in nats."""
@@ -48,6 +50,8 @@ class TokenScores(NamedTuple):
     """−Σ_v p(v) log p(v), in nats."""
     mean_logits: Tensor | None = None
     """Σ_v logit(v) / V."""
+    routing: Routing | None = None
+    """Of all tokens of the micro-batch, where the model is a mixture of experts and it was asked for."""
 
 
 def token_scores(

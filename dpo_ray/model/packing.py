@@ -42,6 +42,8 @@ class MicroBatch:
     """[N] the tokens."""
     sequence_index: Tensor
     """[N] 2·pair for chosen tokens, 2·pair + 1 for rejected ones."""
+    occurrences: Tensor
+    """[rows, T] float32: in how many sequences a position stands, times its pair's weight; 0 of padding."""
     num_pairs: int
     reference_logprobs: Tensor | None = None
     """[N] float32, in nats, of the tokens; None where the pairs have none."""
@@ -57,6 +59,7 @@ class MicroBatch:
             predictors=self.predictors.to(device),
             targets=self.targets.to(device),
             sequence_index=self.sequence_index.to(device),
+            occurrences=self.occurrences.to(device),
             reference_logprobs=self.reference_logprobs.to(device) if self.reference_logprobs is not None else None,
         )
 
@@ -72,6 +75,7 @@ def pack(pairs: Sequence[TokenizedPair]) -> MicroBatch:
     predictors: list[int] = []
     targets: list[int] = []
     sequences: list[int] = []
+    occurrences: list[float] = []
     for i, pair in enumerate(pairs):
         start, p = len(ids), len(pair.prompt_ids)
         c, r = len(pair.chosen_ids), len(pair.rejected_ids)
@@ -79,6 +83,8 @@ def pack(pairs: Sequence[TokenizedPair]) -> MicroBatch:
         ids += [*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids[common:]]
         positions += [*range(p + c), *range(p + common, p + r)]
         segments.append(Segment(start, p + common, c - common, r - common))
+        weight = _weight(pair)
+        occurrences += [weight * (bool(c) + bool(r))] * (p + common) + [weight] * (c + r - 2 * common)
         last = start + p - 1  # the last prompt token predicts the first token of both completions
         of_chosen = [*range(last, last + c)]
         of_rejected = [*range(last, last + min(common + 1, r)), *range(last + c + 1, last + c + r - common)]
@@ -94,6 +100,7 @@ def pack(pairs: Sequence[TokenizedPair]) -> MicroBatch:
         predictors=torch.tensor(predictors),
         targets=torch.tensor(targets),
         sequence_index=torch.tensor(sequences),
+        occurrences=torch.tensor([occurrences], dtype=torch.float32),
         num_pairs=len(pairs),
         reference_logprobs=_reference_logprobs(pairs),
     )
@@ -114,6 +121,7 @@ def pad(pairs: Sequence[TokenizedPair]) -> MicroBatch:
     width = max(map(len, rows))
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     attended = torch.zeros(len(rows), width, dtype=torch.long)
+    weights = torch.tensor([_weight(pairs[sequence // 2]) for sequence, _, _ in present], dtype=torch.float32)
     predictors: list[int] = []
     targets: list[int] = []
     sequences: list[int] = []
@@ -133,9 +141,14 @@ def pad(pairs: Sequence[TokenizedPair]) -> MicroBatch:
         predictors=torch.tensor(predictors),
         targets=torch.tensor(targets),
         sequence_index=torch.tensor(sequences),
+        occurrences=attended * weights[:, None],
         num_pairs=len(pairs),
         reference_logprobs=_reference_logprobs(pairs),
     )
+
+
+def _weight(pair: TokenizedPair) -> float:
+    return 1.0 if pair.weight is None else pair.weight
 
 
 def _common_prefix(chosen: Sequence[int], rejected: Sequence[int]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from dpo_ray.model.logprobs import Head, TokenScores, token_scores
 from dpo_ray.model.lora import add_adapters
 from dpo_ray.model.packing import MicroBatch, pack, pad
 from dpo_ray.model.part import Part, PartOfModel, read_part, without_memory
+from dpo_ray.model.recurrent import Separation, separated
+from dpo_ray.model.routing import routing, tells_routing
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.progress import say
 
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CPU = torch.device("cpu")
+
+
+SHARED = "shared"
+PADDED = "padded"
 
 
 def load_policy(
@@ -82,9 +88,7 @@ def load_part_of_policy(
 
 def prepare(model: PreTrainedModel) -> None:
     """What is done to every model, before its first forward pass. Raises ConfigError."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    _turn_dropout_off(model)
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise ConfigError(
             f"The output layer of {type(model).__name__} is a {type(model.get_output_embeddings()).__name__}, not a "
@@ -93,6 +97,15 @@ def prepare(model: PreTrainedModel) -> None:
         )
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")  # the others leave the cap out without a word
+
+
+def _turn_dropout_off(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):  # of attention weights, for which there is no module
+                setattr(module, name, 0.0)
 
 
 def decoder_layers(model: PreTrainedModel, *, wanted_by: str) -> list[nn.Module]:
@@ -133,38 +146,51 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
     model.disable_input_require_grads()
 
 
+def run_packed(model: PreTrainedModel) -> Separation:
+    """Switch to the packed layout, whether or not the model computes the same on it. Returns what takes its layers back
+    that carry state between tokens.
+
+    Raises ValueError where transformers does not let the model's attention be chosen.
+    """
+    if not model._can_set_attn_implementation():
+        raise ValueError(f"the attention of {type(model).__name__} is not transformers' to choose")
+    attention.register()
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    names = set(model._no_split_modules or ())
+    # Of a sharded model each layer is of a class that torch has derived from its own.
+    layers = [m for m in model.modules() if any(kind.__name__ in names for kind in type(m).__mro__)]
+    return Separation(layers)
+
+
 def use_packed_attention(
     scorer: CompletionScorer, device: torch.device = _CPU, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Switch to the packed attention if the model gives the same log-probs with it; otherwise say that it does not.
+    """Switch to the packed layout if the model gives the same log-probs on it; otherwise leave it as it was. Say what
+    is not simply packed with shared prompts.
 
-    Some models claim to call transformers' attention interface and do not, or keep state between tokens; their
-    packed log-probs would be wrong without any error, so it is tried on a few tokens. Where a model is sharded every
-    process calls it.
+    Some models claim to call transformers' attention interface and do not, or keep state between tokens where nobody
+    looks for it; their packed log-probs would be wrong without any error, so it is tried on a few tokens. Where a model
+    is sharded every process calls it.
 
     Args:
         device, dtype: that the scorer computes on and in.
     """
     model = scorer.model
-    before, was_training = model.config._attn_implementation, scorer.training
-    serves = attention.serves(model.config) and getattr(model, "_supports_attention_backend", False)
-    if serves:
+    if attention.serves(model.config):
+        was_training = scorer.training
         scorer.eval()
         with torch.no_grad():
-            serves = _gives_the_same(scorer, device, dtype)
+            _pack_where_it_is_exact(scorer, device, dtype)
         scorer.train(was_training)
-    if not serves:
-        model.set_attn_implementation(before)
-        say(
-            "model",
-            f"{model.config.model_type} does not run on packed pairs; each completion is computed with its prompt",
-        )
+    if (told := _told_of_layout(model)) is not None:
+        say("model", told)
 
 
-def _gives_the_same(scorer: CompletionScorer, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the model's log-probs are the same on packed pairs; it is left on the packed attention."""
+def _pack_where_it_is_exact(scorer: CompletionScorer, device: torch.device, dtype: torch.dtype) -> None:
+    """Try it, and leave the model on the layout that it is exact on."""
     model = scorer.model
-    ids = [i % model.config.vocab_size for i in range(7, 7 + 19)]
+    before = model.config._attn_implementation
+    ids = [i % model.config.get_text_config().vocab_size for i in range(7, 7 + 19)]
     pairs = [TokenizedPair("a", ids[:5], ids[5:8], ids[8:12]), TokenizedPair("b", ids[12:15], ids[15:18], ids[18:])]
     expected = scorer(pad(pairs).to(device)).logprobs
     allowed = 1e-3
@@ -173,12 +199,31 @@ def _gives_the_same(scorer: CompletionScorer, device: torch.device, dtype: torch
         # log-probs as much as leaving most of the prompt out does.
         without = [replace(pair, prompt_ids=pair.prompt_ids[-1:]) for pair in pairs]
         allowed = max(allowed, float((scorer(pad(without).to(device)).logprobs - expected).abs().max()) / 4)
-    attention.register()
-    model.set_attn_implementation(attention.IMPLEMENTATION)
+    separation = None
     try:
-        return torch.allclose(scorer(pack(pairs).to(device)).logprobs, expected, rtol=0, atol=allowed)
+        separation = run_packed(model)
+        serves = torch.allclose(scorer(pack(pairs).to(device)).logprobs, expected, rtol=0, atol=allowed)
     except (RuntimeError, TypeError, ValueError, IndexError):
-        return False  # it cannot take the layout at all
+        serves = False  # it cannot take the layout at all
+    if not serves:
+        if separation is not None:
+            separation.end()
+        model.set_attn_implementation(before)
+
+
+def _told_of_layout(model: PreTrainedModel) -> str | None:
+    """A line on how pairs are computed, where it is not simply packed with shared prompts."""
+    config, layout = model.config.get_text_config(), CompletionScorer(model).layout
+    if layout == PADDED:
+        return f"{config.model_type} does not run on packed pairs; each completion is computed with its prompt"
+    parts = []
+    if layout != SHARED:
+        parts.append(f"{layout.removeprefix(f'{SHARED}, ')}: each completion with its prompt by itself")
+    if (window := attention.window_of(config)) is not None:
+        parts.append(f"sliding windows of {window} tokens")
+    if attention.is_stepwise(model):
+        parts.append("attention step by step, for no kernel has its soft cap or its sinks")
+    return f"{config.model_type} runs on packed pairs with shared prompts; {'; '.join(parts)}" if parts else None
 
 
 class CompletionScorer(nn.Module):
@@ -198,23 +243,49 @@ class CompletionScorer(nn.Module):
         """Whether the model runs on the packed, prefix-shared layout."""
         return bool(self.model.config._attn_implementation == attention.IMPLEMENTATION)
 
+    @property
+    def layout(self) -> str:
+        """How pairs are computed, in words: `padded`, or `shared` and which layers share nothing."""
+        if not self.packs:
+            return PADDED
+        apart = separated(self.model)
+        return f"{SHARED}, {' and '.join(sorted(apart))} apart" if apart else SHARED
+
     def collate(self, pairs: list[TokenizedPair]) -> MicroBatch:
         """The layout that this model can take."""
         return pack(pairs) if self.packs else pad(pairs)
 
-    def forward(self, batch: MicroBatch, *, with_collisions: bool = False, with_entropies: bool = False) -> TokenScores:
-        """Scores of the micro-batch's N tokens that bear the loss, in float32; see token_scores."""
-        extra = {"segments": attention.Segments(batch.segments)} if batch.segments is not None else {}
-        hidden = self.model.base_model(
+    @property
+    def routes(self) -> bool:
+        """Whether the model is a mixture of experts that tells what its routers compute."""
+        return tells_routing(backbone(self.model))
+
+    def forward(
+        self,
+        batch: MicroBatch,
+        *,
+        with_collisions: bool = False,
+        with_entropies: bool = False,
+        with_routing: bool = False,
+    ) -> TokenScores:
+        """Scores of the micro-batch's N tokens that bear the loss, in float32; see token_scores.
+
+        Args:
+            with_routing: also which experts its tokens went to; for a model that routes.
+        """
+        extra: dict[str, Any] = {"output_router_logits": True} if with_routing else {}
+        if batch.segments is not None:
+            extra["segments"] = attention.Segments(batch.segments)
+        outputs = backbone(self.model)(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention_mask=batch.attention_mask,
             use_cache=False,
             **extra,
-        ).last_hidden_state
+        )
         output = self.model.get_output_embeddings()
 
-        def scores(rows: Tensor) -> TokenScores:
+        def scored(rows: Tensor) -> TokenScores:
             head = output_head(self.model)
             rows = rows.to(head.weight.dtype)
             return token_scores(
@@ -222,12 +293,23 @@ class CompletionScorer(nn.Module):
             )
 
         # As the output layer's own forward pass, so that FSDP gathers its weights for this.
-        output.forward = scores
+        output.forward = scored
         try:
-            found: TokenScores = output(hidden.flatten(0, 1)[batch.predictors])
+            scores: TokenScores = output(outputs.last_hidden_state.flatten(0, 1)[batch.predictors])
         finally:
             del output.forward
-        return found
+        if not with_routing:
+            return scores
+        per_token = self.model.config.get_text_config().num_experts_per_tok
+        return scores._replace(routing=routing(outputs.router_logits, batch.occurrences, per_token))
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The model up to its last hidden states. Some models say that they have it under another name than they do."""
+    from transformers import PreTrainedModel
+
+    base = model.base_model
+    return base if base is not model else next(m for m in model.children() if isinstance(m, PreTrainedModel))
 
 
 def output_head(model: PreTrainedModel) -> Head:

@@ -14,6 +14,7 @@ step of its stretch; the plan itself lies in the object store, once.
 from __future__ import annotations
 
 import math
+import pickle
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ import ray.train
 
 from dpo_ray.config import NodeChoice
 from dpo_ray.config.placement import ANYWHERE
+from dpo_ray.errors import DataError
+from dpo_ray.on_ray.failures import carried
 from dpo_ray.on_ray.session import quiet_data
 from dpo_ray.pairs import TokenizedPair, tokenized_pair
 from dpo_ray.shards.deaths import Deaths
@@ -49,7 +52,7 @@ _MOST_TASKS = 1024  # of a long plan they have more groups: Ray is given all tas
 _SECONDS_TO_REST = 0.01  # about what Ray takes for a block
 _GROUPS_AHEAD = 4  # one that workers train on, one that each has fetched already, and two on their way
 
-_BLOCK = pa.schema([("rank", pa.int32()), ("step", pa.int64()), ("share", pa.large_binary())])
+_BLOCK = pa.schema([("rank", pa.int32()), ("step", pa.int64()), ("share", pa.large_binary()), ("error", pa.binary())])
 _BATCH_WEIGHT = "batch_weight"
 _PAIR_COLUMNS = [field.name for field in fields(TokenizedPair)]
 
@@ -145,16 +148,29 @@ def fetch_stretch(
 def share_blocks(
     plan: StepPlan, start: int, stop: int, *, steps_per_group: int, world_size: int, tokens_per_microbatch: int
 ) -> Iterator[pa.Table]:
-    """The steps from `start` up to `stop` in blocks of one row: groups in order, and in each the ranks in order."""
+    """The steps from `start` up to `stop` in blocks of one row: groups in order, and in each the ranks in order.
+
+    Where rows cannot be read, each rank's block has that error in place of its share, and is the last.
+    """
     steps = islice(plan.steps(start), stop - start)
     read = lru_cache(maxsize=2 * plan.shards_at_once)(_shard)  # a step may lie in two windows
     while group := list(islice(steps, steps_per_group)):
         shares = [(step, plan.microbatches(rows, world_size, tokens_per_microbatch)) for step, rows in group]
-        pairs = _Rows(plan.index, np.unique(np.concatenate([rows for _, rows in group])), read)
+        first = group[0][0]
+        try:
+            pairs = _Rows(plan.index, np.unique(np.concatenate([rows for _, rows in group])), read)
+        except DataError as error:
+            # Every rank is told, at the same step: raised here, Ray would have all of them start again and again.
+            told = carried(error)
+            yield from (_block(rank, first, error=told) for rank in range(world_size))
+            return
         weights = {step: batch_weight(pairs.column("weight", rows)) for step, rows in group}
         for rank in range(world_size):
-            packed = _pack(pairs, [(step, share[rank]) for step, share in shares], weights)
-            yield pa.Table.from_pydict({"rank": [rank], "step": [group[0][0]], "share": [packed]}, schema=_BLOCK)
+            yield _block(rank, first, share=_pack(pairs, [(step, share[rank]) for step, share in shares], weights))
+
+
+def _block(rank: int, step: int, share: bytes | None = None, error: bytes | None = None) -> pa.Table:
+    return pa.Table.from_pydict({"rank": [rank], "step": [step], "share": [share], "error": [error]}, schema=_BLOCK)
 
 
 def _pack(pairs: _Rows, shares: list[tuple[int, list[list[int]]]], weights: Mapping[int, float]) -> bytes:
@@ -272,8 +288,8 @@ def received_steps(shard: Any, rank: int, start: int, stop: int) -> Iterator[Ste
     Args:
         stop: the number of steps of the plan.
 
-    Raises RuntimeError where a block of another rank or an unexpected step arrives, or where the stream ends before
-    `stop`: training on would be wrong.
+    Raises DataError where the rows of a step cannot be read; RuntimeError where a block of another rank or an
+    unexpected step arrives, or where the stream ends before `stop`: training on would be wrong.
     """
     expected = start
     for number, members in _received(shard, rank):
@@ -295,9 +311,11 @@ def received_steps(shard: Any, rank: int, start: int, stop: int) -> Iterator[Ste
 def _received(shard: Any, rank: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Steps in the order of the stream, with the rows of a rank's share."""
     for block in shard.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for owner, step, share in zip(*(block[name] for name in _BLOCK.names), strict=True):
+        for owner, step, share, error in zip(*(block[name] for name in _BLOCK.names), strict=True):
             if owner.as_py() != rank:
                 raise _disorder(f"rank {rank} was given the share of rank {owner} of the steps from {step} on")
+            if error.is_valid:
+                raise pickle.loads(error.as_py())
             rows = pa.ipc.open_stream(share.as_buffer()).read_all().to_pylist()
             for number, members in groupby(rows, key=lambda row: row["step"]):
                 yield number, list(members)

@@ -16,7 +16,7 @@ import numpy as np
 
 from dpo_ray.config import Metric, Model, Train
 from dpo_ray.config.tolerance import Limits
-from dpo_ray.errors import DamagedCheckpoint, DpoRayError, NonFiniteLoss, PairTooLong, ReferenceMismatch
+from dpo_ray.errors import DamagedCheckpoint, DataError, DpoRayError, NonFiniteLoss
 from dpo_ray.evaluation.agreement import require_same_start
 from dpo_ray.on_ray.metrics import RETRIES, Work, count, keep_telling, take_up
 from dpo_ray.on_ray.resume import leave_out, state_of, whole_checkpoints
@@ -28,6 +28,7 @@ from dpo_ray.training.longest import LongestPairs
 from dpo_ray.training.selection import higher_is_better
 
 if TYPE_CHECKING:
+    from dpo_ray.training.batch import Share
     from dpo_ray.training.parallel import Rank
 
 _WORST = 1e30
@@ -76,7 +77,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
     import ray.train
 
     from dpo_ray.on_ray.preemption import Forewarning, preemption_is_watched
-    from dpo_ray.on_ray.stream import TRAIN, read_share, received_steps
+    from dpo_ray.on_ray.stream import TRAIN, received_steps
 
     shard = ray.train.get_dataset_shard(TRAIN)  # the feed's processes start while this one imports
     import ray.train.torch
@@ -97,10 +98,6 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
     if not options.use_gpu:
         torch.set_num_threads(max(1, int(options.cpus_per_worker)))
     me = Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    held_out = None
-    if job.held_out is not None:
-        pairs = np.arange(len(job.held_out))
-        held_out = read_share(job.held_out, pairs, me.rank, me.world_size, job.tokens_per_microbatch, job.hidden_size)
     keep_telling()
     latest = ray.train.get_checkpoint()
     resume = job.run.same_store(latest.path) if latest is not None else job.fallback
@@ -109,6 +106,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
         say(KIND, f"going on from {resume.name}, after step {step}, with {me.world_size} workers")
         count(RETRIES, artifact=KIND)
     try:
+        held_out = _held_out(job, me)
         train(
             job.model,
             options,
@@ -128,13 +126,23 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
             told=StepMetrics(me, job.num_steps, job.whose or ""),
             is_forewarned=Forewarning(me).is_due if preemption_is_watched() else lambda: False,
         )
-    except (NonFiniteLoss, ReferenceMismatch, PairTooLong) as error:
-        return error
     except DamagedCheckpoint as error:
         if me.rank == 0 and resume is not None:
             leave_out(resume)
         return error
+    except (NonFiniteLoss, DataError) as error:
+        return error
     return None
+
+
+def _held_out(job: TrainJob, me: Rank) -> Share | None:
+    """This rank's share of the pairs that are held out. Raises DataError where they cannot be read."""
+    from dpo_ray.on_ray.stream import read_share
+
+    if job.held_out is None:
+        return None
+    pairs = np.arange(len(job.held_out))
+    return read_share(job.held_out, pairs, me.rank, me.world_size, job.tokens_per_microbatch, job.hidden_size)
 
 
 class RayCheckpoints:

@@ -140,7 +140,8 @@ def _train(output: Location, config: Config, rows: Artifact, location: Location,
     metrics = (checkpoint / HISTORY).read_bytes()
     (location / HISTORY).write_bytes(metrics)
     history = [json.loads(line) for line in metrics.splitlines()]
-    exported_step = state_of(checkpoint)["exported_step"]
+    state = state_of(checkpoint)
+    exported_step = state["exported_step"]
     model_files = [
         file.model_copy(update={"name": f"{MODEL_FOLDER}/{file.name}"}) for file in exported_files(checkpoint)
     ]
@@ -162,6 +163,7 @@ def _train(output: Location, config: Config, rows: Artifact, location: Location,
             "num_steps": history[-1]["step"],
             "planned_steps": plan.num_steps,
             "published_step": exported_step,
+            "layout": state.get("layout"),
             "tokens_per_second": sum(m["tokens_per_second"] for m in history) / len(history),
             "seconds": round(time.monotonic() - began, 1),
             "steps": Steps.of(history, config.train).as_dict(),

@@ -296,6 +296,7 @@ class Location:
 
 def find_files(pattern: str, suffix: str | tuple[str, ...]) -> list[Location]:
     """The files that a path names: a file itself, the files with such a suffix in a folder, or the matches of a glob.
+    A local file that is called so is that file, also where its name could be a pattern (pairs[1].jsonl).
 
     The path is local, in an object store, or on the hub (hf://datasets/…, or owner/name where there is no such folder
     here), which is asked once in a process. In a folder, files and folders whose names begin with a dot or an
@@ -306,7 +307,7 @@ def find_files(pattern: str, suffix: str | tuple[str, ...]) -> list[Location]:
         return _find_on_hub(HubPath.of(pattern), suffix)
     place = Location.of(pattern)
     wild = "*?[" if place.is_local else "*["
-    if any(c in pattern for c in wild):
+    if any(c in pattern for c in wild) and not (place.is_local and os.path.isfile(place.uri)):
         if place.is_local:
             return [Location(p) for p in sorted(glob.glob(place.uri, recursive=True)) if Path(p).is_file()]
         root, _, _ = place.uri[: min(i for c in wild if (i := place.uri.find(c)) >= 0)].rpartition("/")

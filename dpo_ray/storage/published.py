@@ -10,6 +10,7 @@ from __future__ import annotations
 import getpass
 import os
 import platform
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ LATEST = "latest.json"
 CARD = "README.md"
 _HISTORY = "history"
 _STAMP = "%Y%m%dT%H%M%S.%fZ"
+_RECORD = re.compile(r"\d{8}T\d{6}\.\d{6}Z-[a-z]+\.json")
 
 
 class Move(BaseModel):
@@ -58,10 +60,20 @@ def is_complete(version: Location) -> bool:
 
 
 def latest(folder: Location) -> Move | None:
-    """What the pointer of a name says; None where nothing was published. Raises DataError where it is damaged."""
+    """What the pointer of a name says; None where nothing was published.
+
+    Raises DataError where it is damaged, or has gone: what would be trained from it, or compared with it, would not be.
+    """
     try:
         return Move.model_validate_json((folder / LATEST).read_bytes())
     except FileNotFoundError:
+        # One record alone is also what a kill leaves before the first move.
+        if len(moved := _records(folder)) > 1:
+            raise DataError(
+                f"{folder / LATEST} is not there, and {folder / _HISTORY} tells of {len(moved)} moves of it. "
+                "`dpo-ray promote` writes it anew, naming one of the versions, which are the folders beside it; to "
+                f"begin without any, move {folder} away, or take another run.name."
+            ) from None
         return None
     except ValidationError as error:
         raise DataError(
@@ -71,9 +83,23 @@ def latest(folder: Location) -> Move | None:
 
 
 def history(folder: Location) -> list[Move]:
-    """Every move of the pointer, oldest first."""
-    files = sorted((folder / _HISTORY).children(), key=lambda file: file.name)
-    return [Move.model_validate_json(file.read_bytes()) for file in files]
+    """Every move of the pointer, oldest first. Raises DataError where the record of one is damaged."""
+    found = []
+    for name in _records(folder):
+        place = folder / _HISTORY / name
+        try:
+            found.append(Move.model_validate_json(place.read_bytes()))
+        except ValidationError as error:
+            raise DataError(
+                f"{place} is damaged ({error.error_count()} errors). Take it out of that folder: the versions and the "
+                "latest stay as they are, and rollback goes no further back than to the move after it."
+            ) from error
+    return found
+
+
+def _records(folder: Location) -> list[str]:
+    """Names of the records of moves, oldest first; whatever else somebody has put there is none."""
+    return sorted(file.name for file in (folder / _HISTORY).children() if _RECORD.fullmatch(file.name))
 
 
 def moves(folder: Location) -> list[Move]:
@@ -149,7 +175,7 @@ def move(
 
 def _stamp(folder: Location, now: datetime) -> datetime:
     """Of a new record, later than all others: clocks of machines differ, and are set back, and names tell the order."""
-    names = sorted(file.name for file in (folder / _HISTORY).children())
+    names = _records(folder)
     last = datetime.strptime(names[-1].partition("-")[0], _STAMP).replace(tzinfo=UTC) if names else None
     return now if last is None or last < now else last + timedelta(microseconds=1)
 

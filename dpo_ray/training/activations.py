@@ -55,7 +55,7 @@ def _kept(config: Any, folder: ModelFolder, model: Model) -> int | None:
 
     from dpo_ray.model import attention
     from dpo_ray.model.lora import add_adapters
-    from dpo_ray.model.policy import CompletionScorer, torch_dtype
+    from dpo_ray.model.policy import CompletionScorer, run_packed, torch_dtype
 
     with torch.device("meta"):
         policy = AutoModelForCausalLM.from_config(config, trust_remote_code=folder.trust_remote_code)
@@ -63,9 +63,8 @@ def _kept(config: Any, folder: ModelFolder, model: Model) -> int | None:
         return None
     # What stands in the weights does not matter; what is not written takes no memory.
     policy.to(torch_dtype(model.dtype)).to_empty(device="cpu")
-    if attention.serves(policy.config) and getattr(policy, "_supports_attention_backend", False):
-        attention.register()
-        policy.set_attn_implementation(attention.IMPLEMENTATION)
+    if attention.serves(policy.config):
+        run_packed(policy)
     if model.lora is not None:
         add_adapters(policy, model.lora)
     policy.to(torch_dtype(model.dtype)).train()  # the adapters too

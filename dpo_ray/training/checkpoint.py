@@ -52,6 +52,8 @@ class TrainState:
     reward_count: float = 0.0
     finished: bool = False
     """Whether this is the end: the last step, or an early stop."""
+    layout: str = ""
+    """How pairs are computed: `shared`, with the layers that share nothing, or `padded`."""
     exported_step: int = 0
     """At the end, the step whose weights are exported."""
 

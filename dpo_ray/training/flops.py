@@ -116,6 +116,7 @@ def passes(options: Train, lora: LoRA | None) -> float:
     # Frozen matrices have no gradient of their own: of three products a matrix two are left.
     whole = 2 / 3 if lora is not None else 1.0
     again = FORWARD if options.activation_checkpointing else 0.0
-    # All log-probs are known before the first gradient; of mismatched completions they are never trained on.
-    before = FORWARD * (options.loss.couples_batch + options.loss.needs_mismatched)
+    # All log-probs are known before the first gradient, and so is the use of experts; mismatched completions are never
+    # trained on.
+    before = FORWARD * (options.loss.couples_batch + options.loss.needs_mismatched + bool(options.router_aux_loss))
     return whole + again + before

@@ -101,6 +101,7 @@ def train(
     state = TrainState()
     if resume is not None:
         state = load_checkpoint(resume, policy=policy, optimizer=optimizer, average=average, me=me)
+    state.layout = scorer.layout
     learner = Learner(forward, scorer, optimizer, average, options, me, state, sources)
     progress = Progress("train", num_steps, "steps", done=state.next_step)
     num_tokens = state.history[-1]["num_tokens"] if state.history else 0

@@ -165,7 +165,16 @@ def room_beside_state(shape: Shape, model: Model, train: Train, *, memory: int, 
     return _USABLE * memory - held - _LOGIT_TILES * shape.vocabulary
 
 
-def pair_bytes(shape: Shape, model: Model, train: Train, pair: TokenizedPair, implementation: str) -> int:
+def pair_bytes(
+    shape: Shape,
+    model: Model,
+    train: Train,
+    pair: TokenizedPair,
+    implementation: str,
+    *,
+    window: int | None = None,
+    stepwise: bool = False,
+) -> int:
     """What the backward pass needs of a pair that is computed alone on a CPU.
 
     Beside what every token needs, attention keeps in each layer what grows with the square of the sequence: the mask,
@@ -173,16 +182,24 @@ def pair_bytes(shape: Shape, model: Model, train: Train, pair: TokenizedPair, im
 
     Args:
         implementation: of attention, as transformers names it.
+        window: of layers with a sliding window, if there are any.
+        stepwise: whether the packed attention has soft caps or sinks, and so holds all its weights.
     """
     size = 2 if model.dtype == "bfloat16" else 4
     prompt, chosen, rejected = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
     if implementation == attention.IMPLEMENTATION:
-        tokens, squares = pair.num_tokens, rejected * (prompt + rejected)
+        # Rejected has a mask always, which a window makes smaller; chosen has one where there is a window.
+        seen = prompt if window is None else min(prompt, window - 1)
+        tokens, squares = pair.num_tokens, rejected * (seen + rejected)
+        if window is not None or stepwise:
+            squares = (prompt + chosen) ** 2 + rejected * ((prompt if stepwise else seen) + rejected)
     else:
         width = prompt + max(chosen, rejected)
         rows = bool(chosen) + bool(rejected)
         tokens, squares = rows * width, rows * width**2
     square = size
+    if implementation == attention.IMPLEMENTATION and stepwise:
+        square = shape.heads * (4 + size)
     if implementation == "eager":
         square = shape.heads * (4 if size == 4 else 4 + size)  # a softmax is in float32, and brought to bfloat16 then
     layers = 1 if train.activation_checkpointing else shape.layers

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from dpo_ray.config import Model
 from dpo_ray.errors import DataError, PairTooLong
+from dpo_ray.model import attention
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.progress import say
 from dpo_ray.training.files import KIND
@@ -58,8 +59,11 @@ def estimate(learner: Learner, longest: LongestPair, model: Model, memory: int) 
     shape = shape_of(ModelFolder.of(model))
     room = room_beside_state(shape, model, options, memory=memory, num_workers=me.world_size)
     room, memory = min(gathered_objects((room, memory), me))
-    implementation = learner.scorer.model.config._attn_implementation
-    needed = pair_bytes(shape, model, options, longest.pair, implementation)
+    policy = learner.scorer.model
+    needed = pair_bytes(
+        shape, model, options, longest.pair, policy.config._attn_implementation,
+        window=attention.window_of(policy.config), stepwise=attention.is_stepwise(policy),
+    )  # fmt: skip
     if needed <= room:
         return
     fits = max(0, int(room // bytes_per_token(shape, model, options)))

@@ -27,7 +27,9 @@ from dpo_ray.losses.pair_logps import PairLogps, pair_logps, sum_by_sequence
 from dpo_ray.model.logprobs import TokenScores
 from dpo_ray.model.packing import MicroBatch
 from dpo_ray.model.policy import CompletionScorer
+from dpo_ray.model.routing import Routing
 from dpo_ray.pairs import TIE, TokenizedPair
+from dpo_ray.training.balance import Balance, added, balance_coefficient, nothing, over_ranks, told
 from dpo_ray.training.batch import Share
 from dpo_ray.training.checkpoint import TrainState
 from dpo_ray.training.files import SKIPPED
@@ -82,6 +84,9 @@ class Learner:
     sources: tuple[str, ...] = ()
     """Of a mixture, those that metrics are told apart by."""
 
+    def __post_init__(self) -> None:
+        self.balance_coefficient = balance_coefficient(self.scorer, self.options)
+
     def step(
         self, share: Share, rate: float, require_reference: RequireReference | None, *, with_entropies: bool = False
     ) -> StepResult:
@@ -100,20 +105,30 @@ class Learner:
         terms = self._batch_terms(share)
         coupled = self._coupled(share, terms) if options.loss.couples_batch else None
         seen: list[tuple[Tensor, Tensor]] = []
+        routes = self.scorer.routes
+        parts: list[Routing] = []
+        balance = self._balance(share) if self.balance_coefficient and len(share.microbatches) > 1 else None
         for number, pairs in enumerate(share.microbatches):
             with accumulating(self.forward, last=number == len(share.microbatches) - 1):
-                scored = self._score(self.forward, pairs or [share.filler], with_entropies)
+                scored = self._score(self.forward, pairs or [share.filler], with_entropies, with_routing=routes)
                 logps = scored.logps
+                if scored.routing is not None:
+                    parts.append(scored.routing if pairs else nothing(scored.routing))
+                    if self.balance_coefficient and balance is None:  # this micro-batch is the rank's whole share
+                        balance = Balance(self.balance_coefficient, over_ranks(added(parts), me))
                 if not pairs:
                     (0.0 * (logps.policy_chosen.sum() + logps.policy_rejected.sum())).backward()
                     continue
                 if coupled is None:
                     losses = pair_loss(options.loss, logps, terms)
                     # Gradients are averaged over ranks; world_size times that is their sum over the global batch.
-                    ((_weights(logps) * losses).sum() * (me.world_size / total_weight)).backward()
+                    part = (_weights(logps) * losses).sum() * (me.world_size / total_weight)
                 else:
                     losses, surrogate = coupled.of(logps, first=sums.num_pairs)
-                    (surrogate * me.world_size).backward()
+                    part = surrogate * me.world_size
+                if balance is not None and scored.routing is not None:
+                    part = part + balance.part(scored.routing) * me.world_size
+                part.backward()
             values = _per_pair(options, losses, logps) | scored.statistics
             sums.add(values, len(pairs), scored.num_tokens, self._places(pairs))
             if require_reference is not None:
@@ -123,6 +138,7 @@ class Learner:
         if require_reference is not None:
             require_reference(self._everywhere(seen))
         totals = sums.over_ranks(me)
+        experts = told(over_ranks(added(parts), me)) if parts else {}
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         grad_norm = clip_grad_norm(self.scorer.parameters(), options.max_grad_norm)
@@ -138,7 +154,7 @@ class Learner:
                 total, count = totals.total_and_count(side)
                 self.state.reward_sum += total
                 self.state.reward_count += count
-        metrics = {**totals.means(), **_batch_metrics(options, terms), "grad_norm": grad_norm}
+        metrics = {**totals.means(), **_batch_metrics(options, terms), **experts, "grad_norm": grad_norm}
         return StepResult(totals.num_tokens, metrics)
 
     def rehearse(self, pair: TokenizedPair) -> None:
@@ -187,7 +203,14 @@ class Learner:
             )
         return {f"eval_{name}": value for name, value in means.items()}
 
-    def _score(self, module: nn.Module, pairs: Sequence[TokenizedPair], with_entropies: bool = False) -> _Scored:
+    def _score(
+        self,
+        module: nn.Module,
+        pairs: Sequence[TokenizedPair],
+        with_entropies: bool = False,
+        *,
+        with_routing: bool = False,
+    ) -> _Scored:
         loss = self.options.loss
         batch = self.scorer.collate(list(pairs)).to(self.me.device)
         if loss.needs_reference and batch.reference_logprobs is None:
@@ -195,7 +218,10 @@ class Learner:
                 f"Pair {pairs[0].pair_id} has no reference log-probs: train on a finished reference artifact."
             )
         reference = batch.reference_logprobs if loss.needs_reference else None
-        scores: TokenScores = module(batch, with_collisions=loss.weights_by_policy, with_entropies=with_entropies)
+        asked = {"with_routing": True} if with_routing else {}
+        scores: TokenScores = module(
+            batch, with_collisions=loss.weights_by_policy, with_entropies=with_entropies, **asked
+        )
         logps = pair_logps(
             scores.logprobs,
             batch.sequence_index,
@@ -212,7 +238,18 @@ class Learner:
         sides = [side for p in pairs for side in (p.chosen_ids, p.rejected_ids) if side]
         prompts = sum(len(p.prompt_ids) * (bool(p.chosen_ids) + bool(p.rejected_ids)) for p in pairs)
         ratios = scores.logprobs.detach() - reference if reference is not None else None
-        return _Scored(logps, _statistics(scores, batch, logps), prompts + sum(map(len, sides)), ratios)
+        num_tokens = prompts + sum(map(len, sides))
+        return _Scored(logps, _statistics(scores, batch, logps), num_tokens, ratios, scores.routing)
+
+    @torch.no_grad()
+    def _balance(self, share: Share) -> Balance:
+        """How often the global batch's tokens choose each expert, before there are gradients."""
+        parts = []
+        for pairs in share.microbatches:
+            routing = self._score(self.scorer, pairs or [share.filler], with_routing=True).routing
+            assert routing is not None
+            parts.append(routing if pairs else nothing(routing))
+        return Balance(self.balance_coefficient, over_ranks(added(parts), self.me))
 
     @torch.no_grad()
     def _batch_terms(self, share: Share) -> BatchTerms:
@@ -327,6 +364,8 @@ class _Scored:
     """As the field counts them: a prompt once for each of its completions."""
     token_logratios: Tensor | None
     """log π − log π_ref [N] of the tokens that bear the loss, in the order of the pairs, chosen before rejected."""
+    routing: Routing | None = None
+    """Of the experts, where the model has some."""
 
     def stacked(self) -> Tensor:
         """All of it in one tensor, [B, columns]; unstacked gives it back."""

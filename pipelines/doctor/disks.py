@@ -36,6 +36,9 @@ def room_on(what: str, disk: Disk, needs: Needed, where: str) -> Iterator[Found]
     Args:
         where: a node's name with a colon, or nothing.
     """
+    if not disk.total:  # as some file systems in user space have it
+        yield "warning", f"{where}{what}, {disk.folder}: its file system does not tell how much room it has"
+        return
     full = 1 - disk.free / disk.total
     needed, for_what = needs.get(what, (0, ""))
     said = f"{where}{what}, {disk.folder}: {disk.free / _GIB:.1f} of {disk.total / _GIB:.1f} GiB are free"

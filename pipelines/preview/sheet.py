@@ -19,7 +19,6 @@ from dpo_ray.data.raw.parts import RawPart
 from dpo_ray.data.raw.scan import FileRecord, Peek, map_files, peek
 from dpo_ray.data.rules import REASONS
 from dpo_ray.data.tally import NOTED
-from dpo_ray.errors import DataError
 from dpo_ray.formats.format import Format
 from dpo_ray.pairs import answer_of, plain
 from dpo_ray.shards.ingest import RawShard
@@ -27,7 +26,7 @@ from dpo_ray.shards.output import ShardOutput
 from dpo_ray.shards.tokenize import TokenizeShard
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
-from pipelines.ingest import ingest_shard, sides, written_as
+from pipelines.ingest import ingest_shard, require_rows, sides, written_as
 
 _ROWS_AT_ONCE = 1000
 SIDES: tuple[Literal["chosen", "rejected"], ...] = ("chosen", "rejected")
@@ -88,16 +87,18 @@ def sheets(config: Config, rows: int | None, examples: int, *, with_model: bool)
 
     Raises DataError where there is no file or no row, and where a file is damaged or of no format.
     """
-    files = dict.fromkeys(file for side in sides(config) for file in side.files)
+    named = sides(config)
+    files = dict.fromkeys(file for side in named for file in side.files)
     found = map_files(lambda file: _looked_at(file, config), list(files))
+    seen_of = {file: seen for file, seen, _ in found}
+    for side in named:
+        require_rows([seen_of[file] for file in side.files], side.key)
     by_name: dict[str, list[tuple[Location, Peek | FileRecord]]] = {}
     formats: dict[str, Format] = {}
     for file, seen, format_ in found:
         if format_ is not None and seen.has_rows:
             formats[format_.name] = format_
             by_name.setdefault(format_.name, []).append((file, seen))
-    if not by_name:
-        raise DataError(f"{len(files)} files are readable, but not a single row is in them.")
     config.data.require_used(set(formats))
     tokenize = TokenizeShard(config.model, config.data) if with_model else None
     return [_sheet(formats[name], by_name[name], config, rows, examples, tokenize) for name in sorted(by_name)]

@@ -16,6 +16,7 @@ from tests.chaos.job import Job
 from tests.chaos.network import INTERFACE, cut_off_node
 from tests.chaos.test_processes import STAGES
 from tests.chaos.trace import Event
+from tests.command_line import LONGEST
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray]
 
@@ -67,10 +68,11 @@ def test_cut_off_node(
     job: Callable[..., Job], cell: Cells, undisturbed: Path, trace_file: Path, tmp_path: Path, kind: str
 ):
     """A node in a network namespace of its own, whose packets are dropped from a moment on, and let through again when
-    the head has given it up."""
+    the head has given it up. It then learns of that, ends, and another one takes its place."""
     with cut_off_node() as network:
         arguments = {
-            "one": ([f"--node-ip-address={network.outside}"], ()),
+            # Without room for a worker of the training, so that the other node has one.
+            "one": ([f"--node-ip-address={network.outside}", "--num-cpus=1"], ()),
             "two": ([f"--node-ip-address={network.inside}"], network.enter),
         }
         gloo = {"GLOO_SOCKET_IFNAME": INTERFACE}
@@ -86,6 +88,8 @@ def test_cut_off_node(
             nodes.await_alive(2)
             network.mend()
             what.is_over()
+            nodes.nodes["two"].wait(LONGEST)
+            nodes.heal()
             run.require_success()
             what.ends_as(undisturbed, mine, "by itself")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpo_ray.model.attention import Segment, Segments, packed_attention
+from dpo_ray.model.attention import Segment, Segments, packed_attention, window_mask
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -15,8 +15,11 @@ SEGMENTS = (Segment(0, 300, 70, 40), Segment(410, 5, 90, 130), Segment(635, 1, 1
 LENGTH = 717
 
 
+@pytest.mark.parametrize("window", [None, 1, 37, 200])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2)])
-def test_flash_attention_equals_attention_pair_by_pair_in_values_and_gradients(heads: int, kv_heads: int):
+def test_flash_attention_equals_attention_pair_by_pair_in_values_and_gradients(
+    heads: int, kv_heads: int, window: int | None
+):
     torch.manual_seed(0)
     sizes = (heads, kv_heads, kv_heads)
     exact = [torch.randn(1, h, LENGTH, 64, device="cuda", dtype=torch.float32) for h in sizes]
@@ -24,7 +27,8 @@ def test_flash_attention_equals_attention_pair_by_pair_in_values_and_gradients(h
     found = []
     for dtype in (torch.float32, torch.bfloat16):  # in float32 it is a call a pair
         inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
-        out, _ = packed_attention(torch.nn.Module(), *inputs, None, scaling=0.125, segments=Segments(SEGMENTS))
+        mask = window_mask(local_size=window)
+        out, _ = packed_attention(torch.nn.Module(), *inputs, mask, scaling=0.125, segments=Segments(SEGMENTS))
         (out.float() * upstream).sum().backward()
         found.append([out.detach().float(), *(x.grad.float() for x in inputs)])
     for flash, right in zip(found[1], found[0], strict=True):

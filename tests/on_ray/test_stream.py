@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -205,6 +206,30 @@ def test_a_share_of_another_rank_or_step_is_refused(index: PlanIndex):
     with pytest.raises(RuntimeError, match="rank 0 expected step 16 of 20, but the stream ended") as caught:
         receive(0, 2)
     assert "the same command goes on from the last one" in str(caught.value)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_rows_that_cannot_be_read_are_told_to_every_rank_at_the_same_step(
+    index: PlanIndex, monkeypatch: pytest.MonkeyPatch, world_size: int
+):
+    plan = plan_over(index, 48)
+    from_storage, read = stream._shard, Counter()
+
+    def damaged_by_then(uri: str) -> pa.Table:
+        read[uri] += 1
+        if read[uri] > 2:
+            raise DataError(f"{uri} was damaged")
+        return from_storage(uri)
+
+    monkeypatch.setattr(stream, "_shard", damaged_by_then)
+    monkeypatch.setattr(stream, "lru_cache", lambda maxsize: lambda read: read)
+    every = list(blocks(plan, world_size))
+    for rank in range(world_size):
+        reached = []
+        with pytest.raises(DataError, match="was damaged"):
+            for step in received_steps(Shard(every[rank::world_size]), rank, 0, plan.num_steps):
+                reached.append(step.number)
+        assert reached == list(range(2 * group_size(plan)))
 
 
 def test_groups_of_long_pairs_and_large_batches_are_few_steps(index: PlanIndex):

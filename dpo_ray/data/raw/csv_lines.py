@@ -1,6 +1,7 @@
 """CSV and TSV → lines of JSON, a row each: cells are text, and an empty one is null. The first row names the columns.
 
-A row with another number of cells than the header is an array, and so no row of columns.
+A row with another number of cells than the header is an array, and so no row of columns. A first column without a name
+is the index that pandas writes unasked, and is left out.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ def csv_lines(stream: Bytes, delimiter: str) -> Iterator[tuple[bytes, int]]:
         header = next(rows, None)
         if header is None:
             return
-        if len(set(header)) < len(header) or not all(name.strip() for name in header):
+        names = header[1:] if header[0] == "" and len(header) > 1 else header
+        if len(set(names)) < len(names) or not all(name.strip() for name in names):
             raise ValueError(f"its first row has to name each column, by a name of its own, and is {header}")
         for row in rows:
             cells = [cell or None for cell in row]
-            value = dict(zip(header, cells, strict=True)) if len(cells) == len(header) else cells
+            is_whole = len(cells) == len(header)
+            value = dict(zip(names, cells[-len(names) :], strict=True)) if is_whole else cells
             if cells:  # a blank line is none
                 # Bytes that are not UTF-8 stay what they are.
                 line = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -111,11 +112,13 @@ def peek(location: Location) -> Peek:
     form = encoding_of(location.uri)
     if form.kind == "parquet":
         with open_parquet(location, buffer_size=1 << 20, pre_buffer=False) as parquet:
+            _require_distinct(location, parquet.schema_arrow)
             schema, columns = parquet.schema_arrow, _sampled(parquet.schema_arrow)
             batches = parquet.iter_batches(_SAMPLE_ROWS, columns=columns, use_threads=False)
             return _peek_at_table(location, schema, batches if parquet.metadata.num_rows else iter(()))
     if form.kind == "arrow":
         with open_arrow(location) as (schema, batches):
+            _require_distinct(location, schema)
             return _peek_at_table(location, schema, (b.select(_sampled(schema)) for b in batches if b.num_rows))
     what = f"is not a readable file of {_CALLED[form.kind]}" + (f" compressed with {form.codec}" if form.codec else "")
     if form.codec is not None and Stamp.of(location).size == 0:
@@ -341,6 +344,15 @@ def _peek_at_table(location: Location, schema: pa.Schema, batches: Iterator[pa.R
     }
     sample = tuple(cut(row) for row in rows if not isinstance(row, Unreadable))
     return Peek(tuple(schema.names), unusable, bool(rows), sample)
+
+
+def _require_distinct(location: Location, schema: pa.Schema) -> None:
+    """Raises DataError where columns share a name: of a row, one of them would be read, and which one by chance."""
+    if twice := [name for name, count in Counter(schema.names).items() if count > 1]:
+        raise DataError(
+            f"{location} has several columns called {twice[0]}, so that it cannot be told which is meant. Write it "
+            "again with a name for each, or take it out of data.train and data.eval."
+        )
 
 
 def _sampled(schema: pa.Schema) -> list[str]:

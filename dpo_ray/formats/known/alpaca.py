@@ -8,7 +8,7 @@ from dpo_ray.formats.format import Format, Row, answered, asked, is_text, no_pai
 
 
 def _fits(row: Row) -> bool:
-    more = row["input"]
+    more = row.get("input")
     return is_text(row["instruction"], row["chosen"], row["rejected"]) and (more is None or is_text(more))
 
 
@@ -35,10 +35,10 @@ def _earlier(history: Any) -> list[dict[str, Any]]:
 
 FORMAT = Format(
     name="alpaca",
-    about="instruction, input, chosen, rejected: all text",
+    about="instruction, input or history, chosen, rejected: all text",
     layout="paired",
-    columns=(("instruction", "input", "chosen", "rejected"),),
-    optional=("system", "history"),
+    columns=tuple(("instruction", more, "chosen", "rejected") for more in ("input", "history")),
+    optional=("system",),
     typed=("history",),
     fits=_fits,
     fields=_fields,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_ray.formats.format import Format, Row, is_text, json_value, no_pair, present
+from dpo_ray.formats.format import Format, Row, is_text, json_value, no_pair, present, text
+from dpo_ray.formats.transcript import marked_turns
 
 _SCORE = "helpfulness"
 
@@ -18,7 +19,7 @@ def _fields(row: Row) -> dict[str, Any]:
     if not isinstance(responses, list) or not isinstance(scores, list):
         no_pair("non_string_content")
     numbers = [json_value(score) if isinstance(score, str) else score for score in scores]
-    return {"prompt": present(row, "prompt"), "completions": responses, "scores": numbers}
+    return {"prompt": marked_turns(text(row, "prompt")), "completions": responses, "scores": numbers}
 
 
 FORMAT = Format(

@@ -9,7 +9,6 @@ from dpo_ray.formats.format import (
     Format,
     Row,
     answered,
-    asked,
     compared,
     is_text,
     is_turns,
@@ -17,6 +16,7 @@ from dpo_ray.formats.format import (
     present,
     text,
 )
+from dpo_ray.formats.transcript import marked_turns
 
 _OLD = ("prompt", "response_1", "response_2", "preference_strength")
 _NEW = ("context", "response1", "response2", "overall_preference")
@@ -41,7 +41,7 @@ def _fields(row: Row) -> dict[str, Any]:
     if not _is_strength(strength):
         no_pair("no_winner")
     first, second = (answered(text(row, response)) for response in responses)
-    turns = prompt if isinstance(prompt, list) else asked(prompt)
+    turns = prompt if isinstance(prompt, list) else marked_turns(text(row, of_prompt))
     return {"prompt": turns, **compared(first, second, TIE if strength == 0 else strength < 0)}
 
 

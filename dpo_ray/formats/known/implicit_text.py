@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from dpo_ray.formats.format import Format, Row, is_text, is_transcript, no_pair, text
+
+_OF_PROMPT = re.compile(
+    r"prompt|question|instruction|query|problem|request|history|dialog|conversation|messages|context|(^|_)(input|user|human|task"
+    r"|text|post|article|document|passage)s?($|_)",
+    re.IGNORECASE,
+)
+"""Names of columns that hold what was asked, whatever they are called exactly."""
 
 
 def _shared(chosen: str, rejected: str) -> int:
@@ -18,7 +26,13 @@ def _fits(row: Row) -> bool:
     chosen, rejected = row["chosen"], row["rejected"]
     if not is_text(chosen, rejected) or is_transcript(chosen) or is_transcript(rejected):
         return False
-    return _is_prompt(chosen[: _shared(chosen, rejected)])
+    return _is_prompt(chosen[: _shared(chosen, rejected)]) and not any(map(_asks, row, row.values()))
+
+
+def _asks(column: str, value: Any) -> bool:
+    """Whether a column holds the question that the answers are to: they may begin alike with a phrase."""
+    said = _is_prompt(value) if isinstance(value, str) else isinstance(value, list | dict) and bool(value)
+    return said and _OF_PROMPT.search(column) is not None
 
 
 def _is_prompt(text: str) -> bool:

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_ray.formats.format import Format, Row, answered, asked, is_text, text
+from dpo_ray.formats.format import TIE, Format, Row, answered, asked, compared, is_text, text
 
 _QUESTIONS = ("input", "question", "instruction", "prompt")
+_SYSTEMS = ("system", "system_prompt")
 
 
 def _question(row: Row) -> str:
     return next((name for name in _QUESTIONS if name in row), "question")
 
 
+def _system(row: Row) -> Any:
+    return next((row[name] for name in _SYSTEMS if row.get(name) is not None), None)
+
+
 def _fits(row: Row) -> bool:
-    if "instruction" in row and "input" in row:  # two parts of one question, as alpaca has them
+    if "instruction" in row and ("input" in row or "history" in row):  # parts of one prompt, as alpaca has them
         return False
-    system = row.get("system")
+    system = _system(row)
     return is_text(row[_question(row)], row["chosen"], row["rejected"]) and (system is None or is_text(system))
 
 
 def _fields(row: Row) -> dict[str, Any]:
-    prompt = asked(text(row, _question(row)), row.get("system"))
-    return {"prompt": prompt, "chosen": answered(text(row, "chosen")), "rejected": answered(text(row, "rejected"))}
+    prompt = asked(text(row, _question(row)), _system(row))
+    chosen, rejected = (answered(text(row, side)) for side in ("chosen", "rejected"))
+    return {"prompt": prompt, **compared(chosen, rejected, TIE if row.get("status") == "tie" else 1)}
 
 
 FORMAT = Format(
@@ -33,9 +39,9 @@ FORMAT = Format(
         ("input", "chosen", "rejected"),
         ("question", "chosen", "rejected"),
         ("instruction", "chosen", "rejected"),
-        ("system", "prompt", "chosen", "rejected"),
+        ("system_prompt", "prompt", "chosen", "rejected"),
     ),
-    optional=("system",),
+    optional=(*_SYSTEMS, "status"),
     fits=_fits,
     fields=_fields,
 )

@@ -126,8 +126,16 @@ def set_clock(file: str) -> None:
         with open(file) as text:
             return int(text.read())
 
-    time.time = lambda: right() + off()
-    time.time_ns = lambda: right_ns() + off() * 1_000_000_000
+    def wrong() -> float:
+        return right() + off()
+
+    def wrong_ns() -> int:
+        return right_ns() + off() * 1_000_000_000
+
+    for name, stand_in in (("time", wrong), ("time_ns", wrong_ns)):
+        # Ray sends them to other processes, by name.
+        stand_in.__module__, stand_in.__name__, stand_in.__qualname__ = "time", name, name
+        setattr(time, name, stand_in)
 
 
 class Ours:

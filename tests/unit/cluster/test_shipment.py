@@ -86,6 +86,8 @@ def test_the_jobs_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "pip": ["textstat"],
         "env_vars": {"MY_KEY": "told", "ANOTHER": "one"},
     }
+    file.write_text("pip: [textstat]\nenv_vars:\n")  # all lines of it taken out
+    assert runtime_env(tmp_path, ["MY_KEY"], file)["env_vars"] == {"MY_KEY": "told"}
     with pytest.raises(ConfigError, match="--env NOT_THERE: this variable is not set here"):
         runtime_env(tmp_path, ["NOT_THERE"], None)
 

@@ -13,6 +13,13 @@ from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DpoRayError
 
 
+class Taking:
+    """A client of a cluster that takes every job."""
+
+    def submit_job(self, **asked: Any) -> str:
+        return str(asked["submission_id"])
+
+
 class Refusing:
     """A client of a cluster that takes no job."""
 
@@ -53,3 +60,14 @@ def test_why_a_job_was_not_taken_is_told(
     with pytest.raises(expected, match=said) as raised:
         submit_job(config, None, Submission("run", submission_id="nightly"), wait=False)
     assert type(raised.value) is expected
+
+
+def test_what_is_told_of_a_job_can_be_pasted_into_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    config = Config.model_validate(
+        {"run": {"name": "night", "output": str(tmp_path)}, "model": {"path": "m"}, "data": {"train": "d"}}
+    )
+    monkeypatch.setattr(submit, "connected", lambda address: Taking())
+    submit_job(config, "http://head:8265", Submission("run", submission_id="night 3"), wait=False)
+    assert "`dpo-ray job logs 'night 3' --address http://head:8265 --follow`" in capsys.readouterr().err

@@ -320,6 +320,34 @@ def test_the_resolved_configuration_loads_to_itself(tmp_path: Path):
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "pipelines" / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_what_a_job_is_submitted_with_and_a_run_keeps_loads_again(path: Path):
+    config = load_config(path)
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+def test_the_resolved_tree_of_a_hook_loads_again():
+    hooks = {"on_success": {"command": ["tell"]}, "on_error": {"url_env": "ALERTS", "max_retries": 2}}
+    config = parse_config(tree(run={"name": "r", "output": "out", "hooks": hooks}))
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize("override", ["data.since=2026-13-02", "data.until=2026-02-30"])
+def test_a_date_that_there_is_not_is_refused(config_file: Path, override: str):
+    with pytest.raises(ConfigError, match=rf"-o {override}: no such date .*as in 2026-11-01"):
+        load_config(config_file, [override])
+    key, _, value = override.rpartition(".")[2].partition("=")
+    config_file.write_text(f"data: {{train: t, {key}: {value}}}")
+    with pytest.raises(ConfigError, match="holds a date that there is not"):
+        load_config(config_file)
+
+
+@pytest.mark.parametrize("value", ["20261101", "0", "1793491200", "2026"])
+def test_a_number_is_no_day(config_file: Path, value: str):
+    with pytest.raises(ConfigError, match=r"data\.since: a day is written as in 2026-11-01"):
+        load_config(config_file, [f"data.since={value}"])
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "pipelines" / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_configuration_loads(path: Path):
     assert isinstance(load_config(path), Config)
 

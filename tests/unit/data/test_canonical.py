@@ -117,6 +117,38 @@ def test_an_implicit_prompt_keeps_all_its_turns():
     assert (pair.chosen, pair.rejected) == ("a", "b")
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        row(system="Be brief."),
+        row(prompt=[SYSTEM, user()]),
+        row(prompt=[SYSTEM, user()], system="Be brief."),
+        {**IMPLICIT, "system": "Be brief."},
+        {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea.", "system": "Be brief."},
+        {"prompt": "Why?", "completions": ["Because.", "No idea."], "scores": [2, 1], "system": "Be brief."},
+    ],
+)
+def test_a_system_column_begins_the_dialogue_that_has_no_such_message(raw: dict[str, Any]):
+    assert canonical_pair(raw).prompt == (SYSTEM, user())
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (row(prompt=[SYSTEM, user()], system="Be long."), "other_system"),
+        (row(system=[SYSTEM]), "non_string_content"),
+        (row(system="\ud800"), "invalid_unicode"),
+    ],
+)
+def test_a_system_column_that_says_otherwise_is_rejected(raw: dict[str, Any], reason: Reason):
+    with pytest.raises(BadRow) as error:
+        canonical_pair(raw)
+    assert error.value.reason == reason
+
+
 def test_text_is_kept_character_by_character():
     text = "  \u200fcafe\u0301 👩‍👩‍👧‍👦 \x00\r\n"
     assert canonical_pair(row(chosen=[assistant(text)])).chosen == text

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dpo_ray.config import Data
 from dpo_ray.data.chat import ChatTokenizer, completion_ids, prompt_ids, require_chat_template, require_prompt_room
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.model.folders import load_tokenizer
 from dpo_ray.pairs import Message
 
@@ -253,3 +253,26 @@ def test_a_tokenizer_without_chat_template_is_a_configuration_error(own_tokenize
     own_tokenizer.chat_template = template
     with pytest.raises(ConfigError, match="some/model has no chat template"):
         require_chat_template(own_tokenizer, "some/model")
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('No tools.') }}", "No tools"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 'abc'.index('z') }}", "substring not found"),
+        ("{% for i in range(1000000) %}x{% endfor %}", "Range too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    ],
+)
+@pytest.mark.parametrize("marks", ["", "{% generation %}{% endgeneration %}"])
+def test_whatever_a_template_fails_with_is_its_refusal_of_the_dialogue(
+    own_tokenizer: Any, template: str, why: str, marks: str
+):
+    own_tokenizer.chat_template = template + marks
+    chat = ChatTokenizer(own_tokenizer)
+    with pytest.raises(DataError, match=rf"refuses a dialogue of the roles user .*Why is.*{why}.*model\.chat_template"):
+        chat.prompts([([USER], None)])
+    if chat.template.marks_turns:
+        with pytest.raises(DataError, match=why):
+            chat.template.render_marked([USER], None, add_generation_prompt=False)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dpo_ray.model.packing import pack
+from dpo_ray.model.packing import pack, pad
 from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy, output_head, torch_dtype
 from dpo_ray.pairs import TokenizedPair
 from tests.rounding import of_logprob, ulps
@@ -28,6 +28,18 @@ def test_the_policy_has_float32_weights_and_no_dropout(tmp_path: Path):
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     dropouts = [m for m in policy.modules() if isinstance(m, nn.Dropout)]
     assert dropouts and all(m.p == 0.0 for m in dropouts)
+
+
+def test_attention_has_no_dropout_either(tmp_path: Path):
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, attention_dropout=0.5)).save_pretrained(tmp_path)
+    scorer = CompletionScorer(load_policy(tmp_path)).train()
+    pairs = [TokenizedPair("a", [5, 6, 7], [8, 9, 2], [10, 2])]
+    for layout in (pack, pad):
+        scorer.model.set_attn_implementation("dpo_packed" if layout is pack else "sdpa")
+        with torch.no_grad():
+            assert torch.equal(scorer(layout(pairs)).logprobs, scorer(layout(pairs)).logprobs)
+    assert scorer.model.config.attention_dropout == 0.5  # of the model that is exported
 
 
 def scorer_in(dtype: str, folder: Path) -> CompletionScorer:

@@ -45,6 +45,13 @@ def test_a_period_is_read_and_recorded_day_by_day(job: Job):
     assert list(run["input"]["days"]) == ["2026-11-02", "2026-11-04"]
 
 
+def test_a_file_without_rows_among_others_is_named(job: Job):
+    job.write("date=2026-11-04/b.jsonl", [])
+    done = job.run(command="ingest")
+    assert done.code == 0 and len(done.lines("1 of 4 files hold no row: ")) == 1, done.log
+    assert "date=2026-11-04/b.jsonl" in done.lines("1 of 4 files hold no row: ")[0]
+
+
 def test_partitions_are_named_and_what_is_read_once_is_read_no_more(job: Job):
     assert job.run("--partition", "date=2026-11-01", "--partition", "date=2026-11-04", command="ingest").code == 0
     assert list(read(job)["days"]) == ["2026-11-01", "2026-11-04"]

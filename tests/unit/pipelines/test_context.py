@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 
 import pytest
@@ -11,14 +13,15 @@ from typer.testing import CliRunner
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError
 from dpo_ray.storage.artifact import Contents, make
-from pipelines import require_run_id
+from pipelines import context, require_run_id
 from pipelines.cli import app
 from pipelines.context import STAGES_SO_FAR, RunContext
+from tests.object_store import BUCKET, object_store
 
 CONFIGS = Path(__file__).parents[3] / "pipelines" / "configs"
 
 
-def config_of(folder: Path) -> Config:
+def config_of(folder: Path | str) -> Config:
     values = {"run": {"name": "n", "output": str(folder)}, "model": {"path": "m"}, "data": {"train": "x"}}
     return Config.model_validate(values)
 
@@ -37,6 +40,22 @@ def test_what_leads_elsewhere_is_none(tmp_path: Path, run_id: str):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("store", ["local", "s3"])
+def test_runs_that_begin_in_the_same_second_have_a_folder_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
+):
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Clock:
+            return cls(2026, 11, 26, 2, tzinfo=UTC)
+
+    monkeypatch.setattr(context, "datetime", Clock)
+    with object_store() if store == "s3" else nullcontext():
+        config = config_of(f"s3://{BUCKET}/same_second" if store == "s3" else tmp_path)
+        runs = [RunContext.start(config).run_id for _ in range(3)]
+    assert len(set(runs)) == 3 and all(run.startswith("n-20261126T020000Z") for run in runs)
+
+
 @pytest.mark.parametrize("command", ["run", "train", "ingest", "sweep", "iterate"])
 def test_every_command_refuses_it_before_anything_else(command: str):
     asked = [command, str(CONFIGS / "align_cpu.yaml"), "--dry-run", "--run-id", "../elsewhere"]
@@ -45,8 +64,8 @@ def test_every_command_refuses_it_before_anything_else(command: str):
 
 
 def test_while_it_is_at_work_a_run_says_what_its_stages_have_made(tmp_path: Path):
-    context = RunContext.start(config_of(tmp_path), "r")
-    record = context.folder / STAGES_SO_FAR
+    begun = RunContext.start(config_of(tmp_path), "r")
+    record = begun.folder / STAGES_SO_FAR
     seen = []
 
     def stage(name: str):
@@ -54,11 +73,11 @@ def test_while_it_is_at_work_a_run_says_what_its_stages_have_made(tmp_path: Path
             seen.append(json.loads(record.read_bytes()))
             return Contents()
 
-        return context.stage(name, lambda: make(context.output, name, {}, {}, look))
+        return begun.stage(name, lambda: make(begun.output, name, {}, {}, look))
 
     first, second = stage("one"), stage("two")
     assert seen == [{}, {"one": first.fingerprint}]
-    summary = context.write_summary(0, [])
+    summary = begun.write_summary(0, [])
     assert {name: entry["fingerprint"] for name, entry in summary["stages"].items()} == {
         "one": first.fingerprint,
         "two": second.fingerprint,

@@ -23,6 +23,7 @@ from dpo_ray.on_ray.room import Host
 from dpo_ray.on_ray.session import join
 from dpo_ray.storage import probe
 from pipelines.doctor import examination
+from pipelines.doctor.disks import room_on
 from pipelines.doctor.examination import Cluster, examine
 from pipelines.doctor.lines import Line, exit_code, looked_at
 from tests.command_line import CONFIGS, Finished, in_process, overrides
@@ -402,3 +403,8 @@ def test_a_configuration_that_is_not_understood_is_a_line_too(tree):
     assert done.code == 2
     [line] = json.loads(done.log.splitlines()[-1])["lines"]
     assert (line["check"], line["status"]) == ("file", "failed") and "no_such_key" in line["said"]
+
+
+def test_a_file_system_that_tells_no_size_is_no_error():
+    [(status, said)] = room_on("run.output", Disk("/mnt/bucket", 0, 0), {"run.output": (GIB, "checkpoints")}, "")
+    assert status == "warning" and "does not tell how much room it has" in said

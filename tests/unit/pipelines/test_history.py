@@ -118,6 +118,28 @@ def test_a_summary_of_an_earlier_version_is_shown_for_what_it_has(tmp_path: Path
     assert run["cost"] is None and run["input"] is None and "\n".join(lines(page(Location.of(tmp_path), 20)))
 
 
+@pytest.mark.parametrize("content", ["", '{"run_id": "n', "[]", "null", '{"run_id": "n", "exit_code": 0}', "\x00"])
+def test_a_damaged_summary_hides_no_other_run(tmp_path: Path, content: str):
+    write(tmp_path, "n-20261126T020000Z")
+    write(tmp_path, "n-20261125T020000Z")
+    (tmp_path / "runs/n-20261126T020000Z/summary.json").write_text(content)
+    found = page(Location.of(tmp_path), 20)
+    assert [run["outcome"] for run in found.runs] == ["damaged", "done"]
+    assert "summary.json cannot be read" in found.runs[0]["reasons"][0]
+    assert "damaged" in "\n".join(lines(found)) and json.loads("".join(lines(found, as_json=True)))["total"] == 2
+
+
+def test_a_damaged_pointer_hides_neither_runs_nor_other_names(tmp_path: Path):
+    write(tmp_path, "n-20261126T020000Z")
+    for name, content in (("n", "garbage"), ("m", '{"version": "v", "path": "p", "published": "t"}')):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "latest.json").write_text(content)
+    found = page(Location.of(tmp_path), 20)
+    said = "\n".join(lines(found))
+    assert found.latest == {"m": "v"} and "n-20261126T020000Z" in said
+    assert "models/n/latest.json is damaged" in said and "`dpo-ray promote` writes it anew" in said
+
+
 def test_in_an_object_store_names_without_a_time_are_asked_for_theirs():
     with object_store():
         output = Location.of(f"s3://{BUCKET}/history")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -192,6 +196,58 @@ def test_a_command_that_fails_is_told_and_changes_nothing(tmp_path: Path, capfd,
     assert said in capfd.readouterr().err
 
 
+def test_a_command_may_leave_something_running(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    code = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)']).pid)"
+    end(config_of(tmp_path, on_success={"command": [sys.executable, "-c", code], "timeout_seconds": 20}))
+    said = capfd.readouterr().err
+    os.kill(int(said.split()[0]), signal.SIGKILL)
+    assert "run.hooks.on_success.command done" in said
+
+
+def test_what_a_command_that_takes_too_long_has_started_is_ended_with_it(tmp_path: Path, capfd):
+    child = f"import time; time.sleep(3); open({str(tmp_path / 'late')!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    end(config_of(tmp_path, on_success={"command": [sys.executable, "-c", code], "timeout_seconds": 1.5}))
+    assert "more than timeout_seconds=1.5 and was ended" in capfd.readouterr().err
+    time.sleep(4)
+    assert not (tmp_path / "late").exists()
+
+
+def test_of_much_that_a_command_prints_the_end_is_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    code = "print('x' * 1_000_000); print('the end')"
+    end(config_of(tmp_path, on_success={"command": [sys.executable, "-c", code]}))
+    said = capfd.readouterr().err
+    assert len(said) < 100_000 and "bytes before this are left out]" in said and "the end\n" in said
+
+
+def test_a_webhook_is_done_when_it_has_answered_whatever_it_goes_on_to_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    ended = threading.Event()
+
+    def drip(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection, suppress(OSError):
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            for _ in range(100):
+                if ended.wait(0.2):
+                    return
+                connection.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("ALERTS", f"http://127.0.0.1:{server.getsockname()[1]}/{SECRET}")
+        thread = threading.Thread(target=drip, args=(server,), daemon=True)
+        thread.start()
+        began = time.monotonic()
+        end(config_of(tmp_path, on_success={"url_env": "ALERTS", "timeout_seconds": 5}))
+        took = time.monotonic() - began
+        ended.set()
+        thread.join()
+    assert "run.hooks.on_success.url_env done" in capfd.readouterr().err
+    assert took < 15  # of 20 that the answer takes
+
+
 def test_both_are_called_where_both_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     command, kept = writer(tmp_path)
     with listening(monkeypatch) as hook:
@@ -203,6 +259,11 @@ def test_what_could_not_be_called_is_refused_before_the_run(tmp_path: Path, monk
     monkeypatch.delenv("NO_SUCH", raising=False)
     with pytest.raises(ConfigError, match=r"on_error\.url_env is NO_SUCH, and there is no such environment variable"):
         require_hooks(config_of(tmp_path, on_error={"url_env": "NO_SUCH"}))
+    for url in (f"hooks.example/{SECRET}", f"http://[{SECRET}", f"'https://hooks.example/{SECRET}'", "https://"):
+        monkeypatch.setenv("ALERTS", url)
+        with pytest.raises(ConfigError, match=r"on_error\.url_env is ALERTS, .* is no URL") as raised:
+            require_hooks(config_of(tmp_path, on_error={"url_env": "ALERTS"}))
+        assert SECRET not in str(raised.value)
     with pytest.raises(ConfigError, match=r"on_success\.command begins with no-such-program"):
         require_hooks(config_of(tmp_path, on_success={"command": ["no-such-program"]}))
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.pairs import PreferencePair, split_of
 from dpo_ray.storage.lineage import read_policy
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.published import latest
 from pipelines import lineage
 from pipelines.gc import collect
+from pipelines.ingest import FILES
 from pipelines.lineage import lines, trace_back
 from tests.command_line import in_process
 from tests.object_store import BUCKET, object_store
@@ -133,6 +135,19 @@ def test_a_file_that_was_moved_since_is_known_by_its_content(output: Location, j
     assert [one["read"] for one in trace_back(output, "elsewhere.jsonl")["models"]] == [8]
 
 
+def test_of_a_file_that_was_changed_in_place_all_that_it_held_is_looked_for(output: Location):
+    [first] = [file for file in trace_back(output, "b.jsonl")["files"] if file["uri"].endswith("/b.jsonl")]
+    # At another place, with what a model was trained on first and something else later.
+    for name, sha256 in (("0", "0" * 64), ("1", first["sha256"]), ("2", "f" * 64)):
+        record = json.dumps({"uri": "/elsewhere/c.jsonl", "sha256": sha256})
+        (output / FILES / f"{name}.json").write_bytes(record.encode())
+    answer = trace_back(output, "c.jsonl")
+    assert len([file for file in answer["files"] if file["uri"] == "/elsewhere/c.jsonl"]) == 3
+    assert [one["trained"] for one in answer["models"]] == [
+        one["trained"] for one in trace_back(output, "b.jsonl")["models"]
+    ]
+
+
 def test_a_model_tells_its_artifacts_files_and_shards(output: Location, job: Job):
     answer = trace_back(output, "numbers")
     assert (answer["version"], answer["latest"], answer["present"]) == (job.published(), True, True)
@@ -191,6 +206,34 @@ def test_a_damaged_id_or_a_wrong_name_is_refused_by_name(output: Location):
         trace_back(output, "nosuch.parquet")
     with pytest.raises(ConfigError, match="holds no published model"):
         trace_back(output / "artifacts", "numbers")
+
+
+def test_a_models_folder_is_named_as_a_shell_completes_it(output: Location):
+    assert trace_back(output, "numbers/")["asked"] == trace_back(output, "numbers")["asked"]
+    assert trace_back(output, f"{output}/models/numbers/")["what"] == "model"
+
+
+@pytest.mark.parametrize("asked", ["", " "])
+def test_nothing_names_nothing(output: Location, asked: str):
+    with pytest.raises(ConfigError, match="Nothing is asked for"):
+        trace_back(output, asked)
+
+
+def test_a_latest_version_of_which_nothing_else_is_left_is_still_known(output: Location):
+    folder = output / "models" / "numbers"
+    standing = latest(folder)
+    assert standing is not None
+    (folder / "history").remove_folder()
+    (folder / standing.version).remove_folder()
+    answer = trace_back(output, "numbers")
+    assert (answer["version"], answer["latest"], answer["present"]) == (standing.version, True, False)
+
+
+def test_a_damaged_record_of_a_file_is_named(output: Location):
+    record = next(one for one in (output / FILES).children() if one.name.endswith(".json"))
+    record.write_bytes(b'{"uri": ')
+    with pytest.raises(DataError, match=rf"{record.name}, which says what was read from a file, is damaged"):
+        trace_back(output, "b.jsonl")
 
 
 def test_the_command_prints_words_or_json(job: Job):

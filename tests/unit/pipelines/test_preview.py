@@ -107,6 +107,9 @@ def test_what_cannot_be_shown_says_why(folder: Path, tmp_path: Path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match="not a single row"):
         said(str(tmp_path / "empty.jsonl"))
+    sources = f"[{{name: a, path: {folder}/a.jsonl}}, {{name: b, path: {tmp_path}/empty.jsonl}}]"
+    with pytest.raises(DataError, match=r"data\.train\[b\] names 1 readable files, but not a single row"):
+        said(str(folder / "a.jsonl"), "-o", f"data.train={sources}")
     with pytest.raises(ConfigError, match=r"data\.pairing is for ranked rows .* these are hh_rlhf"):
         said(str(folder / "a.jsonl"), "-o", "data.pairing.pairs_per_prompt=2")
     (tmp_path / "g.yaml").write_text("run: {name: n, output: o}\nmodel: {path: m}\ngenerate: {prompts: p.jsonl}\n")

@@ -181,3 +181,10 @@ def test_folders_are_told_with_their_times_and_files_are_not(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     assert Location.of(tmp_path).folders() == {"a": 100.5, "b": 100.5}
     assert Location.of(tmp_path / "none").folders() == {}
+
+
+def test_a_file_whose_name_could_be_a_pattern_is_that_file(tmp_path: Path):
+    for name in ("pairs[1].jsonl", "pairs1.jsonl"):
+        (tmp_path / name).write_text("")
+    assert [f.name for f in find_files(str(tmp_path / "pairs[1].jsonl"), "")] == ["pairs[1].jsonl"]
+    assert [f.name for f in find_files(str(tmp_path / "pairs[12].jsonl"), "")] == ["pairs1.jsonl"]

@@ -212,3 +212,38 @@ def test_a_version_is_compared_with_the_latest_and_never_with_itself(output: Loc
     publish(output, "c")
     publish(output, "b")
     assert compared_version(folder, "b") == "c"
+
+
+def test_a_pointer_that_has_gone_is_told_and_written_anew_by_hand(output: Location):
+    folder = output / "models/n"
+    publish(output, "a")
+    (folder / LATEST).remove()
+    assert latest(folder) is None  # a kill before the first move leaves this
+    publish(output, "a")
+    publish(output, "b")
+    (folder / LATEST).remove()
+    with pytest.raises(DataError, match=r"latest\.json is not there, .* 3 moves .*`dpo-ray promote` writes it anew"):
+        latest(folder)
+    promote(output, "n", "b", "it had gone")
+    assert now(output) == "b"
+
+
+def test_a_damaged_record_of_a_move_is_named(output: Location):
+    folder = output / "models/n"
+    publish(output, "a")
+    publish(output, "b")
+    first, _ = sorted((folder / "history").children(), key=lambda file: file.name)
+    first.write_bytes(b'{"version": ')
+    with pytest.raises(DataError, match=rf"{first.name} is damaged .* Take it out"):
+        rollback(output, "n", "")
+    first.remove()
+    promote(output, "n", "a", "")
+    assert now(output) == "a"
+
+
+def test_what_else_lies_beside_the_records_is_none(output: Location):
+    (output / "models/n/history/notes.txt").write_bytes(b"kept by hand")
+    publish(output, "a")
+    publish(output, "b")
+    assert [one.version for one in history(output / "models/n")] == ["a", "b"]
+    assert rollback(output, "n", "").version == "a"

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch.distributed import DistStoreError
 
+from benchmarks.attention import FAMILIES, saved
 from dpo_ray.config import Model, Train
 from dpo_ray.errors import DataError, PairTooLong
+from dpo_ray.model.attention import is_stepwise, window_of
 from dpo_ray.model.policy import CompletionScorer, load_policy
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.training import rehearsal
@@ -176,11 +178,9 @@ def test_who_set_a_number_is_warned_only(small_model: Path, capfd: pytest.Captur
     assert "It is tried all the same, for train.tokens_per_microbatch is set" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("implementation", ["dpo_packed", "sdpa", "eager"])
-def test_a_long_pair_keeps_at_most_what_is_counted_and_not_half_of_it(small_model: Path, implementation: str):
-    policy = load_policy(small_model).train()
-    policy.set_attn_implementation(implementation)
-    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+def kept_by(scorer: CompletionScorer, pair: TokenizedPair) -> int:
+    """Bytes that the forward pass keeps for the backward one, beside the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in scorer.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -189,10 +189,29 @@ def test_a_long_pair_keeps_at_most_what_is_counted_and_not_half_of_it(small_mode
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
-    scorer = CompletionScorer(policy)
-    pair = pair_of(600, 300, 1500)  # long enough for squares to be more than half of it
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         _ = scorer(scorer.collate([pair])).logprobs
-    measured = sum(size for size, _ in kept.values())
-    counted = pair_bytes(shape_of_folder(small_model), Model(path="m"), Train(), pair, implementation)
+    return sum(size for size, _ in kept.values())
+
+
+LONG = (600, 300, 1500)  # long enough for squares to be more than half of it
+
+
+@pytest.mark.parametrize("implementation", ["dpo_packed", "sdpa", "eager"])
+def test_a_long_pair_keeps_at_most_what_is_counted_and_not_half_of_it(small_model: Path, implementation: str):
+    policy = load_policy(small_model).train()
+    policy.set_attn_implementation(implementation)
+    measured = kept_by(CompletionScorer(policy), pair_of(*LONG))
+    counted = pair_bytes(shape_of_folder(small_model), Model(path="m"), Train(), pair_of(*LONG), implementation)
+    assert measured <= counted <= 2 * measured
+
+
+@pytest.mark.parametrize("name", ["Mistral, window", "Gemma 2, windows, soft caps", "Gemma 3, mixed windows"])
+def test_windows_and_soft_caps_are_counted_too(name: str, tmp_path: Path):
+    family = next(f for f in FAMILIES if f.name == name)
+    folder = saved(family, tmp_path, sliding_window=400, max_position_embeddings=4096)
+    policy = load_policy(folder).train()
+    measured = kept_by(CompletionScorer(policy), pair_of(*LONG))
+    shape, options = shape_of_folder(folder), {"window": window_of(policy.config), "stepwise": is_stepwise(policy)}
+    counted = pair_bytes(shape, Model(path="m"), Train(), pair_of(*LONG), "dpo_packed", **options)
     assert measured <= counted <= 2 * measured

@@ -43,6 +43,10 @@ def test_a_row_that_is_bad_costs_itself_only():
     assert json.loads(found[0].raw) == ["1"]  # type: ignore[attr-defined]
 
 
+def test_the_index_that_pandas_writes_is_left_out():
+    assert rows(b",a,b\n0,1,2\n1,3,\n") == [{"a": "1", "b": "2"}, {"a": "3", "b": None}]
+
+
 @pytest.mark.parametrize("data", [b"", b"a,b", b"a,b\n"])
 def test_without_rows_there_is_none(data: bytes):
     assert rows(data) == []
@@ -53,6 +57,7 @@ def test_without_rows_there_is_none(data: bytes):
     [
         (b"a,a\n1,2", "name each column"),
         (b"a,\n1,2", "name each column"),
+        (b",\n1,2", "name each column"),
         (b'a\n"x', "line 2: unexpected end of data"),
         (b'a\n"x" y\n', "line 2: "),
         (b'a\n"' + b"x" * (MAX_LINE_BYTES + 1), "field larger than field limit"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dpo_ray.data.raw import scan as raw_scan
@@ -162,3 +163,20 @@ def test_a_row_of_csv_that_is_bad_is_quarantined_alone(tmp_path: Path):
 def test_what_describes_data_or_is_a_cache_of_them_is_no_data(name: str):
     assert not is_data(name)
     assert is_data("data-00000-of-00001.arrow") and is_data("train.json")
+
+
+@pytest.mark.parametrize("name", ["f.parquet", "f.arrow", "f.csv"])
+def test_columns_that_share_a_name_are_an_error_that_names_it(tmp_path: Path, name: str):
+    table = pa.Table.from_arrays(
+        [pa.array([text]) for text in "qabc"], names=["prompt", "chosen", "rejected", "chosen"]
+    )
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        pq.write_table(table, path)
+    elif name.endswith(".arrow"):
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        path.write_text("prompt,chosen,rejected,chosen\nq,a,b,c\n")
+    with pytest.raises(DataError, match=rf"{name} .*chosen"):
+        peek(Location.of(path))

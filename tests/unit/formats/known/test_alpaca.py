@@ -39,6 +39,15 @@ CARDS = [
         dropped={"null_field": 1},
     ),
     Card(
+        source="LLaMA-Factory: alpaca, earlier turns without an input",
+        types={"instruction": TEXT, "chosen": TEXT, "rejected": TEXT, "history": pa.list_(pa.list_(TEXT))},
+        rows=[
+            {"instruction": "Why?", "chosen": "So.", "rejected": "No.", "history": [["Who?", "Me."]]},
+            {"instruction": "Why?", "chosen": "So.", "rejected": "No.", "history": None},
+        ],
+        pairs=[(said("Who?", "Me.", "Why?"), "So.", "No."), (said("Why?"), "So.", "No.")],
+    ),
+    Card(
         source="LLaMA-Factory: alpaca, the four columns",
         types={"instruction": TEXT, "input": TEXT, "chosen": TEXT, "rejected": TEXT},
         rows=[{"instruction": "Why?", "input": "", "chosen": "So.", "rejected": "No."}],

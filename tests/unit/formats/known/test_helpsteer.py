@@ -19,6 +19,9 @@ from tests.unit.formats.card import TEXT, Card, check, pairs_of, said, write
 _ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 _TYPES = {"prompt": TEXT, "response": TEXT, **dict.fromkeys(_ATTRIBUTES, pa.int64())}
 
+_DIALOGUE = "Hi.\n\n<extra_id_1>Assistant\nHello.\n\nSo?\n<extra_id_1>User\nWho?"
+"""A prompt of several turns, as the card spells it."""
+
 
 def _row(prompt: str | None, response: str, helpfulness: int | None) -> dict[str, object]:
     return {**dict.fromkeys(_TYPES, 2), "prompt": prompt, "response": response, "helpfulness": helpfulness}
@@ -31,9 +34,9 @@ CARDS = [
         rows=[
             _row("Why?", "So.", 4),
             _row("Why?", "No.", 1),
-            _row("Who?", "You.", 0),
-            _row("Who?", "Me.", 3),
-            _row("Who?", "Us.", 2),
+            _row(_DIALOGUE, "You.", 0),
+            _row(_DIALOGUE, "Me.", 3),
+            _row(_DIALOGUE, "Us.", 2),
             _row("How?", "So.", 2),
             _row("How?", "No.", 2),
             _row("When?", "Now.", 4),
@@ -42,7 +45,7 @@ CARDS = [
             _row(None, "So.", 1),
             _row(None, "No.", 2),
         ],
-        pairs=[(said("Why?"), "So.", "No."), (said("Who?"), "Me.", "You.")],
+        pairs=[(said("Why?"), "So.", "No."), (said("Hi.", "Hello.\n\nSo?", "Who?"), "Me.", "You.")],
         dropped={"read": 7, "tie": 1, "too_few_distinct": 1, "bad_scores": 1, "null_field": 2},
     ),
 ]

@@ -35,14 +35,18 @@ CARDS = [
         rows=[
             {
                 **dict.fromkeys(_OLD),
-                "prompt": "Why?",
+                "prompt": "Hi.\n\n<extra_id_1>Assistant\nHello.\n<extra_id_1>User\nWhy?" if n else "Why?",
                 "response_1": "So.",
                 "response_2": "No.",
                 "preference_strength": n,
             }
-            for n in _STRENGTHS
+            for n in (*_STRENGTHS, -1)
         ],
-        pairs=[(said("Why?"), "So.", "No."), (said("Why?"), "No.", "So.")],
+        pairs=[
+            (said("Hi.", "Hello.", "Why?"), "So.", "No."),
+            (said("Hi.", "Hello.", "Why?"), "No.", "So."),
+            (said("Hi.", "Hello.", "Why?"), "So.", "No."),
+        ],
         dropped={"tie": 1, "null_field": 1, "no_winner": 1},
     ),
     Card(

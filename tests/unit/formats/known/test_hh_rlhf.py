@@ -32,6 +32,24 @@ CARDS = [
         dropped={"empty_response": 1, "null_field": 1, "bad_transcript": 1, "role_order": 1},
     ),
     Card(
+        source="transcripts whose outer white space was stripped off, and with CRLF",
+        types={"chosen": TEXT, "rejected": TEXT},
+        rows=[
+            {"chosen": _CHOSEN.strip(), "rejected": _REJECTED.strip()},
+            {"chosen": _CHOSEN.replace("\n", "\r\n"), "rejected": _REJECTED.replace("\n", "\r\n")},
+        ],
+        pairs=[
+            (said("Hi.", "Hello.", "Why is it blue?"), "By scattering.", "No idea.\n\nSorry."),
+            (said("Hi.", "Hello.", "Why is it blue?"), "By scattering.", "No idea.\r\n\r\nSorry."),
+        ],
+    ),
+    Card(
+        source="stripped transcripts as prompts",
+        types={"prompt": TEXT, "chosen": TEXT, "rejected": TEXT},
+        rows=[{"prompt": "Human: Who?\n\nAssistant:", "chosen": "Me.", "rejected": "You."}],
+        pairs=[(said("Who?"), "Me.", "You.")],
+    ),
+    Card(
         source="transcripts as prompts",
         types={"prompt": TEXT, "chosen": TEXT, "rejected": TEXT},
         rows=[{"prompt": "\n\nHuman: Who?\n\nAssistant:", "chosen": " Me.", "rejected": " You."}],

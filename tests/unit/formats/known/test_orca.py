@@ -52,9 +52,18 @@ CARDS = [
                 "rejected": "No.",
                 "generations": ["So.", "No."],
                 "rating": [9.0, 2.0],
+                "status": status,
                 "in_gsm8k_train": False,
             }
+            for status in ("unchanged", "tie", "swapped")
         ],
+        pairs=[(said("Why?", system="Be brief."), "So.", "No.")] * 2,
+        dropped={"tie": 1},
+    ),
+    Card(
+        source="a question beside a system_prompt",
+        types={"system_prompt": TEXT, "question": TEXT, "chosen": TEXT, "rejected": TEXT},
+        rows=[{"system_prompt": "Be brief.", "question": "Why?", "chosen": "So.", "rejected": "No."}],
         pairs=[(said("Why?", system="Be brief."), "So.", "No.")],
     ),
     Card(
@@ -85,11 +94,23 @@ def test_it_is_taken_without_an_option(card: Card, tmp_path: Path):
     check(card, "orca", tmp_path)
 
 
-def test_a_system_column_beside_a_prompt_is_for_whoever_knows_it_to_say(tmp_path: Path):
-    types = {"system": TEXT, "prompt": TEXT, "chosen": TEXT, "rejected": TEXT}
-    row = {"system": "Be brief.", "prompt": "Why?", "chosen": "So.", "rejected": "No."}
+def test_a_system_prompt_beside_a_prompt_is_for_whoever_knows_it_to_say(tmp_path: Path):
+    types = {"system_prompt": TEXT, "prompt": TEXT, "chosen": TEXT, "rejected": TEXT}
+    row = {"system_prompt": "Be brief.", "prompt": "Why?", "chosen": "So.", "rejected": "No."}
     path = write(Card("system and prompt", types, [row], []), tmp_path / "f.parquet")
     with pytest.raises(DataError, match=r"2 ways.*orca \(.*paired \(.*data\.layout=orca, or data\.layout=paired"):
         format_of(path)
     assert pairs_of(ingested(path, "orca")) == [(said("Why?", system="Be brief."), "So.", "No.")]
     assert pairs_of(ingested(path, format_of(path, option="paired").name)) == [(said("Why?"), "So.", "No.")]
+
+
+def test_a_column_system_beside_a_prompt_begins_the_dialogue(tmp_path: Path):
+    types = {"system": TEXT, "prompt": TEXT, "chosen": TEXT, "rejected": TEXT}
+    rows = [{"system": s, "prompt": "Why?", "chosen": "So.", "rejected": "No."} for s in ("Be brief.", "", None)]
+    path = write(Card("system and prompt", types, rows, []), tmp_path / "f.parquet")
+    assert format_of(path).name == "paired"
+    assert pairs_of(ingested(path, "paired")) == [
+        (said("Why?", system="Be brief."), "So.", "No."),
+        (said("Why?"), "So.", "No."),
+        (said("Why?"), "So.", "No."),
+    ]

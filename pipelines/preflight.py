@@ -37,6 +37,8 @@ def checks(config: Config, until: Stage = "publish") -> Iterator[tuple[str, Call
         yield "leases", partial(_require_leases, config)
         if config.train.start == "published":
             yield "start", partial(_require_start, config)
+        if config.train.router_aux_loss:
+            yield "routers", partial(_require_routers, config)
     if config.evaluate.tasks is not None and STAGES.index(until) >= STAGES.index("evaluate"):
         yield "tasks", partial(_require_tasks, config)
 
@@ -78,6 +80,17 @@ def _require_start(config: Config) -> None:
     from pipelines.start import starting_model
 
     starting_model(config, Location.of(config.run.output))
+
+
+def _require_routers(config: Config) -> None:
+    from transformers import AutoConfig
+
+    from dpo_ray.model.resolve import ModelFolder
+    from dpo_ray.training.balance import require_routers
+
+    folder = ModelFolder.of(config.model)
+    model = AutoConfig.from_pretrained(folder.description, trust_remote_code=folder.trust_remote_code)
+    require_routers(config.train.router_aux_loss, model)
 
 
 def _require_tasks(config: Config) -> None:

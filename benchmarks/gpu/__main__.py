@@ -10,88 +10,52 @@ next one runs. What no time is left for is recorded too.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.record import OUR_PACKAGES, ROOT, environment, versions, write_json
 
-Part = Callable[[Any, Path], list[dict[str, Any]]]
+
+class Part(NamedTuple):
+    """One of them."""
+
+    about: str
+    function: str
+    """module:name below benchmarks.gpu; given the scale, the folder of models, and the arguments, it returns rows."""
+    arguments: tuple[str, ...] = ()
+    needs: str | None = None
+    """A package without which it is left out."""
 
 
-def _exactness(scale: Any, folder: Path) -> list[dict[str, Any]]:
-    """Packed attention by the variable-length kernel: largest |Δ| from float64, beside plain products in bfloat16."""
-    from benchmarks.gpu.exactness import attention
-
-    return attention(scale)
-
-
-def _same_step(scale: Any, folder: Path) -> list[dict[str, Any]]:
-    """One step of a small model, computed in four ways."""
-    from benchmarks.gpu.steps import same_step
-
-    return same_step(scale, folder)
-
-
-def _packed(scale: Any, folder: Path) -> list[dict[str, Any]]:
-    """Steps of the large model in bfloat16 on packed pairs, with the plan of its memory."""
-    from benchmarks.gpu.steps import speed
-
-    return speed(scale, folder, "packed")
-
-
-def _plain(scale: Any, folder: Path) -> list[dict[str, Any]]:
-    """The same pairs padded, all logits at once, under autocast, with PyTorch's attention: no trick of ours."""
-    from benchmarks.gpu.steps import speed
-
-    return speed(scale, folder, "plain")
-
-
-def _logprobs(scale: Any, folder: Path) -> list[dict[str, Any]]:
-    """Hidden states to log-probs, forward and backward, alone."""
-    from benchmarks.gpu.logprobs import alone
-
-    return alone(scale)
-
-
-def _resume(scale: Any, folder: Path) -> list[dict[str, Any]]:
-    """A checkpoint in bfloat16, read again."""
-    from benchmarks.gpu.resume import bit_for_bit
-
-    return bit_for_bit(scale, folder)
-
-
-def _compiled(scale: Any, folder: Path) -> list[dict[str, Any]]:
-    """The large model with compiled layers."""
-    from benchmarks.gpu.steps import speed
-
-    return speed(scale, folder, "compiled")
-
-
-def _trl(scale: Any, folder: Path) -> list[dict[str, Any]]:
-    """TRL's trainer on the same pairs, reference log-probs computed before."""
-    from benchmarks.gpu.trl import steps
-
-    return steps(scale, folder)
-
-
-PARTS: dict[str, Part] = {
-    "exactness": _exactness,
-    "same step": _same_step,
-    "packed steps": _packed,
-    "plain steps": _plain,
-    "logprobs": _logprobs,
-    "resume": _resume,
-    "compiled steps": _compiled,
-    "TRL's steps": _trl,
+PARTS = {
+    "exactness": Part(
+        "Packed attention by the variable-length kernel: largest |Δ| from float64, beside plain products in bfloat16.",
+        "exactness:attention",
+    ),
+    "same step": Part("One step of a small model, computed in four ways.", "steps:same_step"),
+    "packed steps": Part(
+        "Steps of the large model in bfloat16 on packed pairs, with the plan of its memory.", "steps:speed", ("packed",)
+    ),
+    "plain steps": Part(
+        "The same pairs padded, all logits at once, under autocast, with PyTorch's attention: no trick of ours.",
+        "steps:speed",
+        ("plain",),
+    ),
+    "logprobs": Part("Hidden states to log-probs, forward and backward, alone.", "logprobs:alone"),
+    "resume": Part("A checkpoint in bfloat16, read again.", "resume:bit_for_bit"),
+    "compiled steps": Part("The large model with compiled layers.", "steps:speed", ("compiled",)),
+    "TRL's steps": Part(
+        "TRL's trainer on the same pairs, reference log-probs computed before.", "trl:steps", needs="trl"
+    ),
 }
 
 
@@ -100,8 +64,10 @@ def run_part(name: str, rehearse: bool, models: Path, result: Path) -> None:
     from benchmarks.gpu.scale import ON_GPU, REHEARSAL
     from benchmarks.gpu.stand_in import in_place_of_the_kernel
 
+    module, _, function = PARTS[name].function.partition(":")
     with in_place_of_the_kernel() if rehearse else nullcontext():
-        rows = PARTS[name](REHEARSAL if rehearse else ON_GPU, models)
+        compute = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
+        rows = compute(REHEARSAL if rehearse else ON_GPU, models, *PARTS[name].arguments)
     write_json(result, {"rows": rows})
 
 
@@ -128,8 +94,7 @@ def main() -> None:
             place = options.out / f"{list(PARTS).index(part)}.json"
             began = time.monotonic()
             found = _outcome(part, options.rehearse, Path(models), place, ends - began)
-            about = (PARTS[part].__doc__ or "").strip()
-            write_json(place, {"part": part, "about": about, "seconds": time.monotonic() - began, **found})
+            write_json(place, {"part": part, "about": PARTS[part].about, "seconds": time.monotonic() - began, **found})
             how = found.get("failed") or found.get("left_out") or "done"
             print(f"{part}: {how} ({time.monotonic() - began:.0f} s)", flush=True)
             on = f"{made['hardware']}; {versions(made)}; commit {made['commit']}.{_told()}"
@@ -141,8 +106,8 @@ def _outcome(part: str, rehearse: bool, models: Path, place: Path, seconds: floa
     """Its rows, or why there are none."""
     if seconds <= 0:
         return {"failed": "no time was left"}
-    if PARTS[part] is _trl and find_spec("trl") is None:
-        return {"left_out": "TRL is not installed here."}
+    if (needed := PARTS[part].needs) is not None and find_spec(needed) is None:
+        return {"left_out": f"{needed} is not installed here."}
     result = place.with_suffix(".rows")
     command = [sys.executable, "-m", "benchmarks.gpu", "--in-this-process", part, "--out", str(result)]
     command += ["--models", str(models), *(["--rehearse"] if rehearse else [])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ _HEADS = {"as many heads of keys": (8, 8), "grouped heads": (8, 2), "one head of
 _MOST = 2.0
 
 
-def attention(scale: Scale) -> list[dict[str, Any]]:
+def attention(scale: Scale, folder: Path) -> list[dict[str, Any]]:
     """Largest |Δ| from float64 in values and in the gradients of queries, keys and values, and how many times that of
     plain products in bfloat16 it is. A row for each kind of heads, without a sliding
     window and with one."""

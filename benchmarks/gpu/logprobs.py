@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from dpo_ray.model.logprobs import Head, token_scores
 _GIB = 2**30
 
 
-def alone(scale: Scale) -> list[dict[str, Any]]:
+def alone(scale: Scale, folder: Path) -> list[dict[str, Any]]:
     """Forward and backward over one batch of tokens in bfloat16: milliseconds, peak memory beside the inputs, and
     the largest |Δ| from the log-probs of all logits in float32. A row for each way."""
     tokens, hidden_size, vocabulary = scale.logprobs
@@ -31,8 +33,19 @@ def alone(scale: Scale) -> list[dict[str, Any]]:
         "bare products": _bare,
         "all logits at once": lambda h, w: _naive(h, w, targets),
     }
-    ways |= {f"tiles of {size}": _tiled(size, targets) for size in scale.tiles}
-    return [_measured(scale, name, compute, hidden, weight, exact) for name, compute in ways.items()]
+    rows = [_measured(scale, name, compute, hidden, weight, exact) for name, compute in ways.items()]
+    for size in scale.tiles:
+        with mock.patch.object(logprobs, "TILE_TOKENS", size):  # by which the backward pass goes too
+            tiled = _measured(
+                scale,
+                f"tiles of {size}",
+                lambda h, w: token_scores(h, Head(w), targets).logprobs,
+                hidden,
+                weight,
+                exact,
+            )
+        rows.append(tiled)
+    return rows
 
 
 def _measured(
@@ -60,15 +73,6 @@ def _measured(
         "peak beside, GiB": peak / _GIB,
         "largest |Δ|": None if name == "bare products" else float((found.detach() - exact).abs().max()),
     }
-
-
-def _tiled(size: int, targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    def compute(hidden: Tensor, weight: Tensor) -> Tensor:
-        # Its backward pass, which has no name of its own, goes by the same size.
-        logprobs.TILE_TOKENS = size
-        return token_scores(hidden, Head(weight), targets).logprobs
-
-    return compute
 
 
 def _naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

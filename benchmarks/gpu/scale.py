@@ -74,26 +74,20 @@ ON_GPU = Scale(
     repeats=5,
 )
 
+_TINY = {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
 REHEARSAL = Scale(
     device=torch.device("cpu"),
-    large={
-        "vocab_size": 256,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-    },
-    small={
-        "vocab_size": 256,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-    },
+    large=_TINY,
+    small=_TINY,
     medians=(12, 6, 6),
     pairs_per_step=4,
     pairs_per_microbatch=2,

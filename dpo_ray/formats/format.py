@@ -193,12 +193,9 @@ def present(row: Row, column: str) -> Any:
     return row[column]
 
 
-def asked(question: Any, system: Any = None) -> list[dict[str, Any]]:
-    """A question as a dialogue, after a system message where there is one that says anything."""
-    turns = [{"role": "user", "content": question}]
-    if system is None or (isinstance(system, str) and not system.strip()):
-        return turns
-    return [{"role": "system", "content": system}, *turns]
+def asked(question: Any) -> list[dict[str, Any]]:
+    """A question as a dialogue."""
+    return [{"role": "user", "content": question}]
 
 
 def answered(answer: Any) -> list[dict[str, Any]]:

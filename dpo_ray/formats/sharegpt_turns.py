@@ -38,12 +38,8 @@ def message(turn: Any) -> dict[str, Any]:
     return {"role": role, "content": turn.get("value")}
 
 
-def messages(turns: Any, system: Any = None) -> list[dict[str, Any]]:
-    """Messages with role and content, after a system message that stands in a column of its own. Raises NoPair."""
+def messages(turns: Any) -> list[dict[str, Any]]:
+    """Messages with role and content. Raises NoPair."""
     if not isinstance(turns, list):
         no_pair("null_field" if turns is None else "non_string_content")
-    found = [message(turn) for turn in turns]
-    begins = bool(found) and found[0].get("role") == "system"
-    if begins or system is None or (isinstance(system, str) and not system.strip()):
-        return found
-    return [{"role": "system", "content": system}, *found]
+    return [message(turn) for turn in turns]

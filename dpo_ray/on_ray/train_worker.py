@@ -16,7 +16,7 @@ import numpy as np
 
 from dpo_ray.config import Metric, Model, Train
 from dpo_ray.config.tolerance import Limits
-from dpo_ray.errors import DamagedCheckpoint, DataError, DpoRayError, NonFiniteLoss
+from dpo_ray.errors import ConfigError, DamagedCheckpoint, DataError, DpoRayError, NonFiniteLoss
 from dpo_ray.evaluation.agreement import require_same_start
 from dpo_ray.on_ray.metrics import RETRIES, Work, count, keep_telling, take_up
 from dpo_ray.on_ray.resume import leave_out, state_of, whole_checkpoints
@@ -130,7 +130,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
         if me.rank == 0 and resume is not None:
             leave_out(resume)
         return error
-    except (NonFiniteLoss, DataError) as error:
+    except (NonFiniteLoss, DataError, ConfigError) as error:
         return error
     return None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +29,28 @@ def balance_coefficient(scorer: CompletionScorer, options: Train) -> float:
     """
     asked, config = options.router_aux_loss, scorer.model.config
     if asked and not scorer.routes:
-        raise ConfigError(
-            f"train.router_aux_loss={asked:g} is for mixtures of experts whose configuration has a "
-            f"router_aux_loss_coef; {config.model_type} has none. Leave train.router_aux_loss out."
-        )
+        raise _without_routers(asked, config)
     if asked is not None:
         return asked
     says = scorer.routes and getattr(config.get_text_config(), "output_router_logits", False)
     return float(router_coefficient(config) or 0.0) if says else 0.0
+
+
+def require_routers(asked: float | None, config: Any) -> None:
+    """What a model's configuration alone tells, before the model is loaded. Raises ConfigError.
+
+    Args:
+        asked: train.router_aux_loss.
+    """
+    if asked and router_coefficient(config) is None:
+        raise _without_routers(asked, config)
+
+
+def _without_routers(asked: float, config: Any) -> ConfigError:
+    return ConfigError(
+        f"train.router_aux_loss={asked:g} is for mixtures of experts whose configuration has a "
+        f"router_aux_loss_coef; {config.model_type} has none. Leave train.router_aux_loss out."
+    )
 
 
 def added(parts: Sequence[Routing]) -> Routing:

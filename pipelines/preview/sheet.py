@@ -6,9 +6,10 @@ In one process and without Ray. Duplicates are not looked for, for they are told
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from dpo_ray.shards.output import ShardOutput
 from dpo_ray.shards.tokenize import TokenizeShard
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
-from pipelines.ingest import ingest_shard, require_rows, sides, written_as
+from pipelines.ingest import Side, ingest_shard, require_rows, sides, written_as
 
 _ROWS_AT_ONCE = 1000
 SIDES: tuple[Literal["chosen", "rejected"], ...] = ("chosen", "rejected")
@@ -101,7 +102,23 @@ def sheets(config: Config, rows: int | None, examples: int, *, with_model: bool)
             by_name.setdefault(format_.name, []).append((file, seen))
     config.data.require_used(set(formats))
     tokenize = TokenizeShard(config.model, config.data) if with_model else None
-    return [_sheet(formats[name], by_name[name], config, rows, examples, tokenize) for name in sorted(by_name)]
+    quota = _Quota(named)
+    return [_sheet(formats[name], by_name[name], config, rows, examples, tokenize, quota) for name in sorted(by_name)]
+
+
+class _Quota:
+    """What is left of the rows that each source gives (max_rows), file after file; of a source with files of several
+    formats, those of one format are taken first."""
+
+    def __init__(self, named: Sequence[Side]):
+        self._side_of = {file: side.key for side in named for file in side.files}
+        self._left = {side.key: math.inf if side.max_rows is None else side.max_rows for side in named}
+
+    def of(self, file: Location) -> float:
+        return self._left[self._side_of[file]]
+
+    def take(self, file: Location, rows: int) -> None:
+        self._left[self._side_of[file]] -= rows
 
 
 def _looked_at(file: Location, config: Config) -> tuple[Location, Peek, Format | None]:
@@ -116,6 +133,7 @@ def _sheet(
     rows: int | None,
     examples: int,
     tokenize: TokenizeShard | None,
+    quota: _Quota,
 ) -> Sheet:
     ingest = ingest_shard(config)
     columns = tuple(dict.fromkeys(column for _, seen in files for column in seen.columns))
@@ -125,10 +143,12 @@ def _sheet(
     for file, _ in files:
         source = RawShard(RawPart(file.uri), format_.name, "train")
         numbered = ingest.rows(source)
-        while some := list(itertools.islice(numbered, _left(sheet, rows))):
+        while some := list(itertools.islice(numbered, int(min(_left(sheet, rows), quota.of(file))))):
+            quota.take(file, len(some))
             _count(sheet, ingest.of_rows(some, source), tokenize, examples)
             if rows is not None and sheet.rows >= rows:
-                sheet.is_all = next(numbered, None) is None and file == files[-1][0]
+                is_through = not quota.of(file) or next(numbered, None) is None
+                sheet.is_all = is_through and file == files[-1][0]
                 return sheet
     return sheet
 

@@ -16,8 +16,7 @@ def _fields(row: Row) -> dict[str, Any]:
     instruction = text(row, "instruction")
     more = text(row, "input") if row.get("input") is not None else ""
     question = "\n".join(part for part in (instruction, more) if part)
-    *system, last = asked(question, row.get("system"))
-    prompt = [*system, *_earlier(row.get("history")), last]
+    prompt = [*_earlier(row.get("history")), *asked(question)]
     return {"prompt": prompt, "chosen": answered(text(row, "chosen")), "rejected": answered(text(row, "rejected"))}
 
 
@@ -38,7 +37,6 @@ FORMAT = Format(
     about="instruction, input or history, chosen, rejected: all text",
     layout="paired",
     columns=tuple(("instruction", more, "chosen", "rejected") for more in ("input", "history")),
-    optional=("system",),
     typed=("history",),
     fits=_fits,
     fields=_fields,

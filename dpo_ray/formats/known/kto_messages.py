@@ -26,7 +26,7 @@ def _fits(row: Row) -> bool:
 
 
 def _fields(row: Row) -> dict[str, Any]:
-    found = messages(present(row, _dialogue(row)), row.get("system"))
+    found = messages(present(row, _dialogue(row)))
     if not found:
         no_pair("empty_prompt")
     return {"prompt": found[:-1], "completion": found[-1:], "label": present(row, _label(row))}
@@ -42,7 +42,6 @@ FORMAT = Format(
         ("messages", "kto_tag"),
         ("conversations", "kto_tag"),
     ),
-    optional=("system",),
     typed=("label", "kto_tag", "messages", "conversations"),
     absent=("chosen", "rejected"),
     fits=_fits,

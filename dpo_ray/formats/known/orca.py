@@ -26,9 +26,13 @@ def _fits(row: Row) -> bool:
 
 
 def _fields(row: Row) -> dict[str, Any]:
-    prompt = asked(text(row, _question(row)), _system(row))
+    prompt = asked(text(row, _question(row)))
     chosen, rejected = (answered(text(row, side)) for side in ("chosen", "rejected"))
-    return {"prompt": prompt, **compared(chosen, rejected, TIE if row.get("status") == "tie" else 1)}
+    return {
+        "prompt": prompt,
+        "system": _system(row),
+        **compared(chosen, rejected, TIE if row.get("status") == "tie" else 1),
+    }
 
 
 FORMAT = Format(

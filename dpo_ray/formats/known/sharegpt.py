@@ -17,7 +17,7 @@ def _fits(row: Row) -> bool:
 
 
 def _fields(row: Row) -> dict[str, Any]:
-    prompt = messages(present(row, _dialogue(row)), row.get("system"))
+    prompt = messages(present(row, _dialogue(row)))
     return {"prompt": prompt, **{side: [message(present(row, side))] for side in ("chosen", "rejected")}}
 
 
@@ -26,7 +26,6 @@ FORMAT = Format(
     about="conversations (or messages), and the messages chosen and rejected that could follow, as from and value",
     layout="paired",
     columns=(("conversations", "chosen", "rejected"), ("messages", "chosen", "rejected")),
-    optional=("system",),
     fits=_fits,
     fields=_fields,
 )

@@ -43,7 +43,7 @@ def test_what_no_time_is_left_for_is_recorded(tmp_path: Path):
     assert gpu._outcome("resume", True, tmp_path, tmp_path / "5.json", 0.0) == {"failed": "no time was left"}
 
 
-def test_a_kernel_that_is_aligned_to_the_top_left_is_found_out(monkeypatch: pytest.MonkeyPatch):
+def test_a_kernel_that_is_aligned_to_the_top_left_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def top_left(query, key, value, query_ends, key_ends, longest_query, longest_key, **options):
         lengths = key_ends.diff().tolist()
         cut = [x[:n] for x, n in zip(key.split(lengths), query_ends.diff().tolist(), strict=True)]
@@ -55,10 +55,10 @@ def test_a_kernel_that_is_aligned_to_the_top_left_is_found_out(monkeypatch: pyte
         )
 
     with in_place_of_the_kernel():
-        attention(REHEARSAL)
+        attention(REHEARSAL, tmp_path)
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", top_left)
         with pytest.raises(AssertionError, match="the kernel is off by"):
-            attention(REHEARSAL)
+            attention(REHEARSAL, tmp_path)
 
 
 def test_a_kernel_without_grouped_heads_is_given_repeated_keys(monkeypatch: pytest.MonkeyPatch):

@@ -16,7 +16,7 @@ from dpo_ray.model.lora import save_adapter
 from dpo_ray.model.policy import load_policy
 from dpo_ray.storage.artifact import Artifact
 from pipelines.generate import _tell_unread
-from pipelines.preflight import preflight, require_models, require_reward
+from pipelines.preflight import checks, preflight, require_models, require_reward
 
 
 def config(model: Path, **more: Any) -> Config:
@@ -136,6 +136,19 @@ def test_a_judge_of_whom_nothing_can_be_read_is_told(capfd: pytest.CaptureFixtur
 
 def lora(model: dict[str, Any], **more: Any) -> Config:
     return parse_config({"run": {"name": "n", "output": "o"}, "data": {"train": "x"}, "model": model} | more)
+
+
+def test_the_balance_of_experts_is_refused_before_work_begins_where_there_are_none(tiny_model: Path, tmp_path: Path):
+    from transformers import MixtralConfig
+
+    found = config(tiny_model, train={"router_aux_loss": 0.1})
+    with pytest.raises(ConfigError, match=r"train\.router_aux_loss=0\.1 is for mixtures of experts .* has none"):
+        dict(checks(found, "train"))["routers"]()
+    of_experts = tmp_path / "experts"
+    shutil.copytree(tiny_model, of_experts)
+    MixtralConfig(num_local_experts=4).save_pretrained(of_experts)
+    dict(checks(config(of_experts, train={"router_aux_loss": 0.1}), "train"))["routers"]()
+    assert "routers" not in dict(checks(config(tiny_model), "train"))
 
 
 def test_an_adapter_that_would_have_no_base_is_refused_before_work_begins(tiny_model: Path, tmp_path: Path):

@@ -101,6 +101,22 @@ def test_a_configuration_is_looked_at_by_its_own_options(folder: Path, tiny_mode
         said(str(config), "-o", "data.layout=unpaired")
 
 
+def test_of_a_source_the_rows_are_shown_that_a_run_takes(folder: Path, tiny_model: Path, tmp_path: Path):
+    row = {"prompt": "Who?", "chosen": "Me.", "rejected": "You."}
+    for name, count in (("many", 30), ("few", 5)):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * count)
+    sources = [
+        {"name": "one", "path": [str(tmp_path / "few.jsonl"), str(tmp_path / "many.jsonl")], "max_rows": 12},
+        {"name": "two", "path": str(folder / "a.jsonl"), "max_rows": 1},
+    ]
+    config = tmp_path / "mixed.yaml"
+    tree = {"run": {"name": "n", "output": "o"}, "model": {"path": str(tiny_model)}, "data": {"train": sources}}
+    config.write_text(json.dumps(tree))
+    transcripts, plain = json.loads(said(str(config), "--json", "--all").stdout)
+    assert (transcripts["format"], transcripts["rows"]) == ("hh_rlhf", 1)
+    assert (plain["format"], plain["rows"], plain["is_all"]) == ("paired", 12, True)
+
+
 def test_what_cannot_be_shown_says_why(folder: Path, tmp_path: Path):
     with pytest.raises(DataError, match="no file is there"):
         said(str(tmp_path / "nowhere"))

@@ -49,9 +49,7 @@ def small_model(folder: Path, *, dtype: torch.dtype = torch.float32, **larger: i
     Args:
         larger: other sizes, as LlamaConfig names them.
     """
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {
         "vocab_size": VOCABULARY,
@@ -67,11 +65,20 @@ def small_model(folder: Path, *, dtype: torch.dtype = torch.float32, **larger: i
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**{**sizes, **larger}))
         model.to(dtype).save_pretrained(folder)
+    add_tokenizer(folder)
+    return folder
+
+
+def add_tokenizer(folder: Path) -> None:
+    """A tokenizer of numbers, for a model of at least VOCABULARY words."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
     words = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", bos_token="1", eos_token="2")
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 def random_pairs(count: int, *, seed: int = 0, vocabulary: int = VOCABULARY) -> list[TokenizedPair]:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CPU = torch.device("cpu")
+_EXACT = 1e-3
+"""Nats: what two layouts differ by in float32 at most."""
+_TRIAL_TOKENS = 64
+"""Of a pair on which the packed layout is tried."""
 
 
 SHARED = "shared"
@@ -41,6 +45,29 @@ def load_policy(
 ) -> PreTrainedModel:
     """A causal language model with float32 weights, dropout off, on the packed attention where it can serve.
 
+    Args, and what it raises: as load_untried_policy.
+    """
+    model = load_untried_policy(
+        folder,
+        trust_remote_code=trust_remote_code,
+        lora=lora,
+        seed=seed,
+        activation_checkpointing=activation_checkpointing,
+    )
+    use_packed_attention(CompletionScorer(model))
+    return model
+
+
+def load_untried_policy(
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    lora: LoRA | None = None,
+    seed: int = 0,
+    activation_checkpointing: bool = False,
+) -> PreTrainedModel:
+    """The same, but whoever brings it to where it computes calls use_packed_attention then.
+
     Args:
         lora: put adapters on it, and freeze all else; it still computes what the model of the folder does.
         seed: of the adapters' start; the same on every rank, for each must start equal.
@@ -55,7 +82,6 @@ def load_policy(
         folder, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
     )
     prepare(model)
-    use_packed_attention(CompletionScorer(model))
     if lora is not None:
         add_adapters(model, lora, seed=seed)
     if activation_checkpointing:
@@ -179,7 +205,7 @@ def use_packed_attention(
     if attention.serves(model.config):
         was_training = scorer.training
         scorer.eval()
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             _pack_where_it_is_exact(scorer, device, dtype)
         scorer.train(was_training)
     if (told := _told_of_layout(model)) is not None:
@@ -190,25 +216,57 @@ def _pack_where_it_is_exact(scorer: CompletionScorer, device: torch.device, dtyp
     """Try it, and leave the model on the layout that it is exact on."""
     model = scorer.model
     before = model.config._attn_implementation
-    ids = [i % model.config.get_text_config().vocab_size for i in range(7, 7 + 19)]
-    pairs = [TokenizedPair("a", ids[:5], ids[5:8], ids[8:12]), TokenizedPair("b", ids[12:15], ids[15:18], ids[18:])]
-    expected = scorer(pad(pairs).to(device)).logprobs
-    allowed = 1e-3
-    if dtype != torch.float32:
-        # Roundings are larger than that. A layout that is wrong hides some of a pair from some of it, which changes
-        # log-probs as much as leaving most of the prompt out does.
-        without = [replace(pair, prompt_ids=pair.prompt_ids[-1:]) for pair in pairs]
-        allowed = max(allowed, float((scorer(pad(without).to(device)).logprobs - expected).abs().max()) / 4)
+    pairs = _pairs_of_trial(model)
+    padded = pad(pairs).to(device)
+    expected = scorer(padded).logprobs
+
+    def off(found: Tensor) -> float:
+        return float((found - expected).square().mean().sqrt())
+
+    # Roundings in bfloat16 are larger than any fixed limit that would tell a fault. They are far smaller than what the
+    # subtlest fault of a layout makes, which is computed: rejected placed behind chosen, seeing it or not.
+    limit = _EXACT if dtype == torch.float32 else max(_EXACT, min(map(off, _at_fault(scorer, pairs, padded))) / 3)
     separation = None
     try:
         separation = run_packed(model)
-        serves = torch.allclose(scorer(pack(pairs).to(device)).logprobs, expected, rtol=0, atol=allowed)
+        found = scorer(pack(pairs).to(device)).logprobs
+        serves = (float((found - expected).abs().max()) if dtype == torch.float32 else off(found)) <= limit
     except (RuntimeError, TypeError, ValueError, IndexError):
         serves = False  # it cannot take the layout at all
     if not serves:
         if separation is not None:
             separation.end()
         model.set_attn_implementation(before)
+
+
+def _pairs_of_trial(model: PreTrainedModel) -> list[TokenizedPair]:
+    """Two, whose chosen completions are long, so that a fault that moves rejected by their length is seen."""
+    config = model.config.get_text_config()
+    room = min(_TRIAL_TOKENS, getattr(config, "max_position_embeddings", None) or _TRIAL_TOKENS)
+    ids = [(7 + 13 * i) % config.vocab_size for i in range(4 * room)]
+    prompt, chosen, rejected = room // 5, room // 2, max(2, room // 6)
+    pairs = []
+    for name, start in (("a", 0), ("b", 2 * room)):
+        cut, end = start + prompt, start + prompt + chosen
+        pairs.append(TokenizedPair(name, ids[start:cut], ids[cut:end], ids[end : end + rejected]))
+    return pairs
+
+
+def _at_fault(scorer: CompletionScorer, pairs: list[TokenizedPair], padded: MicroBatch) -> list[Tensor]:
+    """Log-probs [N] of the same tokens if rejected were placed behind chosen: not seeing it, and seeing it.
+
+    Of a model that does not read positions the first are right, and left out.
+    """
+    right = scorer(padded)
+    places = padded.position_ids.clone()
+    for number, pair in enumerate(pairs):
+        places[2 * number + 1, len(pair.prompt_ids) :] += len(pair.chosen_ids)
+    behind = scorer(replace(padded, position_ids=places)).logprobs
+    seen = [replace(pair, prompt_ids=pair.prompt_ids + pair.chosen_ids, chosen_ids=[]) for pair in pairs]
+    of_rejected = padded.sequence_index % 2 == 1
+    seeing = right.logprobs.clone()
+    seeing[of_rejected] = scorer(pad(seen).to(padded.input_ids.device)).logprobs
+    return [seeing] if torch.equal(behind, right.logprobs) else [behind, seeing]
 
 
 def _told_of_layout(model: PreTrainedModel) -> str | None:

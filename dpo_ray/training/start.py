@@ -11,7 +11,7 @@ from dpo_ray.model.policy import (
     CompletionScorer,
     compile_layers,
     load_part_of_policy,
-    load_policy,
+    load_untried_policy,
     torch_dtype,
     use_packed_attention,
 )
@@ -24,10 +24,11 @@ def start_policy(
 ) -> tuple[CompletionScorer, nn.Module]:
     """Load it on every worker. Returns the scorer, and what is called for gradients to flow through it.
 
-    Under train.strategy=fsdp no worker ever holds the model: it is built without weights and sharded, each worker reads
-    its own part, and whether the model runs on packed pairs is tried with all of them, as it will be computed.
+    Under train.strategy=fsdp no worker ever holds the model: it is built without weights and sharded, and each worker
+    reads its own part. Whether the model runs on packed pairs is tried as it will be computed: on this device, in this
+    dtype, and sharded where it is.
 
-    Raises ConfigError as load_policy and parallelize do.
+    Raises ConfigError as load_untried_policy and parallelize do.
     """
     dtype = torch_dtype(model.dtype)
     how: dict[str, Any] = {
@@ -36,16 +37,16 @@ def start_policy(
         "seed": seed,
         "activation_checkpointing": options.activation_checkpointing,
     }
-    if options.strategy == "ddp":
-        scorer = CompletionScorer(load_policy(folder.path, **how)).to(me.device).train()
-        if options.compile:
-            compile_layers(scorer.model)
-        return scorer, parallelize(scorer, options.strategy, me, dtype)
-    found = load_part_of_policy(folder.path, part_of(me, options.sharding), **how)
-    scorer = CompletionScorer(found.model).train()
+    weights = None
+    if options.strategy == "fsdp":
+        found = load_part_of_policy(folder.path, part_of(me, options.sharding), **how)
+        scorer, weights = CompletionScorer(found.model), found.weights
+    else:
+        scorer = CompletionScorer(load_untried_policy(folder.path, **how)).to(me.device)
+    scorer.train()
     if options.compile:
         compile_layers(scorer.model)
-    forward = parallelize(scorer, options.strategy, me, dtype, sharding=options.sharding, weights=found.weights)
+    forward = parallelize(scorer, options.strategy, me, dtype, sharding=options.sharding, weights=weights)
     use_packed_attention(scorer, me.device, dtype)
     forget_gathered(forward)
     return scorer, forward

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from benchmarks.attention import FAMILIES, saved
 from dpo_ray.config import LoRA, Model, Sharding, Train
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.training.parallel import Rank, accumulating, part_of
 from dpo_ray.training.start import start_policy
-from tests.training import Gang, Trained, random_pairs, run, scored
+from tests.training import VOCABULARY, Gang, Trained, add_tokenizer, random_pairs, run, scored
 from tests.training import small_model as make_model
 
 NEAR = 1e-6  # float32, sums in another order, over three steps of AdamW
@@ -77,6 +78,23 @@ def test_four_workers_make_what_one_makes(
     expected, found = trained_weights(one), trained_weights(four)
     assert found.keys() == expected.keys()
     assert max(float((found[n] - expected[n]).abs().max()) for n in found) < 1e-5  # a tenth of a step
+
+
+def test_layers_that_carry_state_are_found_in_a_sharded_model(gang: Gang, tmp_path: Path):
+    family = next(family for family in FAMILIES if family.name == "LFM2, convolutions")
+    (tmp_path / "model").mkdir()
+    model = saved(family, tmp_path / "model", vocab_size=VOCABULARY)
+    add_tokenizer(model)
+    pairs = scored(random_pairs(16), model)
+    run(model, pairs, tmp_path / "one", **ALWAYS)
+    gang.run(model, pairs, tmp_path / "four", strategy="fsdp", num_workers=4, **ALWAYS)
+    one, four = Trained(tmp_path / "one"), Trained(tmp_path / "four")
+    assert max(abs(a - b) for a, b in zip(one.losses, four.losses, strict=True)) < 1e-5
+    options = Train(strategy="fsdp")
+    scorer, _ = start_policy(
+        ModelFolder.of(Model(path=str(model))), Model(path=str(model)), options, Rank(0, 1, torch.device("cpu")), seed=0
+    )
+    assert scorer.layout == family.layout
 
 
 def test_what_one_mesh_has_saved_another_one_goes_on_with(

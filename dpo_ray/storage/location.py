@@ -295,8 +295,8 @@ class Location:
 
 
 def find_files(pattern: str, suffix: str | tuple[str, ...]) -> list[Location]:
-    """The files that a path names: a file itself, the files with such a suffix (given in small letters, meant in either)
-    in a folder, or the matches of a glob.
+    """The files that a path names: a file itself, the files with such a suffix (in small letters, meant in either) in a
+    folder, or the matches of a glob.
     A local file that is called so is that file, also where its name could be a pattern (pairs[1].jsonl).
 
     The path is local, in an object store, or on the hub (hf://datasets/…, or owner/name where there is no such folder

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from pipelines import STAGES
-from pipelines.commands import before, jobs, output, runs
+from pipelines.commands import before, files, jobs, output, runs
 from pipelines.last_words import last_words, wanted_traceback
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ for _stage in STAGES:
     app.command(name=_stage)(runs.train if _stage == "train" else runs.stage_command(_stage))
 app.command()(runs.sweep)
 app.command()(runs.iterate)
+
+app.command()(files.schema)
 
 app.command()(before.doctor)
 app.command()(before.plan)

@@ -221,6 +221,7 @@ CONFIG = "pipelines/configs/align_cpu.yaml"
     ("arguments", "code"),
     [
         (["--help"], 0),
+        (["schema"], 0),
         (["run", CONFIG, "-o", "train.no_such_key=1"], 2),
         (["generate", CONFIG], 2),
         (["sweep", CONFIG, "-o", "tune=null"], 2),

@@ -62,6 +62,12 @@ def test_data_are_shown_as_it_says(command, monkeypatch, tmp_path):
     assert result.exit_code == 0 and "format    paired" in result.output, result.output
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dpo-ray schema")])
+def test_the_schema_is_printed_as_it_says(command):
+    result = CliRunner().invoke(app, shlex.split(command.partition(" > ")[0])[1:])
+    assert result.exit_code == 0 and "train" in json.loads(result.output)["properties"]
+
+
 def test_every_format_is_in_the_table():
     table = README.partition("| format | columns |")[2].partition("\n\n")[0]
     told = re.findall(r"^\| `(\w+)` \|", table, re.M)

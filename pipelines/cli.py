@@ -24,6 +24,7 @@ app.command()(runs.sweep)
 app.command()(runs.iterate)
 
 app.command()(files.schema)
+app.command()(files.init)
 
 app.command()(before.doctor)
 app.command()(before.plan)

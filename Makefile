@@ -41,7 +41,7 @@ SELECTED ?= -m "not long and not chaos"
 MEASURED := $(CURDIR)/.coverage-data
 COVERED := DPO_RAY_COVERAGE=$(MEASURED)/.coverage PYTHONPATH=$(CURDIR)/tests/every_process$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test test-all test-integrations test-lm-eval test-trl test-dagster test-airflow chaos kills lint style types tests env bench clean
+.PHONY: demo test test-all test-integrations test-lm-eval test-trl test-dagster test-airflow chaos kills lint style types tests docs env bench clean
 
 # PyTorch's CPU build into the environment whose pip is $(1): from where pip looks, or else from PyTorch's own index.
 define install_torch
@@ -104,6 +104,11 @@ style: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+# After a change to an option: the pages that are made from the configuration's tree.
+docs: $(READY)
+	$(BIN)/dpo-ray schema > docs/schema.json
+	$(BIN)/dpo-ray schema --markdown > docs/configuration.md
 
 env: $(READY)
 

@@ -32,6 +32,8 @@ class Hook(Section):
 
 
 class Hooks(Section):
+    """Who is told of which end of a run."""
+
     on_success: Hook | None = None
     """After a run that ended with exit code 0, one without anything new included."""
     on_gate_failed: Hook | None = None

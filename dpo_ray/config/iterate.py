@@ -10,6 +10,8 @@ from dpo_ray.config.section import Section
 
 
 class Iterate(Section):
+    """Rounds of sampling, training and measuring."""
+
     rounds: int = Field(3, ge=1)
     """At most so many."""
     stop_early: bool = True

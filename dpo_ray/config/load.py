@@ -42,7 +42,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 def overridden(tree: dict[str, Any], overrides: list[str] | None, source: str) -> Config:
     """Validate a tree of plain values after `dotted.key=value` overrides. Raises ConfigError."""
     for override in overrides or []:
-        _apply(tree, override)
+        put(tree, *told(override), source=f"-o {override}")
     return parse_config(tree, source=f"{source} with what -o sets" if overrides else source)
 
 
@@ -60,17 +60,17 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def told(override: str) -> tuple[str, Any]:
+    """Key and value of `dotted.key=value`. Raises ConfigError where it is none, or the value is no YAML."""
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"-o {override}: write it as dotted.key=value, for example -o train.loss.beta=0.2.")
     try:
-        found = yaml.safe_load(value)
+        return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"-o {override}: the value is not valid YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:  # what looks like a date is made one, and some are none
         raise ConfigError(f"-o {override}: no such date ({error}). Write it as in 2026-11-01.") from error
-    put(tree, key, found, source=f"-o {override}")
 
 
 def put(tree: dict[str, Any], key: str, value: Any, *, source: str) -> None:

@@ -191,7 +191,12 @@ def _told_apart(sources: tuple[Source, ...]) -> tuple[Source, ...]:
     return sources
 
 
-Reward = Annotated[tuple[Source, ...], BeforeValidator(_as_sources), AfterValidator(_told_apart)]
+_Written = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | Source | Annotated[tuple[Source, ...], Field(min_length=1)]
+Reward = Annotated[
+    tuple[Source, ...],
+    BeforeValidator(_as_sources, json_schema_input_type=_Written),
+    AfterValidator(_told_apart),
+]
 """The sources, whose weighted sum is the reward: larger is better."""
 
 

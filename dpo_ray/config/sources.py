@@ -18,7 +18,11 @@ def _check_paths(value: Any) -> Any:
     return value
 
 
-Paths = Annotated[str | tuple[str, ...], BeforeValidator(_check_paths)]
+_Path = Annotated[str, Field(min_length=1)]
+Paths = Annotated[
+    str | tuple[str, ...],
+    BeforeValidator(_check_paths, json_schema_input_type=_Path | Annotated[tuple[_Path, ...], Field(min_length=1)]),
+]
 
 
 class DataSource(Section):
@@ -40,9 +44,8 @@ def _is_mixture(value: Any) -> str:
     return "~sources" if named else "~paths"
 
 
-TrainData = Annotated[
-    Annotated[Paths, Tag("~paths")] | Annotated[tuple[DataSource, ...], Tag("~sources")], Discriminator(_is_mixture)
-]
+_Mixture = Annotated[tuple[DataSource, ...], Field(min_length=1), Tag("~sources")]
+TrainData = Annotated[Annotated[Paths, Tag("~paths")] | _Mixture, Discriminator(_is_mixture)]
 """data.train. The tags begin with a sign that no key has: pydantic puts them into the place of an error."""
 
 

@@ -33,6 +33,10 @@ def _check_layout(name: str) -> str:
     return name
 
 
+def _among_formats(schema: dict[str, Any]) -> None:
+    schema["enum"] = [AUTO, *formats()]
+
+
 def _no_number(value: Any) -> Any:
     """A number would be taken for seconds since 1970: 20261101 for a day of August 1970."""
     if isinstance(value, int | float):
@@ -52,6 +56,8 @@ LossTurns = Literal["all", "last"]
 
 
 class Run(Section):
+    """What a run is called, where it writes, and how it speaks."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """Name of the run and of the published model: letters, digits, dot, dash, underscore."""
     output: str
@@ -98,6 +104,8 @@ class LoRA(Section):
 
 
 class Model(Section):
+    """The model that is trained, which is the reference too."""
+
     path: str
     """A Hugging Face folder, a PEFT adapter's folder (taken merged into its base), a .gguf file, a hub id, or
     package://<python package>/<file.gguf>."""
@@ -165,6 +173,8 @@ class Columns(Section):
 
 
 class Data(Section):
+    """Preference data, and which of them become pairs."""
+
     train: TrainData | None = None
     """Preference data, Parquet, Arrow as `datasets` saves it, JSON lines (.jsonl, .ndjson), JSON arrays (.json), CSV or
     TSV, text also as .gz or .zst: a file, a folder or a glob, local or a URI, or a list of these; or a data set of the
@@ -183,7 +193,7 @@ class Data(Section):
     key, and in one of each key."""
     eval: Paths | None = None
     """Held-out preference data, named likewise. Left out: held_out_fraction of the prompts of `train`."""
-    layout: Annotated[str, AfterValidator(_check_layout)] = AUTO
+    layout: Annotated[str, AfterValidator(_check_layout)] = Field(AUTO, json_schema_extra=_among_formats)
     """How the rows are written: a format, called as its file in dpo_ray/formats/known, such as paired (chosen,
     rejected, and prompt where these are not whole dialogues), unpaired (prompt, completion, label) or ranked (prompt,
     completions, scores). auto: each file as its columns and first rows are, which one format alone must fit."""
@@ -285,6 +295,8 @@ class Data(Section):
 
 
 class Sampling(Section):
+    """How completions are drawn. Samplers are vLLM's."""
+
     samples: int = Field(4, ge=1)
     """Completions sampled for each prompt."""
     include_greedy: bool = False
@@ -368,6 +380,8 @@ class SampledModel(Section):
 
 
 class Generate(Section):
+    """Pairs of completions that models sample of prompts, and that `reward` ranks."""
+
     prompts: str
     """JSON lines or Parquet with a `prompt` column (text or messages), and an `answer` where rules compare with one;
     package:// paths are allowed."""
@@ -419,6 +433,8 @@ class Generate(Section):
 
 
 class VLLM(Section):
+    """The engines that sample and score."""
+
     num_actors: int = Field(1, ge=1)
     """Engines that work side by side, at most: Ray starts one, and more while there is work and room for them."""
     cpus_per_actor: float = Field(1.0, gt=0.0)
@@ -437,6 +453,8 @@ class VLLM(Section):
 
 
 class Reference(Section):
+    """Log-probs of the model before training, which losses compare with."""
+
     engine: Literal["vllm", "torch", "auto"] = "vllm"
     """Who computes the reference log-probs: vLLM, or the trainer's own forward in Ray actors. auto: vLLM if it is
     installed and agrees with the trainer's forward within the tolerance, or else torch; decided once for a model."""
@@ -452,6 +470,8 @@ Metric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]
 
 
 class EarlyStopping(Section):
+    """When training ends before its last step."""
+
     metric: Metric = "eval_loss"
     """Training stops when this no longer improves."""
     patience: int = Field(3, ge=1)
@@ -461,6 +481,8 @@ class EarlyStopping(Section):
 
 
 class Sharding(Section):
+    """How a model is spread over workers."""
+
     workers: int | None = Field(None, ge=2)
     """Workers that hold a model together, a divisor of train.num_workers: workers of one node, where several nodes have
     one each and only gradients are to travel between them. Left out: all workers hold one."""
@@ -473,6 +495,8 @@ class Sharding(Section):
 
 
 class Train(Section):
+    """The loss, the optimizer, and the workers."""
+
     loss: Loss = SigmoidLoss(type="sigmoid")
     """The loss; each type takes only the options that it uses."""
     start: Literal["base", "published"] = "base"
@@ -661,6 +685,8 @@ class Opponent(Section):
 
 
 class WinRate(Section):
+    """Sampled answers of the tuned model against another one's."""
+
     against: Opponent | None = None
     """Whose answers the tuned model's are compared with; left out: the base model's, `model` itself."""
     sampling: Sampling = Sampling()
@@ -698,6 +724,8 @@ class Tasks(Section):
 
 
 class Evaluate(Section):
+    """What is measured of the tuned model, beside its accuracy on held-out pairs."""
+
     sets: dict[SetName, Paths] = Field(default_factory=dict)
     """Further held-out preference data by names of your own, such as the files of RewardBench: on each the accuracy is
     measured. Named like data.train; read by their own columns (prompt, chosen, rejected and so on)."""
@@ -711,6 +739,8 @@ class Evaluate(Section):
 
 
 class Gate(Section):
+    """Conditions, each of which must hold for a model to become the latest one."""
+
     accuracy_above: float | None = Field(0.5, ge=0.0, lt=1.0)
     """The lower end of the interval of the held-out accuracy must lie above this; null: not required."""
     win_rate_above: float | None = Field(None, ge=0.0, lt=1.0)
@@ -749,6 +779,8 @@ class Gate(Section):
 
 
 class Publish(Section):
+    """What is published."""
+
     gate: Gate = Gate()
     """What a model must show before it is published."""
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema, model_validator
+from typing_extensions import TypeAliasType
 
 from dpo_ray.config.section import Section
 
@@ -153,9 +154,44 @@ def _space(value: Any) -> dict[str, Distribution]:
     return space
 
 
+class UniformRange(Section):
+    """A number, each as likely as the next."""
+
+    uniform: tuple[float, float]
+    """Low and high, both included."""
+
+
+class LogUniformRange(Section):
+    """A number, each order of magnitude as likely as the next."""
+
+    loguniform: tuple[Annotated[float, Field(gt=0.0)], Annotated[float, Field(gt=0.0)]]
+    """Low and high, both included."""
+
+
+class IntegerRange(Section):
+    """A whole number."""
+
+    integer: tuple[int, int]
+    """Low and high, both included."""
+
+
+class WrittenChoice(Section):
+    """One of several values. The list alone is short for it."""
+
+    choice: Annotated[list[Any], Field(min_length=1)]
+    """Values, or whole sections, whose options may be distributions of their own."""
+
+
+_Key = Annotated[str, WithJsonSchema({"type": "string", "pattern": rf"^(?!({'|'.join(_KINDS)})$)"})]
+_Values = Annotated[list[Any], Field(min_length=1)]
+Written = TypeAliasType(
+    "Written", "dict[_Key, UniformRange | LogUniformRange | IntegerRange | WrittenChoice | _Values | Written]"
+)
+"""How the file has a search space, for the schema: dotted paths, or the sections that they go through."""
+
 Space = Annotated[
     dict[str, Distribution],
-    PlainValidator(_space),
+    PlainValidator(_space, json_schema_input_type=Written),
     PlainSerializer(lambda space: {path: found.written() for path, found in space.items()}),
 ]
 
@@ -243,10 +279,16 @@ def _scheduler(value: Any) -> Any:
     return {"type": value} if isinstance(value, str) else value
 
 
-Scheduler = Annotated[Annotated[FIFO | ASHA | MedianStopping, Field(discriminator="type")], BeforeValidator(_scheduler)]
+_Scheduler = Annotated[FIFO | ASHA | MedianStopping, Field(discriminator="type")]
+Scheduler = Annotated[
+    _Scheduler,
+    BeforeValidator(_scheduler, json_schema_input_type=Literal["fifo", "asha", "median"] | _Scheduler),
+]
 
 
 class RepeatBest(Section):
+    """The best trials once more, for their luck with a seed to even out."""
+
     k: int = Field(3, ge=1)
     """So many of the best trials are trained again."""
     seeds: int = Field(2, ge=1)
@@ -254,6 +296,8 @@ class RepeatBest(Section):
 
 
 class Tune(Section):
+    """What a sweep searches, and how it tells trials apart."""
+
     space: Space = Field(default_factory=dict)
     """Dotted path → distribution: a range, or a choice of values or of whole sections, which may hold distributions."""
     beta: tuple[float, ...] | None = Field(None, min_length=1)

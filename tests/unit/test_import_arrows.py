@@ -167,8 +167,8 @@ def test_the_cluster_uses_the_configuration_errors_and_tokens_of_the_library_and
 
 
 def test_only_the_command_line_uses_the_cluster():
-    users = [p.name for p in sources("pipelines") if "cluster" in tops(p)]
-    assert users == ["cli.py"]
+    users = [p.relative_to(REPOSITORY) for p in sources("pipelines") if "cluster" in tops(p)]
+    assert users == [Path("pipelines/commands/jobs.py")]
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -221,6 +221,7 @@ CONFIG = "pipelines/configs/align_cpu.yaml"
     ("arguments", "code"),
     [
         (["--help"], 0),
+        (["schema"], 0),
         (["run", CONFIG, "-o", "train.no_such_key=1"], 2),
         (["generate", CONFIG], 2),
         (["sweep", CONFIG, "-o", "tune=null"], 2),

@@ -62,6 +62,26 @@ def test_data_are_shown_as_it_says(command, monkeypatch, tmp_path):
     assert result.exit_code == 0 and "format    paired" in result.output, result.output
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dpo-ray schema")])
+def test_the_schema_is_printed_as_it_says(command):
+    result = CliRunner().invoke(app, shlex.split(command.partition(" > ")[0])[1:])
+    assert result.exit_code == 0 and "train" in json.loads(result.output)["properties"]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dpo-ray init ")])
+def test_a_configuration_is_written_as_it_says(command, monkeypatch, tmp_path, tiny_model):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)[1:]
+    rows = [{"prompt": f"Why {n}?", "chosen": "So.", "rejected": "No."} for n in range(20)]
+    Path(words[1]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = Path(words[words.index("--model") + 1])
+    model.parent.mkdir(parents=True)
+    model.symlink_to(tiny_model)
+    for asked in (words, ["run", "run.yaml", "--dry-run"]):
+        result = CliRunner().invoke(app, asked)
+        assert result.exit_code == 0, result.output
+
+
 def test_every_format_is_in_the_table():
     table = README.partition("| format | columns |")[2].partition("\n\n")[0]
     told = re.findall(r"^\| `(\w+)` \|", table, re.M)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from dpo_ray.config import Model, Train
+from dpo_ray.model.part import Part, put_whole
 from dpo_ray.model.policy import (
     CompletionScorer,
     compile_layers,
@@ -25,7 +27,8 @@ def start_policy(
     """Load it on every worker. Returns the scorer, and what is called for gradients to flow through it.
 
     Under train.strategy=fsdp no worker ever holds the model: it is built without weights and sharded, each worker reads
-    its own part, and whether the model runs on packed pairs is tried with all of them, as it will be computed.
+    its own part, and whether the model runs on packed pairs is tried with all of them, as it will be computed. Weights
+    that are not held in float32 are brought to what they are held in one by one, as they are read.
 
     Raises ConfigError as load_policy and parallelize do.
     """
@@ -34,18 +37,34 @@ def start_policy(
         "trust_remote_code": folder.trust_remote_code,
         "lora": model.lora,
         "seed": seed,
-        "activation_checkpointing": options.activation_checkpointing,
+        "activation_checkpointing": options.recomputes_every,
+        "activation_offload": options.activation_offload,
     }
-    if options.strategy == "ddp":
+    held_in = held_dtype(model, options)
+    if options.strategy == "ddp" and held_in == torch.float32 and model.quantization is None:
         scorer = CompletionScorer(load_policy(folder.path, **how)).to(me.device).train()
         if options.compile:
             compile_layers(scorer.model)
         return scorer, parallelize(scorer, options.strategy, me, dtype)
-    found = load_part_of_policy(folder.path, part_of(me, options.sharding), **how)
+    replicated = options.strategy == "ddp"
+    part = Part(0, 1) if replicated else part_of(me, options.sharding)
+    found = load_part_of_policy(folder.path, part, dtype=held_in, **how)
     scorer = CompletionScorer(found.model).train()
+    if replicated:
+        put_whole(scorer.model, found.weights, me.device)
+        scorer.to(me.device)
     if options.compile:
         compile_layers(scorer.model)
-    forward = parallelize(scorer, options.strategy, me, dtype, sharding=options.sharding, weights=found.weights)
+    forward = parallelize(
+        scorer, options.strategy, me, dtype,
+        sharding=options.sharding, offload=options.offload, weights=None if replicated else found.weights,
+    )  # fmt: skip
     use_packed_attention(scorer, me.device, dtype)
     forget_gathered(forward)
     return scorer, forward
+
+
+def held_dtype(model: Model, options: Train) -> torch.dtype:
+    """What the model's weights are held in, but those that are quantized: frozen ones in what they are computed in,
+    trained ones in float32 where the optimizer does not say otherwise."""
+    return torch_dtype(model.dtype) if model.lora is not None or options.in_bfloat16 else torch.float32

@@ -123,6 +123,7 @@ def require_prompts(config: Config, until: Stage) -> None:
 
 def require_consistent(config: Config, until: Stage) -> None:
     """What the configuration and the installed packages tell. Raises ConfigError."""
+    from dpo_ray.model.libraries import require_bitsandbytes, require_torchao
     from dpo_ray.on_ray.vllm_version import require_vllm
 
     if until == "ingest" and config.generate is not None:
@@ -136,6 +137,10 @@ def require_consistent(config: Config, until: Stage) -> None:
     if until == "reference":
         require_reference_use(config)
     last = STAGES.index(until)
+    if last >= STAGES.index("reference"):
+        require_bitsandbytes(config.model.quantization)
+    if last >= STAGES.index("train"):
+        require_torchao(config.train.optimizer)
     if config.generate is not None:
         require_vllm("generate")
         require_reward(config.generate.reward)

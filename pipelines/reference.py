@@ -81,6 +81,7 @@ def require_same_model(artifact: Artifact, config: Config) -> None:
         "tokenizer": folder.tokenizer_hash(),
         "weights": folder.weights_hash(),
         "dtype": model.dtype,
+        "quantization": model.quantization,
     }
     for name, value in mine.items():
         found = artifact.manifest.identity.get(name)

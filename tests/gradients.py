@@ -33,8 +33,8 @@ def recorded(folder: Path, rank: int) -> Iterator[None]:
     steps: list[Gradients] = []
     make_optimizer = loop.make_optimizer
 
-    def made(model: nn.Module, options: Any) -> torch.optim.Optimizer:
-        optimizer = make_optimizer(model, options)
+    def made(model: nn.Module, options: Any, **more: Any) -> torch.optim.Optimizer:
+        optimizer = make_optimizer(model, options, **more)
         for group in optimizer.param_groups:
             group["eps"] = SMOOTH_EPS
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

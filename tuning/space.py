@@ -206,6 +206,8 @@ def _require_searchable(config: Config, path: str) -> None:
         reason = "it decides where and how fast trials train, and not what they learn: all its values give one model"
     elif path in {"train.eval_every_steps", "train.eval_pairs", "train.eval_fraction"}:
         reason = "it decides what trials are measured on, which must be the same for all"
+    elif path == "model.lora.quantization":
+        reason = "it changes the reference, which is the same for all trials"
     elif top == "train" or path == "model.lora" or path.startswith("model.lora.") or path in _PREPARES:
         return
     elif top == "model":
@@ -217,7 +219,7 @@ def _require_searchable(config: Config, path: str) -> None:
 
 def _changes_training(config: Config, path: str) -> bool:
     name = path.split(".")[1] if "." in path else ""
-    return name not in type(config.train).model_fields or name in config.train.identity()
+    return name not in type(config.train).model_fields or config.train.changes_result(name)
 
 
 def prepares(path: str) -> bool:
@@ -241,6 +243,12 @@ def _require_comparable(config: Config, trials: list[Config]) -> None:
         raise ConfigError(
             f"tune.rank_by={in_nats[0]} is in nats, and {other_rows[0]} changes the answers' tokens or the model that "
             "they are measured by, so its values would be ranked, not what was learnt: rank by accuracy."
+        )
+    bases = {one.model.lora.quantization if one.model.lora is not None else None for one in trials}
+    if len(bases) > 1:
+        raise ConfigError(
+            "tune.space: model.lora.quantization is not the same in all options of model.lora, but it changes the "
+            "reference, which is the same for all trials: give it the same value in each, or leave it out."
         )
     kinds = {_margin_kind(one) for one in trials}
     weighted = sorted(measures & {"margin", "likelihood_drop"})

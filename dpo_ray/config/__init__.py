@@ -27,7 +27,9 @@ from dpo_ray.config.tree import (
     LossTurns,
     Metric,
     Model,
+    Optimizer,
     Publish,
+    Quantization,
     Reference,
     Run,
     SampledModel,
@@ -36,6 +38,7 @@ from dpo_ray.config.tree import (
     Tasks,
     Train,
     WinRate,
+    backend,
 )
 from dpo_ray.config.tune import Tune
 
@@ -65,10 +68,12 @@ __all__ = [
     "Metric",
     "Model",
     "NodeChoice",
+    "Optimizer",
     "Pairing",
     "Paths",
     "Placement",
     "Publish",
+    "Quantization",
     "Reference",
     "Reward",
     "RewardModel",
@@ -82,6 +87,7 @@ __all__ = [
     "Train",
     "Tune",
     "WinRate",
+    "backend",
     "dump_config",
     "load_config",
     "overridden",

@@ -55,6 +55,9 @@ LongCompletions = Literal["drop", "cut"]
 LossTurns = Literal["all", "last"]
 
 
+Quantization = Literal["nf4", "int8"]
+
+
 class Run(Section):
     """What a run is called, where it writes, and how it speaks."""
 
@@ -101,6 +104,16 @@ class LoRA(Section):
     """Names of the adapted layers; all-linear: every linear layer but the output head."""
     export: Literal["adapter", "merged"] = "adapter"
     """What is published: the adapter alone, or the whole model with the adapter merged into its weights."""
+    quantization: Quantization | None = None
+    """How the frozen weights of the decoder layers' linear layers are held: nf4, in 4 bits (QLoRA, arXiv:2305.14314);
+    int8, in 8 bits, scaled by row (arXiv:2208.07339). They are computed with in model.dtype, and the reference is the
+    model with these weights, scored with reference.engine=torch. Merged, the adapter is added to these weights; alone,
+    it is published for the model as it was. Left out: in model.dtype, as all other frozen weights are. By bitsandbytes,
+    of the extra `memory`."""
+
+    def identity(self) -> dict[str, Any]:
+        """The options as a training is known by them."""
+        return self.model_dump(mode="json", exclude=set() if self.quantization else {"quantization"})
 
 
 class Model(Section):
@@ -123,6 +136,11 @@ class Model(Section):
     {enable_thinking: false}."""
     lora: LoRA | None = None
     """Train adapters only; left out: all weights."""
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the frozen weights of linear layers are held in training; None: in model.dtype, or trained."""
+        return self.lora.quantization if self.lora is not None else None
 
 
 class Columns(Section):
@@ -465,6 +483,12 @@ class Reference(Section):
     makes it, and others after it."""
 
 
+Optimizer = Literal["adamw", "adamw_8bit", "adamw_bf16", "adamw_8bit_bf16"]
+
+
+EveryNth = Annotated[int, Field(ge=2, strict=True)]
+
+
 Metric = Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"]
 """What training may be steered by: measured on held-out pairs."""
 
@@ -504,6 +528,11 @@ class Train(Section):
     must descend from `model`; where nothing is, those of `model`. The reference is `model` either way."""
     learning_rate: float = Field(1e-6, gt=0.0)
     """Peak learning rate of AdamW."""
+    optimizer: Optimizer = "adamw"
+    """What AdamW keeps, for each trained weight. adamw: weight, gradient and both moments in float32, 16 bytes.
+    adamw_8bit: the moments in 8 bits, in blocks of 256 (arXiv:2110.02861), 10 bytes. adamw_bf16: all in bfloat16, the
+    weight rounded up or down at random so that small steps are not lost (arXiv:2010.06192), 8 bytes.
+    adamw_8bit_bf16: both, 6 bytes. By torchao, of the extra `memory`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup_fraction: float = Field(0.1, ge=0.0, lt=1.0)
@@ -533,8 +562,14 @@ class Train(Section):
     the first byte: each reads its own part of the weights."""
     sharding: Sharding = Sharding()
     """How strategy=fsdp shards."""
-    activation_checkpointing: bool = False
-    """Compute the activations again in the backward pass: less memory, about a third more time."""
+    offload: bool = False
+    """Keep a worker's part of weights, gradients and moments in the host's memory, and update them there; a layer's
+    weights come to the GPU when it computes. For strategy=fsdp, with one worker too. On a GPU only."""
+    activation_checkpointing: bool | EveryNth = False
+    """Compute the activations again in the backward pass: less memory, about a third more time. true: those of every
+    layer; a number n: of every n-th one."""
+    activation_offload: bool = False
+    """Keep what the layers that are computed again start from in the host's memory until then. On a GPU only."""
     compile: bool = False
     """Compile each decoder layer with torch.compile: minutes at the start, then fewer small kernels. On a GPU only."""
     cpus_per_worker: float = Field(1.0, gt=0.0)
@@ -570,16 +605,19 @@ class Train(Section):
     max_failures: int = Field(3, ge=0)
     """Restarts from the last checkpoint after a worker died, before the run fails."""
 
-    def identity(self) -> dict[str, Any]:
-        """The options that change the result, and not just where or how fast it is computed."""
-        execution = {
+    @classmethod
+    def changes_result(cls, name: str) -> bool:
+        """Whether an option changes what is learnt, and not just where or how fast it is computed."""
+        return name not in {
             "start",  # the weights themselves are part of what a training is known by
             "tokens_per_microbatch",
             "num_workers",
             "min_workers",
             "strategy",
             "sharding",
+            "offload",
             "activation_checkpointing",
+            "activation_offload",
             "compile",
             "cpus_per_worker",
             "use_gpu",
@@ -590,8 +628,24 @@ class Train(Section):
             "entropy_every_steps",
             "max_failures",
         }
+
+    def identity(self) -> dict[str, Any]:
+        """The options that change the result."""
+        execution = {name for name in type(self).model_fields if not self.changes_result(name)}
         unset = {"router_aux_loss"} if self.router_aux_loss is None else set()  # the model's own, which is known
+        # AdamW in float32 is what a training is known by that names no optimizer.
+        unset |= {"optimizer"} if self.optimizer == "adamw" else set()
         return self.model_dump(mode="json", exclude=execution | unset)
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether the trained weights themselves are in bfloat16."""
+        return self.optimizer.endswith("_bf16")
+
+    @property
+    def recomputes_every(self) -> int:
+        """Of so many layers one is computed again in the backward pass; 0: none is."""
+        return int(self.activation_checkpointing)
 
     @property
     def gpus(self) -> float:
@@ -611,6 +665,7 @@ class Train(Section):
                 f"{self.num_workers} workers (train.num_workers) needs at least one pair a step"
             )
         self._require_sensible_sharding()
+        self._require_sensible_memory()
         if self.compile and not self.use_gpu:
             raise ValueError(
                 "train.compile is true, but train.use_gpu is false: on CPU, compiling takes minutes and gains nothing. "
@@ -632,6 +687,38 @@ class Train(Section):
                         f"between evaluations, or leave train.{name} out"
                     )
         return self
+
+    def _require_sensible_memory(self) -> None:
+        if self.offload and self.strategy != "fsdp":
+            raise ValueError(
+                f"train.offload is true, but train.strategy is {self.strategy}, under which each worker holds the "
+                "whole model on its device: set train.strategy=fsdp, which serves one worker too, or leave "
+                "train.offload out"
+            )
+        for name in ("offload", "activation_offload"):
+            if getattr(self, name) and not self.use_gpu:
+                raise ValueError(
+                    f"train.{name} is true, but train.use_gpu is false: on CPU all is in the host's memory already. "
+                    f"Leave train.{name} out"
+                )
+        if self.activation_offload and not self.activation_checkpointing:
+            raise ValueError(
+                "train.activation_offload is true, but train.activation_checkpointing is false: what is kept on the "
+                "host is what layers are computed again from. Set train.activation_checkpointing=true, or leave "
+                "train.activation_offload out"
+            )
+        if self.in_bfloat16 and self.ema_decay is not None:
+            raise ValueError(
+                f"train.optimizer is {self.optimizer}, which keeps weights in bfloat16, and a moving average of them "
+                f"with train.ema_decay={self.ema_decay:g} would stand still there: take train.optimizer=adamw_8bit, or "
+                "leave train.ema_decay out"
+            )
+        if "8bit" in self.optimizer and self.strategy == "fsdp" and self.min_workers is not None:
+            raise ValueError(
+                f"train.optimizer is {self.optimizer}, whose moments are in blocks of a worker's own part, but with "
+                f"train.min_workers={self.min_workers} training goes on with any number of workers: leave "
+                "train.min_workers out, or take train.optimizer=adamw or train.strategy=ddp"
+            )
 
     def _require_sensible_sharding(self) -> None:
         sharding = self.sharding
@@ -656,6 +743,13 @@ class Train(Section):
                 f"train.sharding.prefetch_layers is {sharding.prefetch_layers}, but train.use_gpu is false: on CPU "
                 "weights are gathered while nothing computes. Leave it out"
             )
+
+
+def backend(on_gpu: bool, offload: bool) -> str:
+    """What training workers exchange by, as torch names it: NCCL, which does not send what lies on the host."""
+    if not on_gpu:
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if offload else "nccl"
 
 
 BASE_MODEL = "the base model"
@@ -838,6 +932,7 @@ class Config(Section):
                 "add it, or leave iterate out"
             )
         lora = self.model.lora
+        self._require_sensible_memory()
         if self.iterate is not None and self.iterate.rounds > 1 and lora is not None and lora.export == "adapter":
             raise ValueError(
                 "with model.lora.export=adapter the second round's model would be an adapter, and would train one of a "
@@ -873,3 +968,23 @@ class Config(Section):
                 f"{self.train.loss.type} has none: set it to null"
             )
         return self
+
+    def _require_sensible_memory(self) -> None:
+        train, lora = self.train, self.model.lora
+        if train.in_bfloat16 and lora is not None:
+            raise ValueError(
+                f"train.optimizer={train.optimizer} keeps the trained weights in bfloat16, and with model.lora these "
+                "are adapters, which take little memory in float32: set train.optimizer=adamw or adamw_8bit"
+            )
+        if train.in_bfloat16 and self.model.dtype != "bfloat16":
+            raise ValueError(
+                f"train.optimizer={train.optimizer} keeps the weights in bfloat16, but model.dtype={self.model.dtype} "
+                "would compute with more digits than they have: set model.dtype=bfloat16, or train.optimizer=adamw_8bit"
+            )
+        quantization = self.model.quantization
+        if quantization is not None and self.reference.engine == "vllm" and train.loss.needs_reference:
+            raise ValueError(
+                f"model.lora.quantization={quantization} has training start from quantized weights, which "
+                "reference.engine=vllm does not score with: the rewards would not begin at 0. Set "
+                "reference.engine=torch, which scores with the same weights"
+            )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dpo_ray.config import LoRA
 from dpo_ray.errors import ConfigError
 from dpo_ray.model.folders import ADAPTER_WEIGHTS
+from dpo_ray.model.quantization import QuantizedLinear, quiet_bitsandbytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +31,7 @@ def add_adapters(model: PreTrainedModel, options: LoRA, *, seed: int = 0) -> Non
 
     Raises ConfigError where a target module is not a linear layer of the model, or is read past its adapter.
     """
+    quiet_bitsandbytes()  # which PEFT loads where it is installed
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
@@ -77,7 +79,8 @@ def save_adapter(
 def merged_weights(
     policy: PreTrainedModel, state: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor]
 ) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
-    """What the state of a policy with adapters is without them: each weight by its name in the plain model.
+    """What the state of a policy with adapters is without them: each weight by its name in the plain model, and those
+    that are quantized as they are computed with.
 
     Args:
         state: of the policy, frozen weights too, possibly sharded.
@@ -90,19 +93,29 @@ def merged_weights(
         layer, _, rest = name.partition(".base_layer.")
         if ".lora_A." in name or ".lora_B." in name:
             continue
+        plain = f"{layer}.{rest}" if rest else name
+        base, made = value, partial(whole, value)
+        frozen = policy.get_submodule(name.rpartition(".")[0])
+        if isinstance(frozen, QuantizedLinear) and name.endswith(".weight"):
+            base = torch.empty(frozen.out_features, frozen.in_features, device="meta")
+            made = partial(_dequantized, frozen, value, whole)
         if rest == "weight":
             down, up = (state[f"{layer}.lora_{factor}.{_NAME}.weight"] for factor in ("A", "B"))
-            module = policy.get_submodule(layer)
-            found[f"{layer}.{rest}"] = value, partial(_added, module, value, down, up, whole)
-        else:
-            found[f"{layer}.{rest}" if rest else name] = value, partial(whole, value)
+            made = partial(_added, policy.get_submodule(layer), made, down, up, whole)
+        found[plain] = base, made
     return found
 
 
-def _added(layer: Any, base: Tensor, down: Tensor, up: Tensor, whole: Callable[[Tensor], Tensor]) -> Tensor:
+def _dequantized(layer: QuantizedLinear, packed: Tensor, whole: Callable[[Tensor], Tensor]) -> Tensor:
+    return layer.whole(whole(packed))
+
+
+def _added(
+    layer: Any, base: Callable[[], Tensor], down: Tensor, up: Tensor, whole: Callable[[Tensor], Tensor]
+) -> Tensor:
     update = whole(up) @ whole(down)
     scale: float = layer.scaling[_NAME]
-    return whole(base) + (update.T if layer.fan_in_fan_out else update) * scale
+    return base() + (update.T if layer.fan_in_fan_out else update) * scale
 
 
 def merge(base: Path, adapter: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -35,7 +35,11 @@ class TorchScorer:
         folder = ModelFolder.of(model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.scorer = load_for_scoring(
-            folder.path, self.device, torch_dtype(model.dtype), trust_remote_code=folder.trust_remote_code
+            folder.path,
+            self.device,
+            torch_dtype(model.dtype),
+            trust_remote_code=folder.trust_remote_code,
+            quantization=model.quantization,
         )
 
     @torch.inference_mode()

@@ -57,28 +57,46 @@ class PartOfModel:
     model: PreTrainedModel
     """Its parameters are on the meta device, in their whole shape; its buffers are real."""
     weights: dict[str, Tensor]
-    """By name, in float32 on the CPU. Weights that are tied are the same tensor, under each of its names."""
+    """By name, as they are held, on the CPU. Weights that are tied are the same tensor, under each of its names."""
 
 
-def read_part(folder: Path, part: Part, *, trust_remote_code: bool = False) -> PartOfModel:
+Held = Callable[[str, Tensor], Tensor]
+"""What is kept of a part of a weight: given the weight's name, and the part in float32, on the CPU."""
+
+
+def _as_read(_: str, value: Tensor) -> Tensor:
+    return value
+
+
+def read_part(
+    folder: Path,
+    part: Part,
+    *,
+    trust_remote_code: bool = False,
+    held: Callable[[PreTrainedModel], Held] = lambda _: _as_read,
+) -> PartOfModel:
     """What from_pretrained makes of a folder, in float32, but of each weight only a part is read.
 
     Models whose files are quantized are read whole by each process, and cut then, which the log says.
+
+    Args:
+        held: given the model without its weights, how they are held. Each is brought to it once it is read.
     """
     weights: dict[str, Tensor] = {}
 
     def take(files: Files) -> Any:
+        hold = held(files.model)
         for name in files.plain:
             parameter = files.parameters[name]
-            weights[name] = files.plain[name][part.within(parameter.shape)].to(torch.float32)
+            weights[name] = hold(name, files.plain[name][part.within(parameter.shape)].to(torch.float32))
             files.seen(name)
         for group in files.converted:
             files.convert(group)
-            _cut(files.model, part, weights)
+            _cut(files.model, part, weights, hold)
         return files.told()
 
     model = without_weights(folder, take, trust_remote_code=trust_remote_code)
-    _cut(model, part, weights)  # what has been read or drawn whole
+    _cut(model, part, weights, held(model))  # what has been read or drawn whole
     found: dict[int, Tensor] = {id(p): weights[name] for name, p in model.named_parameters()}
     return PartOfModel(model, {name: found[id(p)] for name, p in model.named_parameters(remove_duplicate=False)})
 
@@ -173,11 +191,12 @@ class Files:
         return convert_and_load_state_dict_in_model(self.model, group, self._options)[0]
 
 
-def _cut(model: nn.Module, part: Part, weights: dict[str, Tensor]) -> None:
+def _cut(model: nn.Module, part: Part, weights: dict[str, Tensor], hold: Held) -> None:
     """Take the part of each parameter that is not on the meta device, and leave it there without its values."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
-            weights[name] = parameter.detach()[part.within(parameter.shape)].to("cpu", torch.float32, copy=True)
+            mine = parameter.detach()[part.within(parameter.shape)].to("cpu", torch.float32, copy=True)
+            weights[name] = hold(name, mine)
             empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
             empty._is_hf_initialized = True  # type: ignore[attr-defined]
             set_everywhere(model, {id(parameter): empty})
@@ -189,6 +208,17 @@ def set_everywhere(model: nn.Module, instead: dict[int, nn.Parameter]) -> None:
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and id(parameter) in instead:
                 module._parameters[name] = instead[id(parameter)]
+
+
+def put_whole(model: nn.Module, weights: dict[str, Tensor], device: torch.device) -> None:
+    """Give each parameter that is on the meta device its weight, whole, which is taken out of the weights."""
+    filled: dict[int, nn.Parameter] = {}
+    for name, empty in model.named_parameters():
+        if empty.is_meta:
+            mine = weights.pop(name.replace(".base_layer.", ".")).to(device)
+            filled[id(empty)] = nn.Parameter(mine, requires_grad=empty.requires_grad)
+    weights.clear()  # other names of the same ones
+    set_everywhere(model, filled)
 
 
 @contextmanager

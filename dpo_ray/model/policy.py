@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dpo_ray.config import LoRA
+from dpo_ray.config import LoRA, Quantization
 from dpo_ray.errors import ConfigError
 from dpo_ray.model import attention
+from dpo_ray.model.libraries import require_bitsandbytes
 from dpo_ray.model.logprobs import Head, TokenScores, token_scores
 from dpo_ray.model.lora import add_adapters
 from dpo_ray.model.packing import MicroBatch, pack, pad
-from dpo_ray.model.part import Part, PartOfModel, read_part, without_memory
+from dpo_ray.model.part import Held, Part, PartOfModel, read_part, set_everywhere, without_memory
+from dpo_ray.model.quantization import (
+    QuantizedLinear,
+    linear_layers,
+    quantize,
+    require_quantizable,
+    use_quantized_layers,
+)
 from dpo_ray.model.recurrent import Separation, separated
 from dpo_ray.model.routing import routing, tells_routing
 from dpo_ray.pairs import TokenizedPair
@@ -41,7 +51,8 @@ def load_policy(
     trust_remote_code: bool = False,
     lora: LoRA | None = None,
     seed: int = 0,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: int = 0,
+    activation_offload: bool = False,
 ) -> PreTrainedModel:
     """A causal language model with float32 weights, dropout off, on the packed attention where it can serve.
 
@@ -53,6 +64,7 @@ def load_policy(
         lora=lora,
         seed=seed,
         activation_checkpointing=activation_checkpointing,
+        activation_offload=activation_offload,
     )
     use_packed_attention(CompletionScorer(model))
     return model
@@ -64,14 +76,17 @@ def load_untried_policy(
     trust_remote_code: bool = False,
     lora: LoRA | None = None,
     seed: int = 0,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: int = 0,
+    activation_offload: bool = False,
 ) -> PreTrainedModel:
     """The same, but whoever brings it to where it computes calls use_packed_attention then.
 
     Args:
         lora: put adapters on it, and freeze all else; it still computes what the model of the folder does.
         seed: of the adapters' start; the same on every rank, for each must start equal.
-        activation_checkpointing: in train mode, compute each layer's activations again in the backward pass.
+        activation_checkpointing: in train mode, compute the activations of every layer (1) or of every n-th one (n)
+            again in the backward pass.
+        activation_offload: keep what such a layer starts from in the host's memory.
 
     Raises ConfigError where adapters or activation checkpointing do not go with the model, or where its output layer
     is not linear.
@@ -84,8 +99,7 @@ def load_untried_policy(
     prepare(model)
     if lora is not None:
         add_adapters(model, lora, seed=seed)
-    if activation_checkpointing:
-        _checkpoint_activations(model)
+    _checkpoint_activations(model, activation_checkpointing, activation_offload)
     return model
 
 
@@ -96,20 +110,60 @@ def load_part_of_policy(
     trust_remote_code: bool = False,
     lora: LoRA | None = None,
     seed: int = 0,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: int = 0,
+    activation_offload: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> PartOfModel:
     """The same without its weights, and this process's part of these: nothing is whole, on any process.
 
-    Adapters are whole. Whoever puts the weights in calls use_packed_attention then. Raises as load_policy does.
+    Adapters are whole. Whoever puts the weights in calls use_packed_attention then.
+
+    Args:
+        dtype: that the model's weights are held in; where lora.quantization says so, those of linear layers are not.
+
+    Raises as load_policy does, and where quantization does not go with the model, or bitsandbytes is not installed.
     """
-    found = read_part(folder, part, trust_remote_code=trust_remote_code)
+    quantization = lora.quantization if lora is not None else None
+    found = read_part(
+        folder, part, trust_remote_code=trust_remote_code, held=lambda model: _held(model, dtype, quantization)
+    )
     prepare(found.model)
     if lora is not None:
         with without_memory(found.model):
             add_adapters(found.model, lora, seed=seed)
-    if activation_checkpointing:
-        _checkpoint_activations(found.model)
+    if quantization is not None:
+        layers = decoder_layers(found.model, wanted_by=f"model.lora.quantization={quantization}")
+        use_quantized_layers(found.model, layers, quantization)
+    empty = {
+        id(p): nn.Parameter(torch.empty_like(p, dtype=dtype), requires_grad=p.requires_grad)
+        for p in found.model.parameters()
+        if p.is_meta and p.is_floating_point()
+    }
+    set_everywhere(found.model, empty)
+    _checkpoint_activations(found.model, activation_checkpointing, activation_offload)
     return found
+
+
+def _held(model: PreTrainedModel, dtype: torch.dtype, quantization: Quantization | None) -> Held:
+    """How the weights of a model are held: in a dtype, and those of its decoder layers' linear layers packed."""
+    packed = quantized_weights(model, quantization)
+
+    def hold(name: str, value: Tensor) -> Tensor:
+        if quantization is not None and name in packed:
+            return quantize(value, quantization)
+        return value.to(dtype)
+
+    return hold
+
+
+def quantized_weights(model: PreTrainedModel, quantization: Quantization | None) -> set[str]:
+    """Names of the weights that are quantized, of a model without adapters. Raises ConfigError where it cannot be."""
+    if quantization is None:
+        return set()
+    require_bitsandbytes(quantization)
+    layers = decoder_layers(model, wanted_by=f"model.lora.quantization={quantization}")
+    require_quantizable(model, layers, quantization)
+    return {f"{name}.weight" for name, _ in linear_layers(model, layers)}
 
 
 def prepare(model: PreTrainedModel) -> None:
@@ -144,7 +198,8 @@ def decoder_layers(model: PreTrainedModel, *, wanted_by: str) -> list[nn.Module]
     if not layers:
         raise ConfigError(
             f"{wanted_by}: this takes the decoder layers one by one, but {type(model).__name__} does not name its own "
-            "(_no_split_modules). Use train.strategy=ddp, model.dtype=float32 and train.compile=false for this model."
+            "(_no_split_modules). Use train.strategy=ddp, model.dtype=float32 and train.compile=false for this model, "
+            "and no model.lora.quantization."
         )
     return layers
 
@@ -155,12 +210,17 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     Raises ConfigError where the model does not name its decoder layers.
     """
     attention.hide_from_compiler()
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):  # what makes its weight whole is one kernel already
+            module.forward = torch.compiler.disable(module.forward)
     for layer in decoder_layers(model, wanted_by="train.compile=true"):
         # Not layer.compile(), which would take FSDP's hooks into what is compiled.
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
 
-def _checkpoint_activations(model: PreTrainedModel) -> None:
+def _checkpoint_activations(model: PreTrainedModel, every: int, offload: bool) -> None:
+    if not every:
+        return
     if not model.supports_gradient_checkpointing:
         raise ConfigError(
             f"train.activation_checkpointing is on, but {type(model).__name__} does not support it. Turn it off, and "
@@ -170,6 +230,27 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
     # Only reentrant checkpoints need inputs with gradients; with adapters they would cost a backward pass through
     # the frozen embeddings' outputs, and inference mode refuses them.
     model.disable_input_require_grads()
+    if every == 1 and not offload:
+        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"The layers of {type(model).__name__} are not transformers' own, so that none can be chosen: set "
+            "train.activation_checkpointing=true, and train.activation_offload=false."
+        )
+    layer: Any
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number % every == 0
+        if offload:
+            layer._gradient_checkpointing_func = partial(_from_host, layer._gradient_checkpointing_func)
+
+
+def _from_host(checkpointed: Callable[..., Any], *arguments: Any) -> Any:
+    """What a checkpoint keeps to begin from is kept on the host; all else in it is not kept at all."""
+    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return checkpointed(*arguments)
 
 
 def run_packed(model: PreTrainedModel) -> Separation:
@@ -293,8 +374,8 @@ class CompletionScorer(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
-        self.parts = 1
-        """Processes that hold a part of each weight; 1: this one holds all of it."""
+        self.adds_gradients_up_at_once = False
+        """Whether gradients of a micro-batch go at once to where they are kept, and are added up there."""
 
     @property
     def packs(self) -> bool:

@@ -52,6 +52,9 @@ def choose_engine(output: Location, config: Config, tokenized: Artifact) -> Engi
     """
     if config.reference.engine == "torch":
         return "torch"
+    if config.model.quantization is not None and config.reference.engine == "auto":
+        say("reference", f"reference.engine=auto: torch, for model.lora.quantization={config.model.quantization}")
+        return "torch"
     kind, identity = "reference_engine", _identity(config, tokenized)
     limits = config.reference.tolerance.limits(config.model.dtype)
 

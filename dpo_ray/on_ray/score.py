@@ -74,6 +74,7 @@ def _score(
             model.dtype,
             engine,
             engine_version,
+            model.quantization,
         ),
         inputs={rows.manifest.kind: rows.fingerprint},
         tasks=shard_tasks(rows),

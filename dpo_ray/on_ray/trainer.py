@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dpo_ray.config import Config, Model, Train
+from dpo_ray.config import Config, Model, Train, backend
 from dpo_ray.config.tolerance import Limits
 from dpo_ray.errors import DamagedCheckpoint, DpoRayError
 from dpo_ray.model.resolve import ModelFolder
@@ -116,7 +116,7 @@ def _known_by(config: Config, rows: Artifact) -> tuple[dict[str, Any], dict[str,
     identity = {
         "weights": ModelFolder.of(config.model).weights_hash(),
         "dtype": config.model.dtype,
-        "lora": config.model.lora.model_dump(mode="json") if config.model.lora else None,
+        "lora": config.model.lora.identity() if config.model.lora else None,
         "train": config.train.identity(),
         "seed": config.run.seed,
         "order": ORDER,
@@ -259,7 +259,7 @@ def _run(
             failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
-        torch_config=TorchConfig(backend="nccl" if options.use_gpu else "gloo"),
+        torch_config=TorchConfig(backend=backend(options.use_gpu, options.offload)),
         datasets={TRAIN: placeholder},
         dataset_config=StepFeed(plan, microbatch, reached, runs / "reading", place),
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from dpo_ray.config import Model
+from dpo_ray.config import Model, Quantization
 from dpo_ray.config.losses import Loss
 from dpo_ray.data.pairing import mismatched, mismatched_rows
 from dpo_ray.data.quarantine import quarantine_table
@@ -32,11 +32,19 @@ REFERENCE_COLUMNS = ("chosen_ref_logprobs", "rejected_ref_logprobs")
 Engine = Literal["vllm", "torch"]
 
 
-def identity(weights: str, tokenizer: str, dtype: str, engine: Engine, engine_version: str) -> dict[str, Any]:
+def identity(
+    weights: str,
+    tokenizer: str,
+    dtype: str,
+    engine: Engine,
+    engine_version: str,
+    quantization: Quantization | None = None,
+) -> dict[str, Any]:
     """What changes the reference scores, beside the rows. Neither beta nor any other training option is in it.
 
     Args:
         weights, tokenizer: hashes of the model's weights, and of the tokenizer that made the rows' ids.
+        quantization: of the weights, where they are scored with as a training holds them.
     """
     return {
         "weights": weights,
@@ -44,6 +52,7 @@ def identity(weights: str, tokenizer: str, dtype: str, engine: Engine, engine_ve
         "dtype": dtype,
         "engine": engine,
         "engine_version": engine_version,
+        **({"quantization": quantization} if quantization is not None else {}),
     }
 
 

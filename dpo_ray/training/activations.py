@@ -12,6 +12,7 @@ from typing import Any
 from dpo_ray.config import Model, Train
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import TokenizedPair
+from dpo_ray.training.memory import recomputed_layers
 
 _WORDS = 32
 _TOKENS = 64  # of each of the three parts of a pair
@@ -32,10 +33,10 @@ def counted_bytes_per_token(folder: ModelFolder, model: Model, train: Train) -> 
     if of_one is None or of_two is None:
         return None
     layer = (of_two - of_one) / (3 * _TOKENS)
-    if not train.activation_checkpointing:
-        return float(layers * layer)
+    again = recomputed_layers(layers, train)
     size = 2 if model.dtype == "bfloat16" else 4
-    return float(layer + layers * size * config.get_text_config().hidden_size)
+    begins = 0 if train.activation_offload else size * config.get_text_config().hidden_size
+    return float((layers - again + (again > 0)) * layer + again * begins)
 
 
 def _cut_down(config: Any, layers: int) -> Any:

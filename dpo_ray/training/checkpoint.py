@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from dpo_ray.errors import DamagedCheckpoint
+from dpo_ray.errors import ConfigError, DamagedCheckpoint
 from dpo_ray.storage.location import Location
 from dpo_ray.training.checkpoint_reader import Planner, Reader
 from dpo_ray.training.files import HISTORY, STATE, read_history
@@ -92,7 +92,8 @@ def load_checkpoint(
     """Restore in place, whatever the number of workers and the wrapping were when it was written.
 
     Each rank reads its own part, from where the checkpoint lies. Raises DamagedCheckpoint on every rank alike where one
-    of them reads tensors that are not those that were written.
+    of them reads tensors that are not those that were written; ConfigError where moments of 8 bits cannot be divided
+    among this number of workers.
     """
     tensors = _tensors(policy, optimizer, average)
     with warnings.catch_warnings():
@@ -102,7 +103,7 @@ def load_checkpoint(
         try:
             dcp.load(tensors, storage_reader=reader, planner=Planner(), no_dist=not dist.is_initialized())
         except CheckpointException as error:
-            raise _damage(error, checkpoint) or error from error
+            raise _damage(error, checkpoint) or _other_blocks(error, checkpoint) or error from error
     set_model_state_dict(policy, tensors["model"], options=_TRAINED)
     set_optimizer_state_dict(policy, optimizer, tensors["optimizer"], options=_TRAINED)
     with suppress(FileNotFoundError):  # a rank that the run did not have before starts from its seed
@@ -121,6 +122,19 @@ def _damage(failed: CheckpointException, checkpoint: Location) -> DamagedCheckpo
         if isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error):  # torch's, of a header of its own
             return DamagedCheckpoint(f"{checkpoint} is damaged: {str(error).splitlines()[0]}")
     return None
+
+
+def _other_blocks(failed: CheckpointException, checkpoint: Location) -> ConfigError | None:
+    """What a rank has found whose part of moments of 8 bits begins or ends within a block."""
+    if not any(
+        isinstance(error, ValueError) and "block boundary" in str(error) for error, _ in failed.failures.values()
+    ):
+        return None
+    return ConfigError(
+        f"{checkpoint} holds moments of 8 bits in blocks that cannot be divided as this number of workers wants them: "
+        "go on with as many workers, and train.strategy and train.sharding, as it was written with; or train anew, in "
+        "another run.output."
+    )
 
 
 def load_weights(checkpoint: Location, *, policy: nn.Module, average: WeightAverage | None) -> None:

@@ -115,7 +115,7 @@ def passes(options: Train, lora: LoRA | None) -> float:
     """What a step computes, in forward-and-backward passes over its pairs."""
     # Frozen matrices have no gradient of their own: of three products a matrix two are left.
     whole = 2 / 3 if lora is not None else 1.0
-    again = FORWARD if options.activation_checkpointing else 0.0
+    again = FORWARD / options.recomputes_every if options.recomputes_every else 0.0
     # All log-probs are known before the first gradient, and so is the use of experts; mismatched completions are never
     # trained on.
     before = FORWARD * (options.loss.couples_batch + options.loss.needs_mismatched + bool(options.router_aux_loss))

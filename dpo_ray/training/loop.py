@@ -25,7 +25,7 @@ from dpo_ray.training.export import export_policy
 from dpo_ray.training.files import EXPORTED, num_skipped
 from dpo_ray.training.longest import LongestPairs
 from dpo_ray.training.optim import WeightAverage, learning_rate, make_optimizer
-from dpo_ray.training.parallel import Rank
+from dpo_ray.training.parallel import Rank, part_of
 from dpo_ray.training.rehearsal import require_that_it_fits
 from dpo_ray.training.selection import best_step, should_stop
 from dpo_ray.training.start import start_policy
@@ -96,7 +96,8 @@ def train(
     base = adapter_base(model) if adapter_alone else None
     scorer, forward = start_policy(folder, model, options, me, seed=seed)
     policy = scorer.model
-    optimizer = make_optimizer(policy, options)
+    part = part_of(me, options.sharding).number if options.strategy == "fsdp" else 0
+    optimizer = make_optimizer(policy, options, seed=(seed << 16) + part)
     average = WeightAverage(policy, options.ema_decay) if options.ema_decay is not None else None
     state = TrainState()
     if resume is not None:

@@ -42,6 +42,10 @@ class Shape:
     """Parameters that are in no decoder layer: embedding, head, the last norm."""
     tied: bool
     """Whether embedding and head are one."""
+    linear: int = 0
+    """Parameters of linear layers in decoder layers: what model.lora.quantization is about."""
+    sides: int = 0
+    """Rows and columns of these, added up: what adapters have for each rank."""
 
     @property
     def layer(self) -> int:
@@ -52,6 +56,7 @@ class Shape:
 def shape_of(folder: ModelFolder) -> Shape:
     """Read off a model folder's configuration; no weights are loaded."""
     import torch
+    from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM
 
     whole = AutoConfig.from_pretrained(folder.description, trust_remote_code=folder.trust_remote_code)
@@ -63,7 +68,9 @@ def shape_of(folder: ModelFolder) -> Shape:
     width = getattr(config, "moe_intermediate_size", None) if experts > 1 else None
     width = width or getattr(config, "intermediate_size", None) or 4 * hidden
     names = set(model._no_split_modules or ())
-    inside = {id(p) for m in model.modules() if type(m).__name__ in names for p in m.parameters()}
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    linear = [module.weight.shape for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)]
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),
         layers=config.num_hidden_layers,
@@ -73,6 +80,8 @@ def shape_of(folder: ModelFolder) -> Shape:
         heads=config.num_attention_heads,
         outside=sum(p.numel() for p in model.parameters() if id(p) not in inside),
         tied=model.get_input_embeddings().weight is model.get_output_embeddings().weight,
+        linear=sum(rows * columns for rows, columns in linear),
+        sides=sum(rows + columns for rows, columns in linear),
     )
 
 
@@ -92,19 +101,67 @@ def trained_parameters(folder: ModelFolder, lora: LoRA | None) -> int:
 
 
 def checkpoint_bytes(trained: int, train: Train) -> int:
-    """Of a checkpoint of so many trained parameters: weights, AdamW's two moments, and their average, in float32."""
-    return trained * 4 * (3 + (train.ema_decay is not None))
+    """Of a checkpoint of so many trained parameters: weights, AdamW's two moments, and the weights' average."""
+    each = (2 if train.in_bfloat16 else 4) * (1 + (train.ema_decay is not None))
+    return int(trained * (each + moment_bytes(train)))
+
+
+def moment_bytes(train: Train) -> float:
+    """Of AdamW's two moments of a weight. In 8 bits, 256 of them have a scale in float32."""
+    return {"adamw": 8.0, "adamw_bf16": 4.0}.get(train.optimizer, 2 * (1 + 4 / 256))
+
+
+def frozen_bytes(shape: Shape, model: Model) -> float:
+    """Of all of a model's weights as they are held under adapters."""
+    size = 2 if model.dtype == "bfloat16" else 4
+    of_linear = {"nf4": 0.5 + 4 / 64, "int8": 1 + 4 / shape.hidden}.get(model.quantization or "", float(size))
+    return shape.linear * of_linear + (shape.parameters - shape.linear) * size
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes of what one worker holds between two steps and within them."""
+
+    weights: int
+    gradients: int
+    moments: int
+    """AdamW's."""
+    beside: int
+    """Of replicas: what gradients travel in, and the computing copy in bfloat16 of weights in float32."""
+    on_host: bool
+    """Whether all of it lies in the host's memory, and not on the device."""
+
+    @property
+    def all(self) -> int:
+        return self.weights + self.gradients + self.moments + self.beside
+
+
+def state_of(shape: Shape, model: Model, train: Train, num_workers: int) -> State:
+    """By the model's shape. Adapters are counted as if all linear layers had some."""
+    shards = _shards(train, num_workers) if train.strategy == "fsdp" else 1
+    trained = shape.parameters if model.lora is None else model.lora.rank * shape.sides
+    frozen = frozen_bytes(shape, model) if model.lora is not None else 0.0
+    size = 2 if train.in_bfloat16 else 4
+    # Replicas add gradients up in the float32 that they travel in, until the last micro-batch.
+    gradient = 4 if num_workers > shards else size
+    beside = 0
+    if train.strategy == "ddp" and model.dtype == "float32" and num_workers > 1:
+        beside = 4 * trained  # DistributedDataParallel's buckets
+    if train.strategy == "ddp" and model.dtype == "bfloat16" and not train.in_bfloat16:
+        beside = 2 * trained
+    return State(
+        weights=int((frozen + size * trained) / shards),
+        gradients=gradient * trained // shards,
+        moments=int(moment_bytes(train) * trained / shards),
+        beside=beside,
+        on_host=train.offload,
+    )
 
 
 def state_bytes(shape: Shape, model: Model, train: Train, num_workers: int) -> int:
-    """What one worker holds between two steps and within them: weights, gradients and AdamW's moments, what gradients
-    travel in, and of replicas the computing copy in bfloat16."""
-    whole = 4 if model.lora is not None else 16  # adapters themselves are small beside it
-    if train.strategy == "fsdp":
-        return shape.parameters * whole // _shards(train, num_workers)
-    if model.dtype == "float32" and num_workers > 1 and model.lora is None:
-        whole += 4  # DistributedDataParallel's buckets
-    return shape.parameters * (whole + (2 if model.dtype == "bfloat16" else 0))
+    """What of a worker's state lies where it computes: all of it, or nothing."""
+    state = state_of(shape, model, train, num_workers)
+    return 0 if state.on_host else state.all
 
 
 def _shards(train: Train, num_workers: int) -> int:
@@ -115,17 +172,24 @@ def gathered_bytes(shape: Shape, model: Model, train: Train, num_workers: int) -
     """What a worker of a sharded model holds for a moment beside its part: weights that are gathered, in the dtype that
     is computed in; their gradients in it, and in the float32 that these travel in.
 
-    Of a layer and of the next one on its way; or of embedding or head, whichever is more. Nothing for replicas.
-    Measured: benchmarks/sharding.md.
+    Of a layer and of the next one on its way; or of embedding or head, whichever is more. Nothing for replicas, but for
+    those whose weights are in bfloat16, which have a copy of a layer while it computes. Measured:
+    benchmarks/sharding.md.
     """
-    if train.strategy != "fsdp":
+    if train.strategy != "fsdp" and not train.in_bfloat16:
         return 0
     size = 2 if model.dtype == "bfloat16" else 4
     trained = model.lora is None
     layer, end = shape.layer, shape.vocabulary * shape.hidden
     kept = shape.parameters if train.sharding.keep_gathered else 0
-    ahead = 1 + train.sharding.prefetch_layers if _shards(train, num_workers) > 1 else 0
-    of_layers = size * layer * (1 + ahead) + (size + 4) * layer * trained
+    ahead = 1 + train.sharding.prefetch_layers if train.strategy == "fsdp" and _shards(train, num_workers) > 1 else 0
+    if not trained and model.quantization is not None:  # packed as they are gathered; one matrix at a time is whole
+        each = shape.linear / max(1, shape.layers)
+        layer = int(layer * frozen_bytes(shape, model) / (size * shape.parameters))
+        kept = int(kept * frozen_bytes(shape, model) / (size * shape.parameters))
+        of_layers = int(size * layer * (1 + ahead) + size * each / 2)
+    else:
+        of_layers = size * layer * (1 + ahead) + (size + 4) * layer * trained
     if shape.tied:  # gathered all the time, and its gradient waits for the embedding's
         of_layers += size * end * (1 + trained)
     of_ends = size * end * 2 if not trained else (2 * size + 4) * end
@@ -136,9 +200,14 @@ def bytes_per_token(shape: Shape, model: Model, train: Train) -> int:
     """What the backward pass needs of each token of a micro-batch."""
     size = 2 if model.dtype == "bfloat16" else 4
     layer = size * (_HIDDEN_PER_LAYER * shape.hidden + _INTERMEDIATE_PER_LAYER * shape.intermediate)
-    if train.activation_checkpointing:
-        return layer + shape.layers * size * shape.hidden
-    return shape.layers * layer
+    again = recomputed_layers(shape.layers, train)
+    begins = 0 if train.activation_offload else size * shape.hidden
+    return (shape.layers - again + (again > 0)) * layer + again * begins
+
+
+def recomputed_layers(layers: int, train: Train) -> int:
+    """How many of them compute their activations again in the backward pass, one after the other."""
+    return -(-layers // train.recomputes_every) if train.recomputes_every else 0
 
 
 def tokens_that_fit(shape: Shape, model: Model, train: Train, *, memory: int, num_workers: int) -> int:
@@ -153,8 +222,8 @@ def tokens_that_fit(shape: Shape, model: Model, train: Train, *, memory: int, nu
         raise ConfigError(
             f"train.tokens_per_microbatch=auto finds no room: a worker has {memory / _GIB:.1f} GiB, of which weights, "
             f"gradients and optimizer take about {state / _GIB:.1f}. Use train.strategy=fsdp with more workers, "
-            "model.dtype=bfloat16, model.lora or train.activation_checkpointing; or set train.tokens_per_microbatch "
-            "to a number, if you know that it fits."
+            "model.dtype=bfloat16, train.optimizer=adamw_8bit, model.lora or train.activation_checkpointing; or set "
+            "train.tokens_per_microbatch to a number, if you know that it fits."
         )
     return min(tokens, MOST_TOKENS_GPU if train.use_gpu else MOST_TOKENS_CPU)
 
@@ -202,7 +271,8 @@ def pair_bytes(
         square = shape.heads * (4 + size)
     if implementation == "eager":
         square = shape.heads * (4 if size == 4 else 4 + size)  # a softmax is in float32, and brought to bfloat16 then
-    layers = 1 if train.activation_checkpointing else shape.layers
+    again = recomputed_layers(shape.layers, train)
+    layers = shape.layers - again + (again > 0)
     return tokens * bytes_per_token(shape, model, train) + layers * squares * square
 
 

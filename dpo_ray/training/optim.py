@@ -2,25 +2,98 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpo_ray.config import Train
+from dpo_ray.model.libraries import require_torchao
+
+BLOCK = 256
+"""Values that share a scale in moments of 8 bits (arXiv:2110.02861)."""
 
 
-def make_optimizer(model: nn.Module, config: Train) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101), fused; biases and norms do not decay."""
+def make_optimizer(model: nn.Module, config: Train, *, seed: int = 0) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101), fused in float32, and torchao's otherwise; biases and norms do not decay.
+
+    Args:
+        seed: of the rounding of weights in bfloat16: the same where workers hold the same weights.
+
+    Raises ConfigError where torchao is needed and not installed.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": (0.9, 0.999), "eps": 1e-8}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options, fused=True)
+    require_torchao(config.optimizer)
+    return _in_few_bytes(groups, options, config, seed)
+
+
+def _in_few_bytes(
+    groups: list[dict[str, Any]], options: dict[str, Any], config: Train, seed: int
+) -> torch.optim.Optimizer:
+    _quiet_torchao()
+    from torchao.optim import AdamW8bit, _AdamW
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    base: Any = AdamW8bit if "8bit" in config.optimizer else _AdamW
+    sizes = {"block_size": BLOCK} if "8bit" in config.optimizer else {}
+
+    class AdamW(base):  # type: ignore[misc]
+        @staticmethod
+        def _subclass_zeros(p: Tensor, signed: bool, block_size: int) -> Tensor:
+            # In the weight's own dtype, a part of a sharded moment in bfloat16 would say that it is in float32.
+            zeros: Tensor = OptimState8bit.zeros(p.shape, signed, block_size, p.device)
+            return zeros
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            weights = [p for group in self.param_groups for p in group["params"]]
+            done = self.state[weights[0]].get("step", 0) if self.state else 0
+            device = weights[0].device
+            with _eager(device), _drawn(device, ((seed << 32) + int(done)) % 2**63):
+                return super().step(closure)
+
+    made: torch.optim.Optimizer = AdamW(groups, **options, **sizes, bf16_stochastic_round=config.in_bfloat16)
+    return made
+
+
+def _quiet_torchao() -> None:
+    # It warns of kernels for GPUs that it brings and cannot load, and torch of how it registers an enumeration; neither
+    # is used here.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+
+
+def _eager(device: torch.device) -> AbstractContextManager[Any]:
+    """On a GPU torchao compiles its step, a kernel for a weight; on CPU that takes longer than most trainings."""
+    return torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext()
+
+
+@contextmanager
+def _drawn(device: torch.device, seed: int) -> Iterator[None]:
+    """Inside, what is drawn is drawn from the seed; afterwards all generators are as before."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Of the next step, for all weights."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # torchao takes no other
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def learning_rate(step: int, num_steps: int, config: Train) -> float:

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dpo_ray.config import Sharding
+from dpo_ray.config import Sharding, backend
 from dpo_ray.model.part import Part, set_everywhere
 from dpo_ray.model.policy import CompletionScorer, decoder_layers
 
@@ -46,6 +46,7 @@ def parallelize(
     dtype: torch.dtype = torch.float32,
     *,
     sharding: Sharding = Sharding(),
+    offload: bool = False,
     weights: dict[str, Tensor] | None = None,
 ) -> nn.Module:
     """The module to call for a forward pass that gradients are to flow through.
@@ -57,6 +58,7 @@ def parallelize(
 
     Args:
         dtype: what the forward and backward pass compute in.
+        offload: keep each worker's part of weights, gradients and moments in the host's memory, for fsdp.
         weights: of a model without any (dpo_ray.model.part), this worker's part of each by its name, for fsdp; taken
             out of it, so that none is held twice.
 
@@ -66,7 +68,7 @@ def parallelize(
         return DistributedDataParallel(scorer) if me.world_size > 1 else scorer
     layers = decoder_layers(scorer.model, wanted_by="train.strategy=fsdp or model.dtype=bfloat16")
     if not dist.is_initialized():
-        _start_group_of_one(me)
+        _start_group_of_one(me, offload)
     part = part_of(me, sharding) if strategy == "fsdp" else Part(0, 1)
     if part.of == me.world_size:
         mesh = init_device_mesh(me.device.type, (me.world_size,))
@@ -80,31 +82,39 @@ def parallelize(
         ),
         "shard_placement_fn": lambda weight: Shard(part.dimension(weight.shape)),
     }
-    # Where every worker holds all weights, giving the computing copy up between the passes would save nothing.
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=me.device.type == "cuda")
+    # Where every worker holds all weights, giving the computing copy up between the passes saves nothing; but for
+    # weights that are held in what they are computed in, of which it is a second one.
     give_up = strategy == "fsdp" and not sharding.keep_gathered
+    if strategy == "ddp":
+        options["ignored_params"] = {p for p in scorer.parameters() if not p.requires_grad and p.dtype != torch.float32}
+        give_up = any(p.requires_grad and p.dtype == torch.bfloat16 for p in scorer.parameters())
     ends = [scorer.model.get_input_embeddings(), scorer.model.get_output_embeddings()]
     if ends[0].weight is ends[1].weight:
         ends = []  # gathered with the outermost weights, from the first use to the last
     for module in (*layers, *ends):
         fully_shard(module, reshard_after_forward=give_up, **options)
     fully_shard(scorer, **options)
-    scorer.parts = part.of
+    # Alone, with weights in bfloat16, gradients are kept in it too, and not for a while in float32.
+    in_bfloat16 = any(p.requires_grad and p.dtype == torch.bfloat16 for p in scorer.parameters())
+    scorer.adds_gradients_up_at_once = part.of > 1 or (in_bfloat16 and me.world_size == 1)
     if weights is not None:
-        _put_in(scorer, weights, me)
+        _put_in(scorer, weights, torch.device("cpu") if offload else me.device)
     _prefetch(layers, sharding.prefetch_layers)
     return scorer
 
 
-def _put_in(scorer: CompletionScorer, weights: dict[str, Tensor], me: Rank) -> None:
+def _put_in(scorer: CompletionScorer, weights: dict[str, Tensor], device: torch.device) -> None:
     """Give each parameter that has no values its own part."""
     filled: dict[int, nn.Parameter] = {}
     for name, empty in scorer.model.named_parameters():
         if empty.is_meta:
             assert isinstance(empty, DTensor)
-            mine = weights.pop(name.replace(".base_layer.", ".")).to(me.device)
-            whole = DTensor.from_local(
-                mine, empty.device_mesh, empty.placements, run_check=False, shape=empty.shape, stride=empty.stride()
-            )
+            # Not from_local, which brings what is to stay on the host to the device of the mesh.
+            whole = torch.empty_like(empty, device=device)
+            assert isinstance(whole, DTensor)
+            whole.to_local().copy_(weights.pop(name.replace(".base_layer.", ".")))
             filled[id(empty)] = nn.Parameter(whole, requires_grad=empty.requires_grad)
     weights.clear()  # other names of the same ones
     set_everywhere(scorer, filled)
@@ -119,9 +129,9 @@ def _prefetch(layers: Sequence[nn.Module], ahead: int) -> None:
             getattr(layer, f"set_modules_to_{ask}_prefetch")(list(ordered[number + 1 : number + 1 + ahead]))
 
 
-def _start_group_of_one(me: Rank) -> None:
-    backend = "nccl" if me.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+def _start_group_of_one(me: Rank, offload: bool) -> None:
+    exchange = backend(me.device.type == "cuda", offload)
+    dist.init_process_group(exchange, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def accumulating(forward: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
@@ -131,7 +141,7 @@ def accumulating(forward: nn.Module, *, last: bool) -> AbstractContextManager[An
     belong at once: kept until the last one they would be as large as the model in float32, on every worker.
     """
     if isinstance(forward, FSDPModule):
-        if isinstance(forward, CompletionScorer) and forward.parts > 1:
+        if isinstance(forward, CompletionScorer) and forward.adds_gradients_up_at_once:
             forward.set_requires_all_reduce(last)
         else:
             forward.set_requires_gradient_sync(last)

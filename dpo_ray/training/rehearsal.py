@@ -23,7 +23,7 @@ from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.progress import say
 from dpo_ray.training.files import KIND
 from dpo_ray.training.longest import LongestPair
-from dpo_ray.training.memory import bytes_per_token, pair_bytes, room_beside_state, shape_of
+from dpo_ray.training.memory import bytes_per_token, moment_bytes, pair_bytes, room_beside_state, shape_of
 from dpo_ray.training.parallel import Rank, gathered_objects
 from dpo_ray.training.step import Learner
 
@@ -33,7 +33,8 @@ _tries = itertools.count()  # of this process: ranks come to the same ones in th
 
 _WAYS_OUT = (
     "Lower data.max_prompt_tokens or data.max_completion_tokens, or use train.strategy=fsdp with more workers, "
-    "train.activation_checkpointing=true, model.dtype=bfloat16, model.lora, or workers with more memory."
+    "train.activation_checkpointing=true, model.dtype=bfloat16, train.optimizer=adamw_8bit, model.lora, or workers "
+    "with more memory."
 )
 
 
@@ -114,8 +115,8 @@ def _moments(learner: Learner) -> Iterator[None]:
     """Takes the memory that AdamW will take at the first step."""
     trained = [p for p in learner.scorer.parameters() if p.requires_grad]
     local = [p.to_local() if isinstance(p, DTensor) else p for p in trained]
-    missing = 0 if learner.optimizer.state else 2 * sum(p.numel() * p.element_size() for p in local)
-    taken = torch.empty(missing, dtype=torch.uint8, device=learner.me.device)
+    missing = 0 if learner.optimizer.state else int(moment_bytes(learner.options) * sum(p.numel() for p in local))
+    taken = torch.empty(missing, dtype=torch.uint8, device=local[0].device)  # the host's, under train.offload
     yield
     del taken
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from dpo_ray.config import Model, Train
+from dpo_ray.model.part import Part, put_whole
 from dpo_ray.model.policy import (
     CompletionScorer,
     compile_layers,
@@ -25,8 +27,9 @@ def start_policy(
     """Load it on every worker. Returns the scorer, and what is called for gradients to flow through it.
 
     Under train.strategy=fsdp no worker ever holds the model: it is built without weights and sharded, and each worker
-    reads its own part. Whether the model runs on packed pairs is tried as it will be computed: on this device, in this
-    dtype, and sharded where it is.
+    reads its own part. Weights that are not held in float32 are brought to what they are held in one by one, as they
+    are read. Whether the model runs on packed pairs is tried as it will be computed: on this device, in this dtype, and
+    sharded where it is.
 
     Raises ConfigError as load_untried_policy and parallelize do.
     """
@@ -35,18 +38,34 @@ def start_policy(
         "trust_remote_code": folder.trust_remote_code,
         "lora": model.lora,
         "seed": seed,
-        "activation_checkpointing": options.activation_checkpointing,
+        "activation_checkpointing": options.recomputes_every,
+        "activation_offload": options.activation_offload,
     }
-    weights = None
-    if options.strategy == "fsdp":
-        found = load_part_of_policy(folder.path, part_of(me, options.sharding), **how)
-        scorer, weights = CompletionScorer(found.model), found.weights
-    else:
+    held_in = held_dtype(model, options)
+    replicated, weights = options.strategy == "ddp", None
+    if replicated and held_in == torch.float32 and model.quantization is None:
         scorer = CompletionScorer(load_untried_policy(folder.path, **how)).to(me.device)
+    else:
+        part = Part(0, 1) if replicated else part_of(me, options.sharding)
+        found = load_part_of_policy(folder.path, part, dtype=held_in, **how)
+        scorer = CompletionScorer(found.model)
+        if replicated:
+            put_whole(scorer.model, found.weights, me.device)
+            scorer.to(me.device)
+        else:
+            weights = found.weights
     scorer.train()
     if options.compile:
         compile_layers(scorer.model)
-    forward = parallelize(scorer, options.strategy, me, dtype, sharding=options.sharding, weights=weights)
+    forward = parallelize(
+        scorer, options.strategy, me, dtype, sharding=options.sharding, offload=options.offload, weights=weights
+    )
     use_packed_attention(scorer, me.device, dtype)
     forget_gathered(forward)
     return scorer, forward
+
+
+def held_dtype(model: Model, options: Train) -> torch.dtype:
+    """What the model's weights are held in, but those that are quantized: frozen ones in what they are computed in,
+    trained ones in float32 where the optimizer does not say otherwise."""
+    return torch_dtype(model.dtype) if model.lora is not None or options.in_bfloat16 else torch.float32

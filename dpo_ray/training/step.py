@@ -33,7 +33,7 @@ from dpo_ray.training.balance import Balance, added, balance_coefficient, nothin
 from dpo_ray.training.batch import Share
 from dpo_ray.training.checkpoint import TrainState
 from dpo_ray.training.files import SKIPPED
-from dpo_ray.training.optim import WeightAverage
+from dpo_ray.training.optim import WeightAverage, set_learning_rate
 from dpo_ray.training.parallel import (
     Rank,
     accumulating,
@@ -139,8 +139,7 @@ class Learner:
             require_reference(self._everywhere(seen))
         totals = sums.over_ranks(me)
         experts = told(over_ranks(added(parts), me)) if parts else {}
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
         grad_norm = clip_grad_norm(self.scorer.parameters(), options.max_grad_norm)
         if not (math.isfinite(totals.mean("loss")) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad(set_to_none=True)

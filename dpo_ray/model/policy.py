@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dpo_ray.config import LoRA
 from dpo_ray.errors import ConfigError
 from dpo_ray.model import attention
+from dpo_ray.model.computing_copy import ComputingCopy
 from dpo_ray.model.logprobs import Head, TokenScores, token_scores
 from dpo_ray.model.lora import add_adapters
 from dpo_ray.model.packing import MicroBatch, pack, pad
@@ -237,6 +239,12 @@ class CompletionScorer(nn.Module):
         self.model = model
         self.parts = 1
         """Processes that hold a part of each weight; 1: this one holds all of it."""
+        self.copy: ComputingCopy | None = None
+        """What it computes with, where that is not the weights themselves."""
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Around a forward pass and its backward pass: inside, the model's layers hold what they compute with."""
+        return self.copy.in_place() if self.copy is not None else nullcontext()
 
     @property
     def packs(self) -> bool:
@@ -273,6 +281,12 @@ class CompletionScorer(nn.Module):
         Args:
             with_routing: also which experts its tokens went to; for a model that routes.
         """
+        with self.computing():
+            return self._scores(batch, with_collisions, with_entropies, with_routing)
+
+    def _scores(
+        self, batch: MicroBatch, with_collisions: bool, with_entropies: bool, with_routing: bool
+    ) -> TokenScores:
         extra: dict[str, Any] = {"output_router_logits": True} if with_routing else {}
         if batch.segments is not None:
             extra["segments"] = attention.Segments(batch.segments)

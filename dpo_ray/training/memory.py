@@ -16,7 +16,7 @@ from dpo_ray.model.logprobs import TILE_TOKENS
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import TokenizedPair
 
-MOST_TOKENS_CPU = 1024  # matrix products are no faster with more rows, and memory that is not taken costs nothing
+MOST_TOKENS_CPU = 2048  # matrix products are no faster with more rows, and gradients are added up less often with these
 MOST_TOKENS_GPU = 16384
 
 _USABLE = 0.8  # of the memory; the rest is for the allocator's gaps, communication and what else runs there
@@ -102,7 +102,8 @@ def state_bytes(shape: Shape, model: Model, train: Train, num_workers: int) -> i
     whole = 4 if model.lora is not None else 16  # adapters themselves are small beside it
     if train.strategy == "fsdp":
         return shape.parameters * whole // _shards(train, num_workers)
-    if model.dtype == "float32" and num_workers > 1 and model.lora is None:
+    replicas = num_workers > 1 and (model.dtype == "float32" or not train.use_gpu)
+    if replicas and model.lora is None:
         whole += 4  # DistributedDataParallel's buckets
     return shape.parameters * (whole + (2 if model.dtype == "bfloat16" else 0))
 

@@ -1,12 +1,12 @@
 """Data parallelism over the workers of one run: DDP, or FSDP2, behind the same few functions.
 
-Both average gradients over the workers; one worker that trains in float32 is not wrapped.
+Both average gradients over the workers; one worker that holds a whole model on a CPU is not wrapped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dpo_ray.config import Sharding
+from dpo_ray.model.computing_copy import ComputingCopy
 from dpo_ray.model.part import Part, set_everywhere
 from dpo_ray.model.policy import CompletionScorer, decoder_layers
 
@@ -52,8 +53,9 @@ def parallelize(
 
     fsdp shards each decoder layer on its own, in place (torch's fully_shard, arXiv:2304.11277), and embedding and head
     where they are two, so that one of them at a time is whole. In bfloat16, layers compute in it while weights,
-    gradients and the optimizer stay in float32; FSDP does that, for ddp on a mesh in which every worker is a shard of
-    one and only gradients travel.
+    gradients and the optimizer stay in float32. FSDP does that; for ddp on a GPU on a mesh in which every worker is a
+    shard of one and only gradients travel. On a CPU, where its copying of all weights and gradients in each micro-batch
+    would take a fifth of a step, ddp has a computing copy instead.
 
     Args:
         dtype: what the forward and backward pass compute in.
@@ -62,7 +64,9 @@ def parallelize(
 
     Raises ConfigError where the model does not name its decoder layers.
     """
-    if strategy == "ddp" and dtype == torch.float32:
+    if strategy == "ddp" and (dtype == torch.float32 or me.device.type == "cpu"):
+        if dtype != torch.float32:
+            scorer.copy = ComputingCopy(scorer, dtype)
         return DistributedDataParallel(scorer) if me.world_size > 1 else scorer
     layers = decoder_layers(scorer.model, wanted_by="train.strategy=fsdp or model.dtype=bfloat16")
     if not dist.is_initialized():
@@ -124,20 +128,27 @@ def _start_group_of_one(me: Rank) -> None:
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def accumulating(forward: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+@contextmanager
+def accumulating(forward: nn.Module, *, last: bool) -> Iterator[None]:
     """Around forward and backward of one micro-batch: gradients are added up over the workers in the last one only.
 
     Of a sharded model each worker keeps its part of them, though, so that those of a micro-batch travel to where they
     belong at once: kept until the last one they would be as large as the model in float32, on every worker.
     """
-    if isinstance(forward, FSDPModule):
-        if isinstance(forward, CompletionScorer) and forward.parts > 1:
-            forward.set_requires_all_reduce(last)
-        else:
-            forward.set_requires_gradient_sync(last)
-    elif isinstance(forward, DistributedDataParallel) and not last:
-        return forward.no_sync()
-    return nullcontext()
+    with ExitStack() as around:
+        scorer = forward
+        if isinstance(forward, DistributedDataParallel):
+            scorer = forward.module
+            if not last:
+                around.enter_context(forward.no_sync())
+        assert isinstance(scorer, CompletionScorer)
+        around.enter_context(scorer.computing())
+        if isinstance(scorer, FSDPModule):
+            if scorer.parts > 1:
+                scorer.set_requires_all_reduce(last)
+            else:
+                scorer.set_requires_gradient_sync(last)
+        yield
 
 
 def forget_gathered(forward: nn.Module) -> None:

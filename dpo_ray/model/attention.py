@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from dpo_ray.model import varlen
+from dpo_ray.model import cpu_attention, varlen
 
 IMPLEMENTATION = "dpo_packed"
 
@@ -89,6 +89,8 @@ def packed_attention(
             return stepwise_attention(q, k, v, visible(q, k, window), scaling, dropout, softcap, s_aux)
         # is_causal aligns to the top left where queries are fewer than keys; the mask aligns bottom right.
         mask = None if everything else visible(q, k, window)
+        if cpu_attention.serves(q) and q.shape[-1] == v.shape[-1] and not dropout:
+            return cpu_attention.attend(q, k, v, mask, scaling)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=everything, scale=scaling, dropout_p=dropout, enable_gqa=grouped
         )

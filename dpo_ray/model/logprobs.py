@@ -5,7 +5,7 @@ N completion tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from dpo_ray.model.routing import Routing
 
 TILE_TOKENS = 256  # 256 × 150k logits in float32 are 0.15 GB
-"""Rows whose logits exist at once; three tiles of them are the most that is held."""
+"""Rows whose logits exist at once; three tiles of them are the most that is held. Backward a tile is all rows and so
+many entries of the vocabulary that there are as many logits: each entry's gradient is then written once."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Head:
     scale: float = 1.0
     cap: float | None = None
     """Soft cap of the logits (Gemma 2, arXiv:2408.00118); None leaves them as they are."""
+
+    def part(self, entries: slice) -> Head:
+        """Of some entries of the vocabulary."""
+        return replace(self, weight=self.weight[entries], bias=self.bias[entries] if self.bias is not None else None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, H] → [n, V] in float32, with no gradient."""
@@ -82,7 +87,10 @@ def token_scores(
 
 
 class _TokenScores(torch.autograd.Function):
-    """Keeps hidden states, weights and targets for the backward pass, in which each tile of logits is made anew."""
+    """Keeps hidden states, weights and targets for the backward pass, in which each tile of logits is made anew.
+
+    Their normalizers are kept too, so that backward a tile need not span the vocabulary.
+    """
 
     @staticmethod
     def forward(
@@ -99,18 +107,20 @@ class _TokenScores(torch.autograd.Function):
         head = Head(weight, bias, scale, cap)
         # Tensors of their own, no views of one: FSDP hooks its backward pass to what a module returns.
         logprobs, collisions, entropies, means = (hidden.new_zeros(len(targets), dtype=torch.float32) for _ in range(4))
-        for tile in _tiles(len(targets)):
+        normalizers = torch.empty_like(logprobs)
+        for tile in tiles(len(targets), TILE_TOKENS):
             logits = head.logits(hidden[tile])
-            logprobs[tile] = logits.log_softmax(-1).gather(-1, targets[tile, None]).squeeze(-1)
+            normalizers[tile] = logits.logsumexp(-1)
+            logprobs[tile] = logits.gather(-1, targets[tile, None]).squeeze(-1) - normalizers[tile]
             if with_collisions or with_entropies:
-                probabilities = (logits - logits.logsumexp(-1, keepdim=True)).exp_()
+                probabilities = (logits - normalizers[tile, None]).exp_()
             if with_entropies:
                 entropies[tile] = torch.special.entr(probabilities).sum(-1)
                 means[tile] = logits.mean(-1)
             if with_collisions:
                 # The largest probability is at least 1/V, so that no square that matters is lost below 0.
                 collisions[tile] = probabilities.square_().sum(-1).log()
-        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizers)
         ctx.scale, ctx.cap = scale, cap
         ctx.mark_non_differentiable(collisions, entropies, means)
         ctx.set_materialize_grads(False)
@@ -119,40 +129,41 @@ class _TokenScores(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
+        hidden, weight, bias, targets, normalizers = ctx.saved_tensors
         if grad is None:
             return (None,) * 8
         head = Head(weight, bias, ctx.scale, ctx.cap)
         of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
-        d_hidden = torch.empty_like(hidden) if of_hidden else None
-        # Summed over tiles in float32: bfloat16 would lose a late tile beside the sum of many.
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
-        for tile in _tiles(len(targets)):
-            logits = head.logits(hidden[tile])
-            d_logits = logits.softmax(-1).mul_(-grad[tile, None])
-            d_logits.scatter_add_(-1, targets[tile, None], grad[tile, None])
+        # Summed over tiles in float32.
+        d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if of_hidden else None
+        d_weight = torch.empty_like(weight) if of_weight else None
+        d_bias = torch.empty_like(bias) if of_bias else None
+        for tile in tiles(len(weight), max(1, TILE_TOKENS * len(weight) // max(TILE_TOKENS, len(targets)))):
+            part = head.part(tile)
+            logits = part.logits(hidden)
             if head.cap is not None:
-                d_logits.mul_(logits.div_(head.cap).square_().neg_().add_(1))
+                slope = (logits / head.cap).square_().neg_().add_(1)
+            d_logits = logits.sub_(normalizers[:, None]).exp_().mul_(-grad[:, None])
+            inside = (targets >= tile.start) & (targets < tile.stop)
+            places = (targets - tile.start).clamp_(0, d_logits.shape[1] - 1)
+            d_logits.scatter_add_(-1, places[:, None], (grad * inside)[:, None])
+            if head.cap is not None:
+                d_logits.mul_(slope)
             if head.scale != 1.0:
                 d_logits.mul_(head.scale)
             if d_bias is not None:
-                d_bias += d_logits.sum(0)
+                d_bias[tile] = d_logits.sum(0)
             d_logits = d_logits.to(hidden.dtype)
             if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[tile])
+                _add_product(d_hidden, d_logits, part.weight)
             if d_weight is not None:
-                _add_product(d_weight, d_logits.T, hidden[tile])
-        return (
-            d_hidden,
-            d_weight.to(weight.dtype) if d_weight is not None else None,
-            d_bias.to(bias.dtype) if d_bias is not None else None,
-            *(None,) * 5,
-        )
+                torch.mm(d_logits.T, hidden, out=d_weight[tile])
+        return (d_hidden.to(hidden.dtype) if d_hidden is not None else None, d_weight, d_bias, *(None,) * 5)
 
 
-def _tiles(length: int) -> list[slice]:
-    return [slice(i, min(i + TILE_TOKENS, length)) for i in range(0, length, TILE_TOKENS)]
+def tiles(length: int, size: int) -> list[slice]:
+    """Neighbouring ones of at most this size, in order."""
+    return [slice(i, min(i + size, length)) for i in range(0, length, size)]
 
 
 def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:

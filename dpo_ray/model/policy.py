@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from dpo_ray.config import LoRA, Quantization
 from dpo_ray.errors import ConfigError
 from dpo_ray.model import attention
+from dpo_ray.model.computing_copy import ComputingCopy
 from dpo_ray.model.libraries import require_bitsandbytes
 from dpo_ray.model.logprobs import Head, TokenScores, token_scores
 from dpo_ray.model.lora import add_adapters
@@ -212,7 +214,7 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     attention.hide_from_compiler()
     for module in model.modules():
         if isinstance(module, QuantizedLinear):  # what makes its weight whole is one kernel already
-            module.forward = torch.compiler.disable(module.forward)
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
     for layer in decoder_layers(model, wanted_by="train.compile=true"):
         # Not layer.compile(), which would take FSDP's hooks into what is compiled.
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
@@ -376,6 +378,12 @@ class CompletionScorer(nn.Module):
         self.model = model
         self.adds_gradients_up_at_once = False
         """Whether gradients of a micro-batch go at once to where they are kept, and are added up there."""
+        self.copy: ComputingCopy | None = None
+        """What it computes with, where that is not the weights themselves."""
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Around a forward pass and its backward pass: inside, the model's layers hold what they compute with."""
+        return self.copy.in_place() if self.copy is not None else nullcontext()
 
     @property
     def packs(self) -> bool:
@@ -412,6 +420,12 @@ class CompletionScorer(nn.Module):
         Args:
             with_routing: also which experts its tokens went to; for a model that routes.
         """
+        with self.computing():
+            return self._scores(batch, with_collisions, with_entropies, with_routing)
+
+    def _scores(
+        self, batch: MicroBatch, with_collisions: bool, with_entropies: bool, with_routing: bool
+    ) -> TokenScores:
         extra: dict[str, Any] = {"output_router_logits": True} if with_routing else {}
         if batch.segments is not None:
             extra["segments"] = attention.Segments(batch.segments)

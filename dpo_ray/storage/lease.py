@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -188,7 +189,8 @@ def hold(
     threading.Thread(target=lease._beat, args=(end_work,), name=f"lease {name}", daemon=True).start()
     try:
         try:
-            yield lease
+            with _interruptible(lease):
+                yield lease
         finally:
             lease._ended.set()
             lease._give_back()
@@ -198,6 +200,25 @@ def hold(
         raise LeaseLost(lease.lost) from error
     if lease.lost is not None:
         raise LeaseLost(lease.lost)
+
+
+@contextmanager
+def _interruptible(lease: Lease) -> Iterator[None]:
+    """Where SIGINT is ignored, as by what a script starts with `&`: inside, it is still, until the lease is lost."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if not ignored or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if lease.lost is not None:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _interrupting(thread: threading.Thread) -> Callable[[], None]:

@@ -16,7 +16,7 @@ from dpo_ray.model.logprobs import TILE_TOKENS
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import TokenizedPair
 
-MOST_TOKENS_CPU = 1024  # matrix products are no faster with more rows, and memory that is not taken costs nothing
+MOST_TOKENS_CPU = 2048  # matrix products are no faster with more rows, and gradients are added up less often with these
 MOST_TOKENS_GPU = 16384
 
 _USABLE = 0.8  # of the memory; the rest is for the allocator's gaps, communication and what else runs there
@@ -145,10 +145,11 @@ def state_of(shape: Shape, model: Model, train: Train, num_workers: int) -> Stat
     # Replicas add gradients up in the float32 that they travel in, until the last micro-batch.
     gradient = 4 if num_workers > shards else size
     beside = 0
-    if train.strategy == "ddp" and model.dtype == "float32" and num_workers > 1:
+    by_torch_ddp = model.dtype == "float32" or not (train.use_gpu or train.in_bfloat16)
+    if train.strategy == "ddp" and by_torch_ddp and num_workers > 1:
         beside = 4 * trained  # DistributedDataParallel's buckets
     if train.strategy == "ddp" and model.dtype == "bfloat16" and not train.in_bfloat16:
-        beside = 2 * trained
+        beside += 2 * trained
     return State(
         weights=int((frozen + size * trained) / shards),
         gradients=gradient * trained // shards,

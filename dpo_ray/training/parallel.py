@@ -1,12 +1,12 @@
 """Data parallelism over the workers of one run: DDP, or FSDP2, behind the same few functions.
 
-Both average gradients over the workers; one worker that trains in float32 is not wrapped.
+Both average gradients over the workers; one worker that holds a whole model on a CPU is not wrapped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dpo_ray.config import Sharding, backend
+from dpo_ray.model.computing_copy import ComputingCopy
 from dpo_ray.model.part import Part, set_everywhere
 from dpo_ray.model.policy import CompletionScorer, decoder_layers
 
@@ -53,8 +54,9 @@ def parallelize(
 
     fsdp shards each decoder layer on its own, in place (torch's fully_shard, arXiv:2304.11277), and embedding and head
     where they are two, so that one of them at a time is whole. In bfloat16, layers compute in it while weights,
-    gradients and the optimizer stay in float32; FSDP does that, for ddp on a mesh in which every worker is a shard of
-    one and only gradients travel.
+    gradients and the optimizer stay in float32. FSDP does that; for ddp on a GPU on a mesh in which every worker is a
+    shard of one and only gradients travel. On a CPU, where its copying of all weights and gradients in each micro-batch
+    would take a fifth of a step, ddp has a computing copy instead.
 
     Args:
         dtype: what the forward and backward pass compute in.
@@ -64,7 +66,11 @@ def parallelize(
 
     Raises ConfigError where the model does not name its decoder layers.
     """
-    if strategy == "ddp" and dtype == torch.float32:
+    # Weights that are trained in bfloat16 need no copy, and their gradients FSDP's sums in float32.
+    in_bfloat16 = any(p.requires_grad and p.dtype == torch.bfloat16 for p in scorer.parameters())
+    if strategy == "ddp" and (dtype == torch.float32 or (me.device.type == "cpu" and not in_bfloat16)):
+        if dtype != torch.float32:
+            scorer.copy = ComputingCopy(scorer, dtype)
         return DistributedDataParallel(scorer) if me.world_size > 1 else scorer
     layers = decoder_layers(scorer.model, wanted_by="train.strategy=fsdp or model.dtype=bfloat16")
     if not dist.is_initialized():
@@ -89,7 +95,7 @@ def parallelize(
     give_up = strategy == "fsdp" and not sharding.keep_gathered
     if strategy == "ddp":
         options["ignored_params"] = {p for p in scorer.parameters() if not p.requires_grad and p.dtype != torch.float32}
-        give_up = any(p.requires_grad and p.dtype == torch.bfloat16 for p in scorer.parameters())
+        give_up = in_bfloat16
     ends = [scorer.model.get_input_embeddings(), scorer.model.get_output_embeddings()]
     if ends[0].weight is ends[1].weight:
         ends = []  # gathered with the outermost weights, from the first use to the last
@@ -97,7 +103,6 @@ def parallelize(
         fully_shard(module, reshard_after_forward=give_up, **options)
     fully_shard(scorer, **options)
     # Alone, with weights in bfloat16, gradients are kept in it too, and not for a while in float32.
-    in_bfloat16 = any(p.requires_grad and p.dtype == torch.bfloat16 for p in scorer.parameters())
     scorer.adds_gradients_up_at_once = part.of > 1 or (in_bfloat16 and me.world_size == 1)
     if weights is not None:
         _put_in(scorer, weights, torch.device("cpu") if offload else me.device)
@@ -134,20 +139,27 @@ def _start_group_of_one(me: Rank, offload: bool) -> None:
     dist.init_process_group(exchange, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def accumulating(forward: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+@contextmanager
+def accumulating(forward: nn.Module, *, last: bool) -> Iterator[None]:
     """Around forward and backward of one micro-batch: gradients are added up over the workers in the last one only.
 
     Of a sharded model each worker keeps its part of them, though, so that those of a micro-batch travel to where they
     belong at once: kept until the last one they would be as large as the model in float32, on every worker.
     """
-    if isinstance(forward, FSDPModule):
-        if isinstance(forward, CompletionScorer) and forward.adds_gradients_up_at_once:
-            forward.set_requires_all_reduce(last)
-        else:
-            forward.set_requires_gradient_sync(last)
-    elif isinstance(forward, DistributedDataParallel) and not last:
-        return forward.no_sync()
-    return nullcontext()
+    with ExitStack() as around:
+        scorer = forward
+        if isinstance(forward, DistributedDataParallel):
+            scorer = forward.module
+            if not last:
+                around.enter_context(forward.no_sync())
+        assert isinstance(scorer, CompletionScorer)
+        around.enter_context(scorer.computing())
+        if isinstance(scorer, FSDPModule):
+            if scorer.adds_gradients_up_at_once:
+                scorer.set_requires_all_reduce(last)
+            else:
+                scorer.set_requires_gradient_sync(last)
+        yield
 
 
 def forget_gathered(forward: nn.Module) -> None:

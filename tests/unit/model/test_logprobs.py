@@ -128,8 +128,8 @@ def test_the_result_is_float32_whatever_the_head_computes_in():
     torch.testing.assert_close(every.exp().sum(0), torch.ones(5), rtol=0, atol=ulps(4, 2))  # log-probs are below 4
 
 
-def test_gradients_of_bfloat16_weights_are_summed_over_tiles_in_float32():
-    # The first tile's gradient is 256 times that of any later one: in bfloat16 the later ones would be lost.
+def test_gradients_of_bfloat16_weights_are_summed_over_tokens_in_float32():
+    # The first four tokens' gradient is 256 times that of any later one: in bfloat16 the later ones would be lost.
     hidden = torch.full((4 * 65, 1), 1.0, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     upstream = torch.ones(4 * 65)
@@ -139,14 +139,20 @@ def test_gradients_of_bfloat16_weights_are_summed_over_tiles_in_float32():
 
 
 def test_logits_of_more_than_a_tile_never_exist(monkeypatch: pytest.MonkeyPatch):
-    seen: list[int] = []
+    seen: list[tuple[int, ...]] = []
     logits = Head.logits
-    monkeypatch.setattr(Head, "logits", lambda self, hidden: seen.append(len(hidden)) or logits(self, hidden))
+
+    def watched(self: Head, hidden: Tensor) -> Tensor:
+        found = logits(self, hidden)
+        seen.append(tuple(found.shape))
+        return found
+
+    monkeypatch.setattr(Head, "logits", watched)
     hidden, weight = torch.randn(10, 3, requires_grad=True), torch.randn(5, 3)
     out = logprobs_of(hidden, weight, torch.zeros(10, dtype=torch.long))
-    assert seen == [4, 4, 2]
+    assert seen == [(4, 5), (4, 5), (2, 5)]
     out.sum().backward()
-    assert seen == [4, 4, 2] * 2  # made anew, not kept
+    assert seen[3:] == [(10, 2), (10, 2), (10, 1)]  # made anew, not kept
 
 
 def test_no_tokens_give_no_scores():

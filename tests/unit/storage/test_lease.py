@@ -164,6 +164,26 @@ def test_a_holder_whose_lease_was_taken_learns_who_took_it_and_does_not_give_it_
     assert on_file(output) == other
 
 
+@pytest.fixture
+def sigint_ignored() -> Iterator[None]:
+    """As in what a script starts with `&`."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    signal.signal(signal.SIGINT, before)
+
+
+def test_in_the_background_too_the_work_of_a_lost_lease_is_interrupted_and_no_other(
+    output: Location, monkeypatch: pytest.MonkeyPatch, sigint_ignored: None
+):
+    monkeypatch.setattr(lease, "_RENEWAL", 0.05)
+    with pytest.raises(LeaseLost, match="ann@far"), held(output):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        another(output)
+        time.sleep(LONGEST)
+
+
 def test_the_work_of_a_lost_lease_is_interrupted(output: Location, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lease, "_RENEWAL", 0.05)
     with pytest.raises(LeaseLost, match="ann@far"), held(output):

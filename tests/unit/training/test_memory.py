@@ -112,12 +112,15 @@ def test_worked_by_hand():
     assert fits(SMALL, 8, model={"dtype": "float32"}, use_gpu=True) == int(expected)
 
 
-def test_replicas_in_float32_have_their_gradients_twice():
+def test_replicas_have_their_gradients_twice():
     model, train = Model(path="m"), Train(strategy="ddp")
     assert state_bytes(SMALL, model, train, 1) == 16 * SMALL.parameters
     assert state_bytes(SMALL, model, train, 2) == 20 * SMALL.parameters
     assert state_bytes(SMALL, model, Train(strategy="fsdp"), 2) == 8 * SMALL.parameters
     assert state_bytes(SMALL, Model(path="m", lora={}), train, 2) == 4 * SMALL.parameters
+    half = Model(path="m", dtype="bfloat16")
+    assert state_bytes(SMALL, half, train, 2) == 22 * SMALL.parameters
+    assert state_bytes(SMALL, half, Train(use_gpu=True), 2) == 18 * SMALL.parameters  # FSDP has no buckets
 
 
 def test_workers_of_a_sharded_model_gather_some_of_it():

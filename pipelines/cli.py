@@ -25,6 +25,7 @@ app.command()(runs.iterate)
 
 app.command()(files.schema)
 app.command()(files.init)
+app.command("import-config")(files.import_config)
 
 app.command()(before.doctor)
 app.command()(before.plan)

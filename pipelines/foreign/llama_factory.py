@@ -247,6 +247,11 @@ def _file(reading: Reading, name: str) -> str:
         entry = json.loads(listing.read_text(encoding="utf-8"))[name]
     except (KeyError, ValueError) as error:
         raise ConfigError(f"{listing} does not say what {name} is ({error!r}): name the data with --data.") from error
+    if named := [key for key in ("columns", "tags") if key in entry]:
+        reading.decided.append(
+            f"{listing} names {' and '.join(named)} of {name}, and formats are recognised here: `dpo-ray data` "
+            "shows as what; data.columns and data.layout say otherwise"
+        )
     if "file_name" in entry:
         return str(listing.parent / entry["file_name"])
     if "hf_hub_url" in entry:

@@ -279,6 +279,11 @@ def _held_out(reading: Reading, size: Any, data: str | None) -> None:
         path = _files(str(reading.value("dataset_name")), reading.value("dataset_config"), split)
         if path != reading.tree["data"]["train"]:
             reading.carry("dataset_test_split", "data.eval", path)
+    if trainer.evaluates(reading) and "eval" not in reading.tree["data"]:
+        reading.decided.append(
+            "Held-out pairs are a share of the prompts (data.held_out_fraction), where no split of the data is named for "
+            "them; data.eval names one"
+        )
     reading.ignore("dataset_test_split", "data.held_out_fraction of the prompts is held out")
 
 

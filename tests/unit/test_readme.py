@@ -154,8 +154,8 @@ def test_commands_on_jobs_are_accepted(command: str):  # and carried out in test
 
 
 def test_no_command_goes_untried():
-    # ray job submit in tests/on_ray/test_submit.py, the last three in tests/unit/cluster/test_commands.py; completion is
-    # installed in tests/unit/pipelines/test_completion.py
+    # ray job submit in tests/on_ray/test_submit.py, the last three in tests/unit/cluster/test_commands.py, and
+    # completion in tests/unit/pipelines/test_completion.py
     tried = ("make ", "dpo-ray ", "ray job submit ", "kubectl ", "ray up ", "sbatch ")
     assert [c for c in COMMANDS if not c.startswith(tried)] == []
 

@@ -293,9 +293,11 @@ def test_a_file_of_llama_factory(imported):
 
 def test_kto_of_llama_factory_with_its_list_of_data_sets(imported, tmp_path: Path):
     (tmp_path / "data").mkdir()
-    entries = {"kto_en_demo": {"file_name": "kto.jsonl", "formatting": "sharegpt"}}
+    entries = {"kto_en_demo": {"file_name": "kto.jsonl", "formatting": "sharegpt", "columns": {"kto_tag": "label"}}}
     (tmp_path / "data/dataset_info.json").write_text(json.dumps(entries))
-    config = imported(KTO).config
+    found = imported(KTO)
+    config = found.config
+    assert "names columns of kto_en_demo" in found.decided
     assert config.train.loss.model_dump(exclude_defaults=True) == {
         "type": "kto",
         "beta": 0.2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import textwrap
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from dpo_ray.errors import ConfigError
 _WIDTH = 110
 OFF: tuple[Any, ...] = (None, False, 0, 0.0, "", "no", "none", "default", "off", [], {})
 """Values by which an option asks for nothing."""
+_SECRET = re.compile(r"(hub|hf|auth|access)_token$|api_key$|secret$|password$|webhook_url$|^env$", re.IGNORECASE)
 
 
 class Reading:
@@ -117,12 +119,17 @@ class Reading:
     def _with_value(self, key: str, why: str) -> str:
         if key not in self.given:  # a part of an option
             return f"{key}: {why}"
-        return f"{key}={_short(self.given[key])}: {why}"
+        return f"{self._shown(key)}: {why}"
+
+    def _shown(self, key: str) -> str:
+        """An option with its value, which may be a secret, and files are shared."""
+        secret = _SECRET.search(key) is not None and self.given[key] is not None
+        return f"{key}=…" if secret else f"{key}={_short(self.given[key])}"
 
     def _hinted(self, key: str, known: Collection[str]) -> str:
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"; is {near[0]} meant?" if near else ""
-        return f"{key}={_short(self.given[key])}: no option of {self.whose} that is known here{hint}"
+        return f"{self._shown(key)}: no option of {self.whose} that is known here{hint}"
 
 
 def _short(value: Any) -> str:

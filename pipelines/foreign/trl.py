@@ -281,8 +281,8 @@ def _held_out(reading: Reading, size: Any, data: str | None) -> None:
             reading.carry("dataset_test_split", "data.eval", path)
     if trainer.evaluates(reading) and "eval" not in reading.tree["data"]:
         reading.decided.append(
-            "Held-out pairs are a share of the prompts (data.held_out_fraction), where no split of the data is named for "
-            "them; data.eval names one"
+            "Held-out pairs are a share of the prompts (data.held_out_fraction), where no split is named for them; "
+            "data.eval names one"
         )
     reading.ignore("dataset_test_split", "data.held_out_fraction of the prompts is held out")
 

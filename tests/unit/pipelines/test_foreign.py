@@ -455,6 +455,12 @@ def test_other_options_of_the_trainer(imported):
         assert "Not carried over" in found.told(key)
 
 
+def test_no_secret_is_written(imported):
+    given = {"hub_token": "s3cret", "wandb_api_key": "s3cret", "env": {"HF_TOKEN": "s3cret"}, "pad_token": "<pad>"}
+    found = imported({**FEWEST, **given})
+    assert "s3cret" not in found.text and "hub_token=…" in found.text and "pad_token=<pad>" in found.text
+
+
 def test_a_misspelt_option_is_told_with_what_it_may_mean(imported):
     assert (
         "Unknown: # - learning_rat=1.0e-06: no option of TRL that is known here; is learning_rate meant?"

@@ -9,11 +9,11 @@ import typer
 
 from pipelines import STAGES
 from pipelines.commands import before, files, jobs, output, runs
+from pipelines.completion import mend_words
 from pipelines.last_words import last_words, wanted_traceback
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Align language models from preference data on a Ray cluster.",
 )
@@ -25,6 +25,7 @@ app.command()(runs.iterate)
 
 app.command()(files.schema)
 app.command()(files.init)
+app.command("import-config")(files.import_config)
 
 app.command()(before.doctor)
 app.command()(before.plan)
@@ -47,6 +48,7 @@ app.command()(output.gc)
 def main() -> None:
     """Entry point of the console script."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # our progress lines, in place of every library's bars
+    mend_words(os.environ)
     try:
         app()
     except Exception as error:

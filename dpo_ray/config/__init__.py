@@ -1,6 +1,7 @@
 """The configuration: one frozen tree that mirrors the YAML file, and how it is read, overridden and refused.
 
-`tree` has the sections, `losses` the options of each loss, `tune` the search. It needs neither torch nor Ray, for a
+`tree` has the sections, `losses` the options of each loss, `tune` the search; `schema` and `described` show them to
+editors and people. It needs neither torch nor Ray, for a
 mistake in the file is to be told at once.
 """
 

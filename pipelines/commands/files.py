@@ -63,6 +63,24 @@ def init(
     typer.echo(f"{to} is written. Look at it, then: dpo-ray doctor {to}; dpo-ray run {to}")
 
 
+def import_config(
+    file: Annotated[Path, typer.Argument(help="A YAML file of TRL's DPO (`trl dpo --config`) or of LLaMA-Factory.")],
+    devices: Annotated[
+        int | None,
+        typer.Option(min=1, help="GPUs, or processes, that it trains on: the batch is by them.", show_default=False),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="data.train, whatever the file names.", show_default=False)] = None,
+    whose: Annotated[
+        str | None,
+        typer.Option("--from", help="trl or llama-factory; default: by its options.", show_default=False),
+    ] = None,
+) -> None:
+    """Print another trainer's configuration as ours, and what became of each of its options."""
+    from pipelines.foreign.file import imported
+
+    typer.echo(imported(file, devices, data, whose), nl=False)
+
+
 def _name(source: str) -> str:
     """Of a run, by its data."""
     path = PurePath(source.rstrip("/*"))

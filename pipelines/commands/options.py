@@ -9,10 +9,17 @@ from typing import Annotated
 import typer
 
 from pipelines import require_run_id
+from pipelines.completion import overrides
 
 ConfigPath = Annotated[Path, typer.Argument(help="The YAML configuration.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--override", "-o", help="dotted.key=value, over what the file says. Repeatable.")
+    list[str] | None,
+    typer.Option(
+        "--override",
+        "-o",
+        help="dotted.key=value, over what the file says. Repeatable.",
+        autocompletion=overrides,
+    ),
 ]
 Address = Annotated[
     str | None,

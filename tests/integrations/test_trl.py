@@ -1,4 +1,4 @@
-"""The preferences that TRL has formats for, prepared by TRL itself, in the environment that benchmarks keep for it."""
+"""What is known of TRL here against TRL itself, in the environment that benchmarks keep for it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.foreign.trl import KNOWN
 from tests.command_line import LONGEST
 from tests.unit.formats.test_like_trl import GOLDEN, given
 
@@ -27,3 +28,18 @@ def test_what_is_written_down_of_trl_is_what_it_makes(demo_model: Path):
     done = subprocess.run(command, input=rows, capture_output=True, text=True, timeout=LONGEST)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads(GOLDEN.read_text())
+
+
+OPTIONS = """
+import dataclasses, json
+from trl import DPOConfig, ModelConfig, ScriptArguments
+kinds = (DPOConfig, ModelConfig, ScriptArguments)
+print(json.dumps(sorted({field.name for kind in kinds for field in dataclasses.fields(kind)})))
+"""
+
+
+def test_every_option_of_trl_is_known_to_import_config():
+    done = subprocess.run([TRL_PYTHON, "-c", OPTIONS], capture_output=True, text=True, timeout=LONGEST)
+    assert done.returncode == 0, done.stderr
+    named = set(json.loads(done.stdout.splitlines()[-1]))
+    assert len(named) > 100 and named - KNOWN == set()

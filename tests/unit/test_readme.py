@@ -39,7 +39,9 @@ def test_make_targets_exist(command):
     assert f"\n{command.split()[1]}:" in (ROOT / "Makefile").read_text()
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dpo-ray") and ".yaml" in c])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith("dpo-ray") and ".yaml" in c and "import-config" not in c]
+)
 def test_dpo_ray_commands_are_accepted(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)[1:]
@@ -80,6 +82,15 @@ def test_a_configuration_is_written_as_it_says(command, monkeypatch, tmp_path, t
     for asked in (words, ["run", "run.yaml", "--dry-run"]):
         result = CliRunner().invoke(app, asked)
         assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dpo-ray import-config ")])
+def test_a_configuration_of_others_is_read_as_it_says(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command.partition(" > ")[0])[1:]
+    Path(words[1]).write_text("model_name_or_path: m\ndataset_name: owner/pairs\nper_device_train_batch_size: 8\n")
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0 and "global_batch_size: 32" in result.output, result.output
 
 
 def test_every_format_is_in_the_table():
@@ -143,7 +154,8 @@ def test_commands_on_jobs_are_accepted(command: str):  # and carried out in test
 
 
 def test_no_command_goes_untried():
-    # ray job submit in tests/on_ray/test_submit.py, the last three in tests/unit/cluster/test_commands.py
+    # ray job submit in tests/on_ray/test_submit.py, the last three in tests/unit/cluster/test_commands.py, and
+    # completion in tests/unit/pipelines/test_completion.py
     tried = ("make ", "dpo-ray ", "ray job submit ", "kubectl ", "ray up ", "sbatch ")
     assert [c for c in COMMANDS if not c.startswith(tried)] == []
 

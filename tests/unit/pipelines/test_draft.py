@@ -12,7 +12,9 @@ from typer.testing import CliRunner, Result
 
 from dpo_ray.config import Config, load_config
 from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.machine import GPU
 from pipelines.cli import app
+from pipelines.draft import hardware
 from pipelines.draft.hardware import Hardware
 
 GIB = 2**30
@@ -71,6 +73,18 @@ def test_data_of_any_format_get_a_configuration_that_runs(name: str, here: Path,
     assert config.data.held_out_fraction == 0.3 and config.train.global_batch_size == 8
     assert (config.train.num_workers, config.train.cpus_per_worker, config.train.use_gpu) == (4, 2, False)
     assert (config.model.dtype, config.reference.engine, config.vllm.cpus_per_actor) == ("float32", "vllm", 8)
+
+
+def test_gpus_count_that_pytorch_can_use(monkeypatch: pytest.MonkeyPatch):
+    found = tuple(GPU("NVIDIA L4", memory, 0, "580") for memory in (24 * GIB, 22 * GIB, None))
+    monkeypatch.setattr(hardware, "told_by_driver", lambda: (found, None))
+    monkeypatch.setattr(hardware, "told_by_torch", lambda: ("13.0", 2))
+    here = Hardware.here()
+    assert (here.gpus, here.gpu_memory, here.most_workers) == (2, 22 * GIB, 2)
+    monkeypatch.setattr(hardware, "told_by_torch", lambda: (None, 0))
+    without = Hardware.here()
+    assert (without.gpus, without.gpu_memory) == (0, None) and "no GPU that PyTorch can use" in str(without)
+    assert without.cores >= 1 and without.memory > GIB
 
 
 def test_every_value_has_its_reason(here: Path, tiny_model: Path):

@@ -3,7 +3,7 @@
     python -m benchmarks.memory_tier DATA [--rows …] [--train 160] [--held-out 128] [--plan] [--write]
 
 Trains the demo model on pairs of DATA (polite_demo: the same answer, polite and rude) in one process after the other:
-adapters on a base in float32, bfloat16, 4 and 8 bits, and all weights with AdamW in float32, 8 bits and bfloat16. Seeds,
+adapters on a base in float32, bfloat16, 4 and 8 bits, and all weights with AdamW in float32, 8 bits and bfloat16. Seed,
 pairs and their order are the same. The reference is scored as the reference stage does it. Bytes are those of the
 storages of weights, gradients and moments in a step. Each row is kept in --folder as it is measured; --write makes
 memory_tier.md of those that are there. --plan prints what 8B and 70B take on GPUs, by dpo_ray.training.memory.
@@ -28,7 +28,7 @@ from benchmarks.record import ROOT, environment, table, versions, write_json
 from benchmarks.side_by_side import MODEL, SEED, preference_pairs, token_ids
 
 if TYPE_CHECKING:
-    from dpo_ray.config import Model, Train
+    from dpo_ray.config import LoRA
     from dpo_ray.pairs import TokenizedPair
 
 _GIB = 2**30
@@ -214,6 +214,7 @@ def report(folder: Path) -> str:
     if not found:
         sys.exit(f"There is nothing in {folder}: measure first.")
     first = next(iter(found.values()))
+    made = first["environment"]
     bytes_rows, learned = [], []
     for name, row in found.items():
         cells = [
@@ -230,14 +231,13 @@ def report(folder: Path) -> str:
     return "\n\n".join(
         [
             "# Memory, in fewer bytes",
-            f"`python -m benchmarks.memory_tier`, {datetime.now(UTC):%Y-%m-%d}, commit {first['environment']['commit']}; "
-            f"{first['environment']['hardware']}; {versions(first['environment'])}. {MODEL}, "
-            f"{first['parameters']:,} weights."
+            f"`python -m benchmarks.memory_tier`, {datetime.now(UTC):%Y-%m-%d}, commit {made['commit']}; "
+            f"{made['hardware']}; {versions(made)}. {MODEL}, {first['parameters']:,} weights."
             + (f" Not measured: {', '.join(missing)}." if missing else ""),
             "## Bytes for each weight of the model, planned / held in a step",
             table(["", "weights", "gradients", "moments", "together", "planned / held"], bytes_rows),
-            "Quantized bases are computed with in float32 here. Adapters of rank 16 on all linear layers are "
-            "counted, over all weights of the model; so is the embedding, a fifth of this model, which stays in model.dtype.",
+            "Quantized bases are computed with in float32 here. Adapters of rank 16 on all linear layers are counted, "
+            "over all weights of the model; so is the embedding, a fifth of this model, which stays in model.dtype.",
             f"## Held-out accuracy: {trained} pairs of polite_demo in steps of {_BATCH}, {held_out} held out",
             table(["", "accuracy (95%)", "margin, nats", "loss, last 4 steps"], learned),
             "The same seed, pairs and order for all; learning rates are 5e-4 for adapters and 2e-5 for all weights. "

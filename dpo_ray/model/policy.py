@@ -184,7 +184,7 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     attention.hide_from_compiler()
     for module in model.modules():
         if isinstance(module, QuantizedLinear):  # what makes its weight whole is one kernel already
-            module.forward = torch.compiler.disable(module.forward)
+            setattr(module, "forward", torch.compiler.disable(module.forward))  # noqa: B010
     for layer in decoder_layers(model, wanted_by="train.compile=true"):
         # Not layer.compile(), which would take FSDP's hooks into what is compiled.
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)

@@ -1,10 +1,12 @@
 """What a training learns and takes in fewer bytes: bytes for each weight, planned and held, and held-out accuracy.
 
-    python -m benchmarks.memory_tier DATA [--rows …] [--train 160] [--held-out 128] [--plan] [--write]
+    python -m benchmarks.memory_tier DATA --bytes
+    python -m benchmarks.memory_tier DATA [--rows …] [--train 160] [--held-out 128] [--write]
+    python -m benchmarks.memory_tier --plan
 
 Trains the demo model on pairs of DATA (polite_demo: the same answer, polite and rude) in one process after the other:
 adapters on a base in float32, bfloat16, 4 and 8 bits, and all weights with AdamW in float32, 8 bits and bfloat16. Seed,
-pairs and their order are the same. The reference is scored as the reference stage does it. Bytes are those of the
+pairs and their order are the same. The reference is scored as the reference stage does it. --bytes measures the
 storages of weights, gradients and moments in a step. Each row is kept in --folder as it is measured; --write makes
 memory_tier.md of those that are there. --plan prints what 8B and 70B take on GPUs, by dpo_ray.training.memory.
 """
@@ -210,19 +212,23 @@ def plan() -> str:
 
 def report(folder: Path) -> str:
     """Of the rows that have been measured."""
-    found = {name: json.loads(path.read_text()) for name in ROWS if (path := folder / f"{_slug(name)}.json").is_file()}
-    if not found:
-        sys.exit(f"There is nothing in {folder}: measure first.")
+    held, found = (
+        {name: json.loads(path.read_text()) for name in ROWS if (path := _kept(folder, name, kind)).is_file()}
+        for kind in ("bytes", "learned")
+    )
+    if not held or not found:
+        sys.exit(f"There is too little in {folder}: measure first.")
     first = next(iter(found.values()))
     made = first["environment"]
     bytes_rows, learned = [], []
-    for name, row in found.items():
+    for name, row in held.items():
         cells = [
             f"{row['planned'][part] / row['parameters']:.2f} / {row['held'][part] / row['parameters']:.2f}"
             for part in ("weights", "gradients", "moments")
         ]
         total = [sum(row[side].values()) / row["parameters"] for side in ("planned", "held")]
         bytes_rows.append([name, *cells, f"{total[0]:.2f} / {total[1]:.2f}", f"{total[0] / total[1]:.3f}"])
+    for name, row in found.items():
         value, low, high = row["accuracy"]
         last = sum(row["losses"][-4:]) / len(row["losses"][-4:])
         learned.append([name, f"{value:.3f} ({low:.3f}–{high:.3f})", f"{row['margin']:.2f}", f"{last:.3f}"])
@@ -248,8 +254,8 @@ def report(folder: Path) -> str:
     )  # fmt: skip
 
 
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)
+def _kept(folder: Path, name: str, kind: str) -> Path:
+    return folder / f"{''.join(c if c.isalnum() else '-' for c in name)}-{kind}.json"
 
 
 def main() -> None:
@@ -259,7 +265,8 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=160)
     parser.add_argument("--held-out", type=int, default=128)
     parser.add_argument("--folder", type=Path, default=Path("memory_tier"), help="where rows are kept")
-    parser.add_argument("--alone", action="store_true", help="measure the one row in this process")
+    parser.add_argument("--alone", action="store_true", help="measure the rows in this process")
+    parser.add_argument("--bytes", action="store_true", help="measure bytes alone, in a step")
     parser.add_argument("--plan", action="store_true", help="print the plan for large models alone")
     parser.add_argument(
         "--write", action="store_true", help="make benchmarks/memory_tier.md of the rows that are there"
@@ -268,9 +275,13 @@ def main() -> None:
     if options.plan:
         print(plan())
         return
-    if options.data is not None:
+    if options.data is not None and options.bytes:
         for name in options.rows:
-            kept = options.folder / f"{_slug(name)}.json"
+            write_json(_kept(options.folder, name, "bytes"), measure(name, options.data, _BATCH, _BATCH))
+            print(name, flush=True)
+    elif options.data is not None:
+        for name in options.rows:
+            kept = _kept(options.folder, name, "learned")
             if options.alone:
                 write_json(kept, measure(name, options.data, options.train, options.held_out))
             elif not kept.is_file():

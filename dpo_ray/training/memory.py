@@ -19,6 +19,8 @@ from dpo_ray.pairs import TokenizedPair
 MOST_TOKENS_CPU = 2048  # matrix products are no faster with more rows, and gradients are added up less often with these
 MOST_TOKENS_GPU = 16384
 
+SMALLEST_IN_8_BITS = 4096
+"""Values of a weight whose moments torchao does not leave in the weight's own dtype."""
 _USABLE = 0.8  # of the memory; the rest is for the allocator's gaps, communication and what else runs there
 _HIDDEN_PER_LAYER = 18  # values of hidden size and of intermediate size that a layer keeps for each token
 _INTERMEDIATE_PER_LAYER = 4
@@ -142,6 +144,9 @@ def state_of(shape: Shape, model: Model, train: Train, num_workers: int) -> Stat
     trained = shape.parameters if model.lora is None else model.lora.rank * shape.sides
     frozen = frozen_bytes(shape, model) if model.lora is not None else 0.0
     size = 2 if train.in_bfloat16 else 4
+    moments = moment_bytes(train)
+    if model.lora is not None and model.lora.rank * shape.hidden < SMALLEST_IN_8_BITS:
+        moments = 8.0
     # Replicas add gradients up in the float32 that they travel in, until the last micro-batch.
     gradient = 4 if num_workers > shards else size
     beside = 0
@@ -153,7 +158,7 @@ def state_of(shape: Shape, model: Model, train: Train, num_workers: int) -> Stat
     return State(
         weights=int((frozen + size * trained) / shards),
         gradients=gradient * trained // shards,
-        moments=int(moment_bytes(train) * trained / shards),
+        moments=int(moments * trained / shards),
         beside=beside,
         on_host=train.offload,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -61,7 +62,7 @@ def _in_few_bytes(
             weights = [p for group in self.param_groups for p in group["params"]]
             done = self.state[weights[0]].get("step", 0) if self.state else 0
             device = weights[0].device
-            with _eager(device), _drawn(device, ((seed << 32) + int(done)) % 2**63):
+            with _eager(device), _drawn(device, f"{seed} {int(done)}"):
                 return super().step(closure)
 
     made: torch.optim.Optimizer = AdamW(groups, **options, **sizes, bf16_stochastic_round=config.in_bfloat16)
@@ -80,10 +81,10 @@ def _eager(device: torch.device) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _drawn(device: torch.device, seed: int) -> Iterator[None]:
+def _drawn(device: torch.device, seed: str) -> Iterator[None]:
     """Inside, what is drawn is drawn from the seed; afterwards all generators are as before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(random.Random(seed).getrandbits(32))  # torch's generator for CPUs takes no more bits
         yield
 
 

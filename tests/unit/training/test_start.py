@@ -129,7 +129,7 @@ def test_what_was_gathered_for_an_evaluation_is_not_trained_with(
 def test_gradients_of_each_micro_batch_go_where_they_belong_at_once(small_model: Path, pairs: list[TokenizedPair]):
     model, options, me = Model(path=str(small_model)), Train(strategy="fsdp"), Rank(0, 1, torch.device("cpu"))
     scorer, forward = start_policy(ModelFolder.of(model), model, options, me, seed=0)
-    scorer.parts = 2  # what is asked of more than one worker
+    scorer.adds_gradients_up_at_once = True  # as with more than one worker
     with accumulating(forward, last=False):
         forward(scorer.collate(pairs[:1])).logprobs.sum().backward()
     for parameter in scorer.parameters():

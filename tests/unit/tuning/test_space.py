@@ -183,6 +183,8 @@ def test_a_space_of_many_dimensions_is_checked_in_little_time():
         ({"beta": [0.1], "rank_by": {"accuracy": 1, "likelihood_drop": -0.1}}, "counts in its own direction"),
         ({"beta": [0.1], "rank_by": {"accuracy": float("nan")}}, "a weight is a number above 0"),
         ({"space": {"train": [{"epochs": 1}, {"epochs": 2}]}}, "train cannot be searched as a whole"),
+        ({"space": {"model.lora.quantization": ["nf4", "int8"]}}, "it changes the reference"),
+        ({"space": {"train.activation_offload": [True, False]}}, "where and how fast trials train"),
         ({"space": {"train.epochs": {"uniform": [1, 3]}}, "search": "random", "num_trials": 2}, r"\{integer: "),
         ({"space": {"train.learning_rate": {"normal": [0, 1]}}}, "normal is no distribution: write"),
         ({"space": {"train.learning_rate": {"uniform": [1e-6, 1e-5], "log": True}}}, "takes nothing beside it"),
@@ -208,6 +210,14 @@ def test_a_space_of_many_dimensions_is_checked_in_little_time():
 def test_a_search_that_cannot_be_is_refused_and_told_how(tune: dict[str, Any], says: str):
     with pytest.raises(ConfigError, match=says):
         require_space(config(tune))
+
+
+def test_quantized_weights_have_a_reference_of_their_own():
+    space = {"model.lora": [{"rank": 8}, {"rank": 8, "quantization": "nf4"}]}
+    with pytest.raises(ConfigError, match="not the same in all options"):
+        require_space(config({"space": space}, reference={"engine": "torch"}))
+    alike = {"model.lora": [{"rank": rank, "quantization": "nf4"} for rank in (4, 8)]}
+    require_space(config({"space": alike}, reference={"engine": "torch"}))
 
 
 def test_likelihood_drop_needs_a_reference():

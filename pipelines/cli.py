@@ -150,7 +150,7 @@ def train(
 
         train_stage(context, given_reference(context, path))
 
-    _carry_out(loaded, run_id, work, plan=["train"])
+    _carry_out(loaded, run_id, work, ("train", "--reference", reference), plan=["train"])
 
 
 @app.command()
@@ -175,7 +175,7 @@ def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = Fals
         sweep(context)
 
     plan = [*planned(loaded, "reference"), "sweep", "evaluate", "publish"]
-    _carry_out(loaded, run_id, work, plan=plan, check_for="publish")
+    _carry_out(loaded, run_id, work, ("sweep",), plan=plan, check_for="publish")
 
 
 @app.command()
@@ -286,7 +286,7 @@ def iterate(config: ConfigPath, override: Overrides = None, dry_run: DryRun = Fa
 
         iterate(context)
 
-    _carry_out(loaded, run_id, work, plan=planned(loaded, "publish"), check_for="publish")
+    _carry_out(loaded, run_id, work, ("iterate",), plan=planned(loaded, "publish"), check_for="publish")
 
 
 def _require_start_from_model(config: Config, command: str, who: str) -> None:
@@ -457,7 +457,8 @@ def _tokenize_all(config: Config) -> None:
 
         align(context, until="tokenize")
 
-    _carry_out(config, None, work, plan=planned(config, "tokenize"), check_for="tokenize", quiet=True)
+    plan = planned(config, "tokenize")
+    _carry_out(config, None, work, ("tokenize",), plan=plan, check_for="tokenize", quiet=True)
 
 
 @app.command()
@@ -528,7 +529,8 @@ def _run_until(stage: Stage, path: Path, overrides: list[str] | None, dry_run: b
         return is_nothing_new(context)
 
     may_be_done = is_done if stage == "publish" else None
-    _carry_out(config, run_id, work, plan=planned(config, stage), check_for=stage, is_done=may_be_done)
+    command = ("run" if stage == "publish" else stage,)
+    _carry_out(config, run_id, work, command, plan=planned(config, stage), check_for=stage, is_done=may_be_done)
 
 
 def _print_plan(config: Config, stage: Stage) -> None:
@@ -543,6 +545,7 @@ def _carry_out(
     config: Config,
     run_id: str | None,
     work: Callable[[RunContext], None],
+    command: tuple[str, ...],
     *,
     plan: list[str],
     check_for: Stage | None = None,
@@ -552,6 +555,7 @@ def _carry_out(
     """Run the work in a run's folder, seen by a person and with a log file, and close with what came of it.
 
     Args:
+        command: what does the same again, as of RunContext.
         plan: the stages of the work.
         check_for: the last stage whose needs are checked before.
         is_done: finds out, without Ray, whether there is nothing to do.
@@ -571,7 +575,7 @@ def _carry_out(
             preflight(config, check_for)
         from dpo_ray.model.pin import pinned
 
-        lines = _record(terminal, pinned(config), run_id, work, plan, is_done, ended)
+        lines = _record(terminal, pinned(config), run_id, work, command, plan, is_done, ended)
         terminal.records.add("\n".join(lines).strip())
     for line in () if quiet or as_json else lines:
         typer.echo(line)
@@ -582,6 +586,7 @@ def _record(
     config: Config,
     run_id: str | None,
     work: Callable[[RunContext], None],
+    command: tuple[str, ...],
     plan: list[str],
     is_done: Callable[[RunContext], bool] | None,
     ended: Ended,
@@ -592,11 +597,12 @@ def _record(
     """
     from dpo_ray.on_ray.metrics import RUNS, count
     from dpo_ray.on_ray.session import disconnect, is_embedded
-    from pipelines.align import write_report
     from pipelines.context import RunContext
+    from pipelines.report import write_report
     from pipelines.show import closing_lines
 
     context = RunContext.start(config, run_id)
+    context.command = command
     ended.folder = context.folder.uri
     terminal.records.run = context.run_id
     if context.folder.is_local:

@@ -69,7 +69,7 @@ def evaluation() -> dict[str, Any]:
         "verdict": "better",
         "greedy_win_rate": estimate(0.88),
         "length_controlled_win_rate": estimate(0.7),
-        "win_rate_by_length": {"tuned shorter": estimate(0.9, 90), "other's over 40 tokens": estimate(0.8, 30)},
+        "win_rate_by_length": {"tuned shorter": estimate(0.9, 90), "opponent over 40 tokens": estimate(0.8, 30)},
         "mean_reward": {"base": 0.1, "tuned": 0.6},
         "kl_per_token": estimate(0.4),
         "drift": {"length_ratio": estimate(0.4), "base": side, "tuned": side},

@@ -120,9 +120,9 @@ def wins_by_length(wins: np.ndarray, other: np.ndarray, tuned: np.ndarray) -> di
         "tuned longer": tuned > other,
         "tuned shorter": tuned < other,
         "as long": tuned == other,
-        f"other's up to {low:.0f} tokens": other <= low,
-        f"other's {low:.0f} to {high:.0f} tokens": (other > low) & (other <= high),
-        f"other's over {high:.0f} tokens": other > high,
+        f"opponent up to {low:.0f} tokens": other <= low,
+        f"opponent {low:.0f} to {high:.0f} tokens": (other > low) & (other <= high),
+        f"opponent over {high:.0f} tokens": other > high,
     }
     return {name: rate(wins[bucket]) for name, bucket in buckets.items() if np.any(bucket)}
 

@@ -50,9 +50,11 @@ def histogram(title: str, says: str, found: Mapping[str, Any], unit: str, *, at:
                 "field": "share",
                 "type": "quantitative",
                 "stack": None,
+                "scale": {"domainMin": 0},
                 "title": "share",
                 "axis": {"format": "%", "tickCount": 4},
             },
+            "y2": {"datum": 0},
             "color": {
                 "field": "of",
                 "type": "nominal",
@@ -146,8 +148,8 @@ def curves(title: str, says: str, trained: Curve | None, held_out: Curve | None,
     shown: list[tuple[str, list[int], list[float]]] = []
     band: list[dict[str, float]] = []
     if trained is not None:
-        raw = "training, means of steps" if trained.is_thinned else "training, each step"
-        shown += [(raw, trained.steps, trained.raw), ("training, smoothed", trained.steps, trained.smooth)]
+        raw = "means of steps" if trained.is_thinned else "each step"
+        shown += [(raw, trained.steps, trained.raw), ("smoothed", trained.steps, trained.smooth)]
         if trained.is_thinned:
             places = zip(trained.steps, trained.low, trained.high, strict=True)
             band = [{"step": step, "low": low, "high": high} for step, low, high in places]
@@ -169,10 +171,10 @@ def curves(title: str, says: str, trained: Curve | None, held_out: Curve | None,
     }
     x["scale"] = {"zero": False, "nice": False}
     y = {"field": "value", "type": "quantitative", "title": unit, "scale": {"zero": False}}
-    colours = [SOFT if "smoothed" not in name and name != "held out" else SERIES[name == "held out"] for name in names]
+    colours = [{"smoothed": SERIES[0], "held out": SERIES[1]}.get(name, SOFT) for name in names]
     color = {"field": "of", "type": "nominal", "title": None, "scale": {"domain": names, "range": colours}}
     seen = {"condition": {"param": "of", "value": 1}, "value": 0.12}
-    wide = {"condition": {"test": "indexof(datum.of, 'smoothed') >= 0", "value": 2.5}, "value": 1.25}
+    wide = {"condition": {"test": "datum.of === 'smoothed'", "value": 2.5}, "value": 1.25}
     layers: list[dict[str, Any]] = []
     if band:
         area = {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}}

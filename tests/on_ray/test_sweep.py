@@ -102,7 +102,7 @@ def test_the_best_is_repeated_and_judged_on_pairs_that_no_trial_was_ranked_on(fi
     assert scored["kept"] == final["accuracy"]["n"] == judging > 0 and ranking > 0
     assert final["published"] == summary["published"]
     assert (Path(summary["published"]) / "model.safetensors").exists()
-    page = (output / "runs" / summary["run_id"] / "sweep.html").read_text()
+    page = (output / "runs" / summary["run_id"] / "report.html").read_text()
     assert f"{final['accuracy']['n']}" in page and "<svg" in page
 
 

@@ -19,7 +19,7 @@ def gate_section(facts: Facts) -> Section | None:
         found = one.found
         measured = [number(found["value"]), interval(found), f"{found['n']:,}"] if found else ["undefined", "", ""]
         holds = "holds" if one.failure is None else "does not hold"
-        rows.append([one.name.replace("_", " "), one.asked, *measured, holds, f"publish.gate.{one.key}"])
-    head = ["measure", "asked for", "value", "95% interval", "n", "", "option"]
+        rows.append([one.name.replace("_", " "), holds, one.asked, *measured, f"publish.gate.{one.key}"])
+    head = ["measure", "", "asked for", "value", "95% interval", "n", "option"]
     said = "Each condition must hold for the whole of its 95% interval."
     return Section("gate", "The gate", [Paragraph(said), Table(head, rows, code=frozenset({6}))])

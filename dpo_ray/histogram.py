@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-BINS = 40
+FEWEST_BINS, MOST_BINS = 8, 40
 _TAIL = 0.005
+_BY_ROOT = 3.0
+"""Bins for the cube root of the number of values, as of Rice's rule, which has 2."""
 _LONG = 3.0
 """A range that is so many times as wide as that of all but the tails has its tails in the outermost bins."""
 
@@ -37,7 +39,8 @@ def histograms(
     is_open = high - low > _LONG * (inner[1] - inner[0]) > 0
     if is_open:
         low, high = inner
-    edges = _whole_edges(low, high) if whole else np.linspace(low, high, BINS + 1) if high > low else _around(low)
+    most = int(np.clip(np.ceil(_BY_ROOT * np.cbrt(weights.sum() / len(samples))), FEWEST_BINS, MOST_BINS))
+    edges = _whole_edges(low, high, most) if whole else np.linspace(low, high, most + 1) if high > low else _around(low)
     binned = {name: _binned(np.asarray(of, dtype=float), often[name], edges) for name, of in samples.items()}
     return {"edges": [float(f"{edge:.6g}") for edge in edges], "counts": binned, "is_open": bool(is_open)}
 
@@ -56,10 +59,10 @@ def _quantile(values: np.ndarray, counts: np.ndarray, share: float) -> float:
     return float(values[order][np.searchsorted(until, share * until[-1])])
 
 
-def _whole_edges(low: float, high: float) -> np.ndarray:
-    """Halfway between whole numbers, at most BINS bins of one width."""
+def _whole_edges(low: float, high: float, most: int) -> np.ndarray:
+    """Halfway between whole numbers, at most so many bins of one width."""
     first, last = int(np.floor(low)), int(np.ceil(high))
-    width = -(-(last - first + 1) // BINS)
+    width = -(-(last - first + 1) // most)
     return first - 0.5 + width * np.arange(-(-(last - first + 1) // width) + 1)
 
 

@@ -16,7 +16,7 @@ from dpo_ray.on_ray.session import expect_training
 from dpo_ray.progress import say
 from dpo_ray.shards.replay import Earlier, ReplayShard, identity
 from dpo_ray.storage.artifact import Artifact, read_shard
-from dpo_ray.training.files import MODEL_FOLDER
+from dpo_ray.training.files import HISTORY, MODEL_FOLDER
 from pipelines.context import RunContext
 from pipelines.deduplicate import deduplicate
 from pipelines.evaluate import evaluate, tell_measured
@@ -72,6 +72,8 @@ def iterate(context: RunContext) -> None:
             if stops:
                 break
     tell_measured(context, best.evaluation)
+    context.results["train"] = best.policy.manifest.metrics
+    best.policy.file(HISTORY).copy_to(context.folder / HISTORY)
     publish(context, best.policy, best.evaluation, best.measure)
 
 

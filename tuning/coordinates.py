@@ -13,7 +13,7 @@ import numpy as np
 from dpo_ray.config import Tune
 from dpo_ray.config.tune import Choice
 from dpo_ray.report.document import Chart, Table
-from dpo_ray.report.vega import INK, SOFT
+from dpo_ray.report.vega import GROUND, INK, SOFT
 from tuning.heat_map import colours
 from tuning.objectives import better, shown, shown_objectives
 from tuning.records import Trial
@@ -33,6 +33,8 @@ from tuning.searched import (
 from tuning.space import labels
 
 LACKING = -0.14  # height of a trial that has no value on an axis, which goes from 0 to 1
+_LEAF = "peek(split(datum.label, '.'))"
+"""Of a path its last word, for an axis is narrow."""
 _FEW = 6  # values that each have a tick of their own
 _APART = 0.055  # of the height of an axis: nearer labels would overlap
 
@@ -118,7 +120,7 @@ def _spec(points: list[Any], ticks: list[Any], axes: list[str], colour: dict[str
             "domain": False,
             "ticks": False,
             "grid": True,
-            "labelExpr": "split(datum.label, '.')",
+            "labelExpr": _LEAF,
             "labelColor": INK,
         },
     }
@@ -151,11 +153,15 @@ def _spec(points: list[Any], ticks: list[Any], axes: list[str], colour: dict[str
                 "encoding": {**line, "color": colour, "strokeWidth": wide},
             },
             {"mark": {"type": "point", "opacity": 0, "size": 120}, "encoding": {"x": x, "y": y, "tooltip": tooltip}},
-            {
-                "data": {"values": ticks},
-                "mark": {"type": "text", "align": "right", "dx": -6, "fontSize": 11, "color": INK},
-                "encoding": {"x": x, "y": y, "text": {"field": "is"}},
-            },
+            # In the colour of the ground first, so that lines behind the text do not cross it.
+            *(
+                {
+                    "data": {"values": ticks},
+                    "mark": {"type": "text", "align": "right", "dx": -6, "fontSize": 11, **stroke},
+                    "encoding": {"x": x, "y": y, "text": {"field": "is"}},
+                }
+                for stroke in ({"color": GROUND, "stroke": GROUND, "strokeWidth": 4}, {"color": INK})
+            ),
         ],
         "height": 340,
     }

@@ -26,6 +26,7 @@ STAR = "★"
 Channel = Mapping[str, Any]
 """Of a Vega-Lite encoding."""
 _DARK_INK, _LIGHT_INK = "#111111", "#ffffff"
+_SMALL = 0.01  # values below it are written with an exponent
 _LIGHT_FROM = 0.55  # of the way along the colours, from where dark text is the more readable
 SHAPES = {"finished": "circle", "stopped": "square", "diverged": "cross", "failed": "triangle-down"}
 
@@ -61,7 +62,12 @@ def heat_maps(tune: Tune, trials: Sequence[Trial], best: int | None = None) -> l
 def colours(objective: ShownObjective, low: float, high: float) -> dict[str, Any]:
     """The channel by which brighter is better."""
     scale = {"scheme": "viridis", "domain": [low, high], "reverse": not objective.higher_is_better}
-    legend = {"title": f"{objective.name}, {better(objective)}", "gradientLength": 180, "tickCount": 4}
+    legend = {
+        "title": f"{objective.name}, {better(objective)}",
+        "gradientLength": 180,
+        "tickCount": 4,
+        "orient": "bottom",
+    }
     return {"field": "value", "type": "quantitative", "scale": scale, "legend": legend}
 
 
@@ -166,7 +172,7 @@ def _points(
             "type": "quantitative",
             "title": pair[n],
             "scale": kind,
-            "axis": {"format": "~g", "tickCount": 4, "labelOverlap": True},
+            "axis": {"format": "~e" if max(across) < _SMALL else "~g", "tickCount": 4, "grid": False},
         }
 
     place = {"x": axis(0, "x"), "y": axis(1, "y")}
@@ -185,22 +191,25 @@ def _points(
         {"field": "y", "title": pair[1], "format": ".3~g"},
         {"field": "value", "title": objective.name, "format": ".4~g"},
     ]
+    ended = {
+        "transform": [{"filter": "!isValid(datum.value)"}],
+        "mark": {"type": "point", "size": 60, "color": SOFT},
+        "encoding": {**place, "shape": shape, "tooltip": tooltip},
+    }
+    star = {
+        "transform": [{"filter": "datum.best"}],
+        "mark": {"type": "text", "text": STAR, "fontSize": 20, "dy": -14, "color": INK},
+        "encoding": {**place, "tooltip": tooltip},
+    }
+    coloured = {
+        "transform": [{"filter": "isValid(datum.value)"}],
+        "mark": {"type": "point", "filled": True, "size": 110, "opacity": 1, "stroke": SOFT, "strokeWidth": 0.5},
+        "encoding": {**place, "shape": shape, "color": colour, "tooltip": tooltip},
+    }
     layers = [
-        {
-            "transform": [{"filter": "!isValid(datum.value)"}],
-            "mark": {"type": "point", "size": 60, "color": SOFT},
-            "encoding": {**place, "shape": shape, "tooltip": tooltip},
-        },
-        {
-            "transform": [{"filter": "isValid(datum.value)"}],
-            "mark": {"type": "point", "filled": True, "size": 110, "opacity": 1, "stroke": SOFT, "strokeWidth": 0.5},
-            "encoding": {**place, "shape": shape, "color": colour, "tooltip": tooltip},
-        },
-        {
-            "transform": [{"filter": "datum.best"}],
-            "mark": {"type": "text", "text": STAR, "fontSize": 20, "dy": -14, "color": INK},
-            "encoding": {**place, "tooltip": tooltip},
-        },
+        *([ended] if len(done) < len(values) else []),
+        *([coloured] if done else []),
+        *([star] if any(one["best"] for one in values) else []),
     ]
     rows = [
         [

@@ -44,7 +44,13 @@ def histogram(title: str, says: str, found: Mapping[str, Any], unit: str, *, at:
     bars = {
         "mark": {"type": "bar", "opacity": 0.55 if len(counts) > 1 else 0.9, "binSpacing": 0},
         "encoding": {
-            "x": {"field": "from", "type": "quantitative", "title": unit, "scale": {"zero": False}},
+            "x": {
+                "field": "from",
+                "type": "quantitative",
+                "title": unit,
+                "scale": {"zero": False},
+                "axis": {"tickCount": 6},
+            },
             "x2": {"field": "to"},
             "y": {
                 "field": "share",
@@ -96,7 +102,7 @@ def intervals(
         "type": "nominal",
         "sort": order,
         "title": None,
-        "axis": {"labelLimit": _LABEL, "ticks": False, "domain": False, "labelColor": INK},
+        "axis": {"labelLimit": _LABEL, "ticks": False, "domain": False, "labelColor": INK, "labelPadding": 8},
     }
     scale = {"domain": list(domain)} if domain is not None else {"zero": False}
     x = {"field": "low", "type": "quantitative", "title": unit, "scale": scale, "axis": {"tickCount": 5}}
@@ -134,7 +140,7 @@ def bars(title: str, says: str, found: Mapping[str, float], unit: str, *, number
             "type": "nominal",
             "sort": list(found),
             "title": None,
-            "axis": {"labelLimit": _LABEL, "ticks": False, "domain": False, "labelColor": INK},
+            "axis": {"labelLimit": _LABEL, "ticks": False, "domain": False, "labelColor": INK, "labelPadding": 8},
         },
         "tooltip": [{"field": "name", "title": "of"}, {"field": "value", "title": unit, "format": number_format}],
     }

@@ -84,7 +84,7 @@ def facts_of(facts: Facts) -> list[tuple[str, str]]:
         found.append(("began", f"{began} UTC, took {duration(summary['seconds'])}"))
     if summary.get("published"):
         found.append(("published as", summary["published"]))
-        if facts.before is None:
+        if facts.before is None and not summary.get("nothing_new"):
             found.append(("before it", "nothing stood under this name"))
     return found
 

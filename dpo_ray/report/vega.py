@@ -15,7 +15,7 @@ from typing import Any
 VEGA_LITE = "6.4"
 _HEIGHT, _WIDTH = 220, 460
 _IDS = re.compile(r'( id="|url\(#|href="#)')
-INK, SOFT, GRID = "var(--ink)", "var(--soft)", "var(--line)"
+INK, SOFT, GRID, GROUND = "var(--ink)", "var(--soft)", "var(--line)", "var(--ground)"
 SERIES = tuple(f"var(--series-{n})" for n in range(1, 5))
 
 _AXIS = {
@@ -33,7 +33,15 @@ _CONFIG = {
     "background": None,
     "view": {"stroke": None},
     "axis": _AXIS,
-    "legend": {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 12, "orient": "top"},
+    "axisQuantitative": {"labelOverlap": True},
+    "legend": {
+        "labelColor": INK,
+        "titleColor": INK,
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+        "orient": "top",
+    },
     "mark": {"color": SERIES[0]},
     "text": {"color": INK, "fontSize": 12},
     "rule": {"color": SOFT},

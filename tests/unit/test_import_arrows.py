@@ -75,7 +75,7 @@ ROOMS = {
     "losses": {"config"},
     "model": {"bins", "config", "errors", "pairs", "progress", "storage"},
     "evaluation": {"config", "errors", "estimates", "histogram", "losses", "pairs", "storage"},
-    "report": {"config", "estimates", "evaluation", "storage"},
+    "report": {"config", "errors", "evaluation"},
     "scoring": {"config", "data", "errors", "model", "origin", "pairs", "storage"},
     "shards": {"bins", "config", "data", "errors", "evaluation", "formats", "model", "pairs", "scoring", "storage"},
     "training": {"bins", "config", "data", "errors", "losses", "model", "pairs", "progress", "storage"},

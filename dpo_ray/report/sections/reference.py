@@ -58,7 +58,7 @@ def _chart(rows: list[tuple[str, float, float, str]]) -> Chart:
         "type": "nominal",
         "sort": [name for name, *_ in rows],
         "title": None,
-        "axis": {"labelLimit": 190, "ticks": False, "domain": False, "labelColor": INK},
+        "axis": {"labelLimit": 190, "ticks": False, "domain": False, "labelColor": INK, "labelPadding": 8},
     }
     scale = {"type": "log", "domainMax": 3, "domainMin": min(0.01, *(share / 2 for share in shares))}
     x = {

@@ -30,7 +30,7 @@ def rounds_section(facts: Facts) -> Section | None:
         blocks.append(_by_round(rounds, "accuracy", title, "accuracy", 0.5, domain))
     if any(one.get("kl_per_token") for one in rounds):
         title = "KL from the first model by round"
-        blocks.append(_by_round(rounds, "kl_per_token", title, "nats a token", 0.0, None))
+        blocks.append(_by_round(rounds, "kl_per_token", title, "nats a token", None, None))
     rows = [
         [
             f"{one['round']}{', the best' if one['best'] else ''}",
@@ -52,7 +52,7 @@ def _by_round(
     name: str,
     title: str,
     unit: str,
-    at: float,
+    at: float | None,
     domain: tuple[float, float] | None,
 ) -> Block:
     found = [(f"round {one['round']}{' ★' if one['best'] else ''}", one[name]) for one in rounds if one.get(name)]

@@ -13,6 +13,7 @@ from dpo_ray.report.vega import INK, SERIES, SOFT
 
 _ROW, _AROUND = 26, 58  # pixels of a row of dots or bars, and of the axis below them
 _LABEL = 190  # pixels of a row's label, at most
+_TOLD_APART = 40  # points of a curve that have a mark each
 _TABLE_ROWS = 25  # of a curve's table
 
 
@@ -198,7 +199,7 @@ def curves(title: str, says: str, trained: Curve | None, held_out: Curve | None,
             "mark": {"type": "line", "interpolate": "linear"},
             "encoding": {"x": x, "y": y, "color": color, "opacity": seen, "strokeWidth": wide},
         },
-        *([points] if held_out is not None else []),
+        *([points] if held_out is not None and len(held_out.steps) <= _TOLD_APART else []),
         {
             "transform": [{"pivot": "of", "value": "value", "groupby": ["step"]}],
             "params": [

@@ -13,8 +13,8 @@ import numpy as np
 MOST_POINTS = 400
 """Of a curve: about as many as a plot has pixels for."""
 _HELD_OUT = "eval_"
-_WINDOW = 0.05
-"""Of all points, the share over which a smoothed curve's weights fall to 1/e."""
+_WINDOW = 0.03
+"""Of all points, the share over which a smoothed curve's weights fall to 1/e, to either side."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Curve:
     high: list[float]
     """Their smallest and largest."""
     smooth: list[float]
-    """The exponential moving average over all points, without the pull of its start (as in Adam)."""
+    """A moving average over all points, those before and those after."""
     num_points: int
     """Before it was thinned."""
 
@@ -82,7 +82,12 @@ def _curve(steps: np.ndarray, values: np.ndarray) -> Curve:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """[n] → [n]: at each point the weighted mean of what came before it and itself."""
+    """[n] → [n]: the exponential moving averages from both ends, so that the curve does not come late."""
+    return (_trailing(values) + _trailing(values[::-1])[::-1]) / 2
+
+
+def _trailing(values: np.ndarray) -> np.ndarray:
+    """At each point the weighted mean of what came before it and itself, without the pull of the start (as in Adam)."""
     keep = math.exp(-1 / max(1.0, _WINDOW * len(values)))
     found = np.empty(len(values))
     total = weight = 0.0

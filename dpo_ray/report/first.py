@@ -9,7 +9,7 @@ from dpo_ray.errors import GateFailed
 from dpo_ray.evaluation.gate import conditions
 from dpo_ray.report.document import Block, Figure, Links, Paragraph, Table, Tone
 from dpo_ray.report.facts import Facts
-from dpo_ray.report.shown import duration, estimate, interval, number
+from dpo_ray.report.shown import duration, interval, number
 
 _MOST_OPTIONS = 20
 _EVEN = 0.5
@@ -80,8 +80,7 @@ def facts_of(facts: Facts) -> list[tuple[str, str]]:
         ("loss", f"{loss.type}{strength}, learning rate {config.train.learning_rate:g}"),
     ]
     if "began" in summary:
-        began = summary["began"].replace("T", " ").removesuffix("Z")
-        found.append(("began", f"{began} UTC, took {duration(summary['seconds'])}"))
+        found.append(("began", f"{_moment(summary['began'])}, took {duration(summary['seconds'])}"))
     if summary.get("published"):
         found.append(("published as", summary["published"]))
         if facts.before is None and not summary.get("nothing_new"):
@@ -95,7 +94,7 @@ def changes(facts: Facts) -> list[Block]:
     if before is None:
         return []
     where = f", made by the run {before.run_id}" if before.run_id else ""
-    blocks: list[Block] = [Paragraph(f"Before it stood {before.version}, since {before.since}{where}.")]
+    blocks: list[Block] = [Paragraph(f"Before it stood {before.version}, since {_moment(before.since)}{where}.")]
     theirs = before.summary.get("eval") or {}
     rows = _compared(theirs, facts.evaluation)
     pairs = [(one.get("data") or {}).get("pairs", 0) for one in (before.summary, facts.summary)]
@@ -108,7 +107,7 @@ def changes(facts: Facts) -> list[Block]:
         )
     sets = [(name, one) for name, one in (facts.evaluation.get("sets") or {}).items() if one.get("change")]
     if sets:
-        found = [[name, estimate(one["change"]), one["version"]] for name, one in sets]
+        found = [[name, _signed(one["change"]), one["version"]] for name, one in sets]
         blocks.append(Table(["accuracy on the same pairs", "change", "from"], found, code=frozenset({2})))
     if before.options:
         shown = [list(one) for one in before.options[:_MOST_OPTIONS]]
@@ -143,6 +142,15 @@ def _compared(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[list[s
             told = [f"{one['value']:.3f} {interval(one)}" for one in both]
             rows.append([label, *told, _change(both[1]["value"] - both[0]["value"])])
     return rows
+
+
+def _signed(found: Mapping[str, Any]) -> str:
+    return f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}] (n={found['n']:,})"
+
+
+def _moment(iso: str) -> str:
+    """Without what people do not read of a time in UTC."""
+    return iso.replace("T", " ").replace("+00:00", " UTC").replace("Z", " UTC")
 
 
 def _change(value: float) -> str:

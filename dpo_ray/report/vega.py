@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 VEGA_LITE = "6.4"
-_HEIGHT, _WIDTH = 220, 460
+_HEIGHT, _WIDTH = 220, 400
 _IDS = re.compile(r'( id="|url\(#|href="#)')
 INK, SOFT, GRID, GROUND = "var(--ink)", "var(--soft)", "var(--line)", "var(--ground)"
 SERIES = tuple(f"var(--series-{n})" for n in range(1, 5))

@@ -22,6 +22,9 @@ DAGSTER_VENV ?= .venv-dagster
 DAGSTER_READY := $(DAGSTER_VENV)/.ready
 AIRFLOW_VENV ?= .venv-airflow
 AIRFLOW_READY := $(AIRFLOW_VENV)/.ready
+# Playwright's Python package, beside the project's own environment; Chromium is the machine's.
+BROWSER_PACKAGES ?= .browser-packages
+BROWSER_READY := $(BROWSER_PACKAGES)/.ready
 # Further arguments of benchmarks.speed.
 BENCH ?=
 # Processes of pytest that run side by side, each a file of tests at a time. Most of them wait for Ray; memory bounds them.
@@ -41,7 +44,7 @@ SELECTED ?= -m "not long and not chaos"
 MEASURED := $(CURDIR)/.coverage-data
 COVERED := DPO_RAY_COVERAGE=$(MEASURED)/.coverage PYTHONPATH=$(CURDIR)/tests/every_process$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test test-all test-integrations test-lm-eval test-trl test-dagster test-airflow chaos kills lint style types tests docs env bench clean
+.PHONY: demo test test-all test-integrations test-lm-eval test-trl test-dagster test-airflow test-browser chaos kills lint style types tests docs env bench clean
 
 # PyTorch's CPU build into the environment whose pip is $(1): from where pip looks, or else from PyTorch's own index.
 define install_torch
@@ -71,7 +74,7 @@ test-all: test
 tests: $(READY)
 	$(COVERED) $(PYTEST) $(SELECTED)
 
-test-integrations: test-lm-eval test-trl test-dagster test-airflow
+test-integrations: test-lm-eval test-trl test-dagster test-airflow test-browser
 
 test-lm-eval: $(LM_EVAL_READY)
 	$(LM_EVAL_VENV)/bin/python -m pytest -m integration tests/integrations/test_lm_eval.py
@@ -86,6 +89,10 @@ test-dagster: $(READY) $(DAGSTER_READY)
 test-airflow: $(READY) $(AIRFLOW_READY)
 	DPO_RAY_AIRFLOW_PYTHON=$(abspath $(AIRFLOW_VENV))/bin/python \
 	  $(BIN)/python -m pytest -m integration tests/integrations/test_airflow.py
+
+test-browser: $(READY) $(BROWSER_READY)
+	PYTHONPATH=$(abspath $(BROWSER_PACKAGES)) \
+	  $(BIN)/python -m pytest -m browser tests/integrations/test_report_in_browser.py
 
 # Faults in the stages of a run, one after the other, each against a run that nothing happened to.
 chaos: $(READY)
@@ -156,6 +163,10 @@ $(AIRFLOW_READY): requirements-airflow.txt | $(READY)
 	$(call install_orchestrator,$(AIRFLOW_VENV),requirements-airflow.txt)
 	touch $(AIRFLOW_READY)
 
+$(BROWSER_READY): requirements-browser.txt | $(READY)
+	$(PIP) install --no-deps --target $(BROWSER_PACKAGES) --upgrade -r requirements-browser.txt
+	touch $(BROWSER_READY)
+
 clean:
-	rm -rf $(VENV) $(TRL_VENV) $(LM_EVAL_VENV) $(DAGSTER_VENV) $(AIRFLOW_VENV)
+	rm -rf $(VENV) $(TRL_VENV) $(LM_EVAL_VENV) $(DAGSTER_VENV) $(AIRFLOW_VENV) $(BROWSER_PACKAGES)
 	rm -rf $(MEASURED) .coverage .pytest_cache .ruff_cache .mypy_cache

@@ -4,6 +4,7 @@ errors         what can go wrong, and the exit code of each
 progress       lines for the person who watches
 bins           items into groups: batches, first fit, spread over ranks
 estimates      proportions and their intervals
+histogram      samples as counts in a few bins
 pairs          the rows that stages hand to each other, and their schemas
 storage        paths and object stores, files of packages, artifacts with their manifests and shards; lineage, garbage
 machine        what a machine has: packages, GPUs and their driver, disks, a clock
@@ -14,7 +15,8 @@ config         the configuration: the sections, reading them, what is wrong with
 data           preference data as functions of rows, from bytes to token ids
 losses         formulas, and what they are given
 model          the model's folder, and its forward pass down to token log-probs
-evaluation     margins, agreement of engines, the pages that tell people
+evaluation     margins, win rates, agreement of engines, the gate, the model card
+report         the pages that tell people of a run, a sweep or rounds
 scoring        what gives completions their scores, and models theirs on tasks, and what each source is known by
 shards         what a stage does with one shard
 training       the trainer: the plan of the steps, a step, the loop, checkpoints

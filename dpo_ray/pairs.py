@@ -235,7 +235,9 @@ SCORES = pa.schema(
         ("chosen_reward", pa.float64()),
         ("rejected_reward", pa.float64()),
         ("chosen_logps", pa.float64()),
+        ("rejected_logps", pa.float64()),
         ("chosen_ref_logps", pa.float64()),
+        ("rejected_ref_logps", pa.float64()),
         ("source", pa.string()),
     ]
 )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from dpo_ray.config import Model
-from dpo_ray.evaluation.report import html_report
 from dpo_ray.on_ray.session import expect_training
 from dpo_ray.storage.artifact import Artifact
 from pipelines import STAGES, Stage
@@ -92,10 +89,3 @@ def with_reference(context: RunContext, pairs: Artifact, left_out: Artifact, tok
     if calibration is not None:
         report_data(context, pairs, left_out, tokenized, rows)
     return Prepared(pairs, rows, calibration)
-
-
-def write_report(context: RunContext, summary: dict[str, Any]) -> None:
-    """report.html of the run."""
-    metrics = context.folder / "metrics.jsonl"
-    history = [json.loads(line) for line in metrics.read_bytes().splitlines()] if metrics.exists() else []
-    (context.folder / "report.html").write_bytes(html_report(context.config, summary, history).encode())

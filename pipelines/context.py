@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from dpo_ray.data.tally import Tally
 from dpo_ray.on_ray.metrics import STAGE_SECONDS, Work, take_up, tell, tell_progress
 from dpo_ray.on_ray.usage import metered
 from dpo_ray.progress import say
-from dpo_ray.storage.artifact import Artifact
+from dpo_ray.storage.artifact import Artifact, library_versions
 from dpo_ray.storage.claim import kept_fresh
 from dpo_ray.storage.lineage import SourceFile
 from dpo_ray.storage.location import Location
@@ -41,6 +42,11 @@ class RunContext:
     """Name of a stage → its entry in summary.json."""
     results: dict[str, Any] = field(default_factory=dict)
     """The other entries of summary.json."""
+    command: tuple[str, ...] = ("run",)
+    """Of dpo-ray, which does this again: its name, and the options besides the configuration."""
+    shown: dict[str, Any] = field(default_factory=dict)
+    """What the report has besides summary.json: `samples`; of a sweep or rounds `more`, sections that come first, and
+    the `config` of what was published."""
     sources: dict[str, SourceFile] = field(default_factory=dict)
     """Name of a shard of pairs → the file that its rows are from."""
     formats: dict[str, int] = field(default_factory=dict)
@@ -117,6 +123,8 @@ class RunContext:
             "began": f"{self.began:%Y-%m-%dT%H:%M:%SZ}",
             "seconds": round(seconds, 1),
             "cost": cost_of(self.stages, seconds, self._trials()),
+            "command": self._command(),
+            "versions": library_versions(),
             "stages": self.stages,
             "published": None,
             **self.results,
@@ -125,6 +133,10 @@ class RunContext:
         (self.folder / "summary.json").write_bytes(json.dumps(summary, indent=1, ensure_ascii=False).encode())
         (self.folder / STAGES_SO_FAR).remove()
         return summary
+
+    def _command(self) -> str:
+        name, *options = self.command
+        return shlex.join(["dpo-ray", name, (self.folder / "config.yaml").uri, *options])
 
     def _trials(self) -> tuple[float, int, Train] | None:
         """Of a sweep, what cost_of wants to know of its trials."""

@@ -15,6 +15,8 @@ from pipelines.context import RunContext
 from pipelines.deduplicate import kept_tasks
 
 KIND = "data_report"
+_REPORT = 2
+"""Raised when the report says other things of the same measures."""
 
 
 def report_data(
@@ -40,7 +42,7 @@ def _report(
 ) -> tuple[Artifact, bool]:
     made = {"pairs": pairs, "duplicates": left_out, "tokenized": tokenized, "scored": scored}
     inputs = {name: artifact.fingerprint for name, artifact in made.items() if artifact is not None}
-    identity = measure_identity()
+    measured_by = measure_identity()
 
     def measure(_: Location) -> Contents:
         # All in one stage, so that Ray is asked once; what an earlier report measured is taken over.
@@ -52,7 +54,7 @@ def _report(
         measured, _reused = shard_stage(
             context.output,
             "measures",
-            identity=identity,
+            identity=measured_by,
             inputs=inputs,
             tasks=tasks,
             pool=rows_pool(context.config, MeasureShard, {}),
@@ -66,7 +68,7 @@ def _report(
         )
         return Contents(metrics=metrics)
 
-    return make(context.output, KIND, identity, inputs, measure)
+    return make(context.output, KIND, {**measured_by, "report": _REPORT}, inputs, measure)
 
 
 def _task(task: ShardTask[PairsShard], what: What) -> ShardTask[MeasuredShard]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,20 +13,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_ray.config import Config, ImplicitReward, WinRate
+from dpo_ray.config.report import MOST_SAMPLES
 from dpo_ray.config.reward import compares
 from dpo_ray.estimates import Estimate, quantiles
 from dpo_ray.evaluation.agreement import NONE, margin_noise
-from dpo_ray.evaluation.comparison import Answered, compare, wins_by_source
+from dpo_ray.evaluation.comparison import Answered, compare, shown_samples, wins_by_source
 from dpo_ray.evaluation.drift import accuracy_by_length, chosen_change
-from dpo_ray.evaluation.held_out import held_out_pairs
+from dpo_ray.evaluation.held_out import HeldOut, held_out_pairs
 from dpo_ray.evaluation.margins import accuracy_by_source, preference_accuracy
 from dpo_ray.evaluation.tasks import beside, task_line
+from dpo_ray.histogram import histograms
 from dpo_ray.on_ray.generate import merge_candidates
 from dpo_ray.on_ray.reward import score_candidates
 from dpo_ray.progress import say
 from dpo_ray.scoring.scorer import weighted
 from dpo_ray.shards.generate import Ask
-from dpo_ray.storage.artifact import Artifact, Contents, make, read_shard
+from dpo_ray.storage.artifact import Artifact, Contents, FileEntry, entry_of, make, read_shard
 from dpo_ray.storage.location import Location
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
@@ -34,14 +37,18 @@ from pipelines.held_out_sets import ScoredSet, measure_sets, score, score_sets
 from pipelines.tasks import measure_both
 
 KIND = "evaluation"
-_MEASURES = 5
+SAMPLES = "samples.json"
+"""Answers that people may look at, of MOST_SAMPLES prompts; of an evaluation without sampled answers there is none."""
+_TOLD = 8
+"""Of these, so many are in summary.json."""
+_MEASURES = 6
 """Raised when there are other measures than before, or they are computed in another way."""
 
 
 def evaluate(
     context: RunContext, pairs: Artifact, rows: Artifact, calibration: Artifact | None, policy: Artifact
 ) -> Artifact:
-    """Measure the policy. The artifact's metrics hold `accuracy`, `margin`, `win_rate` and `samples`; `tasks` too
+    """Measure the policy. The artifact's metrics hold `accuracy`, `margin`, `win_rate` and `histograms`; `tasks` too
     where they are measured; and of a mixture `sources`: source → the accuracy and win rate on its held-out part.
 
     Args:
@@ -55,10 +62,18 @@ def evaluate(
     tasks = context.config.evaluate.tasks
     of_tasks = measure_both(context, tasks, policy) if tasks is not None else None
     artifact = context.stage("evaluate", lambda: _evaluate(context, scores, rows, calibration, sets, drawn, of_tasks))
-    metrics = artifact.manifest.metrics
-    context.results["eval"] = {k: v for k, v in metrics.items() if k != "samples"}
-    context.results["samples"] = metrics["samples"]
+    tell_measured(context, artifact)
     return artifact
+
+
+def tell_measured(context: RunContext, evaluation: Artifact) -> None:
+    """Make an evaluation the run's: in summary.json, in the report and in the closing lines."""
+    most = context.config.report.samples
+    has_samples = any(file.name == SAMPLES for file in evaluation.manifest.files)
+    samples = json.loads(evaluation.file(SAMPLES).read_bytes())[:most] if most and has_samples else []
+    context.results["eval"] = evaluation.manifest.metrics
+    context.results["samples"] = samples[:_TOLD]
+    context.shown["samples"] = samples
 
 
 @dataclass(frozen=True)
@@ -145,17 +160,21 @@ def _evaluate(
         inputs |= {f"tasks/{side}": artifact.fingerprint for side, artifact in of_tasks.items()}
     identity |= {"eval_fraction": context.config.train.eval_fraction, "measures": _MEASURES}
 
-    def measure(_: Location) -> Contents:
+    def measure(location: Location) -> Contents:
+        files: list[FileEntry] = []
         metrics = _held_out(context.config, scores, calibration)
         metrics["sets"] = measure_sets(sets)
         if drawn is not None:
-            compared = _compare(drawn)
+            compared, samples = _compare(drawn)
+            (location / SAMPLES).write_bytes(content := json.dumps(samples, ensure_ascii=False).encode())
+            files.append(entry_of(SAMPLES, content))
+            metrics["histograms"] |= compared.pop("histograms", {})
             for name, wins in compared.pop("sources", {}).items():
                 metrics.setdefault("sources", {}).setdefault(name, {}).update(win_rate=wins)
             metrics |= compared
         if of_tasks is not None:
             metrics |= {"tasks": _tasks(context.config, of_tasks)}
-        return Contents(metrics=metrics)
+        return Contents(files=files, metrics=metrics)
 
     return make(context.output, KIND, identity, inputs, measure)
 
@@ -184,17 +203,29 @@ def _held_out(config: Config, scores: Artifact, calibration: Artifact | None) ->
         "chosen_logps": chosen_change(found.chosen_logps, found.chosen_ref_logps)
         if some and found.chosen_ref_logps is not None
         else None,
+        "histograms": _histograms(found),
         "win_rate": None,
-        "samples": [],
     }
 
 
-def _compare(drawn: _Drawn) -> dict[str, Any]:
+def _histograms(found: HeldOut) -> dict[str, Any]:
+    gaps = {"before": found.ref_gaps, "after": found.gaps}
+    shown = {
+        "margin": {"after": found.margins},
+        "gap": {name: values for name, values in gaps.items() if values is not None},
+    }
+    if found.chosen_ref_logps is not None:
+        shown["chosen_change"] = {"after": found.chosen_logps - found.chosen_ref_logps}
+    return {name: histograms(samples) for name, samples in shown.items()}
+
+
+def _compare(drawn: _Drawn) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the answers tell, and some of them."""
     options = drawn.options
     answered = [one for one in drawn.answered() if len(one.rewards) == 2 * options.sampling.samples]
     if not answered:
         say(KIND, f"win rate against {options.opponent} undefined: no prompt was short enough to be answered")
-        return {}
+        return {}, []
     in_pairs = compares(options.reward)
     found = compare(answered, options.sampling, in_pairs=in_pairs)
     if drawn.sources:
@@ -205,7 +236,8 @@ def _compare(drawn: _Drawn) -> dict[str, Any]:
     for name, label in (("win_rate", "win rate"), ("greedy_win_rate", "win rate of greedy answers")):
         if (rate := found[name]) is not None:
             say(KIND, f"{label} against {options.opponent} {Estimate(**rate)}")
-    return {**found, "against": options.opponent}
+    samples = shown_samples(answered, drawn.sources, options.sampling, in_pairs=in_pairs, most=MOST_SAMPLES)
+    return {**found, "against": options.opponent}, samples
 
 
 def _tasks(config: Config, of_tasks: dict[str, Artifact]) -> list[dict[str, Any]]:

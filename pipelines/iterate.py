@@ -16,13 +16,14 @@ from dpo_ray.on_ray.session import expect_training
 from dpo_ray.progress import say
 from dpo_ray.shards.replay import Earlier, ReplayShard, identity
 from dpo_ray.storage.artifact import Artifact, read_shard
-from dpo_ray.training.files import MODEL_FOLDER
+from dpo_ray.training.files import HISTORY, MODEL_FOLDER
 from pipelines.context import RunContext
 from pipelines.deduplicate import deduplicate
-from pipelines.evaluate import evaluate
+from pipelines.evaluate import evaluate, tell_measured
 from pipelines.generate import from_prompts, generate, prompts_by_side
 from pipelines.publish import publish
 from pipelines.reference import reference
+from pipelines.report import write_report
 from pipelines.tokenize import tokenize
 from pipelines.train import train
 
@@ -70,8 +71,9 @@ def iterate(context: RunContext) -> None:
             say(STAGE, f"round {number} does not improve the win rate beyond its interval{said}")
             if stops:
                 break
-    context.results["eval"] = {k: v for k, v in best.evaluation.manifest.metrics.items() if k != "samples"}
-    context.results["samples"] = best.evaluation.manifest.metrics["samples"]
+    tell_measured(context, best.evaluation)
+    context.results["train"] = best.policy.manifest.metrics
+    best.policy.file(HISTORY).copy_to(context.folder / HISTORY)
     publish(context, best.policy, best.evaluation, best.measure)
 
 
@@ -116,7 +118,22 @@ def _round(context: RunContext, options: Iterate, number: int, earlier: list[Rou
     policy = train(mine, rows)
     # Never against the round's own beginning, so that rounds can be compared.
     measure = partial(evaluate, of_first, pairs, rows, calibration, policy)
-    return Round(number, made, policy, measure(), measure)
+    done = Round(number, made, policy, measure(), measure)
+    _write_page(mine, of_first, done)
+    return done
+
+
+def _page(number: int) -> str:
+    return f"round-{number}"
+
+
+def _write_page(context: RunContext, of_first: RunContext, done: Round) -> None:
+    """The round's own report, of its stages alone. of_first: where it was measured."""
+    stages = {name: entry for name, entry in context.stages.items() if name.endswith(f"({context.variant})")}
+    found = {**context.results, **of_first.results}
+    title = f"{context.run_id}, {context.variant}"
+    summary = {"run_id": title, "exit_code": 0, "stages": stages, "published": None, **found, "reasons": []}
+    write_report(context, {**summary, "is_round": True}, _page(done.number))
 
 
 def _with_policy(config: Config, policy: Artifact) -> Config:
@@ -179,7 +196,9 @@ def _record(context: RunContext, done: list[Round], best: Round) -> None:
             "policy": one.policy.fingerprint,
             "accuracy": one.evaluation.manifest.metrics["accuracy"],
             "win_rate": one.win_rate,
+            "kl_per_token": one.evaluation.manifest.metrics.get("kl_per_token"),
             "best": one is best,
+            "report": f"{_page(one.number)}.html",
         }
         for one in done
     ]

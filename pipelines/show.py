@@ -159,7 +159,7 @@ def closing_lines(context: RunContext, summary: dict[str, Any], log: Path) -> li
     if summary["published"]:
         lines.append(f"Model:   {summary['published']}")
     if sweep:
-        lines += [f"Best:    {sweep['best_yaml']}", f"Sweep:   {context.folder / 'sweep.html'}, {sweep['results']}"]
+        lines += [f"Best:    {sweep['best_yaml']}", f"Trials:  {sweep['results']}"]
     lines += [f"Report:  {context.folder / 'report.html'}", f"Summary: {context.folder / 'summary.json'}"]
     return [*lines, f"Log:     {log}"]
 

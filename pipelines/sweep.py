@@ -25,13 +25,12 @@ from pipelines.evaluate import evaluate
 from pipelines.publish import publish
 from tuning.live import status_table
 from tuning.preparations import differences, preparation_key, preparations
-from tuning.report import sweep_page
+from tuning.report import sweep_sections
 from tuning.results import Ranked, described, measured_line, results_table, shown_values
 from tuning.sweep import STAGE, Outcome, Sweep
 
 BEST = "best.yaml"
 RESULTS = "results.parquet"
-PAGE = "sweep.html"
 
 
 def sweep(context: RunContext) -> None:
@@ -65,7 +64,7 @@ def sweep(context: RunContext) -> None:
     (context.folder / RESULTS).write_bytes(results_table(search.tune, [*outcome.trials, *outcome.repeats]))
     if not outcome.ranking:
         error = search.nothing_finished(outcome)
-        _write_page(context, outcome, None, [str(error)])
+        context.shown["more"] = sweep_sections(config, outcome.trials, outcome.repeats, outcome.ranking, None)
         raise error
     chosen = search.config_of(outcome.ranking[0].trial)
     (context.folder / BEST).write_bytes(dump_config(chosen).encode())
@@ -147,9 +146,9 @@ def _judge(context: RunContext, prepared: Prepared, chosen: Config, outcome: Out
         "published": None,
     }
     context.results[STAGE]["final"] = final
+    context.shown["config"] = chosen
     mine = context.other(chosen, "the best")
     mine.results = context.results
-    reasons: list[str] = []
     try:
         policy = mine.stage("train", lambda: train_policy(context.output, chosen, prepared.rows, run_id=context.run_id))
         mine.models[policy.fingerprint] = chosen.model
@@ -158,16 +157,10 @@ def _judge(context: RunContext, prepared: Prepared, chosen: Config, outcome: Out
         final |= {name: evaluation.manifest.metrics[name] for name in ("accuracy", "win_rate")}
         publish(mine, policy, evaluation, measure)
         final["published"] = context.results["published"]
-    except Exception as error:
-        reasons.append(str(error))
-        raise
     finally:
-        _write_page(context, outcome, final, reasons)
-
-
-def _write_page(context: RunContext, outcome: Outcome, final: dict[str, Any] | None, reasons: Sequence[str]) -> None:
-    page = sweep_page(context.run_id, context.config, outcome.trials, outcome.repeats, outcome.ranking, final, reasons)
-    (context.folder / PAGE).write_bytes(page.encode())
+        context.shown["more"] = sweep_sections(
+            context.config, outcome.trials, outcome.repeats, outcome.ranking, final, (context.folder / BEST).uri
+        )
 
 
 def _summary(context: RunContext, search: Sweep, outcome: Outcome) -> dict[str, Any]:

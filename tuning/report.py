@@ -1,29 +1,19 @@
-"""The page of a sweep: what was searched, what was chosen and how far that is to be trusted, all trials, and plots."""
+"""What the report of a sweep begins with: what was chosen and how far that is to be trusted, all trials, and charts."""
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
-import jinja2
-from markupsafe import Markup
-from matplotlib.figure import Figure
-
-from dpo_ray.config import BASE_MODEL, Config, Tune, dump_config
+from dpo_ray.config import BASE_MODEL, Config, Tune
 from dpo_ray.config.tune import ASHA, Choice, Measure, MedianStopping, Range
-from tuning.plots import (
-    ShownObjective,
-    heat_map,
-    importances,
-    learning_curves,
-    parallel_coordinates,
-    pareto,
-    rounded,
-    shown,
-    shown_objectives,
-)
+from dpo_ray.report.document import Block, Chart, Code, Paragraph, Section, Table
+from tuning.charts import importances, learning_curves, pareto
+from tuning.coordinates import parallel_coordinates
+from tuning.heat_map import heat_maps
+from tuning.objectives import ShownObjective, rounded, shown, shown_objectives
 from tuning.records import State, Trial
 from tuning.results import Ranked, shown_values
 
@@ -45,16 +35,15 @@ _SEARCHES = {
 }
 
 
-def sweep_page(
-    run_id: str,
+def sweep_sections(
     config: Config,
     trials: Sequence[Trial],
     repeats: Sequence[Trial],
     ranking: Sequence[Ranked],
     chosen: dict[str, Any] | None,
-    reasons: Sequence[str],
-) -> str:
-    """The report of a sweep, one HTML page that needs nothing else.
+    best_yaml: str | None = None,
+) -> list[Section]:
+    """What the report of a sweep begins with.
 
     Args:
         config: with the section tune.
@@ -62,36 +51,87 @@ def sweep_page(
         ranking: the finished ones, best first.
         chosen: None where no trial finished, or of the trial that was chosen: `number`; `accuracy` and `win_rate`, the
             final estimates (value, low, high, n) on the held-out pairs that no trial was ranked by, or None where they
-            were not measured; `ranked_accuracy` (value, low, high) on the pairs that trials were ranked by, or None;
-            and `published`, where the model stands, or None.
-        reasons: why nothing was published, if so.
+            were not measured; and `ranked_accuracy` (value, low, high) on the pairs that trials were ranked by, or
+            None.
+        best_yaml: the configuration of the chosen one, which `dpo-ray run` takes.
     """
     tune = config.tune
     assert tune is not None
     best = chosen["number"] if chosen is not None else ranking[0].trial.number if ranking else None
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tuning"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("sweep.html").render(
-        run_id=run_id,
-        published=chosen["published"] if chosen is not None else None,
-        reasons=reasons,
-        chosen=_chosen(config, trials, ranking, chosen) if chosen is not None else None,
-        ties=_ties(tune, ranking),
-        front=_front(tune, ranking),
-        space=[(path, _described(found)) for path, found in tune.searched().items()],
-        how=_how(tune, trials, repeats),
-        order=_order(tune, ranking),
-        table=_table(tune, trials, ranking),
-        repeats=_repeats(tune, repeats),
-        plots=_plots(tune, trials, best, is_repeated=bool(repeats)),
-        config=dump_config(config),
-    )
+    found = [_chosen_section(config, trials, ranking, chosen, best_yaml)]
+    plots = _plots(tune, trials, best, is_repeated=bool(repeats))
+    order = _order(tune, ranking)
+    every: list[Block] = [
+        *(Paragraph(text) for text in (_ties(tune, ranking), _front(tune, ranking), order) if text),
+        _table(tune, trials, ranking),
+        Paragraph("Measures of a trial that did not finish are those of its last evaluation, after fewer steps."),
+        *([_repeats(tune, repeats)] if repeats else []),
+        Paragraph(_NEVER_BY, "warning"),
+        *plots,
+    ]
+    found.append(Section("trials", "All trials", every))
+    space = [[path, _described(one)] for path, one in tune.searched().items()]
+    how: list[Block] = [Table(["path", "values"], space, code=frozenset({0}))]
+    how += [Paragraph(text) for text in _how(tune, trials, repeats)]
+    return [*found, Section("space", "What was searched", how)]
+
+
+_NEVER_BY = (
+    "Never rank trials of different β, or of different losses, by loss or by margin: both scale with β, so the largest "
+    "or smallest of them says which β it was, and not which model is better. Accuracy and win rate compare."
+)
+
+
+def _chosen_section(
+    config: Config,
+    trials: Sequence[Trial],
+    ranking: Sequence[Ranked],
+    chosen: dict[str, Any] | None,
+    best_yaml: str | None,
+) -> Section:
+    if chosen is None:
+        return Section("chosen", "The sweep", [Paragraph("No trial finished, so none was chosen.", "bad")])
+    found = _chosen(config, trials, ranking, chosen)
+    blocks: list[Block] = [Table(["path", "value"], found["values"], code=frozenset({0, 1}), caption="Its values")]
+    curse = "is in part the one that the pairs it was ranked by happened to favour (the winner's curse)"
+    if found["finals"]:
+        rows = [
+            [name, f"{e['value']:.3f}", f"{e['low']:.3f} to {e['high']:.3f}", f"{e['n']:,}"]
+            for name, e in found["finals"]
+        ]
+        blocks.append(Table([_FINAL, "value", "95% interval", "n"], rows))
+        said = "This is the number to quote."
+        if found["accuracy"] and found["ranked_accuracy"]:
+            ranked = found["ranked_accuracy"]
+            said += (
+                f" On the pairs that trials were ranked by, the accuracy was {ranked['value']:.3f} "
+                f"[{ranked['low']:.3f}, {ranked['high']:.3f}]."
+            )
+        if found["compared"] > 1:
+            said += (
+                " The final estimate may well be lower than what the trial was ranked by: the best of "
+                f"{found['compared']} trials {curse}, and the pairs of the final estimate had no part in choosing it."
+            )
+        blocks.append(Paragraph(said))
+    else:
+        blocks.append(
+            Paragraph(
+                "There is no final estimate: nothing was measured on held-out pairs that no trial was ranked by. What "
+                f"the trial was ranked by is no substitute: the best of several trials {curse}.",
+                "warning",
+            )
+        )
+    measures = [[label, value] for label, value in found["measures"]]
+    if seeds := found["over_seeds"]:
+        label = f"{seeds['label']}, mean ± standard deviation over {seeds['seeds']} seeds"
+        measures.append([label, f"{seeds['mean']} ± {seeds['spread']}"])
+    blocks.append(Table(["what it was ranked by", "value [95% interval]"], measures))
+    if best_yaml is not None:
+        blocks += [Paragraph("The chosen configuration alone, as a run:"), Code(f"dpo-ray run {best_yaml}")]
+    return Section("chosen", f"Chosen: trial {found['number']}", blocks)
+
+
+_FINAL = "on held-out pairs that no trial was ranked by"
 
 
 def _chosen(
@@ -107,7 +147,7 @@ def _chosen(
     finals = [("preference accuracy", chosen["accuracy"]), (f"win rate against {opponent}", chosen["win_rate"])]
     return {
         "number": number,
-        "values": [(path, shown(value)) for path, value in shown_values(tune, trial).items()],
+        "values": [[path, shown(value)] for path, value in shown_values(tune, trial).items()],
         "measures": _measures(tune, trial),
         "over_seeds": _over_seeds(tune, place) if place is not None else None,
         "finals": [(label, estimate) for label, estimate in finals if estimate is not None],
@@ -237,7 +277,7 @@ def _order(tune: Tune, ranking: Sequence[Ranked]) -> str:
     return " ".join(parts)
 
 
-def _table(tune: Tune, trials: Sequence[Trial], ranking: Sequence[Ranked]) -> dict[str, Any]:
+def _table(tune: Tune, trials: Sequence[Trial], ranking: Sequence[Ranked]) -> Table:
     """Header and rows of all trials: those of the ranking in its order, then the others by their state."""
     in_ranking = {one.trial.number for one in ranking}
     others = [trial for trial in trials if trial.number not in in_ranking]
@@ -249,7 +289,7 @@ def _table(tune: Tune, trials: Sequence[Trial], ranking: Sequence[Ranked]) -> di
     with_seeds = any(one.spread is not None for one in ranking)
     several = len(tune.objectives()) > 1
 
-    def row(place: int | None, trial: Trial, one: Ranked | None) -> dict[str, Any]:
+    def row(place: int | None, trial: Trial, one: Ranked | None) -> list[str]:
         mine = values[trial.number]
         notes: list[str] = [trial.state]
         notes += ["best"] if place == 1 else []
@@ -257,26 +297,23 @@ def _table(tune: Tune, trials: Sequence[Trial], ranking: Sequence[Ranked]) -> di
         notes += ["on the front"] if several and one is not None and one.on_front else []
         found = [objective.of(trial.measured) for objective in measures]
         seeds = _over_seeds(tune, one) if one is not None else None
-        return {
-            "place": "–" if place is None else place,
-            "number": trial.number,
-            "is_finished": trial.state == "finished",
-            "state": ", ".join(notes),
-            "values": [shown(mine[path]) if path in mine else "–" for path in paths],
-            "measures": ["–" if estimate is None else _with_interval(estimate) for estimate in found],
-            "seeds": f"{seeds['mean']} ± {seeds['spread']} ({seeds['seeds']})" if seeds else "–",
-            "steps": f"{trial.step}/{trial.num_steps}" if trial.num_steps is not None else str(trial.step),
-            "seconds": f"{trial.seconds:.0f}",
-            "reason": trial.reason or "",
-        }
+        return [
+            "–" if place is None else str(place),
+            str(trial.number),
+            ", ".join(notes),
+            *(shown(mine[path]) if path in mine else "–" for path in paths),
+            *("–" if estimate is None else _with_interval(estimate) for estimate in found),
+            *([f"{seeds['mean']} ± {seeds['spread']} ({seeds['seeds']})" if seeds else "–"] if with_seeds else []),
+            f"{trial.step}/{trial.num_steps}" if trial.num_steps is not None else str(trial.step),
+            f"{trial.seconds:.0f}",
+            trial.reason or "",
+        ]
 
     rows = [row(place, one.trial, one) for place, one in enumerate(ranking, 1)]
-    return {
-        "paths": paths,
-        "measures": [f"{objective.name} ({objective.unit})" for objective in measures],
-        "seeds": shown_objectives(tune)[0].name if with_seeds else None,
-        "rows": rows + [row(None, trial, None) for trial in others],
-    }
+    rows += [row(None, trial, None) for trial in others]
+    seeds = [f"mean {shown_objectives(tune)[0].name} ± deviation (seeds)"] if with_seeds else []
+    head = ["place", "trial", "state", *paths, *(f"{o.name} ({o.unit})" for o in measures), *seeds]
+    return Table([*head, "steps", "seconds", "reason"], rows, caption="Trials, best first")
 
 
 def _paths(tune: Tune, values: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -293,67 +330,32 @@ def _columns(tune: Tune, trials: Sequence[Trial]) -> list[ShownObjective]:
     return [*objectives, *(ShownObjective({name: 1.0}) for name in names if name not in alone)]
 
 
-def _repeats(tune: Tune, repeats: Sequence[Trial]) -> list[dict[str, Any]]:
+def _repeats(tune: Tune, repeats: Sequence[Trial]) -> Table:
     objective = shown_objectives(tune)[0]
-    found = []
+    rows = []
     for trial in sorted(repeats, key=lambda trial: (trial.number, trial.seed)):
         one = objective.of(trial.measured)
-        found.append(
-            {
-                "number": trial.number,
-                "seed": trial.seed,
-                "state": trial.state,
-                "measure": _with_interval(one) if one is not None else "–",
-                "reason": trial.reason or "",
-            }
-        )
-    return found
+        measure = _with_interval(one) if one is not None else "–"
+        rows.append([str(trial.number), str(trial.seed), trial.state, measure, trial.reason or ""])
+    return Table(["trial", "seed", "state", "ranked by", "reason"], rows, caption="Repeated with other seeds")
 
 
-def _plots(tune: Tune, trials: Sequence[Trial], best: int | None, *, is_repeated: bool) -> list[dict[str, Any]]:
-    """The plots that mean something, each with a sentence on how to read it."""
-    shared = " Where several trials share a cell, it shows the best of them." if tune.search == "grid" else ""
+def _plots(tune: Tune, trials: Sequence[Trial], best: int | None, *, is_repeated: bool) -> list[Chart]:
+    """Those that mean something."""
     own = (
         " Values are those of the search's own seed; the marked trial is the best by its mean over all of its seeds."
         if is_repeated
         else ""
     )
-    found: Iterable[tuple[Figure | None, str]] = (
-        (
-            heat_map(tune, trials, best),
-            "Look for a bright region and not for a single bright spot: good neighbours say that the best trial is no "
-            f"stroke of luck, and a best trial at the edge that the space ends too early.{shared}{own}",
-        ),
-        (
-            parallel_coordinates(tune, trials, best),
-            "Each line is a trial and crosses each axis at its value (at – where its options have none there; lines of "
-            "the same value are set apart a little). Where the bright lines meet the value matters, and where they "
-            "spread over the whole axis it decides little.",
-        ),
-        (
-            learning_curves(tune, trials, best),
-            "Each line is a trial, from evaluation to evaluation: curves that still rise at their end ask for more "
-            "steps, and those within the band of the best one may be as good as it. A cross says that the trial "
-            "diverged, on the lower edge before its first evaluation.",
-        ),
-        (
-            importances(tune, trials),
-            "How far the values of the best finished trials stand out from those of all finished ones: a long bar is "
-            "a value to choose with care. It tells little with few trials, and nothing of those that were ended early.",
-        ),
-        (
-            pareto(tune, trials, best),
-            "Each point is a finished trial, its bars one standard error: the line joins the trials that none is "
-            "better than in both objectives, and the numbers on it are theirs.",
-        ),
+    shared = " Where several trials share a cell, it shows the best of them." if tune.search == "grid" else ""
+    maps = [replace(one, says=f"{one.says}{shared}{own}") for one in heat_maps(tune, trials, best)]
+    others = (
+        pareto(tune, trials, best),
+        parallel_coordinates(tune, trials, best),
+        learning_curves(tune, trials, best),
+        importances(tune, trials),
     )
-    return [{"svg": Markup(_svg(figure)), "caption": caption} for figure, caption in found if figure is not None]
-
-
-def _svg(figure: Figure) -> str:
-    svg = io.StringIO()
-    figure.savefig(svg, format="svg")
-    return svg.getvalue()[svg.getvalue().index("<svg") :]
+    return [*maps, *(one for one in others if one is not None)]
 
 
 def _with_interval(one: Mapping[str, float]) -> str:

@@ -189,7 +189,7 @@ def _require_searchable(config: Config, path: str) -> None:
             "the seed decides which prompts are held out, so its trials would be measured on different pairs. "
             "tune.repeat_best repeats the best trials with other seeds, on the same pairs"
         )
-    elif top in {"run", "tune"}:
+    elif top in {"run", "tune", "report"}:
         reason = "it is about the whole sweep"
     elif top in {"evaluate", "publish"}:
         reason = "it is about the model that the sweep has chosen, and trials are not measured by it"

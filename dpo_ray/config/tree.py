@@ -18,6 +18,7 @@ from dpo_ray.config.iterate import Iterate
 from dpo_ray.config.losses import Judged, Loss, SigmoidLoss, losses_using
 from dpo_ray.config.pairing import CandidatePairing, Pairing
 from dpo_ray.config.placement import Placement
+from dpo_ray.config.report import Report
 from dpo_ray.config.reward import Dtype, Reward, Rule
 from dpo_ray.config.section import Section
 from dpo_ray.config.sources import DataSource, Paths, TrainData, require_a_mixture
@@ -892,6 +893,8 @@ class Config(Section):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     publish: Publish = Publish()
+    report: Report = Report()
+    """What the pages of a run hold."""
     tune: Tune | None = None
     """The search of `dpo-ray sweep`."""
     iterate: Iterate | None = None

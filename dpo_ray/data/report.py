@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from dpo_ray.data import duplicates, rules
 from dpo_ray.data.tally import Tally
 from dpo_ray.estimates import proportion
+from dpo_ray.histogram import histograms
 from dpo_ray.pairs import JUDGED, TIE, answer_of
 
 MEASURES = pa.schema([("measure", pa.string()), ("value", pa.int64()), ("count", pa.int64())])
@@ -127,9 +128,9 @@ def report(
 
     `pairs` is how many rows were tokenized and `splits` on which side; `sources`, of a mixture, how many of each source
     on which side, and `judged` how many have a weight, a margin or a preference of their own; `scripts` counts the rows
-    before the length limits. `tokens` holds quantiles by nearest rank; in `prompt_token_share` a prompt counts once a
-    pair. Of `chosen_longer` and `reference_prefers_chosen`, `value` is a share of the n pairs that are no ties, with
-    its 95% interval.
+    before the length limits. `tokens` holds quantiles by nearest rank, `token_histograms` counts by length; in
+    `prompt_token_share` a prompt counts once a pair. Of `chosen_longer` and `reference_prefers_chosen`, `value` is a
+    share of the n pairs that are no ties, with its 95% interval.
     """
     found: dict[str, Any] = {"pairs": tokenized.kept, **({"formats": dict(formats)} if formats else {})}
     if ingested is not None:
@@ -144,6 +145,12 @@ def report(
     found |= {name: counts for name, counts in apart.items() if counts}
     lengths = {part: dict(sorted(_values(measures, f"tokens/{part}").items())) for part in _PARTS}
     found["tokens"] = {part: quantiles(of_part) for part, of_part in lengths.items() if of_part}
+    if of_all := {part: of_part for part, of_part in lengths.items() if of_part}:
+        found["token_histograms"] = histograms(
+            {part: np.array(list(of_part)) for part, of_part in of_all.items()},
+            {part: np.array(list(of_part.values())) for part, of_part in of_all.items()},
+            whole=True,
+        )
     totals = {part: sum(length * count for length, count in of_part.items()) for part, of_part in lengths.items()}
     if any(totals.values()):
         found["prompt_token_share"] = totals["prompt"] / sum(totals.values())

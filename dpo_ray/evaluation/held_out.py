@@ -64,6 +64,11 @@ class HeldOut:
     """[n] summed log-probs of the chosen completions under the policy, in nats."""
     chosen_ref_logps: np.ndarray | None
     """[n] the same under the reference; None for a loss without one."""
+    gaps: np.ndarray
+    """[n] by how much the chosen completion is likelier than the rejected one under the policy: the difference of
+    their summed log-probs, in nats."""
+    ref_gaps: np.ndarray | None
+    """[n] the same under the reference; None for a loss without one."""
     chosen_tokens: np.ndarray
     """[n]"""
     rejected_tokens: np.ndarray
@@ -103,6 +108,8 @@ def held_out_pairs(scores: Artifact) -> HeldOut:
         margins=margins,
         chosen_logps=column["chosen_logps"][good],
         chosen_ref_logps=column["chosen_ref_logps"][good] if with_reference else None,
+        gaps=column["chosen_logps"][good] - column["rejected_logps"][bad],
+        ref_gaps=column["chosen_ref_logps"][good] - column["rejected_ref_logps"][bad] if with_reference else None,
         chosen_tokens=column["chosen_tokens"][good],
         rejected_tokens=column["rejected_tokens"][bad],
         sources=np.array([a if a == b else None for a, b in zip(sources[good], sources[bad], strict=True)], object),
@@ -162,9 +169,13 @@ def score_table(
                     "chosen_reward": rewards[0][n] if len(chosen) else None,
                     "rejected_reward": rewards[1][n] if len(rejected) else None,
                     "chosen_logps": float(np.sum(chosen, dtype=np.float64)),
+                    "rejected_logps": float(np.sum(rejected, dtype=np.float64)),
                     "chosen_ref_logps": None
                     if reference is None
                     else float(np.sum(reference[2 * n], dtype=np.float64)),
+                    "rejected_ref_logps": None
+                    if reference is None
+                    else float(np.sum(reference[2 * n + 1], dtype=np.float64)),
                     "source": row.get("source"),
                 }
             )

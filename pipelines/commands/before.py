@@ -135,4 +135,5 @@ def _tokenize_all(config: Config) -> None:
 
         align(context, until="tokenize")
 
-    carry_out(config, None, work, plan=planned(config, "tokenize"), check_for="tokenize", quiet=True)
+    plan = planned(config, "tokenize")
+    carry_out(config, None, work, ("tokenize",), plan=plan, check_for="tokenize", quiet=True)

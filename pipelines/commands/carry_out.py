@@ -40,7 +40,8 @@ def run_until(stage: Stage, path: Path, overrides: list[str] | None, dry_run: bo
         return is_nothing_new(context)
 
     may_be_done = is_done if stage == "publish" else None
-    carry_out(config, run_id, work, plan=planned(config, stage), check_for=stage, is_done=may_be_done)
+    command = ("run" if stage == "publish" else stage,)
+    carry_out(config, run_id, work, command, plan=planned(config, stage), check_for=stage, is_done=may_be_done)
 
 
 def print_plan(config: Config, stage: Stage) -> None:
@@ -55,6 +56,7 @@ def carry_out(
     config: Config,
     run_id: str | None,
     work: Callable[[RunContext], None],
+    command: tuple[str, ...],
     *,
     plan: list[str],
     check_for: Stage | None = None,
@@ -64,6 +66,7 @@ def carry_out(
     """Run the work in a run's folder, seen by a person and with a log file, and close with what came of it.
 
     Args:
+        command: what does the same again, as of RunContext.
         plan: the stages of the work.
         check_for: the last stage whose needs are checked before.
         is_done: finds out, without Ray, whether there is nothing to do.
@@ -83,7 +86,7 @@ def carry_out(
             preflight(config, check_for)
         from dpo_ray.model.pin import pinned
 
-        lines = _record(terminal, pinned(config), run_id, work, plan, is_done, ended)
+        lines = _record(terminal, pinned(config), run_id, work, command, plan, is_done, ended)
         terminal.records.add("\n".join(lines).strip())
     for line in () if quiet or as_json else lines:
         typer.echo(line)
@@ -94,6 +97,7 @@ def _record(
     config: Config,
     run_id: str | None,
     work: Callable[[RunContext], None],
+    command: tuple[str, ...],
     plan: list[str],
     is_done: Callable[[RunContext], bool] | None,
     ended: Ended,
@@ -104,11 +108,12 @@ def _record(
     """
     from dpo_ray.on_ray.metrics import RUNS, count
     from dpo_ray.on_ray.session import disconnect, is_embedded
-    from pipelines.align import write_report
     from pipelines.context import RunContext
+    from pipelines.report import write_report
     from pipelines.show import closing_lines
 
     context = RunContext.start(config, run_id)
+    context.command = command
     ended.folder = context.folder.uri
     terminal.records.run = context.run_id
     if context.folder.is_local:

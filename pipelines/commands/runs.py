@@ -85,7 +85,7 @@ def train(
 
         train_stage(context, given_reference(context, path))
 
-    carry_out(loaded, run_id, work, plan=["train"])
+    carry_out(loaded, run_id, work, ("train", "--reference", reference), plan=["train"])
 
 
 def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = False, run_id: RunId = None) -> None:
@@ -109,7 +109,7 @@ def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = Fals
         sweep(context)
 
     plan = [*planned(loaded, "reference"), "sweep", "evaluate", "publish"]
-    carry_out(loaded, run_id, work, plan=plan, check_for="publish")
+    carry_out(loaded, run_id, work, ("sweep",), plan=plan, check_for="publish")
 
 
 def iterate(config: ConfigPath, override: Overrides = None, dry_run: DryRun = False, run_id: RunId = None) -> None:
@@ -131,7 +131,7 @@ def iterate(config: ConfigPath, override: Overrides = None, dry_run: DryRun = Fa
 
         iterate(context)
 
-    carry_out(loaded, run_id, work, plan=planned(loaded, "publish"), check_for="publish")
+    carry_out(loaded, run_id, work, ("iterate",), plan=planned(loaded, "publish"), check_for="publish")
 
 
 def _require_start_from_model(config: Config, command: str, who: str) -> None:

@@ -205,9 +205,9 @@ def test_what_a_person_sees_is_the_figures_and_nothing_of_the_harness(job, done)
     for noise in ("lm_eval", "Running loglikelihood", "it/s]", "num_fewshot"):
         assert noise not in done.log
     [run] = (folder / "out" / "runs").iterdir()
-    report = (run / "report.html").read_text()
-    section = report[report.index("Benchmark tasks") :]
-    assert "<td>card_colours</td><td>2</td><td>acc_norm</td><td>higher is better</td>" in section
+    report = (run / "report.md").read_text()
+    section = report[report.index("## Benchmark tasks") :]
+    assert "| card\\_colours | 2 | acc\\_norm | higher is better |" in section
     card = (Path(summary_of(folder / "out")["published"]) / "README.md").read_text()
     assert "| card_answers | exact_match | 2 | 0.0000 ± 0.0000 |" in card
 

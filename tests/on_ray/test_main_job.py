@@ -80,7 +80,7 @@ def test_a_run_publishes_a_model_and_its_record(first_run):
     assert summary["eval"]["accuracy"]["n"] == summary["stages"]["score"]["rows"]["kept"] > 0
     run_folder = folder / "out" / "runs" / summary["run_id"]
     names = {f.name for f in run_folder.iterdir()}
-    assert names == {"config.yaml", "log.txt", "log.jsonl", "metrics.jsonl", "summary.json", "report.html"}
+    assert names == {"config.yaml", "log.txt", "log.jsonl", "metrics.jsonl", "summary.json", "report.html", "report.md"}
     assert str(published) in done.log
 
 

@@ -66,6 +66,10 @@ def test_each_round_samples_with_the_policy_before_it_and_is_measured_against_th
     stages = summary["stages"]
     assert stages["sample_base (round 1)"]["fingerprint"]
     assert summary["published"].endswith(next(one["policy"] for one in told if one["best"]))
+    run = rounds[1] / "runs" / summary["run_id"]
+    page = (run / "report.html").read_text()
+    for one in told:
+        assert f'href="{one["report"]}"' in page and "A round" in (run / one["report"]).read_text()
     if len(told) == 2:
         assert stages["sample_base (round 2)"]["reused"]
         assert stages["sample_base (round 2)"]["fingerprint"] == stages["sample_base (round 1)"]["fingerprint"]

@@ -102,8 +102,9 @@ def test_the_best_is_repeated_and_judged_on_pairs_that_no_trial_was_ranked_on(fi
     assert scored["kept"] == final["accuracy"]["n"] == judging > 0 and ranking > 0
     assert final["published"] == summary["published"]
     assert (Path(summary["published"]) / "model.safetensors").exists()
-    page = (output / "runs" / summary["run_id"] / "sweep.html").read_text()
-    assert f"{final['accuracy']['n']}" in page and "<svg" in page
+    page = (output / "runs" / summary["run_id"] / "report.html").read_text()
+    assert f"{final['accuracy']['n']}" in page and f"Chosen: trial {best['number']}" in page and "<svg" in page
+    assert f"dpo-ray run {summary['sweep']['best_yaml']}" in page and "dpo-ray sweep" in summary["command"]
 
 
 def test_best_yaml_is_a_run_that_makes_the_same_model(first, sweep):

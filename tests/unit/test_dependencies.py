@@ -15,7 +15,12 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("dpo_ray", "pipelines", "tuning", "cluster")
-MODULE_OF = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "typing-extensions": "typing_extensions"}
+MODULE_OF = {
+    "pyyaml": "yaml",
+    "huggingface-hub": "huggingface_hub",
+    "typing-extensions": "typing_extensions",
+    "vl-convert-python": "vl_convert",
+}
 EXAMPLES = sorted((ROOT / "cluster" / "orchestrators").glob("*.py"))
 """They are copied to other environments, and run there."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -215,6 +215,8 @@ def test_a_report_by_hand():
     assert found["tokens"]["chosen"] == {"p5": 1, "p50": 3, "p95": 9, "p99": 9, "max": 9, "n": 4}
     # 60 tokens of prompts, 17 of chosen and 13 of rejected answers.
     assert found["prompt_token_share"] == 60 / 90
+    shown = found["token_histograms"]
+    assert {name: sum(of) for name, of in shown["counts"].items()} == {n: q["n"] for n, q in found["tokens"].items()}
     assert {k: found["chosen_longer"][k] for k in ("value", "n", "tie")} == {"value": 2 / 3, "n": 3, "tie": 1}
     assert list(found["scripts"].items()) == [("Latin", 2), ("Cyrillic", 1)]
     assert "reference_prefers_chosen" not in found
@@ -243,7 +245,7 @@ def test_what_was_not_measured_is_absent():
     only_desirable = reported(to_table(measure_tokens(tokenized((2, 3, 0)))), kept=1)
     assert set(only_desirable["tokens"]) == {"prompt", "chosen"}
     nothing = reported(to_table(measure_tokens(tokenized())), kept=0)
-    assert nothing["tokens"] == {} and "prompt_token_share" not in nothing
+    assert nothing["tokens"] == {} and not {"prompt_token_share", "token_histograms"} & nothing.keys()
 
 
 def test_the_log_says_it_in_lines():

@@ -86,7 +86,11 @@ def test_the_chosen_answers_have_their_log_probs_under_both_and_all_have_their_l
     assert found.chosen_ref_logps is not None
     assert (found.chosen_logps.tolist(), found.chosen_ref_logps.tolist()) == ([-3.0, -1.0], [-4.0, -0.5])
     assert (found.chosen_tokens.tolist(), found.rejected_tokens.tolist()) == ([2, 1], [1, 3])
-    assert measured(tmp_path, loss(type="simpo"), POLICY, BASE).chosen_ref_logps is None
+    # By how much chosen is likelier. Policy: −3 + 4, −1 + 3; reference: −4 + 3, −.5 + 3.
+    assert found.ref_gaps is not None
+    assert (found.gaps.tolist(), found.ref_gaps.tolist()) == ([1.0, 2.0], [-1.0, 2.5])
+    alone = measured(tmp_path, loss(type="simpo"), POLICY, BASE)
+    assert alone.chosen_ref_logps is None and alone.ref_gaps is None and alone.gaps.tolist() == [1.0, 2.0]
 
 
 def test_margins_of_dpo_are_differences_of_summed_log_ratios(tmp_path: Path):

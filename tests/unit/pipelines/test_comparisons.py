@@ -105,12 +105,14 @@ def test_the_win_rate_is_told_by_source_of_the_prompt(tmp_path: Path):
     reward: Reward = (Rule(function="a:b"),)
     options = WinRate(reward=reward, sampling=Sampling(samples=1))
     sources = dict(zip(ids[:5], ["math", "math", "chat", "math", "chat"], strict=True))
-    found = _compare(_Drawn(candidates, {reward[0].label: rewards}, ratios, options, sources))
+    found, samples = _compare(_Drawn(candidates, {reward[0].label: rewards}, ratios, options, sources))
     assert {name: (one["value"], one["n"]) for name, one in found["sources"].items()} == {
         "chat": (0.5, 2),
         "math": (pytest.approx(2 / 3), 3),
     }
-    assert "sources" not in _compare(_Drawn(candidates, {reward[0].label: rewards}, ratios, options))
+    assert [one["outcome"] for one in samples] == ["won", "won", "lost", "lost", "won", "won"]
+    assert [one["source"] for one in samples] == ["math", "math", "chat", "math", "chat", None]
+    assert "sources" not in _compare(_Drawn(candidates, {reward[0].label: rewards}, ratios, options))[0]
 
 
 def test_of_a_prompt_in_two_sources_the_first_one_counts(tmp_path: Path):

@@ -86,7 +86,7 @@ def test_held_out_accuracy_is_told_by_source_in_summary_and_report(job: Job):
         assert done.lines(f"held-out accuracy of source {name} ")
     assert summary["eval"]["accuracy"]["n"] == sum(told["accuracy"]["n"] for told in by_source.values())
     [report] = job.output.glob("runs/*/report.html")
-    assert "<h2>By source</h2>" in report.read_text() and "<td>safety</td>" in report.read_text()
+    assert "By source</caption>" in report.read_text() and '<th scope="row">safety</th>' in report.read_text()
     assert {file["key"] for file in lineage(job)} == {f"data.train[{name}]" for name in ("math", "chat", "safety")}
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
 from dpo_ray.config import Config
-from tests.unit.tuning.test_plots import (
+from dpo_ray.report.document import Chart, Code, Document, Paragraph, Section, Table
+from dpo_ray.report.page import html_page, markdown_page
+from tests.unit.tuning.sweeps import (
     DIVERGED,
     GRID,
     LOSSES,
@@ -24,56 +24,28 @@ from tests.unit.tuning.test_plots import (
     trial_of,
 )
 from tuning.records import Trial
-from tuning.report import sweep_page
+from tuning.report import sweep_sections
 from tuning.results import ranked
 from tuning.space import points
 
 FINAL = {"value": 0.7051, "low": 0.6352, "high": 0.7653, "n": 181}
 RANKED = {"value": 0.7402, "low": 0.6951, "high": 0.7804, "n": 400}
-VOID = {"meta", "wbr", "br"}
 
 
-class Read(HTMLParser):
-    """The text of each table's rows, of captions, and of all outside of the plots."""
+class Read:
+    """Rows of each table with their head, what charts say, and all else that stands in the sections."""
 
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tables: list[list[list[str]]] = []
-        self.captions: list[str] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(page)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in VOID:
-            return
-        self._open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in {"td", "th"}:
-            self.tables[-1][-1].append("")
-        elif tag == "figcaption":
-            self.captions.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if {"svg", "style"} & set(self._open):
-            return
-        self.text += data
-        if {"td", "th"} & set(self._open):
-            self.tables[-1][-1][-1] += data
-        elif "figcaption" in self._open:
-            self.captions[-1] += data
+    def __init__(self, sections: Sequence[Section]) -> None:
+        blocks = [block for section in sections for block in section.blocks]
+        self.charts = [block for block in blocks if isinstance(block, Chart)]
+        self.says = [chart.says for chart in self.charts]
+        self.tables = [[list(row) for row in (b.head, *b.rows)] for b in blocks if isinstance(b, Table)]
+        texts = [block.text for block in blocks if isinstance(block, Paragraph | Code)]
+        self.text = "\n".join([*(section.title for section in sections), *texts])
 
     def table(self, first: str) -> list[list[str]]:
         """Rows of the table whose first heading this is, the heading included."""
-        [found] = [rows for rows in self.tables if rows and rows[0][0] == first]
+        [found] = [rows for rows in self.tables if rows[0][0] == first]
         return found
 
     def column(self, name: str) -> list[str]:
@@ -82,26 +54,14 @@ class Read(HTMLParser):
         return [row[heading.index(name)] for row in rows]
 
 
-def page(
-    config: Config,
-    trials: Sequence[Trial],
-    repeats: Sequence[Trial] = (),
-    reasons: Sequence[str] = (),
-    **chosen: Any,
-) -> str:
+def page(config: Config, trials: Sequence[Trial], repeats: Sequence[Trial] = (), **chosen: Any) -> list[Section]:
     assert config.tune is not None
     ranking = ranked(config.tune, trials, repeats)
     best = None
     if ranking:
-        best = {
-            "number": ranking[0].trial.number,
-            "accuracy": FINAL,
-            "win_rate": None,
-            "published": None if reasons else "/models/searched/3",
-            "ranked_accuracy": RANKED,
-            **chosen,
-        }
-    return sweep_page("searched-1", config, trials, repeats, ranking, best, reasons)
+        number = ranking[0].trial.number
+        best = {"number": number, "accuracy": FINAL, "win_rate": None, "ranked_accuracy": RANKED, **chosen}
+    return sweep_sections(config, trials, repeats, ranking, best, "o/runs/r/best.yaml")
 
 
 def grid_repeats() -> list[Trial]:
@@ -113,14 +73,15 @@ def grid_repeats() -> list[Trial]:
 
 def test_the_chosen_trial_is_shown_with_its_values_and_the_estimate_that_nothing_was_ranked_by():
     read = Read(page(GRID, grid_trials()))
-    assert "Published: /models/searched/3" in read.text and "Nothing was published" not in read.text
     assert "Chosen: trial 4" in read.text
-    assert read.table("train.loss.beta") == [["train.loss.beta", "0.1"], ["train.learning_rate", "1e-6"]]
+    values = next(rows for rows in read.tables if rows[0] == ["path", "value"])
+    assert values[1:] == [["train.loss.beta", "0.1"], ["train.learning_rate", "1e-6"]]
+    assert "dpo-ray run o/runs/r/best.yaml" in read.text
     [_, final] = read.table("on held-out pairs that no trial was ranked by")
     assert final == ["preference accuracy", "0.705", "0.635 to 0.765", "181"]
     assert "may well be lower" in read.text and "the best of 6 trials" in read.text and "winner's curse" in read.text
     assert "0.740 [0.695, 0.780]" in read.text
-    assert ["held-out accuracy (share of pairs)", "0.740 [0.695, 0.781]"] in read.table("")
+    assert ["held-out accuracy (share of pairs)", "0.740 [0.695, 0.781]"] in read.table("what it was ranked by")
 
 
 def test_a_win_rate_is_final_too_and_what_was_not_measured_is_absent():
@@ -129,7 +90,7 @@ def test_a_win_rate_is_final_too_and_what_was_not_measured_is_absent():
     [_, *finals] = read.table("on held-out pairs that no trial was ranked by")
     assert finals == [["win rate against the base model", "0.610", "0.550 to 0.670", "256"]]
     none = Read(page(GRID, grid_trials(), accuracy=None))
-    assert "There is none" in none.text and "winner's curse" in none.text
+    assert "There is no final estimate" in none.text and "winner's curse" in none.text
     assert not any("no trial was ranked by" in rows[0][0] for rows in none.tables)
 
 
@@ -169,7 +130,7 @@ def test_trials_that_were_repeated_are_shown_by_their_mean_over_the_seeds():
     read = Read(page(GRID, grid_trials(), grid_repeats()))
     assert "Chosen: trial 7" in read.text
     assert ["held-out accuracy (share of pairs), mean ± standard deviation over 3 seeds", "0.7350 ± 0.0050"] in (
-        read.table("")
+        read.table("what it was ranked by")
     )
     assert read.column("trial")[:3] == ["7", "4", "1"]
     assert read.column("mean accuracy ± deviation (seeds)")[:3] == ["0.7350 ± 0.0050 (3)", "0.720 ± 0.020 (3)", "–"]
@@ -181,25 +142,28 @@ def test_trials_that_were_repeated_are_shown_by_their_mean_over_the_seeds():
         ["7", "1", "finished", "0.740 [0.695, 0.781]"],
         ["7", "2", "finished", "0.735 [0.690, 0.776]"],
     ]
-    assert "the marked trial is the best by its mean over all of its seeds" in read.captions[0]
+    assert "the marked trial is the best by its mean over all of its seeds" in read.says[0]
     plain = Read(page(GRID, grid_trials()))
-    assert "trial" not in [rows[0][0] for rows in plain.tables] and "mean" not in plain.captions[0]
+    assert "trial" not in [rows[0][0] for rows in plain.tables] and "mean" not in plain.says[0]
 
 
 def test_reasons_are_text_and_never_markup():
     trials = grid_trials()
     trials[DIVERGED].reason = "<script>alert('trial')</script>"
-    html = page(GRID, trials, reasons=["The gate <b>asked</b> for 0.5 & more."])
-    assert "<script" not in html and "<b>asked" not in html
-    read = Read(html)
-    assert "Nothing was published." in read.text and "The gate <b>asked</b> for 0.5 & more." in read.text
-    assert read.column("reason")[-1] == "<script>alert('trial')</script>"
+    document = Document("t", "v", "plain", [], [], sections=page(GRID, trials))
+    html, markdown = html_page(document), markdown_page(document)
+    assert "<script>alert" not in html and "&lt;script&gt;alert" in html
+    assert "\\<script\\>alert" in markdown
+    assert html.count('class="plot"') == len(document.charts) > 2
+
+
+def test_trials_of_different_beta_are_never_to_be_ranked_by_loss_or_margin():
+    assert "Never rank trials of different β" in Read(page(GRID, grid_trials())).text
 
 
 def test_forty_trials_with_conditional_losses():
     trials = random_trials(LOSSES, 40)
-    html = page(LOSSES, trials)
-    read = Read(html)
+    read = Read(page(LOSSES, trials))
     best = max(finished(trials), key=accuracy)
     assert f"Chosen: trial {best.number}" in read.text
     heading, *rows = read.table("place")
@@ -219,7 +183,7 @@ def test_forty_trials_with_conditional_losses():
     states = [state.split(",")[0] for state in read.column("state")]
     order = ["finished", "stopped", "diverged", "failed"]
     assert states == sorted(states, key=order.index) and set(states) == set(order)
-    [_, loss, rate, epochs, schedule] = read.table("path")
+    [_, loss, rate, epochs, schedule] = next(rows for rows in read.tables if rows[0] == ["path", "values"])
     assert loss == [
         "train.loss",
         "one of: {type: sigmoid, beta: log-uniform, 0.01 to 0.5}; {type: ipo, beta: log-uniform, 0.05 to 1}; "
@@ -229,19 +193,22 @@ def test_forty_trials_with_conditional_losses():
         "log-uniform, 1e-7 to 1e-4", "whole numbers, 1 to 3", "one of: cosine, constant",
     ]  # fmt: skip
     assert "Random search" in read.text and "every trial trained to its first evaluation" in read.text
-    assert html.count("<svg") == len(read.captions) == 4  # no front with one objective
+    titles = [chart.title for chart in read.charts]
+    assert titles == [
+        *("Where the best trials lie: ipo", "Where the best trials lie: sigmoid", "Which values the best trials share"),
+        *("How trials went on", "Which values decide"),
+    ]
 
 
 def test_two_objectives_have_a_front():
     trials = random_trials(TWO, 24)
-    html = page(TWO, trials)
-    read = Read(html)
+    read = Read(page(TWO, trials))
     on_front = [n for n, s in zip(read.column("trial"), read.column("state"), strict=True) if "on the front" in s]
     assert len(on_front) > 1 and read.column("trial")[: len(on_front)] == on_front
     assert f"The Pareto front is trials {', '.join(on_front[:-1])} and {on_front[-1]}" in read.text
     assert "1. held-out accuracy (share of pairs), higher is better; 2. held-out likelihood drop" in read.text
-    assert html.count("<svg") == len(read.captions) == 5
-    assert "the line joins the trials that none is better than in both objectives" in read.captions[-1]
+    assert len(read.charts) == 5
+    assert any("that none is better than in both objectives" in says for says in read.says)
 
 
 def test_a_weighted_sum_has_a_column_beside_its_measures():
@@ -277,20 +244,10 @@ def test_how_trials_were_ended_is_told(scheduler: Any, sentence: str):
 
 def test_where_nothing_finished_the_page_says_so_and_shows_what_there_is():
     trials = [trial for trial in grid_trials() if trial.state != "finished"]
-    html = page(GRID, trials, reasons=["No trial finished."])
-    read = Read(html)
-    assert "No trial finished, so none was chosen." in read.text and "Nothing was published." in read.text
+    read = Read(page(GRID, trials))
+    assert "No trial finished, so none was chosen." in read.text
     assert "winner's curse" not in read.text and "Which trials are as good" not in read.text
     assert read.column("trial") == [str(number) for number in (*STOPPED, DIVERGED)]
-    assert html.count("<svg") == 1  # how they went on
-    nothing = Read(page(GRID, [], reasons=["Nothing ran."]))
-    assert "No trial was begun." in nothing.text and nothing.captions == []
-
-
-def test_the_page_needs_nothing_else_and_ends_with_the_configuration():
-    html = page(GRID, grid_trials(), grid_repeats())
-    assert not re.search(r"<(script|link|img|iframe)\b", html)
-    fetched = re.findall(r"""(?:src|href)=["']([^"']*)""", html) + re.findall(r"url\(([^)]*)", html)
-    assert all(address.startswith(("#", "data:")) for address in fetched)
-    assert "train.loss.beta" not in html[html.rindex("<pre>") :]
-    assert "reduction_factor: 3.0" in html[html.rindex("<pre>") :]
+    assert [chart.title for chart in read.charts] == ["How trials went on"]
+    nothing = Read(page(GRID, []))
+    assert "No trial was begun." in nothing.text and nothing.says == []

@@ -1,0 +1,83 @@
+"""report.html and report.md of a run, and of each round, beside its summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from dpo_ray.config import dump_config
+from dpo_ray.errors import DataError
+from dpo_ray.report.curves import Curves, read_curves
+from dpo_ray.report.facts import Before, Facts
+from dpo_ray.report.page import html_page, markdown_page
+from dpo_ray.report.run import run_document
+from dpo_ray.storage.location import Location
+from dpo_ray.storage.published import compared_version, moves, published_folder
+from pipelines.context import RunContext
+
+REPORT = "report"
+
+
+def write_report(context: RunContext, summary: dict[str, Any], name: str = REPORT) -> None:
+    """Write the pages. name: of the two files, without what tells their formats."""
+    facts = Facts(
+        config=context.shown.get("config", context.config),
+        given=context.config,
+        summary=summary,
+        curves=_curves(context),
+        samples=context.shown.get("samples", ()),
+        before=before(context, summary),
+        more=context.shown.get("more", ()),
+    )
+    document = run_document(facts)
+    (context.folder / f"{name}.html").write_bytes(html_page(document).encode())
+    (context.folder / f"{name}.md").write_bytes(markdown_page(document).encode())
+
+
+def _curves(context: RunContext) -> Curves:
+    metrics = context.folder / "metrics.jsonl"
+    return read_curves(metrics.read_bytes().splitlines()) if metrics.exists() else Curves({}, {})
+
+
+def before(context: RunContext, summary: Mapping[str, Any]) -> Before | None:
+    """What was published under the name before this run's model; None where nothing was, or nobody can tell."""
+    folder = published_folder(context.output, context.config.run.name)
+    mine = (summary.get("published") or "").rpartition("/")[2]
+    try:
+        version = compared_version(folder, mine)
+        made = [one for one in moves(folder) if one.version == version]
+    except DataError:  # a damaged pointer is the gate's to tell of; the report is of what is known
+        return None
+    if version is None or not made:
+        return None
+    run = context.output / "runs" / (made[-1].run_id or "")
+    known = made[-1].run_id is not None and (run / "summary.json").exists()
+    return Before(
+        version=version,
+        since=made[-1].published,
+        run_id=made[-1].run_id,
+        summary=json.loads((run / "summary.json").read_bytes()) if known else {},
+        options=_differences(run, dump_config(context.config)) if known else (),
+    )
+
+
+def _differences(run: Location, ours: str) -> list[tuple[str, str, str]]:
+    """Options that differ from those of another run: dotted path, its value, ours."""
+    file = run / "config.yaml"
+    theirs = dict(_flat("", yaml.safe_load(file.read_bytes()))) if file.exists() else {}
+    mine = dict(_flat("", yaml.safe_load(ours)))
+    paths = [*mine, *(path for path in theirs if path not in mine)]
+    found = ((path, theirs.get(path, _ABSENT), mine.get(path, _ABSENT)) for path in paths)
+    return [(path, a, b) for path, a, b in found if a != b] if theirs else []
+
+
+_ABSENT = "–"
+
+
+def _flat(path: str, value: Any) -> list[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        return [one for key, inner in value.items() for one in _flat(f"{path}.{key}" if path else str(key), inner)]
+    return [(path, json.dumps(value, ensure_ascii=False, default=str))]

@@ -100,7 +100,7 @@ def measure(name: str, data: Path, num_train: int, num_held_out: int) -> dict[st
     from dpo_ray.training.checkpoint import TrainState
     from dpo_ray.training.memory import shape_of, state_of
     from dpo_ray.training.optim import learning_rate, make_optimizer
-    from dpo_ray.training.parallel import Rank
+    from dpo_ray.training.parallel import Rank, forget_gathered
     from dpo_ray.training.start import start_policy
     from dpo_ray.training.step import Learner
 
@@ -137,6 +137,7 @@ def measure(name: str, data: Path, num_train: int, num_held_out: int) -> dict[st
             margins.append(float(values[:cut].sum() - values[cut:].sum()))
     accuracy = preference_accuracy(np.array(margins))
     assert accuracy is not None
+    forget_gathered(forward)  # copies that were computed with are no weights of their own
     shape = shape_of(ModelFolder.of(model))
     planned = state_of(shape, model, options, 1)
     return {

@@ -100,7 +100,7 @@ def measure(name: str, data: Path, num_train: int, num_held_out: int) -> dict[st
     from dpo_ray.training.checkpoint import TrainState
     from dpo_ray.training.memory import shape_of, state_of
     from dpo_ray.training.optim import learning_rate, make_optimizer
-    from dpo_ray.training.parallel import Rank
+    from dpo_ray.training.parallel import Rank, forget_gathered
     from dpo_ray.training.start import start_policy
     from dpo_ray.training.step import Learner
 
@@ -137,6 +137,7 @@ def measure(name: str, data: Path, num_train: int, num_held_out: int) -> dict[st
             margins.append(float(values[:cut].sum() - values[cut:].sum()))
     accuracy = preference_accuracy(np.array(margins))
     assert accuracy is not None
+    forget_gathered(forward)  # copies that were computed with are no weights of their own
     shape = shape_of(ModelFolder.of(model))
     planned = state_of(shape, model, options, 1)
     return {
@@ -216,10 +217,7 @@ def report(folder: Path) -> str:
         {name: json.loads(path.read_text()) for name in ROWS if (path := _kept(folder, name, kind)).is_file()}
         for kind in ("bytes", "learned")
     )
-    if not held or not found:
-        sys.exit(f"There is too little in {folder}: measure first.")
-    first = next(iter(found.values()))
-    made = first["environment"]
+    made = environment(_PACKAGES)
     bytes_rows, learned = [], []
     for name, row in held.items():
         cells = [
@@ -231,27 +229,31 @@ def report(folder: Path) -> str:
     for name, row in found.items():
         value, low, high = row["accuracy"]
         last = sum(row["losses"][-4:]) / len(row["losses"][-4:])
-        learned.append([name, f"{value:.3f} ({low:.3f}–{high:.3f})", f"{row['margin']:.2f}", f"{last:.3f}"])
+        pairs = [str(count) for count in row["pairs"]]
+        learned.append([name, *pairs, f"{value:.3f} ({low:.3f}–{high:.3f})", f"{row['margin']:.2f}", f"{last:.3f}"])
+    parts = [
+        "# Memory, in fewer bytes",
+        f"`python -m benchmarks.memory_tier`, {datetime.now(UTC):%Y-%m-%d}, commit {made['commit']}; "
+        f"{made['hardware']}; {versions(made)}.",
+        f"## Bytes for each weight of {MODEL.rpartition('/')[2]}, planned / held in a step",
+        _measured(table(["", "weights", "gradients", "moments", "together", "planned / held"], bytes_rows), held),
+        "Quantized bases are computed with in float32 here. Adapters of rank 16 on all linear layers are counted, over "
+        "all weights of the model; so is the embedding, a fifth of this model, which stays in model.dtype.",
+        f"## Held-out accuracy on polite_demo, after steps of {_BATCH} pairs",
+        _measured(table(["", "pairs", "held out", "accuracy (95%)", "margin, nats", "last losses"], learned), found),
+        "The same seed, pairs and order for all, learning rates 5e-4 for adapters and 2e-5 for all weights. Accuracy "
+        "is of the policy as it was trained, quantized weights and adapters.",
+        "## Plan: Llama 3.1 8B and 70B in bfloat16, strategy=fsdp, activation_checkpointing=true, GiB",
+        plan(),
+    ]
+    return "\n\n".join(parts)
+
+
+def _measured(rows: str, found: dict[str, Any]) -> str:
+    """The table, and which rows it lacks."""
     missing = [name for name in ROWS if name not in found]
-    trained, held_out = first["pairs"]
-    return "\n\n".join(
-        [
-            "# Memory, in fewer bytes",
-            f"`python -m benchmarks.memory_tier`, {datetime.now(UTC):%Y-%m-%d}, commit {made['commit']}; "
-            f"{made['hardware']}; {versions(made)}. {MODEL}, {first['parameters']:,} weights."
-            + (f" Not measured: {', '.join(missing)}." if missing else ""),
-            "## Bytes for each weight of the model, planned / held in a step",
-            table(["", "weights", "gradients", "moments", "together", "planned / held"], bytes_rows),
-            "Quantized bases are computed with in float32 here. Adapters of rank 16 on all linear layers are counted, "
-            "over all weights of the model; so is the embedding, a fifth of this model, which stays in model.dtype.",
-            f"## Held-out accuracy: {trained} pairs of polite_demo in steps of {_BATCH}, {held_out} held out",
-            table(["", "accuracy (95%)", "margin, nats", "loss, last 4 steps"], learned),
-            "The same seed, pairs and order for all; learning rates are 5e-4 for adapters and 2e-5 for all weights. "
-            "Accuracy is of the policy as it was trained, quantized weights and adapters.",
-            "## Plan: Llama 3.1 8B and 70B in bfloat16, strategy=fsdp, activation_checkpointing=true, GiB",
-            plan(),
-        ]
-    )  # fmt: skip
+    told = f"Not measured: {'; '.join(missing)}."
+    return "\n\n".join([*([rows] if found else []), *([told] if missing else [])])
 
 
 def _kept(folder: Path, name: str, kind: str) -> Path:

@@ -23,6 +23,7 @@ from dpo_ray.config.tolerance import Tolerance
 from dpo_ray.data.pairing import mismatched
 from dpo_ray.evaluation.agreement import require_same_start
 from dpo_ray.model import attention
+from dpo_ray.model.pair_scorer import PairScorer
 from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.storage.location import Location
@@ -108,6 +109,12 @@ def scored(pairs: Sequence[TokenizedPair], folder: Path, dtype: torch.dtype = to
                 pair = replace(pair, mismatched_ref_logprobs=other.tolist())
             done.append(pair)
     return done
+
+
+def with_reference(pairs: Sequence[TokenizedPair], scorer: PairScorer) -> list[TokenizedPair]:
+    """The same with the reference log-probs that the reference stage would give them."""
+    sides = zip(pairs, *scorer.score(pairs), strict=True)
+    return [replace(p, chosen_ref_logprobs=chosen, rejected_ref_logprobs=rejected) for p, chosen, rejected in sides]
 
 
 def shares(pairs: Sequence[TokenizedPair], me: Rank, tokens_per_microbatch: int) -> Share:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from dpo_ray.training.optim import make_optimizer
 from dpo_ray.training.parallel import Rank
 from dpo_ray.training.start import start_policy
 from dpo_ray.training.step import Learner
-from tests.training import Gang, Trained, random_pairs, run, small_model
+from tests.training import Gang, Trained, random_pairs, run, small_model, with_reference
 
 CPU = torch.device("cpu")
 ME = Rank(0, 1, CPU)
@@ -74,9 +73,7 @@ def of(folder: Path, **more: Any) -> Model:
 
 def scored(model: Model, count: int = BATCH * STEPS) -> list[TokenizedPair]:
     """As the reference stage scores them, with the trainer's own forward."""
-    pairs = random_pairs(count)
-    sides = zip(pairs, *TorchScorer(model).score(pairs), strict=True)
-    return [replace(p, chosen_ref_logprobs=chosen, rejected_ref_logprobs=rejected) for p, chosen, rejected in sides]
+    return with_reference(random_pairs(count), TorchScorer(model))
 
 
 def exported(folder: Path, model: Model) -> dict[str, Tensor]:

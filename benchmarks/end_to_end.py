@@ -66,9 +66,8 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     ),
 }
 """Row → what it sets otherwise than the shipped configuration."""
-BATCH_SIZES = (2, 4, 8)
 TRIAL_PAIRS = 32
-_POLL = 5.0  # seconds between looks at who computes
+_POLL = 1.0  # seconds between looks at who computes
 
 
 # What both sides read
@@ -147,10 +146,10 @@ def run_ours(folder: Path, data: str, row: str) -> dict[str, Any]:
     }
 
 
-def run_trl(folder: Path, data: str, python: str) -> dict[str, Any]:
+def run_trl(folder: Path, data: str, python: str, sizes: Sequence[int]) -> dict[str, Any]:
     """TRL's script, and how long each of its parts took."""
     place = folder / data
-    size = fastest_batch(place, python)
+    size = fastest_batch(place, python, sizes)
     output = place / TRL
     shutil.rmtree(output, ignore_errors=True)
     measured = timed([*_script(python, place, output), "--batch-size", str(size)], place / f"{TRL}.log")
@@ -158,12 +157,14 @@ def run_trl(folder: Path, data: str, python: str) -> dict[str, Any]:
     return {**measured, "model": str(output / "model"), "batch_size": size, **told}
 
 
-def fastest_batch(place: Path, python: str) -> int:
-    """Of BATCH_SIZES, by the steps of a short trial; found once for a data set."""
+def fastest_batch(place: Path, python: str, sizes: Sequence[int]) -> int:
+    """By the steps of a short trial, of several; found once for a data set."""
+    if len(sizes) == 1:
+        return sizes[0]
     kept = place / "trial.json"
     if not kept.is_file():
         seconds = {}
-        for size in BATCH_SIZES:
+        for size in sizes:
             output = place / f"trial-{size}"
             timed(
                 [*_script(python, place, output), "--batch-size", str(size), "--first", str(TRIAL_PAIRS)],
@@ -183,7 +184,8 @@ def _script(python: str, place: Path, output: Path) -> list[str]:
 
 
 def timed(command: Sequence[str], log: Path) -> dict[str, Any]:
-    """Wall seconds of a process, from its start to its end, and what else computed on the machine meanwhile.
+    """Wall seconds of a process, from its start to its end, CPU seconds of it and all that descends from it, and the
+    cores that others took meanwhile.
 
     Ends where the process fails, naming its log.
     """
@@ -191,12 +193,12 @@ def timed(command: Sequence[str], log: Path) -> dict[str, Any]:
     began = time.monotonic()
     with log.open("w") as file:
         child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=_environment())
-        with others_watched(child.pid) as others:
+        with watched(child.pid) as watch:
             code = child.wait()
     wall = time.monotonic() - began
     if code:
         sys.exit(f"{' '.join(command)} ended with {code}; {log} says why.")
-    return {"wall": wall, "load": load, "others": sum(others) / len(others) if others else None}
+    return {"wall": wall, "cpu": watch.cpu, "load": load, "others": watch.others / wall}
 
 
 def _environment() -> dict[str, str]:
@@ -204,31 +206,52 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONPATH": path}
 
 
+Processes = Mapping[int, tuple[int, float]]
+"""Process id → that of its parent, and its CPU seconds."""
+
+
+class Watch:
+    """Adds up what is computed from look to look; what a process computes after the last look at it is not known."""
+
+    def __init__(self, pid: int, first: Processes):
+        self.cpu = 0.0
+        """CPU seconds of `pid` and of what descends from it."""
+        self.others = 0.0
+        """Of what descends neither from it nor from this process, and was there at two looks."""
+        self._row, self._before = pid, first
+
+    def look(self, now: Processes) -> None:
+        for pid, (_, spent) in now.items():
+            known = self._before.get(pid)
+            if _descends(pid, {self._row}, now):
+                self.cpu += spent - (known[1] if known is not None else 0.0)
+            elif known is not None and not _descends(pid, {os.getpid()}, now):
+                self.others += spent - known[1]
+        self._before = now
+
+
+def _descends(pid: int, ancestors: set[int], processes: Processes) -> bool:
+    while pid in processes and pid not in ancestors:
+        pid = processes[pid][0]
+    return pid in ancestors
+
+
 @contextmanager
-def others_watched(pid: int) -> Iterator[list[float]]:
-    """Inside, the cores that processes take which neither this one nor `pid` started, from look to look."""
-    found: list[float] = []
-    ended = Event()
+def watched(pid: int) -> Iterator[Watch]:
+    """Inside, looks are taken."""
+    watch, ended = Watch(pid, cpu_seconds()), Event()
 
-    def watch() -> None:
-        before, at = cpu_seconds(), time.monotonic()
+    def look() -> None:
         while not ended.wait(_POLL):
-            now, then = cpu_seconds(), time.monotonic()
-            spent = others(before, now, {pid, os.getpid()})
-            found.append(spent / (then - at))
-            before, at = now, then
+            watch.look(cpu_seconds())
 
-    thread = Thread(target=watch, daemon=True)
+    thread = Thread(target=look, daemon=True)
     thread.start()
     try:
-        yield found
+        yield watch
     finally:
         ended.set()
         thread.join()
-
-
-Processes = Mapping[int, tuple[int, float]]
-"""Process id → that of its parent, and CPU seconds of it and of the children that it has waited for."""
 
 
 def cpu_seconds(proc: Path = Path("/proc")) -> Processes:
@@ -240,23 +263,8 @@ def cpu_seconds(proc: Path = Path("/proc")) -> Processes:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:  # it has ended
             continue
-        found[int(stat.parent.name)] = int(fields[1]), sum(map(int, fields[11:15])) / tick
+        found[int(stat.parent.name)] = int(fields[1]), (int(fields[11]) + int(fields[12])) / tick
     return found
-
-
-def others(before: Processes, now: Processes, ours: set[int]) -> float:
-    """CPU seconds between two looks of what descends from none of `ours`."""
-
-    def is_ours(pid: int) -> bool:
-        while pid in now and pid not in ours:
-            pid = now[pid][0]
-        return pid in ours
-
-    return sum(
-        spent - before[pid][1]
-        for pid, (_, spent) in now.items()
-        if pid in before and spent > before[pid][1] and not is_ours(pid)
-    )
 
 
 # TRL's script
@@ -386,23 +394,29 @@ def _of_data(folder: Path, data: str, runs: Mapping[str, dict[str, Any]]) -> str
     counts = {name: pq.read_metadata(folder / data / f"{name}.parquet").num_rows for name in ("train", "held_out")}
     trl = runs.get(TRL)
     lines, stages = [], []
+
+    def times(what: str, run: Mapping[str, Any]) -> str:
+        return f"{trl[what] / run[what]:.2f}" if trl is not None and run is not trl else ""
+
     for row, run in runs.items():
         found = run["accuracy"]
-        times = f"{trl['wall'] / run['wall']:.2f}" if trl is not None and run is not trl else ""
         at = run["load"]["busy_cores"]
         lines.append(
             [
                 row,
                 ", ".join(run.get("overrides", [])) or (f"batches of {run['batch_size']}" if run is trl else ""),
                 f"{run['wall']:.0f}",
-                times,
+                f"{run['cpu']:.0f}",
+                times("wall", run),
+                times("cpu", run),
                 f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" if "value" in found else "undefined",
                 f"{found['mean_margin']:.2f}",
-                f"{'' if at is None else f'{at:.2f}'}, {'' if run['others'] is None else format(run['others'], '.2f')}",
+                f"{'' if at is None else f'{at:.2f}'}, {run['others']:.2f}",
             ]
         )
         stages.append(f"- {row}: {', '.join(f'{k} {v:.1f}' for k, v in run['stages'].items())}")
-    head = ["row", "set otherwise", "wall s", "TRL's over it", "held-out accuracy", "margin, nats", "others' cores"]
+    head = ["row", "set otherwise", "wall s", "CPU s", "TRL's wall over it", "TRL's CPU", "held-out accuracy"]
+    head += ["margin, nats", "others' cores"]
     told = f"{data}: {counts['train']} pairs, {counts['held_out']} held out"
     return "\n".join([f"### {told}", "", table(head, lines), "", "Seconds of each part:", "", *stages])
 
@@ -450,6 +464,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=[*OVERRIDES, TRL], default=[OURS, TRL])
     parser.add_argument("--choose", action="store_true", help="all rows of ours instead, and not TRL")
     parser.add_argument("--trl-python", default=os.environ.get("TRL_PYTHON"), help="Python of TRL's environment")
+    parser.add_argument("--trl-batch-sizes", type=int, nargs="+", default=[2, 4, 8], help="one: it is not tried out")
     parser.add_argument("--report", action="store_true", help="only report what is finished")
     parser.add_argument("--write", action="store_true", help=f"put the report at the end of {REPORT.name}")
     parser.add_argument("--side", choices=[TRL], help="run TRL's script itself")
@@ -475,7 +490,8 @@ def main() -> None:
                 kept = folder / name / f"{row}.json"
                 if not kept.is_file():
                     trl = row == TRL
-                    run = run_trl(folder, name, arguments.trl_python) if trl else run_ours(folder, name, row)
+                    sizes = arguments.trl_batch_sizes
+                    run = run_trl(folder, name, arguments.trl_python, sizes) if trl else run_ours(folder, name, row)
                     write_json(kept, {**run, "accuracy": accuracy(folder, name, run["model"])})
                     print(f"{name}, {row}: {run['wall']:.0f} s", flush=True)
     text = f"{heading(folder, data)}\n\n{report(folder, data, rows)}\n"

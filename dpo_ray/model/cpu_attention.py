@@ -64,17 +64,19 @@ class _Attention(torch.autograd.Function):
             seen = m - n + last  # no query of the block sees a later key
             q, d_out = (x[:, :, first:last].reshape(kv_heads, -1, size) for x in (queries, grads))
             k, v = key[0, :, :seen], value[0, :, :seen]
-            scores = torch.bmm(q, k.mT).float().mul_(ctx.scale).view(kv_heads, -1, last - first, seen)
-            hidden = (
-                torch.ones(last - first, seen, dtype=torch.bool).triu_(seen - last + first + 1)
+            sees = (
+                torch.ones(last - first, seen, dtype=torch.bool).tril_(seen - last + first)
                 if mask is None
-                else ~mask[first:last, :seen]
+                else mask[first:last, :seen]
             )
-            weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1).view(kv_heads, -1, seen)
-            d_value[:, :seen] += torch.bmm(weights.to(q.dtype).mT, d_out)
-            d_weights = torch.bmm(d_out, v.mT).float()
-            d_weights -= (weights * d_weights).sum(-1, keepdim=True)
-            d_scores = weights.mul_(d_weights).mul_(ctx.scale).to(q.dtype)
+            bias = torch.zeros(sees.shape, dtype=q.dtype).masked_fill_(~sees, float("-inf"))
+            scores = torch.bmm(q, k.mT).mul_(ctx.scale).view(kv_heads, -1, last - first, seen).add_(bias)
+            with torch.enable_grad():
+                weights = scores.requires_grad_().softmax(-1)
+            d_weights = torch.bmm(d_out, v.mT).view_as(weights)
+            [d_scores] = torch.autograd.grad(weights, scores, d_weights)
+            d_scores = d_scores.mul_(ctx.scale).view(kv_heads, -1, seen)
+            d_value[:, :seen] += torch.bmm(weights.detach().view(kv_heads, -1, seen).mT, d_out)
             d_query[:, :, first:last] = torch.bmm(d_scores, k).view(kv_heads, -1, last - first, size)
             d_key[:, :seen] += torch.bmm(d_scores.mT, q)
         d_key, d_value = (x[None].to(key.dtype) for x in (d_key, d_value))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dpo_ray.storage.artifact import library_versions
 
-VERSION = 2
+VERSION = 3
 """Of the trainer's forward pass, raised when its numbers change: scores of before are then not taken over."""
 
 

@@ -15,7 +15,7 @@ from dpo_ray.report.facts import Before, Facts
 from dpo_ray.report.page import html_page, markdown_page
 from dpo_ray.report.run import run_document
 from dpo_ray.storage.location import Location
-from dpo_ray.storage.published import compared_version, moves, published_folder
+from dpo_ray.storage.published import last_other, published_folder
 from pipelines.context import RunContext
 
 REPORT = "report"
@@ -45,20 +45,18 @@ def _curves(context: RunContext) -> Curves:
 def before(context: RunContext, summary: Mapping[str, Any]) -> Before | None:
     """What was published under the name before this run's model; None where nothing was, or nobody can tell."""
     folder = published_folder(context.output, context.config.run.name)
-    mine = (summary.get("published") or "").rpartition("/")[2]
     try:
-        version = compared_version(folder, mine)
-        made = [one for one in moves(folder) if one.version == version]
+        standing = last_other(folder, (summary.get("published") or "").rpartition("/")[2])
     except DataError:  # a damaged pointer is the gate's to tell of; the report is of what is known
         return None
-    if version is None or not made:
+    if standing is None:
         return None
-    run = context.output / "runs" / (made[-1].run_id or "")
-    known = made[-1].run_id is not None and (run / "summary.json").exists()
+    run = context.output / "runs" / (standing.run_id or "")
+    known = standing.run_id is not None and (run / "summary.json").exists()
     return Before(
-        version=version,
-        since=made[-1].published,
-        run_id=made[-1].run_id,
+        version=standing.version,
+        since=standing.published,
+        run_id=standing.run_id,
         summary=json.loads((run / "summary.json").read_bytes()) if known else {},
         options=_differences(run, dump_config(context.config)) if known else (),
     )

@@ -83,7 +83,8 @@ def _curve(steps: np.ndarray, values: np.ndarray) -> Curve:
 
 def smoothed(values: np.ndarray) -> np.ndarray:
     """[n] → [n]: the exponential moving averages from both ends, so that the curve does not come late."""
-    return (_trailing(values) + _trailing(values[::-1])[::-1]) / 2
+    found: np.ndarray = (_trailing(values) + _trailing(values[::-1])[::-1]) / 2
+    return found
 
 
 def _trailing(values: np.ndarray) -> np.ndarray:

@@ -84,17 +84,30 @@ def latest(folder: Location) -> Move | None:
 
 def history(folder: Location) -> list[Move]:
     """Every move of the pointer, oldest first. Raises DataError where the record of one is damaged."""
-    found = []
-    for name in _records(folder):
-        place = folder / _HISTORY / name
-        try:
-            found.append(Move.model_validate_json(place.read_bytes()))
-        except ValidationError as error:
-            raise DataError(
-                f"{place} is damaged ({error.error_count()} errors). Take it out of that folder: the versions and the "
-                "latest stay as they are, and rollback goes no further back than to the move after it."
-            ) from error
-    return found
+    return [_recorded(folder, name) for name in _records(folder)]
+
+
+def last_other(folder: Location, version: str) -> Move | None:
+    """The last move to another version than this one, None where there was none; only the moves since then are read.
+
+    Raises DataError where the pointer or one of these is damaged.
+    """
+    standing = latest(folder)
+    if standing is None or standing.version != version:
+        return standing
+    others = (_recorded(folder, name) for name in reversed(_records(folder)))
+    return next((one for one in others if one.version != version), None)
+
+
+def _recorded(folder: Location, name: str) -> Move:
+    place = folder / _HISTORY / name
+    try:
+        return Move.model_validate_json(place.read_bytes())
+    except ValidationError as error:
+        raise DataError(
+            f"{place} is damaged ({error.error_count()} errors). Take it out of that folder: the versions and the "
+            "latest stay as they are, and rollback goes no further back than to the move after it."
+        ) from error
 
 
 def _records(folder: Location) -> list[str]:

@@ -134,7 +134,7 @@ def test_markdown_has_the_same_and_no_text_in_it_is_markup():
     for shown in ("# run-1", "**Published**", "| preference accuracy | 0.800 |", "## The gate", "### Loss", "won"):
         assert shown in text, shown
     assert "<script" not in text.replace("\\<", "") and "<img" not in text.replace("\\<", "")
-    assert "None" not in text and "Undefined" not in text
+    assert "\\&amp;" in text and "None" not in text and "Undefined" not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     counts = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
     dividers = [n for n, row in enumerate(rows) if set(row) <= set("| -")]

@@ -17,6 +17,7 @@ from dpo_ray.storage.published import (
     LATEST,
     compared_version,
     history,
+    last_other,
     latest,
     move,
     promote,
@@ -212,6 +213,22 @@ def test_a_version_is_compared_with_the_latest_and_never_with_itself(output: Loc
     publish(output, "c")
     publish(output, "b")
     assert compared_version(folder, "b") == "c"
+
+
+def test_the_last_other_version_is_found_with_its_run_and_without_reading_all_moves(output: Location):
+    folder = output / "models/n"
+    assert last_other(folder, "a") is None
+    publish(output, "a")
+    assert last_other(folder, "a") is None
+    publish(output, "b")
+    publish(output, "c")
+    publish(output, "c")
+    found = last_other(folder, "")
+    assert found is not None and (found.version, found.run_id) == ("c", "run-c")
+    [oldest, *_] = sorted((folder / "history").children(), key=lambda file: file.name)
+    oldest.write_bytes(b"{")  # it is not asked for
+    found = last_other(folder, "c")
+    assert found is not None and (found.version, found.run_id) == ("b", "run-b")
 
 
 def test_a_pointer_that_has_gone_is_told_and_written_anew_by_hand(output: Location):

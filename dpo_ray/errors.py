@@ -16,7 +16,8 @@ the command line:
     ├── GateFailed              4   the model did not pass its gate; nothing was published
     ├── LeaseLost               1   another run has taken over what this one, too long without a sign, was at
     ├── Busy                   75   another run is at it, and this one was to leave (sysexits.h: try again later)
-    └── Interrupted           130   by Ctrl-C
+    ├── Interrupted           130   by Ctrl-C
+    └── Terminated            143   by SIGTERM: Kubernetes, Slurm or a shutdown ended it
 
 Errors cross process borders (Ray pickles them), so each is built from one message alone.
 """
@@ -78,6 +79,12 @@ class Interrupted(DpoRayError):
     """The person at the terminal ended it."""
 
     exit_code = 130  # as a shell has it for SIGINT
+
+
+class Terminated(DpoRayError):
+    """The machine, or what schedules its work, ended it."""
+
+    exit_code = 143  # as a shell has it for SIGTERM
 
 
 class LeaseLost(DpoRayError):

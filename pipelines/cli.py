@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dpo_ray.config import Config, dump_config, load_config, overridden
-from dpo_ray.errors import Busy, ConfigError, DpoRayError, GateFailed, Interrupted
+from dpo_ray.errors import Busy, ConfigError, DpoRayError, GateFailed, Interrupted, Terminated
 from dpo_ray.progress import say
 from pipelines import STAGES, Stage, planned, require_run_id
 from pipelines.last_words import last_words, wanted_traceback
@@ -636,7 +638,7 @@ def _outcome(error: BaseException) -> str:
     """Of a run that ended by an error, as its metric names it."""
     if isinstance(error, GateFailed):
         return "gate_failed"
-    return "stopped" if isinstance(error, Busy | Interrupted | KeyboardInterrupt) else "error"
+    return "stopped" if isinstance(error, Busy | Interrupted | KeyboardInterrupt | Terminated) else "error"
 
 
 def main() -> None:
@@ -652,11 +654,22 @@ def main() -> None:
 
 @contextmanager
 def _told_when_interrupted() -> Iterator[None]:
-    """typer would end the process without a word."""
+    """typer would end the process without a word, and so would Python on SIGTERM, or not at all as a container's first
+    process. Ray turns SIGTERM into sys.exit of its number, once it is connected."""
+    kept = "What is finished is kept: the same command goes on from there."
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number)) if in_main else None
     try:
         yield
     except KeyboardInterrupt as error:
-        raise Interrupted("What is finished is kept: the same command goes on from there.") from error
+        raise Interrupted(kept) from error
+    except SystemExit as error:
+        if error.code == signal.SIGTERM:
+            raise Terminated(f"It got SIGTERM, as Kubernetes, Slurm or a shutdown send it. {kept}") from error
+        raise
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

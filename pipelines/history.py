@@ -117,7 +117,8 @@ def _outcome(summary: dict[str, Any]) -> str:
         return "nothing new"
     if summary["published"]:
         return "published"
-    return {0: "done", 4: "not published", 75: "busy", 130: "interrupted"}.get(summary["exit_code"], "failed")
+    outcomes = {0: "done", 4: "not published", 75: "busy", 130: "interrupted", 143: "terminated"}
+    return outcomes.get(summary["exit_code"], "failed")
 
 
 def _dropped(stages: dict[str, Any]) -> dict[str, int]:

@@ -73,6 +73,9 @@ def check_inputs(config: Config) -> None:
     where an option is of no use to them.
     """
     names = set()
+    output = Location.of(config.run.output)
+    for key, paths in _named(config.data):
+        tell_passed_over(paths, key, output)
     for side in sides(config):
         found = map_files(lambda file: _known(file, config), side.files)
         require_rows([file for file, _ in found], side.key)
@@ -101,6 +104,16 @@ def _known(file: Location, config: Config) -> tuple[Peek | FileRecord, Format | 
     folder = Location.of(config.run.output) / FILES
     found = read_record(folder, Stamp.of(file), config.data.rows_per_shard) or peek(file)
     return found, _learnable(found, str(file), config)
+
+
+def _named(data: Data) -> Iterator[tuple[str, Paths]]:
+    """Key of the configuration → the paths that stand there."""
+    for source in data.sources:
+        yield f"data.train[{source.name}]", source.path
+    if not data.sources:
+        yield "data.train", cast("Paths", data.train)
+    if data.eval:
+        yield "data.eval", data.eval
 
 
 def sides(config: Config) -> list[Side]:
@@ -151,14 +164,7 @@ def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
     """
     files: dict[Location, None] = {}
     for pattern in [paths] if isinstance(paths, str) else paths:
-        # A folder may hold the output as well, whose shards would look like preference data in the next run.
-        inside = tuple(f"{_real(output)}/{name}/" for name in ("artifacts", "runs", "models", LINEAGE))
-        is_meant = _real(Location.of(pattern)).startswith(inside)
-        of_suffixes = (
-            [f for f in find_files(pattern, s) if is_data(f.name) and (is_meant or not _real(f).startswith(inside))]
-            for s in SUFFIXES
-        )
-        found = next(filter(None, of_suffixes), [])
+        found = next(filter(None, _by_suffix(pattern, output)), [])
         if not found:
             raise DataError(
                 f"{key} is {pattern}, and no file is there. Check the path; of a folder, the files with these suffixes "
@@ -167,6 +173,27 @@ def input_files(paths: Paths, key: str, output: Location) -> list[Location]:
             )
         files |= dict.fromkeys(found)
     return list(files)
+
+
+def tell_passed_over(paths: Paths, key: str, output: Location) -> None:
+    """Say which files of a folder are not read because others there are."""
+    for pattern in [paths] if isinstance(paths, str) else paths:
+        taken, *later = [set(files) for files in _by_suffix(pattern, output) if files] or [set()]
+        if beside := sorted({file.uri for files in later for file in files - taken}):
+            say(
+                "ingest",
+                f"{key}: of {pattern} {len(taken)} files are read, and {len(beside)} with other suffixes are not, as "
+                f"{beside[0]}. Where these are data too, name them beside the folder",
+            )
+
+
+def _by_suffix(pattern: str, output: Location) -> Iterator[list[Location]]:
+    """For each of SUFFIXES, files that a path names."""
+    # A folder may hold the output as well, whose shards would look like preference data in the next run.
+    inside = tuple(f"{_real(output)}/{name}/" for name in ("artifacts", "runs", "models", LINEAGE))
+    is_meant = _real(Location.of(pattern)).startswith(inside)
+    for s in SUFFIXES:
+        yield [f for f in find_files(pattern, s) if is_data(f.name) and (is_meant or not _real(f).startswith(inside))]
 
 
 def _real(place: Location) -> str:

@@ -201,10 +201,13 @@ def check_order(dialogue: Sequence[Message]) -> None:
 
 
 def check_label(label: Any) -> bool:
-    """Whether a single answer is desirable: a bool, or the integer 0 or 1. Raises BadRow."""
+    """Whether a single answer is desirable: a bool, or 0 or 1, as a float too, as pandas writes a column with gaps.
+
+    Raises BadRow.
+    """
     if label is None:
         reject("null_field")
-    if not isinstance(label, int) or label not in (0, 1):
+    if not isinstance(label, int | float) or label not in (0, 1):
         reject("bad_label")
     return bool(label)
 

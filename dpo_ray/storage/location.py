@@ -295,7 +295,8 @@ class Location:
 
 
 def find_files(pattern: str, suffix: str | tuple[str, ...]) -> list[Location]:
-    """The files that a path names: a file itself, the files with such a suffix in a folder, or the matches of a glob.
+    """The files that a path names: a file itself, the files with such a suffix (in small letters, meant in either) in a
+    folder, or the matches of a glob.
     A local file that is called so is that file, also where its name could be a pattern (pairs[1].jsonl).
 
     The path is local, in an object store, or on the hub (hf://datasets/…, or owner/name where there is no such folder
@@ -322,7 +323,11 @@ def find_files(pattern: str, suffix: str | tuple[str, ...]) -> list[Location]:
         return [place]
     if kind == pafs.FileType.Directory:
         inside = [(place.same_store(f.path), f.path[len(path) :].split("/")) for f in place.files()]
-        return [f for f, parts in inside if f.uri.endswith(suffix) and not any(p.startswith((".", "_")) for p in parts)]
+        return [
+            f
+            for f, parts in inside
+            if f.uri.lower().endswith(suffix) and not any(p.startswith((".", "_")) for p in parts)
+        ]
     return []
 
 
@@ -334,7 +339,7 @@ def _find_on_hub(place: HubPath, suffix: str | tuple[str, ...]) -> list[Location
         pattern = place.path.split("/")
         return [Location(files[name]) for name in sorted(files) if _matches(name.split("/"), pattern)]
     folder = f"{place.path}/" if place.path else ""
-    inside = [name for name in sorted(files) if name.startswith(folder) and name.endswith(suffix)]
+    inside = [name for name in sorted(files) if name.startswith(folder) and name.lower().endswith(suffix)]
     hidden = (".", "_")
     return [Location(files[name]) for name in inside if not any(p.startswith(hidden) for p in name.split("/"))]
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -156,6 +158,17 @@ def test_an_interruption_says_what_becomes_of_the_work(attempt, monkeypatch):
         monkeypatch.setattr(place, interrupted)
         readable(attempt("ingest", model__path="not/needed"), 130, "Interrupted: What is finished is kept")
         monkeypatch.undo()
+
+
+def test_sigterm_says_what_becomes_of_the_work(attempt, monkeypatch):
+    def terminated(*arguments: object, **options: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("pipelines.align.align", terminated)
+    readable(attempt("ingest", model__path="not/needed"), 143, "Terminated: It got SIGTERM", "What is finished is kept")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_unknown_key(attempt):

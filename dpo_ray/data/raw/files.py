@@ -89,7 +89,7 @@ def is_data(name: str) -> bool:
 
 def encoding_of(uri: str) -> Encoding:
     """The encoding that the name of a file tells. Raises DataError where it tells none."""
-    name = uri.partition("?")[0] if "://" in uri else uri  # there, the options of an object store follow
+    name = (uri.partition("?")[0] if "://" in uri else uri).lower()  # there, the options of an object store follow
     if name.endswith(".parquet"):
         return Encoding("parquet", None)
     if name.endswith(".arrow"):

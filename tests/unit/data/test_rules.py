@@ -238,8 +238,10 @@ def test_a_side_alone_must_not_be_blank(pair: PreferencePair):
     assert caught.value.reason == "empty_response"
 
 
-@pytest.mark.parametrize(("label", "desirable"), [(True, True), (False, False), (1, True), (0, False)])
-def test_a_label_is_a_bool_or_the_integer_0_or_1(label: Any, desirable: bool):
+@pytest.mark.parametrize(
+    ("label", "desirable"), [(True, True), (False, False), (1, True), (0, False), (1.0, True), (0.0, False)]
+)
+def test_a_label_is_a_bool_or_0_or_1(label: Any, desirable: bool):
     assert check_label(label) is desirable
 
 
@@ -249,7 +251,8 @@ def test_a_label_is_a_bool_or_the_integer_0_or_1(label: Any, desirable: bool):
         (None, "null_field"),
         (2, "bad_label"),
         (-1, "bad_label"),
-        (1.0, "bad_label"),
+        (0.5, "bad_label"),
+        (float("nan"), "bad_label"),
         ("true", "bad_label"),
         ("", "bad_label"),
         ([True], "bad_label"),

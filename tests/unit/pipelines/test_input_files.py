@@ -8,7 +8,7 @@ import pytest
 
 from dpo_ray.errors import DataError
 from dpo_ray.storage.location import Location
-from pipelines.ingest import input_files
+from pipelines.ingest import input_files, tell_passed_over
 
 
 @pytest.fixture
@@ -48,6 +48,20 @@ def test_what_may_describe_data_is_taken_where_nothing_else_is(folder: Path):
     (folder / "out/a.csv").write_bytes(b"")  # beside the output's own Parquet
     assert names(folder, "out") == ["out/a.csv"]
     assert names(folder, "a.csv") == ["a.csv"] and names(folder, "x/*.json") == ["x/b.json"]
+
+
+def test_what_is_not_read_beside_other_files_is_told(folder: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("x/a.jsonl", "x/b.JSONL", "x/c.csv", "x/d.json", "x/dataset_info.json", "y/a.parquet"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+    assert names(folder, "x") == ["x/a.jsonl", "x/b.JSONL"]
+    out = Location.of(folder / "out")
+    tell_passed_over(str(folder / "x"), "data.train", out)
+    told = capsys.readouterr().err
+    assert f"data.train: of {folder}/x 2 files are read, and 2 with other suffixes are not, as {folder}/x/c.csv" in told
+    for path in ("y", "x/*", "x/c.csv"):
+        tell_passed_over(str(folder / path), "data.train", out)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_path_that_leads_into_the_output_is_meant(folder: Path):

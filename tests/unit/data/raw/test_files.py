@@ -44,6 +44,7 @@ def test_every_suffix_of_a_folder_names_an_encoding(suffix: str):
     assert form.is_table == (suffix in {".parquet", ".arrow"})
     assert form.codec == CODECS.get("." + suffix.rsplit(".", 1)[1])
     assert encoding_of(f"s3://bucket/train{suffix}?region=eu-west-1") == form
+    assert encoding_of(f"train{suffix.upper()}") == form
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])

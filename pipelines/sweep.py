@@ -18,6 +18,7 @@ from dpo_ray.pairs import steers
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact, read_shard
 from dpo_ray.storage.lease import hold
+from dpo_ray.training.files import HISTORY
 from dpo_ray.training.index import index_of
 from pipelines.align import Prepared, tokenized_preferences, with_reference
 from pipelines.context import RunContext
@@ -152,6 +153,8 @@ def _judge(context: RunContext, prepared: Prepared, chosen: Config, outcome: Out
     try:
         policy = mine.stage("train", lambda: train_policy(context.output, chosen, prepared.rows, run_id=context.run_id))
         mine.models[policy.fingerprint] = chosen.model
+        context.results["train"] = policy.manifest.metrics
+        policy.file(HISTORY).copy_to(context.folder / HISTORY)
         measure = partial(evaluate, mine, prepared.pairs, prepared.rows, prepared.calibration, policy)
         evaluation = measure()
         final |= {name: evaluation.manifest.metrics[name] for name in ("accuracy", "win_rate")}

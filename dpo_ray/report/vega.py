@@ -33,7 +33,7 @@ _CONFIG = {
     "background": None,
     "view": {"stroke": None},
     "axis": _AXIS,
-    "axisQuantitative": {"labelOverlap": True},
+    "axisQuantitative": {"labelOverlap": True, "labelFlush": False},
     "legend": {
         "labelColor": INK,
         "titleColor": INK,

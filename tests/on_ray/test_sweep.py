@@ -104,6 +104,7 @@ def test_the_best_is_repeated_and_judged_on_pairs_that_no_trial_was_ranked_on(fi
     assert (Path(summary["published"]) / "model.safetensors").exists()
     page = (output / "runs" / summary["run_id"] / "report.html").read_text()
     assert f"{final['accuracy']['n']}" in page and f"Chosen: trial {best['number']}" in page and "<svg" in page
+    assert 'id="training"' in page and "Reward of chosen" in page
     assert f"dpo-ray run {summary['sweep']['best_yaml']}" in page and "dpo-ray sweep" in summary["command"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from dpo_ray.config import dump_config
 from dpo_ray.errors import DataError
+from dpo_ray.progress import say
 from dpo_ray.report.curves import Curves, read_curves
 from dpo_ray.report.facts import Before, Facts
 from dpo_ray.report.page import html_page, markdown_page
@@ -22,7 +24,23 @@ REPORT = "report"
 
 
 def write_report(context: RunContext, summary: dict[str, Any], name: str = REPORT) -> None:
-    """Write the pages. name: of the two files, without what tells their formats."""
+    """Write the pages. Whatever goes wrong is said: the run has ended as it has, and an error of it comes first.
+
+    Args:
+        name: of the two files, without what tells their formats.
+    """
+    try:
+        _write(context, summary, name)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        say(
+            "report",
+            f"{name}.html could not be made: {type(error).__name__}: {error} ({where.filename}:{where.lineno}). The "
+            f"run ended as it did without it; what it would show is in {context.folder}/summary.json",
+        )
+
+
+def _write(context: RunContext, summary: dict[str, Any], name: str) -> None:
     facts = Facts(
         config=context.shown.get("config", context.config),
         given=context.config,

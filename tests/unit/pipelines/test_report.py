@@ -54,6 +54,21 @@ def test_a_run_that_fails_has_its_pages_too(tmp_path: Path, model: Path):
     assert "null_field" in page_of(job, "failed") and "null\\_field" in page_of(job, "failed", "report.md")
 
 
+def test_a_report_that_cannot_be_made_is_told_and_changes_nothing_else(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fails(document: object) -> str:
+        raise RuntimeError("no drawing today")
+
+    monkeypatch.setattr("pipelines.report.html_page", fails)
+    job = Job(tmp_path, model)
+    job.write("a.jsonl", [{"prompt": "1", "chosen": "2", "rejected": None}] * 4)
+    done = job.run("--run-id", "failed")
+    assert done.code == 3 and "null_field" in done.log.strip().splitlines()[-1]
+    assert "report.html could not be made: RuntimeError: no drawing today" in done.log
+    assert summary_of(job.output)["exit_code"] == 3
+
+
 def test_a_stage_alone_says_how_far_it_went(tmp_path: Path, model: Path):
     job = Job(tmp_path, model)
     job.write("a.jsonl", number_rows(0, 20))

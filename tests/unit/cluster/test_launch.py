@@ -175,7 +175,7 @@ def test_of_two_that_create_it_at_once_both_wait_for_it(cluster: Cluster):
     assert len(cluster.calls("create")) == 1
 
 
-@pytest.mark.parametrize("code", [code for code in EXIT_CODES if code])
+@pytest.mark.parametrize("code", [code for code in EXIT_CODES if code and code != errors.Terminated.exit_code])
 def test_the_pod_ends_with_the_exit_code_of_dpo_ray(cluster: Cluster, code: int):
     cluster.put("story", [RUNNING, failed(code)])
     found, said = cluster.launch()
@@ -206,7 +206,7 @@ def test_a_gate_is_told_from_a_failure_also_where_the_message_is_late(cluster: C
     assert code == 4, said
 
 
-@pytest.mark.parametrize("code", [-9, 137, 139])
+@pytest.mark.parametrize("code", [-9, 137, 139, errors.Terminated.exit_code])
 def test_a_run_that_was_killed_is_not_taken_for_a_pod_that_was(cluster: Cluster, code: int):
     # 137 and 143 of the pod itself are tried again.
     cluster.put("story", [failed(code)])

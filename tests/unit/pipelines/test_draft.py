@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -39,7 +41,8 @@ def written(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def invoked(*arguments: str) -> Result:
-    result = CliRunner().invoke(app, list(arguments))
+    with patch.object(sys, "argv", ["dpo-ray", *arguments]):
+        result = CliRunner().invoke(app, list(arguments))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
@@ -90,7 +93,7 @@ def test_gpus_count_that_pytorch_can_use(monkeypatch: pytest.MonkeyPatch):
 def test_every_value_has_its_reason(here: Path, tiny_model: Path):
     drafted(written(here / "d.jsonl", ROWS["paired"]), tiny_model)
     lines = Path("run.yaml").read_text().splitlines()
-    assert lines[0].startswith("# Made by: dpo-ray ")
+    assert lines[0].startswith(f"# Made by: dpo-ray init {here}/d.jsonl --model ")
     values = [
         number for number, line in enumerate(lines) if line.startswith("  ") and not line.lstrip().startswith("#")
     ]

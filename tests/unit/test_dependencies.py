@@ -18,6 +18,7 @@ PACKAGES = ("dpo_ray", "pipelines", "tuning", "cluster")
 MODULE_OF = {
     "pyyaml": "yaml",
     "huggingface-hub": "huggingface_hub",
+    "pydantic-core": "pydantic_core",
     "typing-extensions": "typing_extensions",
     "vl-convert-python": "vl_convert",
 }

@@ -116,10 +116,15 @@ def _put_in(scorer: CompletionScorer, weights: dict[str, Tensor], device: torch.
     for name, empty in scorer.model.named_parameters():
         if empty.is_meta:
             assert isinstance(empty, DTensor)
-            # Not from_local, which brings what is to stay on the host to the device of the mesh.
-            whole = torch.empty_like(empty, device=device)
-            assert isinstance(whole, DTensor)
-            whole.to_local().copy_(weights.pop(name.replace(".base_layer.", ".")))
+            mine = weights.pop(name.replace(".base_layer.", ".")).to(device)
+            if device.type == empty.device_mesh.device_type:
+                whole = DTensor.from_local(
+                    mine, empty.device_mesh, empty.placements, run_check=False, shape=empty.shape, stride=empty.stride()
+                )
+            else:  # from_local would bring what is to stay on the host to the device of the mesh
+                whole = torch.empty_like(empty, device=device)
+                assert isinstance(whole, DTensor)
+                whole.to_local().copy_(mine)
             filled[id(empty)] = nn.Parameter(whole, requires_grad=empty.requires_grad)
     weights.clear()  # other names of the same ones
     set_everywhere(scorer, filled)

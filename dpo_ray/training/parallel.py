@@ -122,9 +122,10 @@ def _put_in(scorer: CompletionScorer, weights: dict[str, Tensor], device: torch.
                     mine, empty.device_mesh, empty.placements, run_check=False, shape=empty.shape, stride=empty.stride()
                 )
             else:  # from_local would bring what is to stay on the host to the device of the mesh
-                whole = torch.empty_like(empty, device=device)
-                assert isinstance(whole, DTensor)
-                whole.to_local().copy_(mine)
+                on_host = torch.empty_like(empty, device=device)
+                assert isinstance(on_host, DTensor)
+                on_host.to_local().copy_(mine)
+                whole = on_host
             filled[id(empty)] = nn.Parameter(whole, requires_grad=empty.requires_grad)
     weights.clear()  # other names of the same ones
     set_everywhere(scorer, filled)

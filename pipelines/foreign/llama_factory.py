@@ -18,7 +18,7 @@ _TRAINABLE = "all weights or LoRA adapters are trained here"
 
 LOST = {
     "weights, gradients and optimizer stay in float32": "pure_bf16",
-    "weights are loaded in full precision: policy and reference are computed in model.dtype": (
+    "frozen weights under adapters alone are quantized here, by bitsandbytes (model.lora.quantization)": (
         "quantization_bit quantization_method quantization_type double_quantization quantization_device_map fp8 "
         "fp8_backend "
         "fp8_enable_fsdp_float8_all_gather ref_model_quantization_bit"
@@ -175,6 +175,10 @@ def _model(reading: Reading) -> None:
         "all-linear" if layers == ["all"] else layers,
         "lora_target",
     )
+    bits = {4: "nf4", 8: "int8"}.get(reading.value("quantization_bit"))
+    if bits is not None and reading.value("quantization_method", "bnb") in {"bnb", "bitsandbytes"}:
+        trainer.quantization(reading, "quantization_bit", bits)
+        reading.ignore("quantization_method", "it is bitsandbytes, as here")
     if reading.has("finetuning_type"):
         reading.carried["finetuning_type"] = "model.lora"
     else:

@@ -11,6 +11,7 @@ from pipelines.foreign.reading import OFF, Reading
 
 _METRICS = {name: f"eval_{name}" for name in ("loss", "rewards/accuracies", "rewards/margins")}
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
+_IN_8_BITS = frozenset({"adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit"})
 _OPTIMIZERS = {"adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"}
 
 LOST = {
@@ -158,6 +159,13 @@ def lora(reading: Reading, rank: tuple[str, int], alpha: tuple[str, float], targ
     reading.lose("lora_dropout", "dropout is off in training here")
 
 
+def quantization(reading: Reading, key: str, kind: str) -> None:
+    """model.lora.quantization, by an option that asks for it."""
+    reading.carry(key, "model.lora.quantization", kind)
+    reading.set("reference.engine", "torch")
+    reading.decided.append("reference.engine=torch: the trainer's own forward alone computes with quantized weights")
+
+
 def _run(reading: Reading) -> None:
     output = str(reading.value("output_dir", "out/imported"))
     reading.carry("output_dir", "run.output", output)
@@ -216,8 +224,10 @@ def _optimizer(reading: Reading, defaults: Defaults) -> None:
     optimizer = str(reading.value("optim", "adamw_torch_fused"))
     if optimizer in _OPTIMIZERS:
         reading.ignore("optim", "it is AdamW, as here")
+    elif optimizer in _IN_8_BITS:
+        reading.carry("optim", "train.optimizer", "adamw_8bit")
     else:
-        reading.lose("optim", "the optimizer is AdamW in float32")
+        reading.lose("optim", "the optimizer is AdamW here, in the forms of train.optimizer")
     for key, ours in {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}.items():
         if reading.number(key, ours) == ours:
             reading.ignore(key, "it is the same here")

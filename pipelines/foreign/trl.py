@@ -49,8 +49,7 @@ LOST = {
         "use_bnb_nested_quant chat_template chat_template_path env model_init_kwargs model_code_revision "
         "tokenizer_name_or_path reference_free base_model_revision teacher_model_name_or_path max_steps dataset_kwargs"
     ),
-    "weights are loaded in full precision: policy and reference are computed in model.dtype": "load_in_8bit "
-    "load_in_4bit",
+    "frozen weights under adapters alone are quantized here (model.lora.quantization)": "load_in_8bit load_in_4bit",
     _BY_ROUNDS: "sync_ref_model",
     "name what the model's tokenizer has, in its own files": "pad_token",
     "the reference is model.path": "ref_model_name_or_path ref_model_init_kwargs ref_adapter_name model_adapter_name",
@@ -153,6 +152,16 @@ def _model(reading: Reading) -> None:
     single = targets[0] if isinstance(targets, list) and len(targets) == 1 else targets
     layers = "all-linear" if single == "all-linear" else [targets] if isinstance(targets, str) else list(targets)
     trainer.lora(reading, ("lora_r", 16), ("lora_alpha", 32.0), layers, "lora_target_modules")
+    _adapters_decided(reading)
+    if reading.value("load_in_4bit"):
+        trainer.quantization(reading, "load_in_4bit", "nf4")
+        if reading.value("bnb_4bit_quant_type", "nf4") == "nf4":
+            reading.ignore("bnb_4bit_quant_type", "4 bits are nf4 here")
+    elif reading.value("load_in_8bit"):
+        trainer.quantization(reading, "load_in_8bit", "int8")
+
+
+def _adapters_decided(reading: Reading) -> None:
     if not reading.has("lora_target_modules"):
         reading.decided[-1] = (
             "model.lora.target_modules=all-linear: lora_target_modules is not given, and PEFT takes layers by the "

@@ -258,7 +258,12 @@ def test_a_recipe_of_adapters_on_quantized_weights(imported):
     assert lora is not None and (lora.rank, lora.alpha, lora.target_modules) == (16, 16.0, ("q_proj", "v_proj"))
     assert "assumed" in found.decided and "--devices" in found.decided
     assert "it is off" in imported({**QLORA, "lora_dropout": 0.0}).told("lora_dropout")
-    assert "full precision" in found.told("load_in_4bit") and "dropout" in found.told("lora_dropout")
+    assert lora.quantization == "nf4" and found.config.reference.engine == "torch"
+    assert "model.lora.quantization" in found.told("load_in_4bit") and "dropout" in found.told("lora_dropout")
+    eight = imported({**QLORA, "load_in_4bit": False, "load_in_8bit": True, "optim": "adamw_bnb_8bit"})
+    assert eight.config.model.lora.quantization == "int8" and eight.config.train.optimizer == "adamw_8bit"
+    whole = imported({key: value for key, value in QLORA.items() if key != "use_peft"})
+    assert "Not carried over" in whole.told("load_in_4bit")
     assert found.config.data.train == "hf://datasets/org/feedback/data/train_prefs-*"
     assert found.config.data.eval == "hf://datasets/org/feedback/data/test_prefs-*"
     assert "Not carried over" in found.told("optim") and "Not carried over" in found.told("torch_dtype")

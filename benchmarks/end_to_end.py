@@ -56,14 +56,9 @@ TRL = "trl"
 OURS = "ours"
 OVERRIDES: dict[str, tuple[str, ...]] = {
     OURS: (),
-    "ours-torch": ("reference.engine=torch",),
-    "ours-one-worker": ("reference.engine=torch", "train.num_workers=1", "train.cpus_per_worker=2"),
-    "ours-bfloat16": (
-        "reference.engine=torch",
-        "train.num_workers=1",
-        "train.cpus_per_worker=2",
-        "model.dtype=bfloat16",
-    ),
+    "ours-bfloat16": ("model.dtype=bfloat16",),
+    "ours-two-workers": ("train.num_workers=2", "train.cpus_per_worker=1"),
+    "ours-vllm": ("reference.engine=vllm", "vllm.cpus_per_actor=2"),
 }
 """Row → what it sets otherwise than the shipped configuration."""
 TRIAL_PAIRS = 32

@@ -52,6 +52,7 @@ def command(tmp_path_factory, servable_model, write_preferences):
         "data__max_completion_tokens": 64,
         "reference__calibration_pairs": 4,
         "train__num_workers": 1,
+        "train__cpus_per_worker": 1,
     }
 
     def arguments(output: Path, engine: str) -> list[str]:

@@ -34,6 +34,7 @@ def command(one_ray, tmp_path_factory, tiny_model, write_preferences) -> tuple[l
         reference__engine="torch",
         reference__calibration_pairs=4,
         train__num_workers=1,
+        train__cpus_per_worker=1,
         train__global_batch_size=4,
         train__epochs=6,
         train__checkpoint_every_steps=5,

@@ -27,6 +27,7 @@ def test_the_main_job_runs_on_a_gpu(tmp_path, demo_model, write_preferences, dty
         "vllm__gpu_memory_utilization": 0.3,
         "train__use_gpu": True,
         "train__num_workers": 1,
+        "train__cpus_per_worker": 1,
         "train__global_batch_size": 8,
         "publish__gate__accuracy_above": None,
     }

@@ -122,6 +122,7 @@ def job(one_ray, tmp_path_factory, tiny_model, write_preferences) -> tuple[Calla
             "reference__engine": "torch",
             "reference__calibration_pairs": 4,
             "train__num_workers": 1,
+            "train__cpus_per_worker": 1,
             "train__tokens_per_microbatch": 1024,
             "train__global_batch_size": 8,
             "train__learning_rate": 1e-2,

@@ -24,12 +24,13 @@ def test_a_cluster_is_looked_at_node_by_node(tmp_path: Path, tiny_model: Path, w
         "data__train": str(tmp_path / "data"),
         "reference__engine": "torch",
         "train__num_workers": 3,
+        "train__cpus_per_worker": 1,
         "run__wait_for_resources": 0,
     }
     command = ["doctor", str(CONFIGS / "align_cpu.yaml"), "--json"]
     with ray_head(num_cpus=4) as head:
         done = dpo_ray(*command, *overrides(**values), env=head.env)
-        small = dpo_ray(*command, *overrides(**values, train__cpus_per_worker=2), env=head.env)
+        small = dpo_ray(*command, *overrides(**{**values, "train__cpus_per_worker": 2}), env=head.env)
     assert done.code == 0, done.log
     found = json.loads(done.lines('{"exit_code"')[0])["lines"]
     said = {line["check"]: line["said"] for line in found}

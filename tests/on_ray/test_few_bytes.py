@@ -38,6 +38,7 @@ def test_a_run_on_four_bits_is_calibrated_trained_and_published(
         "train__global_batch_size": 8,
         "train__learning_rate": 1e-3,
         "train__num_workers": 1,
+        "train__cpus_per_worker": 1,
         "publish__gate__accuracy_above": None,
     }
     done = one_ray("run", str(CONFIGS / "align_cpu.yaml"), *overrides(**values))

@@ -49,6 +49,7 @@ def train(one_ray, tmp_path_factory, tiny_model, write_preferences):
             reference__engine="torch",
             reference__calibration_pairs=4,
             train__num_workers=1,
+            train__cpus_per_worker=1,
             train__global_batch_size=6,
             train__epochs=2,
             train__learning_rate=1e-3,

@@ -23,6 +23,7 @@ def settings(folder: Path, model: Path) -> list[str]:
         reference__calibration_pairs=4,
         train__global_batch_size=8,
         train__num_workers=1,
+        train__cpus_per_worker=1,
     )
 
 

@@ -16,7 +16,7 @@ from tests.rounding import of_sum
 
 pytestmark = pytest.mark.ray
 
-SMALL_TRAINING = {"train__num_workers": 1, "train__tokens_per_microbatch": 1024}
+SMALL_TRAINING = {"train__num_workers": 1, "train__cpus_per_worker": 1, "train__tokens_per_microbatch": 1024}
 """For tests that are not about the workers: one of them, and nobody who looks for its memory."""
 
 NEAR = 0.1 * of_sum(100, 49152)  # the loss moves by at most β of a pair's log-probs, of which there are fewer than 100

@@ -39,6 +39,7 @@ def test_a_mixture_is_trained_by_its_shares_and_told_by_source(one_ray, tmp_path
         "train__epochs": 2,
         "train__learning_rate": 1e-3,
         "train__num_workers": 2,
+        "train__cpus_per_worker": 1,
         "train__tokens_per_microbatch": 256,
         "train__eval_every_steps": 8,
         "publish__gate__accuracy_above": None,

@@ -51,6 +51,7 @@ def job(store: ObjectStore, tmp_path_factory, tiny_model: Path, write_preference
         "train__checkpoint_every_steps": 2,
         "train__epochs": 6,
         "train__num_workers": 1,
+        "train__cpus_per_worker": 1,
         "train__tokens_per_microbatch": 1024,
         "model__lora": {"rank": 4},
         "publish__gate__accuracy_above": None,

@@ -19,6 +19,7 @@ SETTINGS = {
     "reference__engine": "torch",
     "reference__calibration_pairs": 4,
     "train__num_workers": 1,
+    "train__cpus_per_worker": 1,
     "train__global_batch_size": 5,
     "train__epochs": 2,
     "train__eval_every_steps": 2,

@@ -41,6 +41,7 @@ def command(tmp_path: Path, tiny_model: Path, write_preferences) -> list[str]:
         data__held_out_fraction=0.0,
         train__loss={"type": "simpo"},
         train__num_workers=1,
+        train__cpus_per_worker=1,
         train__global_batch_size=4,
         train__epochs=40,
         train__checkpoint_every_steps=5,

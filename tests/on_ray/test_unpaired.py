@@ -49,6 +49,7 @@ def run(one_ray: Callable[..., Finished], folder: Path, tiny_model: Path, **more
         "train__global_batch_size": 8,
         "train__learning_rate": 1e-3,
         "train__num_workers": 1,
+        "train__cpus_per_worker": 1,
         "train__tokens_per_microbatch": 1024,
         "publish__gate__accuracy_above": None,
         **more,
@@ -95,7 +96,7 @@ def test_kto_learns_from_single_answers(one_ray, tmp_path, tiny_model, write_pre
 
 def test_simpo_computes_no_reference(one_ray, tmp_path, tiny_model, write_preferences):
     write_preferences(tmp_path / "data", paired_answers(40))
-    done = run(one_ray, tmp_path, tiny_model, train__loss={"type": "simpo"})  # reference.engine is left at vllm
+    done = run(one_ray, tmp_path, tiny_model, train__loss={"type": "simpo"}, reference__engine="vllm")
     assert done.code == 0, done.log
     summary = summary_of(tmp_path / "out")
     assert {"reference", "calibrate", "mismatched"} & set(summary["stages"]) == set()

@@ -22,7 +22,8 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 
-from dpo_ray.model.attention import Segment, Segments, packed_attention, window_mask
+from dpo_ray.model.attention import Segments, packed_attention, window_mask
+from dpo_ray.model.segment import Segment
 
 WORLD = 2
 PAIRS = Segments((Segment(0, 5, 3, 2), Segment(10, 1, 1, 4)))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.scale import Scale
-from dpo_ray.model.attention import Segment, Segments, packed_attention, window_mask
+from dpo_ray.model.attention import Segments, packed_attention, window_mask
+from dpo_ray.model.segment import Segment
 
 _HEADS = {"as many heads of keys": (8, 8), "grouped heads": (8, 2), "one head of keys": (8, 1)}
 # bfloat16 has 8 bits: the kernel's error is held against that of plain products which are computed in it.

@@ -15,7 +15,7 @@ from benchmarks.record import Rows, environment, write_json
 from benchmarks.side_by_side import MODEL
 from benchmarks.speed.pairs import real_tokens
 
-DATA = ("hh_helpful", "tldr_human", "generated")
+DATA = ("hh_helpful", "tldr_human", "polite_demo", "generated")
 DTYPES = ("float32", "bfloat16")
 OURS, DEFAULT, TUNED = "ours", "trl-default", "trl-tuned"
 ROWS = (OURS, DEFAULT, "trl-fair", TUNED)

@@ -21,18 +21,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from dpo_ray.model import cpu_attention, varlen
+from dpo_ray.model import packed_on_cpu, varlen
+from dpo_ray.model.segment import Segment
 
 IMPLEMENTATION = "dpo_packed"
-
-
-class Segment(NamedTuple):
-    """Where a pair lies in the packed row: its start, and the lengths of its three parts in tokens."""
-
-    start: int
-    shared: int
-    chosen: int
-    rejected: int
 
 
 class Segments:
@@ -60,9 +52,9 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Segment attention, with the signature of transformers' attention functions.
 
-    On CUDA in half precision it is one variable-length flash attention, elsewhere two calls a pair. That kernel has no
-    soft caps, and gives no gradient to the log-sum-exp that sinks need: both are computed step by step, as transformers
-    does.
+    On CUDA in half precision it is one variable-length flash attention, on a CPU what packed_on_cpu makes of it,
+    elsewhere two calls a pair. These have no soft caps, and give no gradient to the log-sum-exp that sinks need: both
+    are computed step by step, as transformers does.
 
     Args:
         query: [1, heads, T, D]; key and value: [1, kv_heads, T, D].
@@ -80,6 +72,9 @@ def packed_attention(
     stepwise = softcap is not None or s_aux is not None
     if not stepwise and query.dtype in (torch.bfloat16, torch.float16) and _flash_takes(query, value):
         return _flash(query, key, value, segments.pairs, scaling, window), None
+    if not stepwise and not dropout and packed_on_cpu.serves(query, value):
+        out = packed_on_cpu.attend(query, key, value, segments.pairs, window, scaling)
+        return out.transpose(1, 2).contiguous(), None
     grouped = query.shape[1] != key.shape[1]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -89,8 +84,6 @@ def packed_attention(
             return stepwise_attention(q, k, v, visible(q, k, window), scaling, dropout, softcap, s_aux)
         # is_causal aligns to the top left where queries are fewer than keys; the mask aligns bottom right.
         mask = None if everything else visible(q, k, window)
-        if cpu_attention.serves(q) and q.shape[-1] == v.shape[-1] and not dropout:
-            return cpu_attention.attend(q, k, v, mask, scaling)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=everything, scale=scaling, dropout_p=dropout, enable_gqa=grouped
         )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dpo_ray.errors import DataError
-from dpo_ray.model.attention import Segment
+from dpo_ray.model.segment import Segment
 from dpo_ray.pairs import TokenizedPair, bearing_loss
 
 

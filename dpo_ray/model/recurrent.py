@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dpo_ray.model.attention import Segment, Segments
+from dpo_ray.model.attention import Segments
+from dpo_ray.model.segment import Segment
 
 MIXERS = ("linear_attn", "mamba", "conv")
 """What transformers calls such a part of a decoder layer."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpo_ray.model.attention import Segment, Segments, packed_attention, window_mask
+from dpo_ray.model.attention import Segments, packed_attention, window_mask
+from dpo_ray.model.segment import Segment
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -12,7 +12,6 @@ import transformers
 from dpo_ray.model import varlen
 from dpo_ray.model.attention import (
     IMPLEMENTATION,
-    Segment,
     Segments,
     packed_attention,
     register,
@@ -21,6 +20,7 @@ from dpo_ray.model.attention import (
     window_mask,
     window_of,
 )
+from dpo_ray.model.segment import Segment
 
 # The last two lack a side.
 SEGMENTS = (Segment(0, 3, 2, 4), Segment(9, 1, 1, 1), Segment(12, 5, 3, 1), Segment(21, 3, 2, 0), Segment(26, 2, 0, 3))

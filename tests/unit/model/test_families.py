@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from benchmarks.attention import FAMILIES, WINDOW, Computed, Family, alone, micro_batch, saved
-from dpo_ray.model.attention import IMPLEMENTATION, Segment
+from dpo_ray.model.attention import IMPLEMENTATION
 from dpo_ray.model.packing import MicroBatch, pack
 from dpo_ray.model.policy import CompletionScorer, compute_in, load_policy, load_untried_policy, use_packed_attention
+from dpo_ray.model.segment import Segment
 from dpo_ray.pairs import TokenizedPair
 from tests.rounding import GRADIENT, of_logprob
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from dpo_ray.data.pairing import mismatched
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.losses.pair_logps import sum_by_sequence
-from dpo_ray.model.attention import IMPLEMENTATION, Segment
+from dpo_ray.model.attention import IMPLEMENTATION
 from dpo_ray.model.packing import pack, pad
 from dpo_ray.model.policy import CompletionScorer, load_policy
+from dpo_ray.model.segment import Segment
 from dpo_ray.pairs import TokenizedPair
 from tests.rounding import of_logprob, require_gradients
 

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from benchmarks.attention import FAMILIES, micro_batch, saved
-from dpo_ray.model.attention import Segment, Segments
+from dpo_ray.model.attention import Segments
 from dpo_ray.model.packing import pack
 from dpo_ray.model.policy import CompletionScorer, load_policy
 from dpo_ray.model.recurrent import Separation, by_sequence, separated, sequence_rows
+from dpo_ray.model.segment import Segment
 from tests.gradients import require_same
 from tests.rounding import require_gradients
 from tests.training import Trained, random_pairs, run, scored

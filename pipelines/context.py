@@ -40,6 +40,8 @@ class RunContext:
     output: Location
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name of a stage → its entry in summary.json."""
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    """Name of a stage → what it has made or taken over."""
     results: dict[str, Any] = field(default_factory=dict)
     """The other entries of summary.json."""
     command: tuple[str, ...] = ("run",)
@@ -97,6 +99,7 @@ class RunContext:
         tally = Tally.of(counters) if counters else None  # of what is no table of rows nothing is counted
         dropped = tally.dropped if tally else {}
         recorded = f"{name} ({self.variant})" if self.variant else name
+        self.artifacts[recorded] = artifact
         self.stages[recorded] = {
             "fingerprint": artifact.fingerprint,
             "reused": reused,

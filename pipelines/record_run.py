@@ -50,11 +50,13 @@ def record_run(work: Work, run_id: str | None, looking: Looking) -> Done:
     Raises what ends the run, when it is recorded: Interrupted for Ctrl-C, Terminated for SIGTERM, which only the main
     thread is told of.
     """
-    from dpo_ray.on_ray.session import look_for_ray
     from pipelines.hooks import require_hooks, told_when_ended
 
     require_hooks(work.config)
-    look_for_ray()
+    if "ray" in sys.modules:  # what the configuration alone is wrong in is told without it
+        from dpo_ray.on_ray.session import look_for_ray
+
+        look_for_ray()
     with told_when_interrupted(), told_when_ended(work.config) as ended:
         if work.check_for is not None:
             from pipelines.preflight import preflight

@@ -72,6 +72,7 @@ def _record(config: Config, work: Work, run_id: str | None, looking: Looking, en
     from dpo_ray.on_ray.metrics import RUNS, count
     from dpo_ray.on_ray.session import disconnect, is_embedded
     from pipelines.context import RunContext
+    from pipelines.live import told_live
     from pipelines.report import write_report
 
     context = RunContext.start(config, run_id)
@@ -80,7 +81,7 @@ def _record(config: Config, work: Work, run_id: str | None, looking: Looking, en
     looking.opened(context)
     context.begins, context.table = looking.begins, looking.table
     try:
-        with told_when_interrupted():
+        with told_live(context, work.plan), told_when_interrupted():
             if work.is_done is None or not work.is_done(context):
                 if not is_embedded():
                     from pipelines.needs import check_cluster

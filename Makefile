@@ -112,10 +112,11 @@ style: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# After a change to an option: the pages that are made from the configuration's tree.
+# After a change to an option or an example: the pages that are made from the configuration's tree, and the notebooks.
 docs: $(READY)
 	$(BIN)/dpo-ray schema > docs/schema.json
 	$(BIN)/dpo-ray schema --markdown > docs/configuration.md
+	$(BIN)/python -m tests.notebooks
 
 env: $(READY)
 

@@ -21,4 +21,5 @@ scoring        what gives completions their scores, and models theirs on tasks, 
 shards         what a stage does with one shard
 training       the trainer: the plan of the steps, a step, the loop, checkpoints
 on_ray         the only importer of ray and vllm: it carries, and decides nothing
+api            all of it for Python programs, pipelines and tuning included; nothing here uses it
 """

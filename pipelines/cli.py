@@ -8,7 +8,7 @@ import sys
 import typer
 
 from pipelines import STAGES
-from pipelines.commands import before, files, jobs, output, runs
+from pipelines.commands import before, files, jobs, output, runs, watch
 from pipelines.completion import mend_words
 from pipelines.last_words import last_words, wanted_traceback
 
@@ -39,6 +39,7 @@ _job.command()(jobs.cancel)
 app.add_typer(_job, name="job")
 
 app.command()(output.show)
+app.command()(watch.watch)
 app.command()(output.lineage)
 app.command()(output.promote)
 app.command()(output.rollback)

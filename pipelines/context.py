@@ -25,6 +25,7 @@ from dpo_ray.storage.lineage import SourceFile
 from dpo_ray.storage.location import Location
 from pipelines import require_run_id
 from pipelines.cost import cost_of
+from pipelines.live import Live
 
 STAGES_SO_FAR = "stages.json"
 """In a run's folder while it is at work: fingerprints of what its stages have made, which `dpo-ray gc` spares."""
@@ -40,6 +41,8 @@ class RunContext:
     output: Location
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name of a stage → its entry in summary.json."""
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    """Name of a stage → what it has made or taken over."""
     results: dict[str, Any] = field(default_factory=dict)
     """The other entries of summary.json."""
     command: tuple[str, ...] = ("run",)
@@ -57,6 +60,8 @@ class RunContext:
     """Told the name of each stage as it begins."""
     table: Callable[[Sequence[Sequence[str]]], None] = field(default=lambda rows: None)
     """Shown a table that stands below the stages, its head first, while a stage is at work."""
+    live: Live = field(default_factory=Live)
+    """What it is at, for who looks from outside."""
     began: datetime = field(default_factory=lambda: datetime.now(UTC))
     variant: str = ""
     """Which of several ways of doing the stages this is, where there are several."""
@@ -86,7 +91,9 @@ class RunContext:
 
     def stage(self, name: str, make: Callable[[], tuple[Artifact, bool]]) -> Artifact:
         """Run a stage and record what it did."""
+        recorded = f"{name} ({self.variant})" if self.variant else name
         self.begins(name)
+        self.live.begins(recorded)
         take_up(Work(self.config.run.name, name))
         tell_progress()
         began = time.monotonic()
@@ -96,7 +103,7 @@ class RunContext:
         counters = artifact.manifest.counters
         tally = Tally.of(counters) if counters else None  # of what is no table of rows nothing is counted
         dropped = tally.dropped if tally else {}
-        recorded = f"{name} ({self.variant})" if self.variant else name
+        self.artifacts[recorded] = artifact
         self.stages[recorded] = {
             "fingerprint": artifact.fingerprint,
             "reused": reused,

@@ -39,7 +39,7 @@ class Page:
 
 def page(output: Location, last: int | None) -> Page:
     """The newest runs; last: at most so many, None: all. Raises ConfigError where there is none."""
-    names = _newest_first(output / "runs")
+    names = newest_first(output / "runs")
     if not names:
         raise ConfigError(f"{output} holds no run: name the folder given as run.output, or a folder below its runs/.")
     with ThreadPoolExecutor(_SIDE_BY_SIDE) as threads:
@@ -57,7 +57,7 @@ def page(output: Location, last: int | None) -> Page:
     return Page(runs, len(names), standing, damaged)
 
 
-def _newest_first(folder: Location) -> list[str]:
+def newest_first(folder: Location) -> list[str]:
     """Names of runs, by the time in them; of others by when something was last written there."""
     times: dict[str, float] = {}
     untimed = []
@@ -98,7 +98,7 @@ def _told(run_id: str, summary: dict[str, Any]) -> dict[str, Any]:
     evaluation = summary.get("eval") or {}
     return {
         "run_id": run_id,
-        "outcome": _outcome(summary),
+        "outcome": outcome_of(summary),
         "exit_code": summary["exit_code"],
         "began": summary.get("began"),
         "input": summary.get("input"),
@@ -112,7 +112,8 @@ def _told(run_id: str, summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _outcome(summary: dict[str, Any]) -> str:
+def outcome_of(summary: dict[str, Any]) -> str:
+    """How a run has ended, in a word or two. summary: as summary.json has it."""
     if summary.get("nothing_new"):
         return "nothing new"
     if summary["published"]:

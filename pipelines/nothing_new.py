@@ -11,6 +11,7 @@ from dpo_ray.storage.finished import NotFinished, only_finished
 from dpo_ray.storage.published import Move, latest, published_folder
 from pipelines.align import train_and_measure
 from pipelines.context import RunContext
+from pipelines.live import Live
 from pipelines.publish import STAGE, stays, tell_published
 from pipelines.start import start_of_published, starting_model
 from pipelines.trace import keep_lineage
@@ -38,7 +39,7 @@ def _is_published(context: RunContext, start: Model, standing: Move) -> bool:
     """Whether what would be trained from a model is published and past its gate; if so, it is recorded and said."""
     folder = published_folder(context.output, context.config.run.name)
     # Stages that turn out to be unfinished are not this run's yet.
-    probe = replace(context, stages={}, results={}, begins=lambda name: None)
+    probe = replace(context, stages={}, artifacts={}, results={}, begins=lambda name: None, live=Live())
     try:
         with only_finished(), silent(but="gc"):  # which may have to be waited for
             policy, measure = train_and_measure(probe, start)
@@ -51,6 +52,7 @@ def _is_published(context: RunContext, start: Model, standing: Move) -> bool:
     # Of a model that an earlier dpo-ray has published it is not kept yet.
     keep_lineage(context.output, policy, run_id=context.run_id, models=probe.models, sources=probe.sources)
     context.stages.update(probe.stages)
+    context.artifacts.update(probe.artifacts)
     context.results.update(probe.results)
     context.results["published"] = version.uri
     context.results["nothing_new"] = {"version": standing.version, "published": standing.published}

@@ -65,6 +65,7 @@ def publish(context: RunContext, policy: Artifact, evaluation: Artifact, measure
     """
     name = context.config.run.name
     take_up(Work(name, STAGE))
+    context.live.begins(STAGE)
     with name_lease(context.output, name, context.run_id, context.config.run.when_busy) as lease:
         compared = _compared(context, evaluation)
         standing = compared_version(published_folder(context.output, name), policy.fingerprint) if compared else None

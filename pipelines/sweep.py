@@ -26,12 +26,15 @@ from pipelines.evaluate import evaluate
 from pipelines.publish import publish
 from tuning.live import status_table
 from tuning.preparations import differences, preparation_key, preparations
+from tuning.records import Trial
 from tuning.report import sweep_sections
 from tuning.results import Ranked, described, measured_line, results_table, shown_values
 from tuning.sweep import STAGE, Outcome, Sweep
 
 BEST = "best.yaml"
 RESULTS = "results.parquet"
+_WATCHED = 200
+"""Trials that `dpo-ray watch` has a line of."""
 
 
 def sweep(context: RunContext) -> None:
@@ -46,10 +49,14 @@ def sweep(context: RunContext) -> None:
     rows = {key: made.rows for key, made in prepared.items()}
     assert config.tune is not None
     indices = {key: index_of(context.output, made, config.tune.ranked_fraction) for key, made in rows.items()}
-    search = Sweep(
-        context.output, config, rows, indices, lambda trials: context.table(status_table(search.tune, trials))
-    )
+
+    def show(trials: Sequence[Trial]) -> None:
+        context.live.trials = status_table(search.tune, trials, most=_WATCHED)
+        context.table(status_table(search.tune, trials))
+
+    search = Sweep(context.output, config, rows, indices, show)
     context.begins(STAGE)
+    context.live.begins(STAGE)
     with hold(
         context.output,
         f"{STAGE}-{search.records.folder.name}",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from dpo_ray.config import Model
-from dpo_ray.on_ray.trainer import train_policy
+from dpo_ray.on_ray.trainer import Steering, train_policy
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
 from dpo_ray.training.files import HISTORY, KIND
 from pipelines.context import RunContext
+from pipelines.live import TRAINING
 from pipelines.start import starting_model
 
 
@@ -27,7 +28,8 @@ def train(context: RunContext, rows: Artifact, start: Model | None = None) -> Ar
             none_yet = ", for nothing is published under this name yet" if start == context.config.model else ""
             say(KIND, f"train.start=published: training starts from {start.path}{none_yet}")
     config = context.config.model_copy(update={"model": start})
-    policy = context.stage("train", lambda: train_policy(context.output, config, rows, run_id=context.run_id))
+    steering = Steering(told_to=context.folder / TRAINING)
+    policy = context.stage("train", lambda: train_policy(context.output, config, rows, steering, run_id=context.run_id))
     context.models[policy.fingerprint] = start
     metrics: dict[str, Any] = policy.manifest.metrics
     context.results["train"] = metrics | {"started_from": start.path}

@@ -12,8 +12,8 @@ from tuning.results import described
 _ROWS = 12
 
 
-def status_table(tune: Tune, trials: Sequence[Trial]) -> list[list[str]]:
-    """Head and rows: those that train, and then the best of those that have ended."""
+def status_table(tune: Tune, trials: Sequence[Trial], most: int = _ROWS) -> list[list[str]]:
+    """Head and rows: those that train, and then the best of those that have ended; at most so many rows."""
     objective = tune.objectives()[0]
 
     def value(trial: Trial) -> float:
@@ -32,7 +32,7 @@ def status_table(tune: Tune, trials: Sequence[Trial]) -> list[list[str]]:
             f"{trial.seconds:.0f} s",
             described(tune, trial) + f", seed {trial.seed}" * (trial.seed != trials[0].seed),
         ]
-        for trial in [*training, *ended][:_ROWS]
+        for trial in [*training, *ended][:most]
     ]
     return [["trial", "state", "step", *(name.replace("_", " ") for name in measures), "time", "values"], *rows]
 

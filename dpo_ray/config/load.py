@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,9 +14,12 @@ from dpo_ray.config.section import Section
 from dpo_ray.config.tree import Config
 from dpo_ray.errors import ConfigError
 
+Overrides = Sequence[str] | Mapping[str, Any]
+"""dotted.key=value, as -o takes them; or dotted key → value."""
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply `dotted.key=value` overrides and validate the tree.
+
+def load_config(path: str | Path, overrides: Overrides | None = None) -> Config:
+    """Read a YAML file, apply overrides and validate the tree.
 
     Raises ConfigError, in one paragraph that names each offending key, its value and the way out.
     """
@@ -39,8 +43,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return overridden(tree, overrides, source=str(path))
 
 
-def overridden(tree: dict[str, Any], overrides: list[str] | None, source: str) -> Config:
-    """Validate a tree of plain values after `dotted.key=value` overrides. Raises ConfigError."""
+def overridden(tree: dict[str, Any], overrides: Overrides | None, source: str) -> Config:
+    """Validate a tree of plain values after overrides, which are put into it. Raises ConfigError."""
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            put(tree, key, value, source=f"the override {key}")
+        return parse_config(tree, source=f"{source} with overrides" if overrides else source)
     for override in overrides or []:
         put(tree, *told(override), source=f"-o {override}")
     return parse_config(tree, source=f"{source} with what -o sets" if overrides else source)

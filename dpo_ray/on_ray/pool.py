@@ -302,7 +302,7 @@ def _compute(
         work = {"fn": write_shards, "fn_kwargs": worker}
     else:
         work = {"fn": ShardWorker, "fn_constructor_kwargs": worker}
-    progress = Progress(kind, sum(task.rows for _, task in missing), unit)
+    progress = Progress(kind, sum(task.rows for _, task in missing), unit, parts=len(missing))
     rows = {name: task.rows for name, task in missing}
     say(kind, f"computing {len(missing)} shards, {progress.total} {unit}")
     found: dict[str, Finished] = {}

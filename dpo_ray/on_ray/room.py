@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from dpo_ray.config import NodeChoice
 from dpo_ray.config.placement import ACCELERATOR, ANYWHERE, is_custom
 from dpo_ray.errors import ConfigError
-from dpo_ray.progress import say
+from dpo_ray.progress import say, waiting
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,8 @@ def await_room(cluster: Cluster, need: Need, minutes: float) -> None:
                     f"waiting for {need}: there are {described(nodes)}; {waited / 60:.1f} of at most {minutes:g} min "
                     "(run.wait_for_resources; 0 where nothing adds nodes)",
                 )
-            cluster.pause(_LOOK)
+            with waiting(f"for {need}: there are {described(nodes)}"):
+                cluster.pause(_LOOK)
     finally:
         cluster.request([], [])
 

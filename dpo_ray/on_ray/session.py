@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class _Session:
     """Ray Train or Tune will run on it: they ask the dashboard's State API, which takes seconds to start."""
     is_open: bool = False
     has_dashboard: bool = False
+    is_given: bool = False
+    """It is one that whoever called us had before: it is used as a cluster, and never shut down."""
     has_own_token: bool = False
     """Its embedded Ray asks for a token that nobody else has."""
     wait_minutes: float = 0
@@ -51,8 +54,15 @@ def wait_at_most(minutes: float) -> None:
     _session.wait_minutes = minutes
 
 
+def look_for_ray() -> None:
+    """Called before a run: a Ray that this process has connected to by itself is the one to work on."""
+    ray = sys.modules.get("ray")
+    _session.is_given = not _session.is_open and ray is not None and ray.is_initialized()
+
+
 def connect(need: Need, *, trains: bool = False) -> None:
-    """Join the cluster of RAY_ADDRESS (as in a Ray job), or start an embedded one on this machine, with room for work.
+    """Join the cluster of RAY_ADDRESS (as in a Ray job), or start an embedded one on this machine, with room for work;
+    where this process has a Ray of its own, that is taken.
 
     A cluster that is too small is asked to grow, and given the time for it that wait_at_most says.
 
@@ -74,7 +84,10 @@ def connect(need: Need, *, trains: bool = False) -> None:
 
 
 def join() -> None:
-    """Join the cluster of RAY_ADDRESS, before it is asked for anything. Raises ConfigError where none answers."""
+    """Join the cluster of RAY_ADDRESS, or take the Ray that this process has, before it is asked for anything.
+
+    Raises ConfigError where none answers.
+    """
     assert not is_embedded()
     _open(0)
 
@@ -105,6 +118,9 @@ def _open(embedded_cpus: float) -> None:
     import ray
 
     if ray.is_initialized():
+        if _session.is_given:
+            keep_telling()
+            quiet_data()
         return
     if is_embedded():
         _start_embedded(embedded_cpus)
@@ -117,7 +133,7 @@ def _open(embedded_cpus: float) -> None:
 
 def is_embedded() -> bool:
     """Whether the work runs on a Ray that this process starts, and not on a cluster."""
-    return not os.environ.get("RAY_ADDRESS")
+    return not os.environ.get("RAY_ADDRESS") and not _session.is_given
 
 
 def num_cores() -> int:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +24,10 @@ from dpo_ray.on_ray.metrics import RETRIES, Work, count, keep_telling, take_up
 from dpo_ray.on_ray.resume import leave_out, state_of, whole_checkpoints
 from dpo_ray.progress import aside, say
 from dpo_ray.storage.location import Location
-from dpo_ray.training.files import KIND
+from dpo_ray.storage.told import kept_told
+from dpo_ray.training.files import KIND, read_history
 from dpo_ray.training.index import PlanIndex
+from dpo_ray.training.live import TrainingSoFar
 from dpo_ray.training.longest import LongestPairs
 from dpo_ray.training.selection import higher_is_better
 
@@ -63,6 +67,8 @@ class TrainJob:
     """Lines of the workers are for the log alone, and named by this."""
     name: str
     """run.name, for the metrics."""
+    told_to: Location | None
+    """The file that says how the training stands; None: nobody reads it."""
 
 
 def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
@@ -105,27 +111,36 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
         step = state_of(resume)["next_step"]
         say(KIND, f"going on from {resume.name}, after step {step}, with {me.world_size} workers")
         count(RETRIES, artifact=KIND)
+    metrics_of = StepMetrics(me, job.num_steps, job.whose or "")
+    so_far = TrainingSoFar(job.num_steps, me.world_size, _before(resume, me), _gpu_memory(me))
+
+    def told(metrics: dict[str, Any], num_tokens: int) -> None:
+        metrics_of(metrics, num_tokens)
+        so_far(metrics)
+
     try:
         held_out = _held_out(job, me)
-        train(
-            job.model,
-            options,
-            seed=job.seed,
-            num_steps=job.num_steps,
-            pairs_per_epoch=job.pairs_per_epoch,
-            me=me,
-            steps_from=lambda start: received_steps(shard, me.rank, start, job.num_steps),
-            held_out=held_out,
-            sources=job.sources,
-            checkpoints=RayCheckpoints(me, options.keep_best, job.num_steps, job.run),
-            export_to=job.export_to,
-            resume=resume,
-            require_reference=partial(require_same_start, limits) if (limits := job.reference_limits) else None,
-            longest=job.longest,
-            memory=worker_memory(context.get_local_world_size(), options.gpus),
-            told=StepMetrics(me, job.num_steps, job.whose or ""),
-            is_forewarned=Forewarning(me).is_due if preemption_is_watched() else lambda: False,
-        )
+        told_to = job.told_to if me.rank == 0 else None
+        with kept_told(told_to, so_far.content, KIND) if told_to is not None else nullcontext():
+            train(
+                job.model,
+                options,
+                seed=job.seed,
+                num_steps=job.num_steps,
+                pairs_per_epoch=job.pairs_per_epoch,
+                me=me,
+                steps_from=lambda start: received_steps(shard, me.rank, start, job.num_steps),
+                held_out=held_out,
+                sources=job.sources,
+                checkpoints=RayCheckpoints(me, options.keep_best, job.num_steps, job.run),
+                export_to=job.export_to,
+                resume=resume,
+                require_reference=partial(require_same_start, limits) if (limits := job.reference_limits) else None,
+                longest=job.longest,
+                memory=worker_memory(context.get_local_world_size(), options.gpus),
+                told=told,
+                is_forewarned=Forewarning(me).is_due if preemption_is_watched() else lambda: False,
+            )
     except DamagedCheckpoint as error:
         if me.rank == 0 and resume is not None:
             leave_out(resume)
@@ -133,6 +148,25 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
     except (NonFiniteLoss, DataError, ConfigError) as error:
         return error
     return None
+
+
+def _before(resume: Location | None, me: Rank) -> list[dict[str, Any]]:
+    """Metrics of the steps before, for the curves; without those of a damaged checkpoint, which `train` tells of."""
+    if resume is None or me.rank != 0:
+        return []
+    try:
+        return read_history(resume)
+    except (OSError, ValueError):
+        return []
+
+
+def _gpu_memory(me: Rank) -> Callable[[], tuple[int, int]] | None:
+    """Bytes of its GPU that this process has taken, and that there are; None: it has no GPU."""
+    if me.device.type != "cuda":
+        return None
+    import torch
+
+    return lambda: (torch.cuda.memory_reserved(me.device), torch.cuda.mem_get_info(me.device)[1])
 
 
 def _held_out(job: TrainJob, me: Rank) -> Share | None:

@@ -50,6 +50,8 @@ class Steering:
     """Its lines are for the log alone, and named by this."""
     tokens_per_microbatch: int | None = None
     """What fits into the memory of one worker, found out once for many trainings."""
+    told_to: Location | None = None
+    """The file that says how the training stands while it goes on, for who looks from outside."""
     stop: Callable[[], None] | None = None
     """Ends the training from another thread, where it runs in no main thread, which could be interrupted."""
     while_waiting: Callable[[], None] = lambda: None
@@ -238,6 +240,7 @@ def _run(
                 sources=plan.index.sources,
                 whose=steering.whose,
                 name=config.run.name,
+                told_to=steering.told_to,
                 fallback=fallback,
             )
         },

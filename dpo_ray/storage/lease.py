@@ -24,15 +24,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpo_ray.errors import Busy, ConfigError, LeaseLost, StorageError
+from dpo_ray.progress import waiting
 from dpo_ray.storage.conditional import ConditionalFile, Seen, conditional_file
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.process import has_ended, started, this_machine
 from dpo_ray.storage.published import who
 
 EXPIRY = 60.0
@@ -271,8 +272,9 @@ def _acquire(
             after = f"; {waited / 60:.0f} min so far" if waited >= _TOLD else ""
             tell(f"{what} is the work of {holder}: waiting until it has ended{after}")
             told = clock.now()
-        while_waiting()
-        clock.pause(_LOOK)
+        with waiting(f"{what} is the work of {holder}"):
+            while_waiting()
+            clock.pause(_LOOK)
 
 
 def _record(run_id: str) -> Record:
@@ -282,8 +284,8 @@ def _record(run_id: str) -> Record:
         run_id=run_id,
         by=who(),
         pid=pid,
-        process=_started(pid),
-        machine=_machine(),
+        process=started(pid),
+        machine=this_machine(),
         since=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -302,28 +304,9 @@ def _parsed(seen: Seen | None) -> Record | None:
 
 def _is_here(record: Record) -> bool:
     """Whether the holder's process would be seen from here."""
-    return record.machine is not None and record.machine == _machine()
+    return record.machine is not None and record.machine == this_machine()
 
 
 def _has_ended(record: Record) -> bool:
     """Whether the holder's process is known to have ended."""
-    return _is_here(record) and record.process != _started(record.pid)
-
-
-def _machine() -> str | None:
-    """This boot of this kernel and this namespace of process ids; None where the system does not tell."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this machine was started, in clock ticks since the boot; None where there is none that runs."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    state, *others = stat.rpartition(")")[2].split()
-    return None if state in "ZX" else others[18]
+    return has_ended(record.machine, record.pid, record.process)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from dpo_ray.config import Config, load_config, overridden
+from dpo_ray.config import load_config, overridden
 from dpo_ray.errors import ConfigError
-from pipelines import planned
-from pipelines.commands.carry_out import carry_out, told_when_interrupted
+from pipelines.commands.carry_out import carry_out
 from pipelines.commands.options import AsJson, ConfigPath, Overrides
-
-if TYPE_CHECKING:
-    from pipelines.context import RunContext
+from pipelines.record_run import told_when_interrupted
+from pipelines.work import stages_until
 
 
 def doctor(
@@ -84,7 +82,7 @@ def plan(
                 "--exact tokenizes all rows, and with `generate` they are sampled first, which is most of the work. "
                 "Leave --exact out, or run `dpo-ray generate`."
             )
-        _tokenize_all(loaded)
+        carry_out(stages_until(loaded, "tokenize"), None, quiet=True)
     from dpo_ray.model.pin import pinned
     from pipelines.plan.render import lines
     from pipelines.plan.stages import as_dict, make_plan
@@ -127,13 +125,3 @@ def data(
             typer.echo(line)
     if not loaded.model.path:
         typer.echo("\nWithout a model no chat template is applied and no token counted: name one with -o model.path=…")
-
-
-def _tokenize_all(config: Config) -> None:
-    def work(context: RunContext) -> None:
-        from pipelines.align import align
-
-        align(context, until="tokenize")
-
-    plan = planned(config, "tokenize")
-    carry_out(config, None, work, ("tokenize",), plan=plan, check_for="tokenize", quiet=True)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from dpo_ray.config import Config, dump_config, load_config
+from dpo_ray.config import dump_config, load_config
 from dpo_ray.errors import ConfigError
-from pipelines import Stage, planned
+from pipelines import Stage
 from pipelines.commands.carry_out import carry_out, print_plan, run_until
 from pipelines.commands.options import ConfigPath, DryRun, Overrides, Partitions, RunId, Since, Until, file_choice
-
-if TYPE_CHECKING:
-    from pipelines.context import RunContext
+from pipelines.work import a_sweep, rounds, training_on
 
 
 def run(
@@ -70,74 +68,34 @@ def train(
             f"--reference names the rows to train on, and {chosen[0]} chooses among files that are not read then: "
             "leave one of them out."
         )
-    from pipelines.preflight import require_reference_use
-
-    loaded = load_config(config, override)
-    require_reference_use(loaded)
+    work = training_on(load_config(config, override), reference)
     if dry_run:
-        print_plan(loaded, "train")
+        print_plan(work.config, "train")
         return
-    path = reference
-
-    def work(context: RunContext) -> None:
-        from pipelines.reference import given_reference
-        from pipelines.train import train as train_stage
-
-        train_stage(context, given_reference(context, path))
-
-    carry_out(loaded, run_id, work, ("train", "--reference", reference), plan=["train"])
+    carry_out(work, run_id)
 
 
 def sweep(config: ConfigPath, override: Overrides = None, dry_run: DryRun = False, run_id: RunId = None) -> None:
     """Search the space of the section tune with Ray Tune, and publish the best model past the gate."""
-    from tuning.space import require_space
-
-    loaded = load_config(config, override)
-    _require_start_from_model(loaded, "sweep", "the trials")
-    require_space(loaded)
+    work = a_sweep(load_config(config, override))
     if dry_run:
         from pipelines.show import plan_lines, sweep_lines
 
-        typer.echo(dump_config(loaded))
-        for line in [*plan_lines(loaded, "reference"), *sweep_lines(loaded)]:
+        typer.echo(dump_config(work.config))
+        for line in [*plan_lines(work.config, "reference"), *sweep_lines(work.config)]:
             typer.echo(f"# {line}")
         return
-
-    def work(context: RunContext) -> None:
-        from pipelines.sweep import sweep
-
-        sweep(context)
-
-    plan = [*planned(loaded, "reference"), "sweep", "evaluate", "publish"]
-    carry_out(loaded, run_id, work, ("sweep",), plan=plan, check_for="publish")
+    carry_out(work, run_id)
 
 
 def iterate(config: ConfigPath, override: Overrides = None, dry_run: DryRun = False, run_id: RunId = None) -> None:
     """Run rounds of sampling, training and measuring, each from the policy before it, and publish the best one."""
-    loaded = load_config(config, override)
-    if loaded.iterate is None:
-        raise ConfigError(f"{config} has no section iterate: add one, such as -o iterate.rounds=3.")
-    _require_start_from_model(loaded, "iterate", "the first round")
+    work = rounds(load_config(config, override), str(config))
     if dry_run:
         from pipelines.show import iterate_lines
 
-        typer.echo(dump_config(loaded))
-        for line in iterate_lines(loaded):
+        typer.echo(dump_config(work.config))
+        for line in iterate_lines(work.config):
             typer.echo(f"# {line}")
         return
-
-    def work(context: RunContext) -> None:
-        from pipelines.iterate import iterate
-
-        iterate(context)
-
-    carry_out(loaded, run_id, work, ("iterate",), plan=planned(loaded, "publish"), check_for="publish")
-
-
-def _require_start_from_model(config: Config, command: str, who: str) -> None:
-    """Raises ConfigError where train.start says otherwise, which these commands do not follow."""
-    if config.train.start != "base":
-        raise ConfigError(
-            f"train.start={config.train.start} is for `dpo-ray run` and its stages: in `dpo-ray {command}` {who} "
-            "start from model.path. Set train.start=base; to go on from a published model, name it as model.path."
-        )
+    carry_out(work, run_id)

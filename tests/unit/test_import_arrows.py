@@ -83,6 +83,7 @@ ROOMS = {
         "bins", "config", "data", "errors", "evaluation", "losses", "model", "origin", "pairs", "progress",
         "scoring", "shards", "storage", "training",
     },
+    "api": {"config", "errors", "model"},
 }  # fmt: skip
 """Room of dpo_ray → the rooms that it may import. A room is a folder, or a file at the top of the library."""
 
@@ -156,7 +157,23 @@ def test_each_package_imports_only_those_below_it(package: str):
         "pipelines": {"dpo_ray", "tuning", "cluster"},
     }[package]
     for path in sources(package):
-        assert tops(path) & OURS <= below | {package}, path.relative_to(REPOSITORY)
+        if path != API:
+            assert tops(path) & OURS <= below | {package}, path.relative_to(REPOSITORY)
+
+
+API = REPOSITORY / "dpo_ray" / "api.py"
+"""Carries the library to Python programs from above everything, as the command line does to people."""
+
+
+def test_nothing_uses_the_api_and_the_api_uses_no_ray():
+    users = [m for m, path in our_modules().items() if "dpo_ray.api" in imported(path.read_text(encoding="utf-8"))]
+    assert users == []
+    assert not tops(API) & {"ray", "vllm", "tuning", "cluster"}
+
+
+def test_importing_the_api_is_cheap():
+    loaded = loaded_after("from dpo_ray import api")
+    assert "dpo_ray" in loaded and not loaded & (HEAVY | DATA | {"pipelines", "tuning", "typer", "rich"})
 
 
 def test_the_cluster_uses_the_configuration_errors_and_tokens_of_the_library_and_nothing_else():

@@ -1,0 +1,78 @@
+"""How a run stands while it is at work, in files that `dpo-ray watch` reads: in an object store too, where nothing is
+appended to. In the run's folder:
+
+progress.json    by the driver: stages, what is counted, what it waits for, the last lines; and the driver's process
+training.json    by the first training worker: dpo_ray.training.live
+
+Times in them are seconds that have passed, so that no two machines' clocks are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from dpo_ray.progress import forget, last_said, reached, waits_for
+from dpo_ray.storage.process import started, this_machine
+from dpo_ray.storage.published import who
+from dpo_ray.storage.told import EVERY_S, kept_told
+
+if TYPE_CHECKING:
+    from pipelines.context import RunContext
+
+PROGRESS = "progress.json"
+TRAINING = "training.json"
+
+
+@dataclass
+class Live:
+    """What a run is at."""
+
+    at: str | None = None
+    """Name of the stage; None: before the first."""
+    since: float = field(default_factory=time.monotonic)
+    trials: Sequence[Sequence[str]] = ()
+    """Of a sweep, a table: its head first."""
+
+    def begins(self, stage: str) -> None:
+        self.at, self.since = stage, time.monotonic()
+        forget()
+
+
+def told_live(context: RunContext, plan: Sequence[str]) -> AbstractContextManager[None]:
+    """Keep progress.json until the block ends; it stays as it is then."""
+    beats = count(1)
+    began = time.monotonic()
+    pid = os.getpid()
+    process = {"by": who(), "pid": pid, "process": started(pid), "machine": this_machine()}
+
+    def content() -> bytes:
+        now, live = time.monotonic(), context.live
+        stages = {
+            name: {"reused": entry["reused"], "seconds": entry["seconds"], "rows": entry["rows"]["kept"]}
+            for name, entry in dict(context.stages).items()
+        }
+        found: dict[str, Any] = {
+            "run_id": context.run_id,
+            "command": context.command,
+            "plan": plan,
+            "seconds": round(now - began, 1),
+            "at": live.at and {"stage": live.at, "seconds": round(now - live.since, 1)},
+            "stages": stages,
+            "counts": [{**asdict(one), "seconds_left": one.seconds_left} for one in reached()],
+            "waits_for": waits_for(),
+            "said": [asdict(one) for one in last_said()],
+            "trials": live.trials,
+            "process": process,
+            "beat": next(beats),
+            "every": EVERY_S,
+        }
+        return json.dumps(found, ensure_ascii=False).encode()
+
+    return kept_told(context.folder / PROGRESS, content, "start")

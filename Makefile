@@ -27,6 +27,9 @@ BROWSER_PACKAGES ?= .browser-packages
 BROWSER_READY := $(BROWSER_PACKAGES)/.ready
 # Further arguments of benchmarks.speed.
 BENCH ?=
+# The site of docs/ is built apart, by mkdocs.
+DOCS_VENV ?= .venv-docs
+DOCS_READY := $(DOCS_VENV)/.ready
 # Processes of pytest that run side by side, each a file of tests at a time. Most of them wait for Ray; memory bounds them.
 WORKERS ?= 3
 # Which faults `make chaos` has, by the names in its table, as in "killed_raylet or full_disk[step]"; all unless told. With
@@ -44,7 +47,7 @@ SELECTED ?= -m "not long and not chaos"
 MEASURED := $(CURDIR)/.coverage-data
 COVERED := DPO_RAY_COVERAGE=$(MEASURED)/.coverage PYTHONPATH=$(CURDIR)/tests/every_process$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test test-all test-integrations test-lm-eval test-trl test-dagster test-airflow test-browser chaos kills lint style types tests docs env bench clean
+.PHONY: demo test test-all test-integrations test-lm-eval test-trl test-dagster test-airflow test-browser chaos kills lint style types tests docs docs-site test-docs env bench clean
 
 # PyTorch's CPU build into the environment whose pip is $(1): from where pip looks, or else from PyTorch's own index.
 define install_torch
@@ -74,7 +77,7 @@ test-all: test
 tests: $(READY)
 	$(COVERED) $(PYTEST) $(SELECTED)
 
-test-integrations: test-lm-eval test-trl test-dagster test-airflow test-browser
+test-integrations: test-lm-eval test-trl test-dagster test-airflow test-docs test-browser
 
 test-lm-eval: $(LM_EVAL_READY)
 	$(LM_EVAL_VENV)/bin/python -m pytest -m integration tests/integrations/test_lm_eval.py
@@ -89,6 +92,10 @@ test-dagster: $(READY) $(DAGSTER_READY)
 test-airflow: $(READY) $(AIRFLOW_READY)
 	DPO_RAY_AIRFLOW_PYTHON=$(abspath $(AIRFLOW_VENV))/bin/python \
 	  $(BIN)/python -m pytest -m integration tests/integrations/test_airflow.py
+
+test-docs: $(READY) $(DOCS_READY)
+	DPO_RAY_DOCS_PYTHON=$(abspath $(DOCS_VENV))/bin/python \
+	  $(BIN)/python -m pytest -m integration tests/integrations/test_docs_site.py
 
 test-browser: $(READY) $(BROWSER_READY)
 	PYTHONPATH=$(abspath $(BROWSER_PACKAGES)) \
@@ -112,11 +119,16 @@ style: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# After a change to an option or an example: the pages that are made from the configuration's tree, and the notebooks.
+# After a change to an option, a message, a loss, a command or an example: the pages that are made from the code, and the notebooks.
 docs: $(READY)
 	$(BIN)/dpo-ray schema > docs/schema.json
 	$(BIN)/dpo-ray schema --markdown > docs/configuration.md
+	$(BIN)/python -m docs.make
 	$(BIN)/python -m tests.notebooks
+
+# The site from docs/ as it stands, into site/; a warning fails it.
+docs-site: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
 
 env: $(READY)
 
@@ -160,6 +172,12 @@ $(DAGSTER_READY): requirements-dagster.txt | $(READY)
 	$(call install_orchestrator,$(DAGSTER_VENV),requirements-dagster.txt)
 	touch $(DAGSTER_READY)
 
+$(DOCS_READY): requirements-docs.txt
+	$(call require_python,docs-site)
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python $(PIP_OPTIONS) install --no-deps -r requirements-docs.txt
+	touch $(DOCS_READY)
+
 $(AIRFLOW_READY): requirements-airflow.txt | $(READY)
 	$(call install_orchestrator,$(AIRFLOW_VENV),requirements-airflow.txt)
 	touch $(AIRFLOW_READY)
@@ -169,5 +187,6 @@ $(BROWSER_READY): requirements-browser.txt | $(READY)
 	touch $(BROWSER_READY)
 
 clean:
-	rm -rf $(VENV) $(TRL_VENV) $(LM_EVAL_VENV) $(DAGSTER_VENV) $(AIRFLOW_VENV) $(BROWSER_PACKAGES)
+	rm -rf $(VENV) $(TRL_VENV) $(LM_EVAL_VENV) $(DAGSTER_VENV) $(AIRFLOW_VENV) $(DOCS_VENV) $(BROWSER_PACKAGES)
+	rm -rf site
 	rm -rf $(MEASURED) .coverage .pytest_cache .ruff_cache .mypy_cache

@@ -1,10 +1,12 @@
-"""The README's commands are the program's commands, and its file map is the tree."""
+"""The commands of README.md and docs/ are the program's commands; tests/documented.py says which is tried how."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,50 +14,121 @@ import pytest
 from typer.testing import CliRunner
 
 from dpo_ray.data.seen_rows import SEEN_ROWS, write_seen_rows
-from dpo_ray.formats.registry import formats
 from dpo_ray.storage.lineage import PolicyLineage, ShardLineage, SourceFile, StartModel, ids_file, write_policy
 from dpo_ray.storage.location import Location
 from dpo_ray.storage.published import CARD, move
 from pipelines.cli import app
+from tests.documented import COMMANDS, PAGES, README, TRIED, beginning, blocks, commands, told, tried
 from tests.shard_stages import age, stage
 from tests.unit.cluster.manifests import parse
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line.split("    #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-    if line.strip()
-]
+DRAFTED = "run.yaml"
+"""What `dpo-ray init` writes."""
 
 
-def test_the_readme_has_commands():
-    assert len(COMMANDS) > 10
+def test_every_command_is_tried_or_an_exception_with_its_reason():
+    assert len(commands(README)) > 10 and len(COMMANDS) > 50
+    for command in COMMANDS:
+        tried(command)
+    for one in TRIED:
+        assert beginning(one.begins), f"{one.begins}: no page has such a command any more"
+        if one.how == "exception":
+            assert " " in one.where
+        else:
+            assert (ROOT / one.where).is_file()
+    print(told())
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+@pytest.mark.parametrize("command", beginning("make "))
 def test_make_targets_exist(command):
     assert f"\n{command.split()[1]}:" in (ROOT / "Makefile").read_text()
 
 
-@pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c.startswith("dpo-ray") and ".yaml" in c and "import-config" not in c]
-)
-def test_dpo_ray_commands_are_accepted(command, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def _draft(folder: Path, model: Path) -> list[str]:
+    """Writes the data and the model that `dpo-ray init` names, and returns its words."""
+    [command] = beginning("dpo-ray init ")
     words = shlex.split(command)[1:]
-    if words[0] == "submit":  # what it ships and runs is tried on a real head in tests/on_ray/test_submit.py
-        words = ["submit", "--help"]
-    elif words[0] in {"doctor", "plan"}:  # what they find is tried in tests/unit/pipelines
-        words.append("--help")
-    elif "--dry-run" not in words:
-        words.append("--dry-run")
-    result = CliRunner().invoke(app, words)
+    rows = [{"prompt": f"Why {n}?", "chosen": "So.", "rejected": "No."} for n in range(20)]
+    (folder / words[1]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = folder / words[words.index("--model") + 1]
+    named.parent.mkdir(parents=True)
+    named.symlink_to(model)
+    return words
+
+
+def test_a_configuration_is_written_as_it_says(monkeypatch, tmp_path, tiny_model):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, _draft(tmp_path, tiny_model))
+    assert result.exit_code == 0 and (tmp_path / DRAFTED).is_file(), result.output
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if tried(c).how == "dry run"])
+def test_a_run_is_planned_as_it_says(command, monkeypatch, tmp_path, tiny_model):
+    words = shlex.split(command)[1:]
+    monkeypatch.chdir(ROOT)
+    if words[1] == DRAFTED:
+        monkeypatch.chdir(tmp_path)
+        assert CliRunner().invoke(app, _draft(tmp_path, tiny_model)).exit_code == 0
+    result = CliRunner().invoke(app, [*words, *([] if "--dry-run" in words else ["--dry-run"])])
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dpo-ray data ")])
+@pytest.mark.parametrize("command", beginning("dpo-ray submit ", "dpo-ray doctor ", "dpo-ray plan ", "dpo-ray job "))
+def test_what_needs_a_cluster_or_looks_at_the_machine_is_accepted(command: str):
+    # Carried out in tests/on_ray/test_submit.py and tests/unit/pipelines.
+    parse(shlex.split(command))
+    file = shlex.split(command)[2]
+    assert not file.endswith(".yaml") or file == DRAFTED or (ROOT / file).is_file()
+
+
+def test_what_would_be_no_command_is_refused():
+    for wrong in ("dpo-ray submit x.yaml --adress http://a", "dpo-ray job end a-1", "dpo-ray plan"):
+        with pytest.raises(Exception, match=r"."):
+            parse(shlex.split(wrong))
+    with pytest.raises(LookupError, match=r"tests/documented.py"):
+        tried("dpo-rai run x.yaml")
+
+
+@pytest.mark.parametrize("command", beginning("python -m "))
+def test_python_modules_run_as_it_says(command: str):
+    words = [sys.executable, *shlex.split(command)[1:]]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_the_line_of_cron_runs_a_command():
+    lines = [
+        line for page in PAGES for block in blocks(page, "text") for line in block.splitlines() if "dpo-ray" in line
+    ]
+    nightly = [line for line in lines if re.match(r"[\d*/, -]+ +cd ", line)]
+    assert len(nightly) == 2
+    for line in nightly:
+        parse(["dpo-ray", *shlex.split(line.partition("bin/dpo-ray ")[2].partition(" >> ")[0])])
+
+
+def test_the_preview_of_data_is_what_is_printed(monkeypatch, tmp_path):
+    [shown] = [block for page in PAGES for block in blocks(page, "text") if block.startswith("my_pairs.jsonl\n")]
+    monkeypatch.chdir(tmp_path)
+    dialogue = "\n\nHuman: Why is the sky blue?\n\nAssistant:"
+    rows = [
+        {"chosen": f"{dialogue} Air scatters blue light most.", "rejected": f"{dialogue} No idea."},
+        {"chosen": None, "rejected": f"{dialogue} No."},
+    ]
+    Path("my_pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = CliRunner().invoke(app, ["data", "my_pairs.jsonl"])
+    assert shown.strip() in result.output.replace(f"{tmp_path}/", "")
+
+
+def test_commands_in_the_text_exist():
+    found = {name for page in PAGES for name in re.findall(r"`dpo-ray ([a-z-]+)[ `]", page.read_text(encoding="utf-8"))}
+    assert len(found) > 8
+    for name in found:
+        result = CliRunner().invoke(app, [name, "--help"])
+        assert result.exit_code == 0, name
+
+
+@pytest.mark.parametrize("command", beginning("dpo-ray data "))
 def test_data_are_shown_as_it_says(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command)[1:]
@@ -64,27 +137,13 @@ def test_data_are_shown_as_it_says(command, monkeypatch, tmp_path):
     assert result.exit_code == 0 and "format    paired" in result.output, result.output
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dpo-ray schema")])
+@pytest.mark.parametrize("command", beginning("dpo-ray schema"))
 def test_the_schema_is_printed_as_it_says(command):
     result = CliRunner().invoke(app, shlex.split(command.partition(" > ")[0])[1:])
     assert result.exit_code == 0 and "train" in json.loads(result.output)["properties"]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dpo-ray init ")])
-def test_a_configuration_is_written_as_it_says(command, monkeypatch, tmp_path, tiny_model):
-    monkeypatch.chdir(tmp_path)
-    words = shlex.split(command)[1:]
-    rows = [{"prompt": f"Why {n}?", "chosen": "So.", "rejected": "No."} for n in range(20)]
-    Path(words[1]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = Path(words[words.index("--model") + 1])
-    model.parent.mkdir(parents=True)
-    model.symlink_to(tiny_model)
-    for asked in (words, ["run", "run.yaml", "--dry-run"]):
-        result = CliRunner().invoke(app, asked)
-        assert result.exit_code == 0, result.output
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dpo-ray import-config ")])
+@pytest.mark.parametrize("command", beginning("dpo-ray import-config "))
 def test_a_configuration_of_others_is_read_as_it_says(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command.partition(" > ")[0])[1:]
@@ -93,13 +152,7 @@ def test_a_configuration_of_others_is_read_as_it_says(command, monkeypatch, tmp_
     assert result.exit_code == 0 and "global_batch_size: 32" in result.output, result.output
 
 
-def test_every_format_is_in_the_table():
-    table = README.partition("| format | columns |")[2].partition("\n\n")[0]
-    told = re.findall(r"^\| `(\w+)` \|", table, re.M)
-    assert {*told, "pku_saferlhf_safer"} == set(formats())
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dpo-ray gc ")])
+@pytest.mark.parametrize("command", beginning("dpo-ray gc "))
 def test_garbage_is_collected_as_it_says(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command)[1:]
@@ -112,9 +165,14 @@ def test_garbage_is_collected_as_it_says(command, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with out/align, where a run has published a model that was made from a file of a partition."""
+    """A folder with the outputs that are asked, where a run has published a model made from a file of a partition."""
     folder = tmp_path_factory.mktemp("readme")
-    place = Location.of(folder / "out/align")
+    for name in {shlex.split(command)[2] for command in beginning("dpo-ray show ", "dpo-ray lineage ")}:
+        _published(Location.of(folder / name))
+    return folder
+
+
+def _published(place: Location) -> None:
     summary = {"run_id": "r", "exit_code": 0, "stages": {}, "published": "p/v", "reasons": []}
     (place / "runs/r/summary.json").write_bytes(json.dumps(summary).encode())
     (place / "models/aligned/v" / CARD).write_bytes(b"card")
@@ -135,10 +193,9 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shards=[shard],
         ),
     )
-    return folder
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("dpo-ray show ", "dpo-ray lineage "))])
+@pytest.mark.parametrize("command", beginning("dpo-ray show ", "dpo-ray lineage "))
 @pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["words", "json"])
 def test_what_is_asked_of_an_output_folder_is_answered(command: str, as_json: list[str], output: Path, monkeypatch):
     monkeypatch.chdir(output)
@@ -146,26 +203,3 @@ def test_what_is_asked_of_an_output_folder_is_answered(command: str, as_json: li
     assert result.exit_code == 0, result.output
     assert "aligned" in result.output and ("trained" in result.output or " show " in command)
     assert not as_json or json.loads(result.output)
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dpo-ray job ")])
-def test_commands_on_jobs_are_accepted(command: str):  # and carried out in tests/on_ray/test_submit.py
-    parse(shlex.split(command))
-
-
-def test_no_command_goes_untried():
-    # ray job submit in tests/on_ray/test_submit.py, the last three in tests/unit/cluster/test_commands.py, and
-    # completion in tests/unit/pipelines/test_completion.py
-    tried = ("make ", "dpo-ray ", "ray job submit ", "kubectl ", "ray up ", "sbatch ")
-    assert [c for c in COMMANDS if not c.startswith(tried)] == []
-
-
-def test_the_file_map_names_what_exists():
-    file_map = README.partition("## File map")[2].partition("\n## ")[0]
-    paths = re.findall(r"^\| (`[^|]+`) \|", file_map, re.M)
-    assert len(paths) > 10
-    for cell in paths:
-        names = re.findall(r"`([^`]+)`", cell)
-        folder = Path(names[0]).parent
-        for name in names:
-            assert (ROOT / name).exists() or (ROOT / folder / name).exists(), name

@@ -1,4 +1,4 @@
-"""The operator's page, and the README where it calls other programs than ours: their commands name what is there."""
+"""The operator's page, and the docs where they call other programs than ours: their commands name what is there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpo_ray.config import load_config
 from tests.unit.cluster.manifests import KUBERNETES, MANIFESTS, NIGHTLY, OBJECTS, ROOT, objects, parse, pod_specs, the
 from tests.unit.cluster.test_launch import EXIT_CODES, JOB, RUN
 
-PAGES = (ROOT / "README.md", MANIFESTS / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "cluster.md", ROOT / "docs" / "schedule.md", MANIFESTS / "README.md")
 PROGRAMS = (
     "docker",
     "export",

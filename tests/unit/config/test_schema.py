@@ -59,16 +59,6 @@ def test_every_shipped_configuration_is_valid_as_written_and_as_resolved(path: P
     assert complaints(yaml.load(dump_config(load_config(path)), Written)) == []
 
 
-def test_the_examples_of_the_readme_are_valid():
-    text = (ROOT / "README.md").read_text()
-    trees = [yaml.load(block, Written) for block in re.findall(r"```yaml\n(.*?)```", text, re.S)]
-    parts = [tree for tree in trees if tree.keys() <= SCHEMA["properties"].keys()]
-    assert len(parts) >= 4
-    for part in parts:
-        whole = {**BASE, **part, "run": {**BASE["run"], **part.get("run", {})}}
-        assert complaints(whole) == []
-
-
 RIGHT = [
     ("data.since", date(2026, 11, 1).isoformat()),
     ("data.train", ["a.jsonl", "b.jsonl"]),

@@ -12,19 +12,17 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_ray.progress import forget, last_said, reached, waits_for
+from dpo_ray.storage.location import Location
 from dpo_ray.storage.process import started, this_machine
 from dpo_ray.storage.published import who
 from dpo_ray.storage.told import EVERY_S, kept_told
-
-if TYPE_CHECKING:
-    from pipelines.context import RunContext
 
 PROGRESS = "progress.json"
 TRAINING = "training.json"
@@ -45,22 +43,29 @@ class Live:
         forget()
 
 
-def told_live(context: RunContext, plan: Sequence[str]) -> AbstractContextManager[None]:
-    """Keep progress.json until the block ends; it stays as it is then."""
+def told_live(
+    live: Live, folder: Location, command: Sequence[str], plan: Sequence[str], ended: Mapping[str, Mapping[str, Any]]
+) -> AbstractContextManager[None]:
+    """Keep progress.json in a run's folder until the block ends; it stays as it is then.
+
+    Args:
+        plan: the stages of the run, as far as they are known before.
+        ended: the stages that have ended, as of RunContext.stages, which grows meanwhile.
+    """
     beats = count(1)
     began = time.monotonic()
     pid = os.getpid()
     process = {"by": who(), "pid": pid, "process": started(pid), "machine": this_machine()}
 
     def content() -> bytes:
-        now, live = time.monotonic(), context.live
+        now = time.monotonic()
         stages = {
             name: {"reused": entry["reused"], "seconds": entry["seconds"], "rows": entry["rows"]["kept"]}
-            for name, entry in dict(context.stages).items()
+            for name, entry in dict(ended).items()
         }
         found: dict[str, Any] = {
-            "run_id": context.run_id,
-            "command": context.command,
+            "run_id": folder.name,
+            "command": command,
             "plan": plan,
             "seconds": round(now - began, 1),
             "at": live.at and {"stage": live.at, "seconds": round(now - live.since, 1)},
@@ -75,4 +80,4 @@ def told_live(context: RunContext, plan: Sequence[str]) -> AbstractContextManage
         }
         return json.dumps(found, ensure_ascii=False).encode()
 
-    return kept_told(context.folder / PROGRESS, content, "start")
+    return kept_told(folder / PROGRESS, content, "start")

@@ -81,7 +81,8 @@ def _record(config: Config, work: Work, run_id: str | None, looking: Looking, en
     looking.opened(context)
     context.begins, context.table = looking.begins, looking.table
     try:
-        with told_live(context, work.plan), told_when_interrupted():
+        told = told_live(context.live, context.folder, work.command, work.plan, context.stages)
+        with told, told_when_interrupted():
             if work.is_done is None or not work.is_done(context):
                 if not is_embedded():
                     from pipelines.needs import check_cluster

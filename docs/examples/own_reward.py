@@ -25,7 +25,7 @@ prompts.write_text("".join(json.dumps({"prompt": f"What does a {job} do?"}) + "\
 
 # %% [markdown]
 # The reward is a function of a module that Ray's workers can import, as a file beside this one is. Its other parameters
-# are given here. Workers hold its source against the driver's, and what was made with it is made anew once it is edited.
+# are given here. Workers hold its source against the driver's; once it is edited, what was made with it is made anew.
 
 # %%
 config = api.load_config(

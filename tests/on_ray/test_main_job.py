@@ -80,7 +80,13 @@ def test_a_run_publishes_a_model_and_its_record(first_run):
     assert summary["eval"]["accuracy"]["n"] == summary["stages"]["score"]["rows"]["kept"] > 0
     run_folder = folder / "out" / "runs" / summary["run_id"]
     names = {f.name for f in run_folder.iterdir()}
-    assert names == {"config.yaml", "log.txt", "log.jsonl", "metrics.jsonl", "summary.json", "report.html", "report.md"}
+    assert names == {
+        "config.yaml", "log.txt", "log.jsonl", "metrics.jsonl", "summary.json", "report.html", "report.md",
+        "progress.json", "training.json",
+    }  # fmt: skip
+    training = json.loads((run_folder / "training.json").read_text())
+    assert training["step"] == training["num_steps"] == summary["train"]["num_steps"]
+    assert training["trained"]["loss"]["last"] == pytest.approx(summary["train"]["final"]["loss"])
     assert str(published) in done.log
 
 

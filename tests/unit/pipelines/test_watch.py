@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +276,10 @@ def context_of(folder: Path) -> RunContext:
     return RunContext.start(Config.model_validate(values), "aligned-1")
 
 
+def kept(context: RunContext) -> AbstractContextManager[None]:
+    return told_live(context.live, context.folder, context.command, PLAN, context.stages)
+
+
 def test_the_driver_tells_what_it_is_at(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(progress, "_said", type(progress._said)(maxlen=8))
     context = context_of(tmp_path)
@@ -290,7 +294,7 @@ def test_the_driver_tells_what_it_is_at(tmp_path: Path, monkeypatch):
             time.sleep(0.02)
         return found
 
-    with told_live(context, PLAN):
+    with kept(context):
         assert told()["at"] is None
         context.live.begins("tokenize")
         counted = Progress("tokenized", 100, "rows", parts=10)
@@ -316,13 +320,13 @@ def test_a_store_that_takes_nothing_ends_no_run(tmp_path: Path, monkeypatch, cap
         raise OSError("no room")
 
     monkeypatch.setattr(Location, "write_bytes", refuse)
-    with told_live(context, PLAN):
+    with kept(context):
         pass
     assert capfd.readouterr().err.count("progress.json, which `dpo-ray watch` reads, could not be written") == 1
 
 
 def test_what_ends_the_work_passes(tmp_path: Path):
-    with pytest.raises(Interrupted), told_live(context_of(tmp_path), PLAN):
+    with pytest.raises(Interrupted), kept(context_of(tmp_path)):
         raise Interrupted("x")
 
 

@@ -20,6 +20,7 @@ from dpo_ray.storage import lease
 from dpo_ray.storage.conditional import conditional_file
 from dpo_ray.storage.lease import EXPIRY, Clock, Record, hold, lease_file, require_leases
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.process import started, this_machine
 from tests.command_line import LONGEST
 from tests.object_store import BUCKET, object_store
 
@@ -135,7 +136,7 @@ def test_who_is_to_leave_leaves_when_the_other_is_alive_and_follows_one_that_is_
 
 
 def test_of_one_process_of_this_machine_it_is_known_whether_it_runs(output: Location):
-    machine, process = lease._machine(), lease._started(os.getpid())
+    machine, process = this_machine(), started(os.getpid())
     assert machine and process
     another(output, machine=machine, pid=os.getpid(), process=process)
     with pytest.raises(Busy), held(output, time=Time(), when_busy="leave"):

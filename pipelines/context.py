@@ -23,6 +23,7 @@ from dpo_ray.storage.artifact import Artifact, library_versions
 from dpo_ray.storage.claim import kept_fresh
 from dpo_ray.storage.lineage import SourceFile
 from dpo_ray.storage.location import Location
+from dpo_ray.tracking.fan import Fan
 from pipelines import require_run_id
 from pipelines.cost import cost_of
 
@@ -58,6 +59,8 @@ class RunContext:
     table: Callable[[Sequence[Sequence[str]]], None] = field(default=lambda rows: None)
     """Shown a table that stands below the stages, its head first, while a stage is at work."""
     began: datetime = field(default_factory=lambda: datetime.now(UTC))
+    trackers: Fan | None = None
+    """Those that follow the run; None: none does."""
     variant: str = ""
     """Which of several ways of doing the stages this is, where there are several."""
 
@@ -116,6 +119,9 @@ class RunContext:
 
     def write_summary(self, exit_code: int, reasons: list[str]) -> dict[str, Any]:
         """Write summary.json; readers see the whole of it or none."""
+        if self.trackers is not None:
+            self.trackers.settle()
+            self.results["trackers"] = self.trackers.figures()
         seconds = (datetime.now(UTC) - self.began).total_seconds()
         summary = {
             "run_id": self.run_id,

@@ -125,6 +125,7 @@ def require_consistent(config: Config, until: Stage) -> None:
     """What the configuration and the installed packages tell. Raises ConfigError."""
     from dpo_ray.model.libraries import require_bitsandbytes, require_torchao
     from dpo_ray.on_ray.vllm_version import require_vllm
+    from dpo_ray.tracking.chosen import require_trackers
 
     if until == "ingest" and config.generate is not None:
         raise ConfigError(
@@ -141,6 +142,7 @@ def require_consistent(config: Config, until: Stage) -> None:
         require_bitsandbytes(config.model.quantization)
     if last >= STAGES.index("train"):
         require_torchao(config.train.optimizer)
+        require_trackers(config)
     if config.generate is not None:
         require_vllm("generate")
         require_reward(config.generate.reward)

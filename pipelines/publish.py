@@ -33,6 +33,7 @@ from dpo_ray.storage.published import (
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
 from pipelines.trace import keep_lineage
+from pipelines.tracking import tell_model
 
 STAGE = "publish"
 _COPIES = 8  # at once
@@ -84,6 +85,7 @@ def _publish(context: RunContext, policy: Artifact, evaluation: Artifact, lease:
     reasons = failed_conditions(context.config.publish.gate, evaluation.manifest.metrics)
     _tell_gate(evaluation.manifest.metrics, passed=not reasons)
     if reasons:
+        tell_model(context, policy, policy.location / MODEL_FOLDER, "candidate")
         raise GateFailed(
             f"Nothing was published, for the gate does not hold: {'; '.join(reasons)}. The trained model is in "
             f"{policy.location / MODEL_FOLDER}. Train on more or better pairs, or change publish.gate knowingly."
@@ -101,11 +103,13 @@ def _publish(context: RunContext, policy: Artifact, evaluation: Artifact, lease:
             f"{version} was published before, and the latest stays {standing.version}: {standing.action} by "
             f"{standing.by}. `dpo-ray promote` moves it.",
         )
+        tell_model(context, policy, version, None)
         return version
     data = {"policy": policy.fingerprint, **policy.manifest.inputs, "evaluation": evaluation.fingerprint}
     lease.require()
     made = move(folder, version.name, action="publish", why="it passed its gate", run_id=context.run_id, data=data)
     tell_published(made)
+    tell_model(context, policy, version, "champion")
     say(STAGE, f"published {version}")
     return version
 

@@ -12,6 +12,7 @@ from dpo_ray.config.pairing import CandidatePairing, Pairing
 from dpo_ray.config.placement import NodeChoice, Placement
 from dpo_ray.config.reward import Dtype, Endpoint, ImplicitReward, Judge, Reward, RewardModel, Rule, Source
 from dpo_ray.config.sources import DataSource, Paths
+from dpo_ray.config.track import MLflow, Track, WandB
 from dpo_ray.config.tree import (
     BASE_MODEL,
     VLLM,
@@ -66,6 +67,7 @@ __all__ = [
     "LongCompletions",
     "LongPrompts",
     "LossTurns",
+    "MLflow",
     "Metric",
     "Model",
     "NodeChoice",
@@ -85,8 +87,10 @@ __all__ = [
     "Sharding",
     "Source",
     "Tasks",
+    "Track",
     "Train",
     "Tune",
+    "WandB",
     "WinRate",
     "backend",
     "dump_config",

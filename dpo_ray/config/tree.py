@@ -23,6 +23,7 @@ from dpo_ray.config.reward import Dtype, Reward, Rule
 from dpo_ray.config.section import Section
 from dpo_ray.config.sources import DataSource, Paths, TrainData, require_a_mixture
 from dpo_ray.config.tolerance import Tolerance
+from dpo_ray.config.track import Track
 from dpo_ray.config.tune import Tune
 from dpo_ray.errors import ConfigError
 from dpo_ray.formats.registry import AUTO, formats
@@ -895,6 +896,8 @@ class Config(Section):
     publish: Publish = Publish()
     report: Report = Report()
     """What the pages of a run hold."""
+    track: Track = Track()
+    """Which experiment trackers follow a run."""
     tune: Tune | None = None
     """The search of `dpo-ray sweep`."""
     iterate: Iterate | None = None

@@ -63,6 +63,8 @@ class TrainJob:
     """Lines of the workers are for the log alone, and named by this."""
     name: str
     """run.name, for the metrics."""
+    steps: Location | None
+    """Where metrics are told while it trains; None: nobody follows."""
 
 
 def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
@@ -83,7 +85,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
     import ray.train.torch
     import torch
 
-    from dpo_ray.on_ray.train_metrics import StepMetrics
+    from dpo_ray.on_ray.train_metrics import StepMetrics, ToldSteps
     from dpo_ray.training.loop import train
     from dpo_ray.training.memory import worker_memory
     from dpo_ray.training.parallel import Rank
@@ -105,6 +107,8 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
         step = state_of(resume)["next_step"]
         say(KIND, f"going on from {resume.name}, after step {step}, with {me.world_size} workers")
         count(RETRIES, artifact=KIND)
+    metrics = StepMetrics(me, job.num_steps, job.whose or "")
+    steps = ToldSteps(job.steps, options, job.num_steps, metrics) if job.steps is not None and me.rank == 0 else None
     try:
         held_out = _held_out(job, me)
         train(
@@ -123,7 +127,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
             require_reference=partial(require_same_start, limits) if (limits := job.reference_limits) else None,
             longest=job.longest,
             memory=worker_memory(context.get_local_world_size(), options.gpus),
-            told=StepMetrics(me, job.num_steps, job.whose or ""),
+            told=steps or metrics,
             is_forewarned=Forewarning(me).is_due if preemption_is_watched() else lambda: False,
         )
     except DamagedCheckpoint as error:
@@ -132,6 +136,9 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
         return error
     except (NonFiniteLoss, DataError, ConfigError) as error:
         return error
+    finally:
+        if steps is not None:
+            steps.close()
     return None
 
 

@@ -111,6 +111,7 @@ def _record(
     from pipelines.context import RunContext
     from pipelines.report import write_report
     from pipelines.show import closing_lines
+    from pipelines.tracking import begin_tracking, end_tracking
 
     context = RunContext.start(config, run_id)
     context.command = command
@@ -127,6 +128,7 @@ def _record(
                     from pipelines.needs import check_cluster
 
                     check_cluster(config, context.output, plan)
+                begin_tracking(context, plan)
                 work(context)
         count(RUNS, outcome="ok")
     except BaseException as error:
@@ -135,11 +137,13 @@ def _record(
         reason = str(error) if isinstance(error, DpoRayError) else f"{type(error).__name__}: {error}"
         ended.summary = summary = context.write_summary(code, [reason])
         write_report(context, summary)
+        end_tracking(context, "stopped" if _outcome(error) == "stopped" else "failed")
         raise
     finally:
         disconnect()
     ended.summary = summary = context.write_summary(0, [])
     write_report(context, summary)
+    end_tracking(context, "finished")
     return closing_lines(context, summary, terminal.log)
 
 

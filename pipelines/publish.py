@@ -11,8 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from dpo_ray.config import Model
 from dpo_ray.errors import GateFailed
-from dpo_ray.evaluation.card import model_card
+from dpo_ray.evaluation.card import licence_of, model_card
 from dpo_ray.evaluation.gate import failed_conditions
 from dpo_ray.model.folders import HASHES
 from dpo_ray.on_ray.metrics import GATE_MEASURE, GATE_PASSED, PUBLISHED, Work, take_up, tell
@@ -144,7 +145,15 @@ def stays(version: Location, standing: Move) -> bool:
 def _copy_model(context: RunContext, policy: Artifact, evaluation: Artifact, version: Location) -> None:
     start = context.models.get(policy.fingerprint, context.config.model)
     measured = evaluation.manifest.metrics
-    card = model_card(context.config, context.run_id, policy.manifest.metrics, measured, started_from=start.path)
+    card = model_card(
+        context.config,
+        context.run_id,
+        policy.manifest.metrics,
+        measured,
+        started_from=start.path,
+        licence=_licence(context.config.model),
+        num_pairs=policy.manifest.counters.get("kept"),
+    )
     if not version.is_local:
         # No folder can be renamed there: the card, whose presence makes a version complete, is written last.
         _copy_files(policy, version)
@@ -161,6 +170,12 @@ def _copy_model(context: RunContext, policy: Artifact, evaluation: Artifact, ver
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _licence(model: Model) -> str | None:
+    """As the card of the model's folder names it, where that is on this machine."""
+    folder = Path(model.path)
+    return licence_of(folder) if folder.is_dir() else None
 
 
 def _copy_files(policy: Artifact, target: Location) -> None:

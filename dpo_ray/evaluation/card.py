@@ -1,4 +1,4 @@
-"""The published model's card, by the conventions of the Hugging Face Hub: metadata that it reads, and a page for people.
+"""The published model's card, by the conventions of the Hugging Face Hub: metadata that it reads, a page for people.
 
 https://huggingface.co/docs/hub/model-cards; what the metadata may hold is checked by huggingface_hub.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,7 @@ class WandBTracker(Tracker):
     def open(self, opening: Opening, known: str | None) -> tuple[str, int]:
         import wandb
 
-        identity = known or wandb.util.generate_id()
-        # A failure of what is tried again must not leave a second run open.
+        identity = known or uuid.uuid4().hex[:8]
         self._runs[opening.whose] = wandb.init(
             project=self._options.project,
             entity=self._options.entity,

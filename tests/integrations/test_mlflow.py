@@ -142,7 +142,7 @@ def test_a_run_is_seen_while_it_trains_and_whole_when_it_has_ended(
     assert kept == {"config.yaml", "summary.json", "report.html"}
     version = server.client().get_model_version_by_alias(tmp_path.name, "champion")
     assert version.run_id == run.info.run_id and version.tags["dpo_ray.version"] == job.published()
-    assert version.source.endswith(f"/models/numbers/{job.published()}") and version.source.startswith("file://")
+    assert version.source.endswith(f"/models/numbers/{job.published()}") and version.source.startswith("sftp://")
     told = summary_of(job.output)["trackers"]["mlflow"]
     assert told == {"runs": {"": run.info.run_id}, "failures": 0, "steps_not_logged": 0, "reason": None}
 

@@ -129,7 +129,7 @@ class RunContext:
             "began": f"{self.began:%Y-%m-%dT%H:%M:%SZ}",
             "seconds": round(seconds, 1),
             "cost": cost_of(self.stages, seconds, self._trials()),
-            "command": self._command(),
+            "command": self.command_line(),
             "versions": library_versions(),
             "stages": self.stages,
             "published": None,
@@ -140,7 +140,8 @@ class RunContext:
         (self.folder / STAGES_SO_FAR).remove()
         return summary
 
-    def _command(self) -> str:
+    def command_line(self) -> str:
+        """What does the same again."""
         name, *options = self.command
         return shlex.join(["dpo-ray", name, (self.folder / "config.yaml").uri, *options])
 

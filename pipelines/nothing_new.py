@@ -12,6 +12,7 @@ from dpo_ray.storage.published import Move, latest, published_folder
 from pipelines.align import train_and_measure
 from pipelines.context import RunContext
 from pipelines.publish import STAGE, stays, tell_published
+from pipelines.push import push
 from pipelines.start import start_of_published, starting_model
 from pipelines.trace import keep_lineage
 
@@ -54,6 +55,8 @@ def _is_published(context: RunContext, start: Model, standing: Move) -> bool:
     context.results.update(probe.results)
     context.results["published"] = version.uri
     context.results["nothing_new"] = {"version": standing.version, "published": standing.published}
+    if standing.version == version.name:
+        push(context, version)
     moved = f", by {standing.action} of {standing.by}" if standing.action != "publish" else ""
     say(
         STAGE,

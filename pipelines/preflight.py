@@ -126,6 +126,7 @@ def require_consistent(config: Config, until: Stage) -> None:
     from dpo_ray.model.libraries import require_bitsandbytes, require_torchao
     from dpo_ray.on_ray.vllm_version import require_vllm
     from dpo_ray.tracking.chosen import require_trackers
+    from pipelines.push import require_push
 
     if until == "ingest" and config.generate is not None:
         raise ConfigError(
@@ -143,6 +144,8 @@ def require_consistent(config: Config, until: Stage) -> None:
     if last >= STAGES.index("train"):
         require_torchao(config.train.optimizer)
         require_trackers(config)
+    if until == "publish":
+        require_push(config)
     if config.generate is not None:
         require_vllm("generate")
         require_reward(config.generate.reward)

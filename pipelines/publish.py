@@ -33,6 +33,7 @@ from dpo_ray.storage.published import (
 )
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
+from pipelines.push import push
 from pipelines.trace import keep_lineage
 from pipelines.tracking import tell_model
 
@@ -112,6 +113,7 @@ def _publish(context: RunContext, policy: Artifact, evaluation: Artifact, lease:
     tell_published(made)
     tell_model(context, policy, version, "champion")
     say(STAGE, f"published {version}")
+    push(context, version)
     return version
 
 

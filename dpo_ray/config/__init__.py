@@ -10,6 +10,7 @@ from dpo_ray.config.iterate import Iterate
 from dpo_ray.config.load import dump_config, load_config, overridden, parse_config
 from dpo_ray.config.pairing import CandidatePairing, Pairing
 from dpo_ray.config.placement import NodeChoice, Placement
+from dpo_ray.config.push import PushToHub
 from dpo_ray.config.reward import Dtype, Endpoint, ImplicitReward, Judge, Reward, RewardModel, Rule, Source
 from dpo_ray.config.sources import DataSource, Paths
 from dpo_ray.config.track import MLflow, Track, WandB
@@ -76,6 +77,7 @@ __all__ = [
     "Paths",
     "Placement",
     "Publish",
+    "PushToHub",
     "Quantization",
     "Reference",
     "Reward",

@@ -18,6 +18,7 @@ from dpo_ray.config.iterate import Iterate
 from dpo_ray.config.losses import Judged, Loss, SigmoidLoss, losses_using
 from dpo_ray.config.pairing import CandidatePairing, Pairing
 from dpo_ray.config.placement import Placement
+from dpo_ray.config.push import PushToHub
 from dpo_ray.config.report import Report
 from dpo_ray.config.reward import Dtype, Reward, Rule
 from dpo_ray.config.section import Section
@@ -879,6 +880,8 @@ class Publish(Section):
 
     gate: Gate = Gate()
     """What a model must show before it is published."""
+    push_to_hub: PushToHub | None = None
+    """Where on the Hugging Face Hub it goes then; left out: nowhere."""
 
 
 class Config(Section):

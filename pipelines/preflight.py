@@ -39,6 +39,9 @@ def checks(config: Config, until: Stage = "publish") -> Iterator[tuple[str, Call
             yield "start", partial(_require_start, config)
         if config.train.router_aux_loss:
             yield "routers", partial(_require_routers, config)
+        yield "trackers", partial(_require_trackers, config)
+    if until == "publish" and config.publish.push_to_hub is not None:
+        yield "hub", partial(_require_push, config)
     if config.evaluate.tasks is not None and STAGES.index(until) >= STAGES.index("evaluate"):
         yield "tasks", partial(_require_tasks, config)
 
@@ -93,6 +96,18 @@ def _require_routers(config: Config) -> None:
     require_routers(config.train.router_aux_loss, model)
 
 
+def _require_trackers(config: Config) -> None:
+    from dpo_ray.tracking.chosen import require_trackers
+
+    require_trackers(config)
+
+
+def _require_push(config: Config) -> None:
+    from pipelines.push import require_push
+
+    require_push(config)
+
+
 def _require_tasks(config: Config) -> None:
     from dpo_ray.scoring.task_source import require_tasks
 
@@ -125,8 +140,6 @@ def require_consistent(config: Config, until: Stage) -> None:
     """What the configuration and the installed packages tell. Raises ConfigError."""
     from dpo_ray.model.libraries import require_bitsandbytes, require_torchao
     from dpo_ray.on_ray.vllm_version import require_vllm
-    from dpo_ray.tracking.chosen import require_trackers
-    from pipelines.push import require_push
 
     if until == "ingest" and config.generate is not None:
         raise ConfigError(
@@ -143,9 +156,6 @@ def require_consistent(config: Config, until: Stage) -> None:
         require_bitsandbytes(config.model.quantization)
     if last >= STAGES.index("train"):
         require_torchao(config.train.optimizer)
-        require_trackers(config)
-    if until == "publish":
-        require_push(config)
     if config.generate is not None:
         require_vllm("generate")
         require_reward(config.generate.reward)

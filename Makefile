@@ -16,7 +16,10 @@ TRL_PIP := $(TRL_VENV)/bin/python $(PIP_OPTIONS)
 # The project with the libraries of extras that its own environment does without.
 LM_EVAL_VENV ?= .venv-lm-eval
 LM_EVAL_READY := $(LM_EVAL_VENV)/.ready
-LM_EVAL_PIP := $(LM_EVAL_VENV)/bin/python $(PIP_OPTIONS)
+MLFLOW_VENV ?= .venv-mlflow
+MLFLOW_READY := $(MLFLOW_VENV)/.ready
+WANDB_VENV ?= .venv-wandb
+WANDB_READY := $(WANDB_VENV)/.ready
 # Orchestrators live apart, without the project: they start it as a process.
 DAGSTER_VENV ?= .venv-dagster
 DAGSTER_READY := $(DAGSTER_VENV)/.ready
@@ -47,7 +50,7 @@ SELECTED ?= -m "not long and not chaos"
 MEASURED := $(CURDIR)/.coverage-data
 COVERED := DPO_RAY_COVERAGE=$(MEASURED)/.coverage PYTHONPATH=$(CURDIR)/tests/every_process$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test test-all test-integrations test-lm-eval test-trl test-dagster test-airflow test-browser chaos kills lint style types tests docs docs-site test-docs env bench clean
+.PHONY: demo test test-all test-integrations test-lm-eval test-trl test-dagster test-airflow test-mlflow test-wandb test-browser chaos kills lint style types tests docs docs-site test-docs env bench clean
 
 # PyTorch's CPU build into the environment whose pip is $(1): from where pip looks, or else from PyTorch's own index.
 define install_torch
@@ -61,6 +64,17 @@ endef
 define install_orchestrator
 $(PYTHON) -m venv $(1)
 $(1)/bin/python $(PIP_OPTIONS) install --no-deps -r $(2)
+endef
+
+# An environment $(1) of the project, with the pinned packages of $(2) on top of its own.
+define install_with
+$(call require_python,test-integrations)
+$(PYTHON) -m venv $(1)
+@echo "Installing PyTorch (CPU build), the project's pinned packages, then those of $(2): some minutes the first time."
+$(call install_torch,$(1)/bin/python $(PIP_OPTIONS),test-integrations)
+$(1)/bin/python $(PIP_OPTIONS) install --no-deps -r requirements-cpu.txt
+$(1)/bin/python $(PIP_OPTIONS) install --no-deps -r $(2)
+$(1)/bin/python $(PIP_OPTIONS) install --no-deps --no-build-isolation --editable .
 endef
 
 demo: $(READY)
@@ -77,7 +91,7 @@ test-all: test
 tests: $(READY)
 	$(COVERED) $(PYTEST) $(SELECTED)
 
-test-integrations: test-lm-eval test-trl test-dagster test-airflow test-docs test-browser
+test-integrations: test-lm-eval test-trl test-dagster test-airflow test-mlflow test-wandb test-docs test-browser
 
 test-lm-eval: $(LM_EVAL_READY)
 	$(LM_EVAL_VENV)/bin/python -m pytest -m integration tests/integrations/test_lm_eval.py
@@ -96,6 +110,12 @@ test-airflow: $(READY) $(AIRFLOW_READY)
 test-docs: $(READY) $(DOCS_READY)
 	DPO_RAY_DOCS_PYTHON=$(abspath $(DOCS_VENV))/bin/python \
 	  $(BIN)/python -m pytest -m integration tests/integrations/test_docs_site.py
+
+test-mlflow: $(MLFLOW_READY)
+	$(MLFLOW_VENV)/bin/python -m pytest -m integration tests/integrations/test_mlflow.py
+
+test-wandb: $(WANDB_READY)
+	$(WANDB_VENV)/bin/python -m pytest -m integration tests/integrations/test_wandb.py
 
 test-browser: $(READY) $(BROWSER_READY)
 	PYTHONPATH=$(abspath $(BROWSER_PACKAGES)) \
@@ -158,14 +178,16 @@ $(TRL_READY): benchmarks/requirements-trl.txt | $(READY)
 	touch $(TRL_READY)
 
 $(LM_EVAL_READY): requirements-cpu.txt requirements-lm-eval.txt pyproject.toml
-	$(call require_python,test-integrations)
-	$(PYTHON) -m venv $(LM_EVAL_VENV)
-	@echo "Installing PyTorch (CPU build), the project's pinned packages, then lm-evaluation-harness: some minutes the first time."
-	$(call install_torch,$(LM_EVAL_PIP),test-integrations)
-	$(LM_EVAL_PIP) install --no-deps -r requirements-cpu.txt
-	$(LM_EVAL_PIP) install --no-deps -r requirements-lm-eval.txt
-	$(LM_EVAL_PIP) install --no-deps --no-build-isolation --editable .
+	$(call install_with,$(LM_EVAL_VENV),requirements-lm-eval.txt)
 	touch $(LM_EVAL_READY)
+
+$(MLFLOW_READY): requirements-cpu.txt requirements-mlflow.txt pyproject.toml
+	$(call install_with,$(MLFLOW_VENV),requirements-mlflow.txt)
+	touch $(MLFLOW_READY)
+
+$(WANDB_READY): requirements-cpu.txt requirements-wandb.txt pyproject.toml
+	$(call install_with,$(WANDB_VENV),requirements-wandb.txt)
+	touch $(WANDB_READY)
 
 # After $(READY), which refuses a Python that is not supported.
 $(DAGSTER_READY): requirements-dagster.txt | $(READY)
@@ -187,6 +209,6 @@ $(BROWSER_READY): requirements-browser.txt | $(READY)
 	touch $(BROWSER_READY)
 
 clean:
-	rm -rf $(VENV) $(TRL_VENV) $(LM_EVAL_VENV) $(DAGSTER_VENV) $(AIRFLOW_VENV) $(DOCS_VENV) $(BROWSER_PACKAGES)
+	rm -rf $(VENV) $(TRL_VENV) $(LM_EVAL_VENV) $(MLFLOW_VENV) $(WANDB_VENV) $(DAGSTER_VENV) $(AIRFLOW_VENV) $(DOCS_VENV) $(BROWSER_PACKAGES)
 	rm -rf site
 	rm -rf $(MEASURED) .coverage .pytest_cache .ruff_cache .mypy_cache

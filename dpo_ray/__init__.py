@@ -17,6 +17,7 @@ losses         formulas, and what they are given
 model          the model's folder, and its forward pass down to token log-probs
 evaluation     margins, win rates, agreement of engines, the gate, the model card
 report         the pages that tell people of a run, a sweep or rounds
+tracking       experiment trackers, and the stream of metrics that they are given
 scoring        what gives completions their scores, and models theirs on tasks, and what each source is known by
 shards         what a stage does with one shard
 training       the trainer: the plan of the steps, a step, the loop, checkpoints

@@ -19,6 +19,7 @@ from pipelines.ingest import ingest
 from pipelines.publish import publish
 from pipelines.reference import reference
 from pipelines.tokenize import tokenize
+from pipelines.tracking import tell_evaluation
 from pipelines.train import train
 
 
@@ -50,6 +51,7 @@ def align(context: RunContext, until: Stage = "publish") -> None:
     if until == "train":
         return
     evaluation = measure()
+    tell_evaluation(context, policy, evaluation.manifest.metrics)
     if until == "publish":
         publish(context, policy, evaluation, measure)
 

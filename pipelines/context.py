@@ -23,6 +23,7 @@ from dpo_ray.storage.artifact import Artifact, library_versions
 from dpo_ray.storage.claim import kept_fresh
 from dpo_ray.storage.lineage import SourceFile
 from dpo_ray.storage.location import Location
+from dpo_ray.tracking.fan import Fan
 from pipelines import require_run_id
 from pipelines.cost import cost_of
 from pipelines.live import Live
@@ -63,6 +64,8 @@ class RunContext:
     live: Live = field(default_factory=Live)
     """What it is at, for who looks from outside."""
     began: datetime = field(default_factory=lambda: datetime.now(UTC))
+    trackers: Fan | None = None
+    """Those that follow the run; None: none does."""
     variant: str = ""
     """Which of several ways of doing the stages this is, where there are several."""
 
@@ -123,6 +126,9 @@ class RunContext:
 
     def write_summary(self, exit_code: int, reasons: list[str]) -> dict[str, Any]:
         """Write summary.json; readers see the whole of it or none."""
+        if self.trackers is not None:
+            self.trackers.settle()
+            self.results["trackers"] = self.trackers.figures()
         seconds = (datetime.now(UTC) - self.began).total_seconds()
         summary = {
             "run_id": self.run_id,
@@ -130,7 +136,7 @@ class RunContext:
             "began": f"{self.began:%Y-%m-%dT%H:%M:%SZ}",
             "seconds": round(seconds, 1),
             "cost": cost_of(self.stages, seconds, self._trials()),
-            "command": self._command(),
+            "command": self.command_line(),
             "versions": library_versions(),
             "stages": self.stages,
             "published": None,
@@ -141,7 +147,8 @@ class RunContext:
         (self.folder / STAGES_SO_FAR).remove()
         return summary
 
-    def _command(self) -> str:
+    def command_line(self) -> str:
+        """What does the same again."""
         name, *options = self.command
         return shlex.join(["dpo-ray", name, (self.folder / "config.yaml").uri, *options])
 

@@ -25,6 +25,7 @@ from pipelines.publish import publish
 from pipelines.reference import reference
 from pipelines.report import write_report
 from pipelines.tokenize import tokenize
+from pipelines.tracking import tell_evaluation, tell_history
 from pipelines.train import train
 
 STAGE = "iterate"
@@ -74,6 +75,8 @@ def iterate(context: RunContext) -> None:
     tell_measured(context, best.evaluation)
     context.results["train"] = best.policy.manifest.metrics
     best.policy.file(HISTORY).copy_to(context.folder / HISTORY)
+    tell_history(context.trackers, "", best.policy)
+    tell_evaluation(context, best.policy, best.evaluation.manifest.metrics)
     publish(context, best.policy, best.evaluation, best.measure)
 
 

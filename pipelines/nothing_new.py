@@ -13,6 +13,7 @@ from pipelines.align import train_and_measure
 from pipelines.context import RunContext
 from pipelines.live import Live
 from pipelines.publish import STAGE, stays, tell_published
+from pipelines.push import push
 from pipelines.start import start_of_published, starting_model
 from pipelines.trace import keep_lineage
 
@@ -56,6 +57,8 @@ def _is_published(context: RunContext, start: Model, standing: Move) -> bool:
     context.results.update(probe.results)
     context.results["published"] = version.uri
     context.results["nothing_new"] = {"version": standing.version, "published": standing.published}
+    if standing.version == version.name:
+        push(context, version)
     moved = f", by {standing.action} of {standing.by}" if standing.action != "publish" else ""
     say(
         STAGE,

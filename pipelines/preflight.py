@@ -39,6 +39,9 @@ def checks(config: Config, until: Stage = "publish") -> Iterator[tuple[str, Call
             yield "start", partial(_require_start, config)
         if config.train.router_aux_loss:
             yield "routers", partial(_require_routers, config)
+        yield "trackers", partial(_require_trackers, config)
+    if until == "publish" and config.publish.push_to_hub is not None:
+        yield "hub", partial(_require_push, config)
     if config.evaluate.tasks is not None and STAGES.index(until) >= STAGES.index("evaluate"):
         yield "tasks", partial(_require_tasks, config)
 
@@ -91,6 +94,18 @@ def _require_routers(config: Config) -> None:
     folder = ModelFolder.of(config.model)
     model = AutoConfig.from_pretrained(folder.description, trust_remote_code=folder.trust_remote_code)
     require_routers(config.train.router_aux_loss, model)
+
+
+def _require_trackers(config: Config) -> None:
+    from dpo_ray.tracking.chosen import require_trackers
+
+    require_trackers(config)
+
+
+def _require_push(config: Config) -> None:
+    from pipelines.push import require_push
+
+    require_push(config)
 
 
 def _require_tasks(config: Config) -> None:

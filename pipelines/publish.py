@@ -11,8 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from dpo_ray.config import Model
 from dpo_ray.errors import GateFailed
-from dpo_ray.evaluation.card import model_card
+from dpo_ray.evaluation.card import licence_of, model_card
 from dpo_ray.evaluation.gate import failed_conditions
 from dpo_ray.model.folders import HASHES
 from dpo_ray.on_ray.metrics import GATE_MEASURE, GATE_PASSED, PUBLISHED, Work, take_up, tell
@@ -32,7 +33,9 @@ from dpo_ray.storage.published import (
 )
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
+from pipelines.push import push
 from pipelines.trace import keep_lineage
+from pipelines.tracking import tell_model
 
 STAGE = "publish"
 _COPIES = 8  # at once
@@ -85,6 +88,7 @@ def _publish(context: RunContext, policy: Artifact, evaluation: Artifact, lease:
     reasons = failed_conditions(context.config.publish.gate, evaluation.manifest.metrics)
     _tell_gate(evaluation.manifest.metrics, passed=not reasons)
     if reasons:
+        tell_model(context, policy, policy.location / MODEL_FOLDER, "candidate")
         raise GateFailed(
             f"Nothing was published, for the gate does not hold: {'; '.join(reasons)}. The trained model is in "
             f"{policy.location / MODEL_FOLDER}. Train on more or better pairs, or change publish.gate knowingly."
@@ -102,12 +106,15 @@ def _publish(context: RunContext, policy: Artifact, evaluation: Artifact, lease:
             f"{version} was published before, and the latest stays {standing.version}: {standing.action} by "
             f"{standing.by}. `dpo-ray promote` moves it.",
         )
+        tell_model(context, policy, version, None)
         return version
     data = {"policy": policy.fingerprint, **policy.manifest.inputs, "evaluation": evaluation.fingerprint}
     lease.require()
     made = move(folder, version.name, action="publish", why="it passed its gate", run_id=context.run_id, data=data)
     tell_published(made)
+    tell_model(context, policy, version, "champion")
     say(STAGE, f"published {version}")
+    push(context, version)
     return version
 
 
@@ -141,7 +148,15 @@ def stays(version: Location, standing: Move) -> bool:
 def _copy_model(context: RunContext, policy: Artifact, evaluation: Artifact, version: Location) -> None:
     start = context.models.get(policy.fingerprint, context.config.model)
     measured = evaluation.manifest.metrics
-    card = model_card(context.config, context.run_id, policy.manifest.metrics, measured, started_from=start.path)
+    card = model_card(
+        context.config,
+        context.run_id,
+        policy.manifest.metrics,
+        measured,
+        started_from=start.path,
+        licence=_licence(context.config.model),
+        num_pairs=policy.manifest.counters.get("kept"),
+    )
     if not version.is_local:
         # No folder can be renamed there: the card, whose presence makes a version complete, is written last.
         _copy_files(policy, version)
@@ -158,6 +173,12 @@ def _copy_model(context: RunContext, policy: Artifact, evaluation: Artifact, ver
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _licence(model: Model) -> str | None:
+    """As the card of the model's folder names it, where that is on this machine."""
+    folder = Path(model.path)
+    return licence_of(folder) if folder.is_dir() else None
 
 
 def _copy_files(policy: Artifact, target: Location) -> None:

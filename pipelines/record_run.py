@@ -74,6 +74,7 @@ def _record(config: Config, work: Work, run_id: str | None, looking: Looking, en
     from pipelines.context import RunContext
     from pipelines.live import told_live
     from pipelines.report import write_report
+    from pipelines.tracking import begin_tracking, end_tracking
 
     context = RunContext.start(config, run_id)
     context.command = work.command
@@ -88,6 +89,7 @@ def _record(config: Config, work: Work, run_id: str | None, looking: Looking, en
                     from pipelines.needs import check_cluster
 
                     check_cluster(config, context.output, work.plan)
+                begin_tracking(context, work.plan)
                 work.do(context)
         count(RUNS, outcome="ok")
     except BaseException as error:
@@ -96,11 +98,13 @@ def _record(config: Config, work: Work, run_id: str | None, looking: Looking, en
         reason = str(error) if isinstance(error, DpoRayError) else f"{type(error).__name__}: {error}"
         ended.summary = summary = context.write_summary(code, [reason])
         write_report(context, summary)
+        end_tracking(context, "stopped" if _outcome(error) == "stopped" else "failed")
         raise
     finally:
         disconnect()
     ended.summary = summary = context.write_summary(0, [])
     write_report(context, summary)
+    end_tracking(context, "finished")
     return Done(context, summary)
 
 

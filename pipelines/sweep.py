@@ -24,12 +24,14 @@ from pipelines.align import Prepared, tokenized_preferences, with_reference
 from pipelines.context import RunContext
 from pipelines.evaluate import evaluate
 from pipelines.publish import publish
+from pipelines.tracking import tell_evaluation, tell_history
 from tuning.live import status_table
 from tuning.preparations import differences, preparation_key, preparations
 from tuning.records import Trial
 from tuning.report import sweep_sections
 from tuning.results import Ranked, described, measured_line, results_table, shown_values
 from tuning.sweep import STAGE, Outcome, Sweep
+from tuning.tracked import TrackedTrials
 
 BEST = "best.yaml"
 RESULTS = "results.parquet"
@@ -54,7 +56,8 @@ def sweep(context: RunContext) -> None:
         context.live.trials = status_table(search.tune, trials, most=_WATCHED)
         context.table(status_table(search.tune, trials))
 
-    search = Sweep(context.output, config, rows, indices, show)
+    tracked = TrackedTrials(context.trackers, context.run_id) if context.trackers is not None else None
+    search = Sweep(context.output, config, rows, indices, show, tracked)
     context.begins(STAGE)
     context.live.begins(STAGE)
     with hold(
@@ -66,7 +69,11 @@ def sweep(context: RunContext) -> None:
         tell=lambda line: say(STAGE, line),
     ) as lease:
         search.records.load()  # what another run has written while this one waited
-        outcome = search.run()
+        try:
+            outcome = search.run()
+        finally:
+            if tracked is not None:
+                tracked.close()
         lease.require()
     context.table([])
     (context.folder / RESULTS).write_bytes(results_table(search.tune, [*outcome.trials, *outcome.repeats]))
@@ -162,8 +169,10 @@ def _judge(context: RunContext, prepared: Prepared, chosen: Config, outcome: Out
         mine.models[policy.fingerprint] = chosen.model
         context.results["train"] = policy.manifest.metrics
         policy.file(HISTORY).copy_to(context.folder / HISTORY)
+        tell_history(context.trackers, "", policy)
         measure = partial(evaluate, mine, prepared.pairs, prepared.rows, prepared.calibration, policy)
         evaluation = measure()
+        tell_evaluation(context, policy, evaluation.manifest.metrics)
         final |= {name: evaluation.manifest.metrics[name] for name in ("accuracy", "win_rate")}
         publish(mine, policy, evaluation, measure)
         final["published"] = context.results["published"]

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from dpo_ray.config import Model
-from dpo_ray.on_ray.trainer import Steering, train_policy
+from dpo_ray.on_ray.trainer import Steering, train_location, train_policy
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
+from dpo_ray.tracking.fan import flat
+from dpo_ray.tracking.tracker import Opening
 from dpo_ray.training.files import HISTORY, KIND
 from pipelines.context import RunContext
 from pipelines.live import TRAINING
 from pipelines.start import starting_model
+from pipelines.tracking import followed, tell_history
 
 
 def train(context: RunContext, rows: Artifact, start: Model | None = None) -> Artifact:
@@ -29,7 +32,17 @@ def train(context: RunContext, rows: Artifact, start: Model | None = None) -> Ar
             say(KIND, f"train.start=published: training starts from {start.path}{none_yet}")
     config = context.config.model_copy(update={"model": start})
     steering = Steering(told_to=context.folder / TRAINING)
-    policy = context.stage("train", lambda: train_policy(context.output, config, rows, steering, run_id=context.run_id))
+    whose = context.variant
+    if context.trackers is not None:
+        name = f"{context.run_id}, {whose}" if whose else context.run_id
+        context.trackers.open(Opening(whose, name, flat(config.model_dump(mode="json"))))
+    with followed(context.trackers, whose, train_location(context.output, config, rows)):
+        policy = context.stage(
+            "train", lambda: train_policy(context.output, config, rows, steering, run_id=context.run_id)
+        )
+    tell_history(context.trackers, whose, policy)
+    if context.trackers is not None and whose:
+        context.trackers.end(whose, "finished")
     context.models[policy.fingerprint] = start
     metrics: dict[str, Any] = policy.manifest.metrics
     context.results["train"] = metrics | {"started_from": start.path}

@@ -16,6 +16,7 @@ from dpo_ray.on_ray.trainer import tokens_per_microbatch, tokens_per_second, tra
 from dpo_ray.progress import Progress, say
 from dpo_ray.storage.artifact import MANIFEST, Artifact, digest
 from dpo_ray.storage.location import Location
+from dpo_ray.tracking.tracker import State
 from dpo_ray.training.index import PlanIndex
 from tuning.estimate import estimate_lines, load_of
 from tuning.live import status_note
@@ -34,10 +35,13 @@ from tuning.records import Evaluation, Records, Trial, identity
 from tuning.results import Ranked, described, measured_line, ranked
 from tuning.space import Point, extreme_configs, trial_config
 from tuning.suggestions import next_point, num_trials
+from tuning.tracked import TrackedTrials
 from tuning.trial import Ended, Work
 
 STAGE = "sweep"
 
+_STATES: dict[str, State] = {"finished": "finished", "stopped": "stopped"}
+"""Of trials that have ended, as trackers have them; the others have failed."""
 _DRAWS = 100  # of a point that is none of those before
 _EVALUATIONS = 4  # of a trial, where the configuration does not say how often
 
@@ -63,6 +67,7 @@ class Sweep:
         rows: key of a preparation (tuning.space) → what its trials train on.
         indices: the same keys → the index of their training pairs, and of the held-out ones that trials are ranked on.
         show: called with all trials whenever one has come further.
+        tracked: told of each trial that begins or ends, for the trackers.
     """
 
     def __init__(
@@ -72,10 +77,11 @@ class Sweep:
         rows: Mapping[str, Artifact],
         indices: Mapping[str, tuple[PlanIndex, PlanIndex]],
         show: Callable[[Sequence[Trial]], None],
+        tracked: TrackedTrials | None = None,
     ) -> None:
         assert config.tune is not None
         self.output, self.config, self.tune = output, config, config.tune
-        self.rows, self.indices, self.show = rows, indices, show
+        self.rows, self.indices, self.show, self.tracked = rows, indices, show, tracked
         weights = {ModelFolder.of(one.model).weights_hash() for one in preparations(config).values()}
         self.records = Records.of(output, identity(config, {made.fingerprint for made in rows.values()}, weights))
         self.num_trials = num_trials(self.tune)
@@ -292,6 +298,12 @@ class Sweep:
             # Who makes it again, another run or this one when it is widened, owns it then.
             self.records.write(trial.model_copy(update={"was_trained": False}))
 
+    def track(self, trial: Trial) -> None:
+        """Have the trackers follow a trial that begins."""
+        location = self._train_location(trial)
+        if self.tracked is not None and location is not None:
+            self.tracked.begins(trial.name, self.config_of(trial), location)
+
     def _train_location(self, trial: Trial) -> Location | None:
         try:
             config = self.config_of(trial)
@@ -339,6 +351,7 @@ class _Watch(Listener):
         self._before[name] = trial.seconds
         goes_on = f", goes on after step {trial.step}" if trial.step else ""
         trial.state, trial.reason = "training", None
+        self._sweep.track(trial)
         self._changed(trial, f"{described(self._sweep.tune, trial)}{goes_on}")
 
     def evaluated(self, name: str, evaluation: Evaluation, seconds: float) -> None:
@@ -378,6 +391,8 @@ class _Watch(Listener):
     def _changed(self, trial: Trial, text: str | None = None, *, ended: bool = False) -> None:
         sweep = self._sweep
         sweep.records.write(trial)
+        if ended and sweep.tracked is not None:
+            sweep.tracked.ended(trial.name, _STATES.get(trial.state, "failed"))
         if text is not None:
             seed = f", seed {trial.seed}" if trial.seed != sweep.config.run.seed else ""
             say(STAGE, f"trial {trial.number}{seed}: {text}")

@@ -10,8 +10,10 @@ from dpo_ray.config.iterate import Iterate
 from dpo_ray.config.load import dump_config, load_config, overridden, parse_config
 from dpo_ray.config.pairing import CandidatePairing, Pairing
 from dpo_ray.config.placement import NodeChoice, Placement
+from dpo_ray.config.push import PushToHub
 from dpo_ray.config.reward import Dtype, Endpoint, ImplicitReward, Judge, Reward, RewardModel, Rule, Source
 from dpo_ray.config.sources import DataSource, Paths
+from dpo_ray.config.track import MLflow, Track, WandB
 from dpo_ray.config.tree import (
     BASE_MODEL,
     VLLM,
@@ -66,6 +68,7 @@ __all__ = [
     "LongCompletions",
     "LongPrompts",
     "LossTurns",
+    "MLflow",
     "Metric",
     "Model",
     "NodeChoice",
@@ -74,6 +77,7 @@ __all__ = [
     "Paths",
     "Placement",
     "Publish",
+    "PushToHub",
     "Quantization",
     "Reference",
     "Reward",
@@ -85,8 +89,10 @@ __all__ = [
     "Sharding",
     "Source",
     "Tasks",
+    "Track",
     "Train",
     "Tune",
+    "WandB",
     "WinRate",
     "backend",
     "dump_config",

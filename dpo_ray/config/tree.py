@@ -18,11 +18,13 @@ from dpo_ray.config.iterate import Iterate
 from dpo_ray.config.losses import Judged, Loss, SigmoidLoss, losses_using
 from dpo_ray.config.pairing import CandidatePairing, Pairing
 from dpo_ray.config.placement import Placement
+from dpo_ray.config.push import PushToHub
 from dpo_ray.config.report import Report
 from dpo_ray.config.reward import Dtype, Reward, Rule
 from dpo_ray.config.section import Section
 from dpo_ray.config.sources import DataSource, Paths, TrainData, require_a_mixture
 from dpo_ray.config.tolerance import Tolerance
+from dpo_ray.config.track import Track
 from dpo_ray.config.tune import Tune
 from dpo_ray.errors import ConfigError
 from dpo_ray.formats.registry import AUTO, formats
@@ -878,6 +880,8 @@ class Publish(Section):
 
     gate: Gate = Gate()
     """What a model must show before it is published."""
+    push_to_hub: PushToHub | None = None
+    """Where on the Hugging Face Hub it goes then; left out: nowhere."""
 
 
 class Config(Section):
@@ -895,6 +899,8 @@ class Config(Section):
     publish: Publish = Publish()
     report: Report = Report()
     """What the pages of a run hold."""
+    track: Track = Track()
+    """Which experiment trackers follow a run."""
     tune: Tune | None = None
     """The search of `dpo-ray sweep`."""
     iterate: Iterate | None = None

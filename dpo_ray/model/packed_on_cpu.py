@@ -123,8 +123,8 @@ class _Packed(torch.autograd.Function):
         plan = calls(segments, window)
         done = []
         for rows in plan.rows:
-            out = cpu_attention.attend(*(_taken(x, rows) for x in (query, key, value)), rows.sees, scale)
-            done.append(_flat(out))
+            q, k, v = (_taken(x, rows) for x in (query, key, value))
+            done.append(_flat(cpu_attention.attend(q, k, v, rows.sees, scale)))
         for segment in plan.long:
             of_chosen = (
                 x[:, :, segment.start : segment.start + segment.shared + segment.chosen] for x in (query, key, value)
@@ -146,7 +146,8 @@ class _Packed(torch.autograd.Function):
         done: tuple[list[Tensor], ...] = [], [], []
         for rows in plan.rows:
             # Of what is behind a pair some gradient comes, which `order` leaves out; its own keys see none of the pair.
-            found = cpu_attention.gradients(*(_taken(x, rows) for x in given), rows.sees, scale, _taken(d_out, rows))
+            q, k, v = (_taken(x, rows) for x in given)
+            found = cpu_attention.gradients(q, k, v, rows.sees, scale, _taken(d_out, rows))
             for one, gradient in zip(done, found, strict=True):
                 one.append(_flat(gradient))
         for segment in plan.long:
@@ -159,10 +160,9 @@ class _Packed(torch.autograd.Function):
                 one.append(gradient[0])
             if segment.rejected == 0:
                 continue
-            of_rejected = _rejected(query, key, value, segment, window)
-            sees = _bottom_right(*of_rejected[:2], window)
+            q, k, v = _rejected(query, key, value, segment, window)
             upstream = d_out[:, :, cut : cut + segment.rejected]
-            d_query, *d_others = cpu_attention.gradients(*of_rejected, sees, scale, upstream)
+            d_query, *d_others = cpu_attention.gradients(q, k, v, _bottom_right(q, k, window), scale, upstream)
             done[0].append(d_query[0])
             for one, before, gradient in zip(done[1:], of_chosen[1:], d_others, strict=True):
                 of_shared = gradient.shape[2] - segment.rejected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,12 @@ from dpo_ray.on_ray.metrics import (
     tell,
     tell_progress,
 )
+from dpo_ray.tracking.steps import StepWriter
 from dpo_ray.training.files import KIND, SKIPPED
 
 if TYPE_CHECKING:
+    from dpo_ray.config import Train
+    from dpo_ray.storage.location import Location
     from dpo_ray.training.parallel import Rank
 
 _OF_PAIRS = {LOSS: "loss", MARGIN: "rewards/margins", ACCURACY: "rewards/accuracies"}
@@ -58,3 +62,30 @@ class StepMetrics:
             for measure, name in _OF_PAIRS.items():
                 if before + name in metrics:
                     tell(measure, metrics[before + name], trial=self.trial, pairs=pairs)
+
+
+class ToldSteps:
+    """Tells the steps that metrics.jsonl will have to who follows the training, and all of them to another.
+
+    Args:
+        also: called alike.
+    """
+
+    def __init__(
+        self, folder: Location, options: Train, num_steps: int, also: Callable[[dict[str, Any], int], None]
+    ) -> None:
+        self._writer = StepWriter(folder)
+        self._options = options
+        self._num_steps = num_steps
+        self._also = also
+
+    def __call__(self, metrics: dict[str, Any], num_tokens: int) -> None:
+        self._also(metrics, num_tokens)
+        step, options = metrics["step"], self._options
+        is_due = any(step % every == 0 for every in (options.log_every_steps, options.checkpoint_every_steps))
+        if is_due or "eval_loss" in metrics or SKIPPED in metrics or step == self._num_steps:
+            self._writer.add(metrics)
+
+    def close(self) -> None:
+        """After the last one."""
+        self._writer.close()

@@ -69,6 +69,8 @@ class TrainJob:
     """run.name, for the metrics."""
     told_to: Location | None
     """The file that says how the training stands; None: nobody reads it."""
+    steps: Location | None
+    """Where metrics are told while it trains; None: nobody follows."""
 
 
 def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
@@ -89,7 +91,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
     import ray.train.torch
     import torch
 
-    from dpo_ray.on_ray.train_metrics import StepMetrics
+    from dpo_ray.on_ray.train_metrics import StepMetrics, ToldSteps
     from dpo_ray.training.loop import train
     from dpo_ray.training.memory import worker_memory
     from dpo_ray.training.parallel import Rank
@@ -112,10 +114,11 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
         say(KIND, f"going on from {resume.name}, after step {step}, with {me.world_size} workers")
         count(RETRIES, artifact=KIND)
     metrics_of = StepMetrics(me, job.num_steps, job.whose or "")
+    steps = ToldSteps(job.steps, options, job.num_steps, metrics_of) if job.steps is not None and me.rank == 0 else None
     so_far = TrainingSoFar(job.num_steps, me.world_size, _before(resume, me), _gpu_memory(me))
 
     def told(metrics: dict[str, Any], num_tokens: int) -> None:
-        metrics_of(metrics, num_tokens)
+        (steps or metrics_of)(metrics, num_tokens)
         so_far(metrics)
 
     try:
@@ -147,6 +150,9 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
         return error
     except (NonFiniteLoss, DataError, ConfigError) as error:
         return error
+    finally:
+        if steps is not None:
+            steps.close()
     return None
 
 

@@ -28,6 +28,7 @@ from dpo_ray.storage.claim import claim
 from dpo_ray.storage.finished import about_to_compute
 from dpo_ray.storage.lease import Lease, WhenBusy, hold
 from dpo_ray.storage.location import Location
+from dpo_ray.tracking.steps import steps_folder
 from dpo_ray.training.files import HISTORY, KIND, MODEL_FOLDER, exported_files, num_skipped
 from dpo_ray.training.index import PlanIndex, index_in_use
 from dpo_ray.training.longest import LongestPair, LongestPairs
@@ -241,6 +242,7 @@ def _run(
                 whose=steering.whose,
                 name=config.run.name,
                 told_to=steering.told_to,
+                steps=steps_folder(location) if config.track.any else None,
                 fallback=fallback,
             )
         },

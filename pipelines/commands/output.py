@@ -73,12 +73,14 @@ def _move(output: str, name: str, command: str, move: Callable[[Location], Move]
     """Move the pointer of a name while nobody else does."""
     from dpo_ray.storage.location import Location
     from dpo_ray.storage.published import published_folder, require_any
+    from dpo_ray.tracking.registry import follow_move
     from pipelines.publish import name_lease
 
     place = Location.of(output)
     require_any(published_folder(place, name))
     with name_lease(place, name, command):
         made = move(place)
+        follow_move(published_folder(place, name), made.version, lambda line: typer.echo(line, err=True))
     typer.echo(f"The latest version is {made.version} (before: {made.previous or 'none'}): {made.path}")
 
 

@@ -21,6 +21,8 @@ MODULE_OF = {
     "pydantic-core": "pydantic_core",
     "typing-extensions": "typing_extensions",
     "vl-convert-python": "vl_convert",
+    "tensorboardx": "tensorboardX",
+    "mlflow-skinny": "mlflow",
 }
 EXAMPLES = sorted((ROOT / "cluster" / "orchestrators").glob("*.py"))
 """They are copied to other environments, and run there."""
@@ -47,7 +49,8 @@ def test_what_is_imported_is_declared_and_the_other_way_round():
     sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if path not in EXAMPLES]
     imported = set().union(*map(imported_tops, sources)) - set(sys.stdlib_module_names) - set(PACKAGES)
     extras = PROJECT["optional-dependencies"]
-    required = [*PROJECT["dependencies"], *extras["judge"], *extras["language"], *extras["tasks"], *extras["memory"]]
+    used = ("judge", "language", "tasks", "memory", "mlflow", "wandb")
+    required = [*PROJECT["dependencies"], *(requirement for extra in used for requirement in extras[extra])]
     declared = {distribution(requirement) for requirement in required}
     # vLLM comes by an extra, its build chosen by the machine.
     assert imported - {"vllm"} == {MODULE_OF.get(name, name) for name in declared}
@@ -74,6 +77,16 @@ def test_the_harness_is_pinned_on_top_of_the_cpu_environment():
     assert not {name.lower() for name in added} & {name.lower() for name in own}, "versions are the project's own"
     # They come as CUDA builds, which break `import transformers`.
     assert not {"torch", "torchvision", "torchaudio", "torchcodec"} & added.keys()
+
+
+@pytest.mark.parametrize(("name", "extra"), [("mlflow", "mlflow"), ("wandb", "wandb")])
+def test_trackers_are_pinned_on_top_of_the_cpu_environment(name: str, extra: str):
+    added = {name.lower().replace("_", "-"): version for name, version in pins(f"requirements-{name}.txt").items()}
+    own = {name.lower().replace("_", "-") for name in pins("requirements-cpu.txt")}
+    [wanted] = PROJECT["optional-dependencies"][extra]
+    assert Version(added[distribution(wanted)]) in Requirement(wanted).specifier
+    # MLflow asks for another version of this one than the project's own environment has.
+    assert added.keys() & own <= {"cachetools"}
 
 
 @pytest.mark.parametrize("name", ["dagster", "airflow"])

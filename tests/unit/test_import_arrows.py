@@ -76,12 +76,13 @@ ROOMS = {
     "model": {"bins", "config", "errors", "pairs", "progress", "storage"},
     "evaluation": {"config", "errors", "estimates", "histogram", "losses", "pairs", "storage"},
     "report": {"config", "errors", "evaluation"},
+    "tracking": {"config", "errors", "progress", "storage"},
     "scoring": {"config", "data", "errors", "model", "origin", "pairs", "storage"},
     "shards": {"bins", "config", "data", "errors", "evaluation", "formats", "model", "pairs", "scoring", "storage"},
     "training": {"bins", "config", "data", "errors", "losses", "model", "pairs", "progress", "storage"},
     "on_ray": {
         "bins", "config", "data", "errors", "evaluation", "losses", "model", "origin", "pairs", "progress",
-        "scoring", "shards", "storage", "training",
+        "scoring", "shards", "storage", "tracking", "training",
     },
     "api": {"config", "errors", "model"},
 }  # fmt: skip

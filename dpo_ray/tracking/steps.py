@@ -1,0 +1,112 @@
+"""The metrics of a training's steps, brought from its worker to whoever follows it while it trains.
+
+They lie in a folder that both see, in files of some hundred lines as metrics.jsonl has them, one after the other:
+000000.jsonl, 000001.jsonl, … Object stores append to nothing, so the last file is written anew as it grows. A worker
+begins with a file of its own, and tells steps again that it makes again: who follows goes by their numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_ray.progress import say
+from dpo_ray.storage.location import Location
+
+_LINES = 500
+_PAUSE_S = 2.0
+_PAUSE_OF_STORES_S = 10.0
+
+
+def steps_folder(training: Location) -> Location:
+    """Where they are while a training is not finished.
+
+    Args:
+        training: where its artifact lies.
+    """
+    return training / "checkpoints" / "steps"  # which is removed when it is finished
+
+
+class StepWriter:
+    """Written by a thread: a worker never waits for it.
+
+    Args:
+        pause: seconds between two writes; None: 2, or 10 to an object store.
+    """
+
+    def __init__(self, folder: Location, pause: float | None = None) -> None:
+        self._folder = folder
+        self._pause = pause if pause is not None else _PAUSE_S if folder.is_local else _PAUSE_OF_STORES_S
+        self._lines: list[str] = []
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="steps", daemon=True)
+        self._thread.start()
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """Tell of a step."""
+        line = json.dumps(metrics)
+        with self._lock:
+            self._lines.append(line)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._write_all()
+        except Exception as error:  # the training goes on, and who follows it has its metrics at the end
+            say("train", f"{self._folder}: metrics cannot be told while the training runs ({error})")
+
+    def _write_all(self) -> None:
+        number = _next_number(self._folder)
+        written: list[str] = []
+        while True:
+            is_last = self._closing.wait(self._pause)
+            with self._lock:
+                new, self._lines = self._lines, []
+            while new:
+                room = _LINES - len(written)
+                written, new = written + new[:room], new[room:]
+                _file(self._folder, number).write_bytes("".join(f"{line}\n" for line in written).encode())
+                if len(written) == _LINES:
+                    number, written = number + 1, []
+            if is_last:
+                return
+
+
+class StepReader:
+    """Reads what was told, each line once."""
+
+    def __init__(self, folder: Location) -> None:
+        self._folder = folder
+        self._number = 0
+        self._read = 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """What has been told since the last time, in order."""
+        found: list[dict[str, Any]] = []
+        while True:
+            # Asked before the file is read: who has begun the next one has written this one to its end.
+            has_next = _file(self._folder, self._number + 1).exists()
+            try:
+                lines = _file(self._folder, self._number).read_bytes().splitlines()
+            except FileNotFoundError:
+                lines = []
+            found += [json.loads(line) for line in lines[self._read :]]
+            if not has_next:
+                self._read = len(lines)
+                return found
+            self._number, self._read = self._number + 1, 0
+
+
+def _file(folder: Location, number: int) -> Location:
+    return folder / f"{number:06d}.jsonl"
+
+
+def _next_number(folder: Location) -> int:
+    return max((int(file.name.partition(".")[0]) for file in folder.children()), default=-1) + 1

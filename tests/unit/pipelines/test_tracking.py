@@ -1,0 +1,107 @@
+"""What the trackers of a whole run are told."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_ray.config import parse_config
+from dpo_ray.errors import ConfigError
+from dpo_ray.storage.location import Location
+from dpo_ray.tracking.chosen import mlflow_options, require_trackers
+from dpo_ray.tracking.registry import source_of
+from dpo_ray.tracking.tensorboard import events
+from tests.command_line import summary_of
+from tests.whole_run import Job, number_rows, word_model
+
+
+@pytest.fixture
+def job(tmp_path: Path, small_model: Path) -> Job:
+    job = Job(tmp_path, word_model(tmp_path / "model", small_model))
+    job.write("a.jsonl", number_rows(0, 24))
+    return job
+
+
+def scalars(folder: Path) -> list[tuple[str, int]]:
+    return [(v.tag, e.step) for e in events(Location.of(folder)) for v in e.summary.value if v.HasField("simple_value")]
+
+
+def test_a_run_is_in_tensorboard_by_itself(job: Job):
+    assert job.run().code == 0
+    [run] = (job.output / "runs").iterdir()
+    found = scalars(run / "tensorboard")
+    assert found[:2] == [("train/loss", 1), ("train/tokens_per_second", 1)]
+    assert ("evaluation/accuracy_low", 1) in found and len(found) == len(set(found))
+    told = summary_of(job.output)["trackers"]
+    where = str(run / "tensorboard")
+    assert told == {"tensorboard": {"runs": {"": where}, "failures": 0, "steps_not_logged": 0, "reason": None}}
+    assert json.loads((run / "trackers.json").read_text()) == {"tensorboard": {"": {"id": where}}}
+
+
+def test_a_run_that_was_killed_is_gone_on_with_in_the_same_events(job: Job):
+    assert job.run("--run-id", "first").code == 0
+    (job.output / "runs" / "first" / "summary.json").unlink()  # as a kill leaves it
+    (job.output / "models" / "numbers" / "latest.json").unlink()
+    before = scalars(job.output / "runs" / "first" / "tensorboard")
+    for history in (job.output / "models" / "numbers" / "history").iterdir():
+        history.unlink()
+    assert job.run("--run-id", "second").code == 0
+    assert scalars(job.output / "runs" / "first" / "tensorboard") == before
+    assert not (job.output / "runs" / "second" / "tensorboard").exists()
+
+
+def test_without_trackers_there_are_none(job: Job):
+    job.configure(track={"tensorboard": False})
+    assert job.run().code == 0
+    [run] = (job.output / "runs").iterdir()
+    assert not (run / "tensorboard").exists() and "trackers" not in summary_of(job.output)
+    assert not (job.output / "tracked").exists()
+
+
+def test_a_run_that_fails_its_gate_is_still_tracked(job: Job):
+    job.configure(publish={"gate": {"accuracy_above": 0.99}})
+    assert job.run().code == 4
+    [run] = (job.output / "runs").iterdir()
+    assert ("train/loss", 1) in scalars(run / "tensorboard")
+
+
+def config_with(**track: Any) -> Any:
+    return parse_config(
+        {"run": {"name": "n", "output": "o"}, "model": {"path": "m"}, "data": {"train": "t"}, "track": track}
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "options"), [("mlflow", {"tracking_uri": "http://x"}), ("wandb", {"project": "p"})]
+)
+def test_a_tracker_that_is_not_installed_is_told_with_how_to_install_it(section: str, options: dict[str, str]):
+    if find_spec(section) is not None:
+        pytest.skip(f"{section} is installed")
+    with pytest.raises(ConfigError, match=rf"track.{section} needs {section}.*pip install 'dpo-ray\[{section}\]'"):
+        require_trackers(config_with(**{section: options}))
+
+
+def test_mlflow_takes_its_server_from_the_environment_and_its_names_from_the_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match="names no tracking_uri, and MLFLOW_TRACKING_URI is not set"):
+        mlflow_options(config_with(mlflow={}))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@server:5000")
+    found = mlflow_options(config_with(mlflow={"experiment": "e"}))
+    assert found.tracking_uri == "http://user:secret@server:5000"
+    assert (found.experiment, found.registered_model) == ("e", "n")
+
+
+def test_a_uri_with_a_password_is_refused_without_repeating_it():
+    with pytest.raises(ConfigError, match="holds credentials") as error:
+        config_with(mlflow={"tracking_uri": "http://user:secret@server:5000"})
+    assert "secret" not in str(error.value)
+
+
+def test_a_folder_of_this_machine_is_named_with_the_machine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dpo_ray.tracking.registry.node", lambda: "gpu-1")
+    assert source_of("/out/models/a b/v") == "sftp://gpu-1/out/models/a%20b/v"
+    assert source_of("s3://bucket/models/n/v") == "s3://bucket/models/n/v"

@@ -1,0 +1,67 @@
+"""Metrics on their way from a worker to who follows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dpo_ray.storage.location import Location
+from dpo_ray.tracking import steps
+from dpo_ray.tracking.steps import StepReader, StepWriter
+from tests.object_store import BUCKET, object_store
+
+
+def told(found: list[dict[str, int]]) -> list[int]:
+    return [line["step"] for line in found]
+
+
+def wait_for(reader: StepReader, count: int) -> list[int]:
+    found: list[int] = []
+    while len(found) < count:
+        found += told(reader.new())
+    return found
+
+
+def test_a_reader_gets_each_line_once_while_they_are_written(tmp_path: Path):
+    folder = Location.of(tmp_path / "steps")
+    reader = StepReader(folder)
+    assert reader.new() == []
+    writer = StepWriter(folder, pause=0.01)
+    for step in (1, 2, 3):
+        writer.add({"step": step})
+    assert wait_for(reader, 3) == [1, 2, 3]
+    writer.add({"step": 4})
+    writer.close()
+    assert told(reader.new()) == [4] and reader.new() == []
+
+
+def test_many_lines_are_in_several_files_and_a_second_worker_begins_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(steps, "_LINES", 3)
+    folder = Location.of(tmp_path / "steps")
+    for numbers in (range(1, 9), range(7, 10)):
+        writer = StepWriter(folder, pause=60)
+        for step in numbers:
+            writer.add({"step": step})
+        writer.close()
+    assert [file.name for file in folder.children()] == [f"{n:06d}.jsonl" for n in range(4)]
+    assert told(StepReader(folder).new()) == [*range(1, 9), *range(7, 10)]
+
+
+def test_through_an_object_store():
+    with object_store():
+        folder = Location.of(f"s3://{BUCKET}/steps")
+        writer = StepWriter(folder)
+        writer.add({"step": 1})
+        writer.close()
+        assert told(StepReader(folder).new()) == [1]
+
+
+def test_a_folder_that_cannot_be_written_stops_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "steps").write_text("a file")
+    writer = StepWriter(Location.of(tmp_path / "steps"), pause=0.01)
+    writer.add({"step": 1})
+    writer.close()
+    assert "metrics cannot be told while the training runs" in capsys.readouterr().err

@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from dpo_ray.config import Config
+from dpo_ray.config import Config, Paths
 from dpo_ray.evaluation.render import judged_by, named_estimates, render
 from dpo_ray.storage.hub import HubPath, is_hub_place
 
@@ -106,14 +106,10 @@ def hub_model(path: str) -> str | None:
 
 def hub_datasets(config: Config) -> list[str]:
     """Those of the hub that were trained on, each once."""
-    given = config.data.train
-    paths = [given] if isinstance(given, str) else list(given or ())
-    places = [p for one in paths for p in ([one] if isinstance(one, str) else _paths(one.path))]
+    data = config.data
+    given = [source.path for source in data.sources] if data.sources else [cast("Paths", data.train or ())]
+    places = [place for paths in given for place in ([paths] if isinstance(paths, str) else paths)]
     return list(dict.fromkeys(HubPath.of(place).repository for place in places if is_hub_place(place)))
-
-
-def _paths(path: str | tuple[str, ...]) -> list[str]:
-    return [path] if isinstance(path, str) else list(path)
 
 
 def _is_adapter(config: Config) -> bool:

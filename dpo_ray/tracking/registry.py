@@ -1,7 +1,7 @@
 """MLflow's model registry: what passed its gate is a version with the alias champion, what did not a candidate.
 
-A version's source is the model's own URI. A folder of this machine's is named with the machine, sftp://node/folder: a
-server takes no path that it would look for on its own disk, and this is one that MLflow knows how to read.
+A version's source is the model's own URI. A folder of this machine's is named with the machine, dpo-ray://node/folder:
+a server takes no path that it would look for on its own disk, nor a scheme by which it would ask another machine.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Registry:
 
 def source_of(uri: str) -> str:
     """As a registry is told where a model lies."""
-    return uri if "://" in uri else f"sftp://{node()}{quote(uri)}"
+    return uri if "://" in uri else f"dpo-ray://{node()}{quote(uri)}"
 
 
 def note_followed(folder: Location, tracking_uri: str, registered_model: str) -> None:

@@ -142,7 +142,7 @@ def test_a_run_is_seen_while_it_trains_and_whole_when_it_has_ended(
     assert kept == {"config.yaml", "summary.json", "report.html"}
     version = server.client().get_model_version_by_alias(tmp_path.name, "champion")
     assert version.run_id == run.info.run_id and version.tags["dpo_ray.version"] == job.published()
-    assert version.source.endswith(f"/models/numbers/{job.published()}") and version.source.startswith("sftp://")
+    assert version.source.endswith(f"/models/numbers/{job.published()}") and version.source.startswith("dpo-ray://")
     told = summary_of(job.output)["trackers"]["mlflow"]
     assert told == {"runs": {"": run.info.run_id}, "failures": 0, "steps_not_logged": 0, "reason": None}
 
@@ -170,8 +170,15 @@ def test_a_run_that_was_killed_goes_on_in_its_run_and_tells_no_step_twice(
     class Killed(BaseException):
         pass
 
+    def until_seen(steps: int) -> None:
+        until(
+            lambda: (
+                server.runs(tmp_path.name) and server.steps(server.runs(tmp_path.name)[0].info.run_id)[-1:] == [steps]
+            )
+        )
+
     def dies() -> None:
-        until(lambda: server.runs(tmp_path.name) and len(server.steps(server.runs(tmp_path.name)[0].info.run_id)) >= 3)
+        until_seen(3)
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -179,7 +186,7 @@ def test_a_run_that_was_killed_goes_on_in_its_run_and_tells_no_step_twice(
         with pytest.raises(Killed):
             job.run("--run-id", "first")
     (job.output / "runs" / "first" / "summary.json").unlink(missing_ok=True)  # nobody writes it when a process dies
-    told_while_training(monkeypatch, lambda: None)
+    told_while_training(monkeypatch, lambda: until_seen(STEPS))
     assert job.run("--run-id", "second").code == 0
     [run] = server.runs(tmp_path.name)
     assert run.info.status == "FINISHED" and server.steps(run.info.run_id) == list(range(1, STEPS + 1))

@@ -103,5 +103,5 @@ def test_a_uri_with_a_password_is_refused_without_repeating_it():
 
 def test_a_folder_of_this_machine_is_named_with_the_machine(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("dpo_ray.tracking.registry.node", lambda: "gpu-1")
-    assert source_of("/out/models/a b/v") == "sftp://gpu-1/out/models/a%20b/v"
+    assert source_of("/out/models/a b/v") == "dpo-ray://gpu-1/out/models/a%20b/v"
     assert source_of("s3://bucket/models/n/v") == "s3://bucket/models/n/v"

@@ -37,7 +37,7 @@ def sigmoid_loss(
 
 
 def robust_loss(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """(−(1−ε)·log σ(βh) + ε·log σ(−βh)) / (1−2ε) (arXiv:2403.00409): unbiased if ε = `label_smoothing` of labels flip."""
+    """(−(1−ε)·log σ(βh) + ε·log σ(−βh)) / (1−2ε) (arXiv:2403.00409): unbiased where ε = `label_smoothing` flip."""
     kept, flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 

@@ -43,6 +43,7 @@ TRIED = [
     Tried("dpo-ray gc ", "executed", _COMMANDS_TEST),
     Tried("dpo-ray show ", "executed", _COMMANDS_TEST),
     Tried("dpo-ray lineage ", "executed", _COMMANDS_TEST),
+    Tried("dpo-ray watch ", "executed", "tests/unit/test_readme.py"),
     Tried("dpo-ray --install-completion", "executed", "tests/unit/pipelines/test_completion.py"),
     Tried("python -m ", "executed", _COMMANDS_TEST),
     Tried("ray job submit ", "executed", "tests/on_ray/test_submit.py"),

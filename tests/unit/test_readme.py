@@ -203,3 +203,11 @@ def test_what_is_asked_of_an_output_folder_is_answered(command: str, as_json: li
     assert result.exit_code == 0, result.output
     assert "aligned" in result.output and ("trained" in result.output or " show " in command)
     assert not as_json or json.loads(result.output)
+
+
+@pytest.mark.parametrize("command", beginning("dpo-ray watch "))
+def test_how_a_run_stands_is_shown(command: str, output: Path, monkeypatch):
+    monkeypatch.chdir(output)
+    result = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+    assert "r" in result.output.split()

@@ -18,7 +18,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
-BLOCK_LANGUAGES = {"bash", "yaml", "text"}
+BLOCK_LANGUAGES = {"bash", "yaml", "text", "python"}
 """What fenced blocks are: commands, parts of configurations, what is printed or drawn."""
 
 How = Literal["executed", "dry run", "validated", "exception"]

@@ -44,7 +44,7 @@ def _line(thing: Any) -> int:
 
 
 def _function(function: Any) -> Iterator[str]:
-    yield from ("```python", f"{function.__name__}{inspect.signature(function)}".replace("'", ""), "```", "")
+    yield from ("```python", f"def {function.__name__}{inspect.signature(function)}: ...".replace("'", ""), "```", "")
     yield from _prose(inspect.getdoc(function) or "")
 
 

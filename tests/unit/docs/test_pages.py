@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from collections import Counter
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from docs.make.pages import MADE
-from dpo_ray import errors
+from dpo_ray import api, errors
 from dpo_ray.formats.registry import formats
-from tests.documented import BLOCK_LANGUAGES, PAGES, README, ROOT, languages
+from tests.documented import BLOCK_LANGUAGES, PAGES, README, ROOT, blocks, languages
 
 DOCS = ROOT / "docs"
 
@@ -66,6 +67,14 @@ def test_every_page_is_reached_from_the_first():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_says_what_it_is(page: Path):
     assert languages(page) <= BLOCK_LANGUAGES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_is_spelled_right_and_uses_what_is_promised(page: Path):
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "api":
+                assert node.attr in api.__all__
 
 
 def test_the_readme_is_for_newcomers():

@@ -17,6 +17,7 @@ _HEAD = """\
 Made by `make docs` from `dpo_ray.api`. Two examples that tests run, as scripts and as notebooks:
 [a reward and data of one's own](examples/own_reward.ipynb), and [a sweep](examples/sweep.ipynb).
 """
+_WIDTH = 120
 _ELSEWHERE = {
     "Config": "The configuration: [every option](configuration.md).",
     "DpoRayError": "[Failures](failures.md).",
@@ -44,8 +45,17 @@ def _line(thing: Any) -> int:
 
 
 def _function(function: Any) -> Iterator[str]:
-    yield from ("```python", f"def {function.__name__}{inspect.signature(function)}: ...".replace("'", ""), "```", "")
+    yield from ("```python", _signature(function), "```", "")
     yield from _prose(inspect.getdoc(function) or "")
+
+
+def _signature(function: Any) -> str:
+    """As the formatter of the project's code leaves it."""
+    arguments, _, returned = str(inspect.signature(function)).replace("'", "")[1:].rpartition(") -> ")
+    line = f"def {function.__name__}({arguments}) -> {returned}: ..."
+    if len(line) <= _WIDTH:
+        return line
+    return f"def {function.__name__}(\n    {arguments}\n) -> {returned}: ..."
 
 
 def _class(of: Any) -> Iterator[str]:

@@ -126,15 +126,12 @@ class _Packed(torch.autograd.Function):
             q, k, v = (_taken(x, rows) for x in (query, key, value))
             done.append(_flat(cpu_attention.attend(q, k, v, rows.sees, scale)))
         for segment in plan.long:
-            of_chosen = (
-                x[:, :, segment.start : segment.start + segment.shared + segment.chosen] for x in (query, key, value)
-            )
-            done.append(
-                cpu_attention.attend(*of_chosen, _window_alone(segment.shared + segment.chosen, window), scale)[0]
-            )
+            start, cut = segment.start, segment.start + segment.shared + segment.chosen
+            q, k, v = (x[:, :, start:cut] for x in (query, key, value))
+            done.append(cpu_attention.attend(q, k, v, _window_alone(cut - start, window), scale)[0])
             if segment.rejected:
-                of_rejected = _rejected(query, key, value, segment, window)
-                done.append(cpu_attention.attend(*of_rejected, _bottom_right(*of_rejected[:2], window), scale)[0])
+                q, k, v = _rejected(query, key, value, segment, window)
+                done.append(cpu_attention.attend(q, k, v, _bottom_right(q, k, window), scale)[0])
         return _ordered(done, plan.order)
 
     @staticmethod
@@ -153,9 +150,8 @@ class _Packed(torch.autograd.Function):
         for segment in plan.long:
             start, cut = segment.start, segment.start + segment.shared + segment.chosen
             sees = _window_alone(cut - start, window)
-            of_chosen = cpu_attention.gradients(
-                *(x[:, :, start:cut] for x in given), sees, scale, d_out[:, :, start:cut]
-            )
+            q, k, v = (x[:, :, start:cut] for x in given)
+            of_chosen = cpu_attention.gradients(q, k, v, sees, scale, d_out[:, :, start:cut])
             for one, gradient in zip(done, of_chosen, strict=True):
                 one.append(gradient[0])
             if segment.rejected == 0:

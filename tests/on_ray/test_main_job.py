@@ -82,7 +82,7 @@ def test_a_run_publishes_a_model_and_its_record(first_run):
     names = {f.name for f in run_folder.iterdir()}
     assert names == {
         "config.yaml", "log.txt", "log.jsonl", "metrics.jsonl", "summary.json", "report.html", "report.md",
-        "progress.json", "training.json",
+        "progress.json", "training.json", "trackers.json", "tensorboard",
     }  # fmt: skip
     training = json.loads((run_folder / "training.json").read_text())
     assert training["step"] == training["num_steps"] == summary["train"]["num_steps"]

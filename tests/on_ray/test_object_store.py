@@ -94,7 +94,10 @@ def test_a_run_publishes_a_model_and_its_record(first_run, store: ObjectStore):
     assert adapter["base_model_name_or_path"] == f"s3://{BUCKET}/models/tiny"
     assert json.loads((OUT / "models" / "numbers" / "latest.json").read_bytes())["path"] == published.uri
     records = {f.name for f in (OUT / "runs" / "first").children()}
-    assert records == {"config.yaml", "metrics.jsonl", "summary.json", "report.html", "report.md"}
+    assert records == {
+        "config.yaml", "metrics.jsonl", "summary.json", "report.html", "report.md",
+        "progress.json", "training.json", "trackers.json", "tensorboard",
+    }  # fmt: skip
     assert summary["eval"]["accuracy"]["n"] == summary["stages"]["score"]["rows"]["kept"] > 0
     assert summary["train"]["first_step_loss"] == pytest.approx(summary["train"]["zero_margin_loss"], abs=NEAR)
 

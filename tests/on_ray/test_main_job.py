@@ -54,6 +54,8 @@ def job(tmp_path_factory, tiny_model, write_preferences):
             "reference__calibration_pairs": 4,
             "train__global_batch_size": 8,
             "train__learning_rate": 1e-3,
+            "train__num_workers": 2,
+            "train__cpus_per_worker": 1,
             "publish__gate__accuracy_above": None,
             **more,
         }

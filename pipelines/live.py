@@ -78,6 +78,6 @@ def told_live(
             "beat": next(beats),
             "every": EVERY_S,
         }
-        return json.dumps(found, ensure_ascii=False).encode()
+        return json.dumps(found).encode()  # a path may hold what is no text
 
     return kept_told(folder / PROGRESS, content, "start")

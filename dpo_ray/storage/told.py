@@ -29,7 +29,9 @@ def kept_told(place: Location, content: Callable[[], bytes], stage: str) -> Iter
         nonlocal failed
         try:
             place.write_bytes(content())
-        except OSError as error:  # StorageError too
+        except (
+            Exception
+        ) as error:  # a GPU that has failed cannot be asked either: what ended the work is told, not this
             if not failed:
                 say(stage, f"{place}, which `dpo-ray watch` reads, could not be written ({error}); tried again later")
             failed = True

@@ -26,13 +26,15 @@ _SILENT_S = 60.0
 _PATIENCE_S = 20.0
 """How long the end of a run waits for its trackers, all together."""
 
+_GOES_ON = "The run goes on without it, and what it did not take is tried again until the run has ended."
+
 
 class Fan:
     """All trackers of a run. No method raises or waits, except settle and close, which wait so long at most.
 
     Args:
         tell: told once of each tracker that fails: why, and what may be done.
-        patience: seconds that settle and close wait, at most.
+        patience: seconds that settle and close wait, together at most.
     """
 
     def __init__(
@@ -45,7 +47,8 @@ class Fan:
         pauses: Sequence[float] = _PAUSES_S,
     ) -> None:
         self._feeds = [_Feed(tracker, record, tell, pauses) for tracker in trackers]
-        self._patience = patience
+        self._patience = patience / 2
+        """Of each of the two: what hangs is not to use up what the others need to be closed."""
         self._open: dict[str, None] = {}
 
     def open(self, opening: Opening) -> None:
@@ -116,6 +119,8 @@ class _Feed:
         self._waiting = 0
         self._last: dict[str, int] = {}
         """Whose → the last step that its tracker has."""
+        self._given: dict[str, int] = {}
+        """Whose → the last step that has come here."""
         self._changed = threading.Condition()
         self._closing = False
         self._is_dead = False
@@ -140,10 +145,16 @@ class _Feed:
 
     def points(self, whose: str, points: Sequence[Point]) -> None:
         with self._changed:
+            new = []
+            for point in points:
+                if point.step > self._given.get(whose, 0):
+                    self._given[whose] = point.step
+                    new.append(point)
             room = max(0, _MOST_POINTS - self._waiting)
-            self._lost += len(points[room:])
-            self._waiting += len(points[:room])
-            self._queue.append(_Points(whose, list(points[:room])))
+            self._lost += len(new[room:])
+            self._waiting += len(new[:room])
+            if new[:room]:
+                self._queue.append(_Points(whose, new[:room]))
             self._changed.notify_all()
             since = self._since
         if since is not None and time.monotonic() - since > _SILENT_S:
@@ -163,16 +174,15 @@ class _Feed:
         with self._changed:
             left = len(self._queue)
         if left:
-            self._warn("did not answer until the run had ended")
+            self._warn("did not answer until the run had ended", "What it did not take is not there.")
 
     def figures(self) -> dict[str, Any]:
         with self._changed:
-            lost = self._lost + (self._waiting if self._failing else 0)
             return {
                 "runs": self._record.ids(self.tracker.name),
                 "failures": self._failures,
-                "steps_not_logged": lost,
-                "reason": self._reason,
+                "steps_not_logged": self._lost + self._waiting,
+                "reason": self._reason or ("it did not answer in time" if self._queue else None),
             }
 
     def _run(self) -> None:
@@ -254,15 +264,12 @@ class _Feed:
             self._is_dead |= not self._last and not isinstance(work, _Points)
         return True
 
-    def _warn(self, what: str) -> None:
+    def _warn(self, what: str, so: str = _GOES_ON) -> None:
         with self._changed:
             if self._told:
                 return
             self._told = True
-        self._tell(
-            f"{self.tracker.name} {what}. The run goes on without it, and what it did not take is tried again until "
-            f"the run has ended. {self.tracker.way_out()}"
-        )
+        self._tell(f"{self.tracker.name} {what}. {so} {self.tracker.way_out()}")
 
 
 def _short(error: Exception) -> str:

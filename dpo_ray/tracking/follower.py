@@ -52,9 +52,13 @@ class Follower:
                 self._bring(whose, reader)
 
     def _bring(self, whose: str, reader: StepReader) -> None:
+        with reader.lock:  # what one thread has read first is to be given first
+            self._bring_in_order(whose, reader)
+
+    def _bring_in_order(self, whose: str, reader: StepReader) -> None:
         try:
             points = [point_of(line) for line in reader.new()]
-        except OSError as error:  # read again in a moment, and all of it when the training has ended
+        except (OSError, ValueError) as error:  # read again in a moment, and all of it when the training has ended
             if not self._told:
                 self._told = True
                 say("track", f"metrics cannot be followed at the moment: {error}")

@@ -69,7 +69,8 @@ class MLflowTracker(Tracker):
         Registry(self._client, self._model).register(model, self._runs[""])
 
     def close(self, whose: str, state: State) -> None:
-        self._client.set_terminated(self._runs.pop(whose), _STATES[state])
+        self._client.set_terminated(self._runs[whose], _STATES[state])
+        del self._runs[whose]  # not before: it may fail, and is tried again
 
     def may_pass(self, error: Exception) -> bool:
         return may_pass(error)

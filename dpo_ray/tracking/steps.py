@@ -16,6 +16,8 @@ from dpo_ray.progress import say
 from dpo_ray.storage.location import Location
 
 _LINES = 500
+_MOST_UNWRITTEN = 100_000
+"""Lines that are kept for a folder that cannot be written; who follows has the others at the end."""
 _PAUSE_S = 2.0
 _PAUSE_OF_STORES_S = 10.0
 
@@ -40,6 +42,10 @@ class StepWriter:
         self._folder = folder
         self._pause = pause if pause is not None else _PAUSE_S if folder.is_local else _PAUSE_OF_STORES_S
         self._lines: list[str] = []
+        self._number: int | None = None
+        self._written: list[str] = []
+        """In the file of that number."""
+        self._unwritten: list[str] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="steps", daemon=True)
@@ -57,26 +63,33 @@ class StepWriter:
         self._thread.join()
 
     def _run(self) -> None:
-        try:
-            self._write_all()
-        except Exception as error:  # the training goes on, and who follows it has its metrics at the end
-            say("train", f"{self._folder}: metrics cannot be told while the training runs ({error})")
-
-    def _write_all(self) -> None:
-        number = _next_number(self._folder)
-        written: list[str] = []
-        while True:
+        told = False
+        is_last = False
+        while not is_last:
             is_last = self._closing.wait(self._pause)
-            with self._lock:
-                new, self._lines = self._lines, []
-            while new:
-                room = _LINES - len(written)
-                written, new = written + new[:room], new[room:]
-                _file(self._folder, number).write_bytes("".join(f"{line}\n" for line in written).encode())
-                if len(written) == _LINES:
-                    number, written = number + 1, []
-            if is_last:
-                return
+            try:
+                self._write_new()
+            except Exception as error:  # the training goes on, and who follows it has its metrics at the end
+                if not told:
+                    say("train", f"{self._folder}: metrics cannot be told at the moment, tried again later ({error})")
+                told = True
+
+    def _write_new(self) -> None:
+        with self._lock:
+            new, self._lines = self._lines, []
+            if len(self._unwritten) + len(new) <= _MOST_UNWRITTEN:
+                self._unwritten += new
+        if not self._unwritten:
+            return
+        if self._number is None:
+            self._number = _next_number(self._folder)
+        while self._unwritten:
+            room = _LINES - len(self._written)
+            lines = self._written + self._unwritten[:room]
+            _file(self._folder, self._number).write_bytes("".join(f"{line}\n" for line in lines).encode())
+            self._written, self._unwritten = lines, self._unwritten[room:]
+            if len(lines) == _LINES:
+                self._number, self._written = self._number + 1, []
 
 
 class StepReader:
@@ -84,6 +97,8 @@ class StepReader:
 
     def __init__(self, folder: Location) -> None:
         self._folder = folder
+        self.lock = threading.Lock()
+        """Held by the thread that reads."""
         self._number = 0
         self._read = 0
 

@@ -21,6 +21,8 @@ from dpo_ray.tracking.tracker import Opening, Point, State, Tracker
 FOLDER = "tensorboard"
 """Below the run's folder."""
 _UPLOAD_S = 30.0
+_LARGEST = 4 << 20
+"""Bytes of a file that lies in an object store, after which there is another: it is put there whole each time."""
 _PARAMS = "configuration"
 
 
@@ -66,7 +68,8 @@ class TensorBoard(Tracker):
         self.log(whose, [Point(point.step, point.when, new)])
 
     def close(self, whose: str, state: State) -> None:
-        self._files.pop(whose).close()
+        self._files[whose].close()
+        del self._files[whose]  # not before: it may fail, and is tried again
 
     def way_out(self) -> str:
         return f"See that there is room and that this user may write in {self._folder}, or set track.tensorboard=false."
@@ -76,17 +79,21 @@ class _EventFile:
     """One, which is new."""
 
     def __init__(self, folder: Location) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
-
         self.folder = folder
         self._scratch = None if folder.is_local else tempfile.TemporaryDirectory(prefix="dpo-ray-events-")
-        local = Path(folder.uri) if self._scratch is None else Path(self._scratch.name)
-        local.mkdir(parents=True, exist_ok=True)
-        mine = f".{uuid.uuid4().hex[:8]}"  # else the name tells machine and second alone
-        self._writer = EventsWriter(str(local / "events"), mine)
-        self._writer.flush()
-        [self._file] = local.glob(f"*{mine}")
+        self._local = Path(folder.uri) if self._scratch is None else Path(self._scratch.name)
+        self._local.mkdir(parents=True, exist_ok=True)
         self._uploaded = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+
+        mine = f".{uuid.uuid4().hex[:8]}"  # else the name tells machine and second alone
+        self._writer = EventsWriter(str(self._local / "events"), mine)
+        self._writer.flush()
+        self._is_open = True
+        [self._file] = self._local.glob(f"*{mine}")
 
     def write(self, summary: Any, step: int, when: float) -> None:
         from tensorboardX.proto.event_pb2 import Event
@@ -97,9 +104,16 @@ class _EventFile:
         self._writer.flush()
         if self._scratch is not None and time.monotonic() - self._uploaded > _UPLOAD_S:
             self._upload()
+            if self._file.stat().st_size > _LARGEST:
+                self._writer.close()
+                self._file.unlink()
+                self._begin()
 
     def close(self) -> None:
-        self._writer.close()
+        """Again, where it has failed."""
+        if self._is_open:
+            self._writer.close()
+            self._is_open = False
         if self._scratch is not None:
             self._upload()
             self._scratch.cleanup()

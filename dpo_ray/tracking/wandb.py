@@ -71,7 +71,8 @@ class WandBTracker(Tracker):
             self._runs[""].save(str(file), base_path=str(file.parent), policy="now")
 
     def close(self, whose: str, state: State) -> None:
-        self._runs.pop(whose).finish(exit_code=_EXIT_CODES[state])
+        self._runs[whose].finish(exit_code=_EXIT_CODES[state])
+        del self._runs[whose]  # not before: it may fail, and is tried again
 
     def may_pass(self, error: Exception) -> bool:
         from wandb.errors import CommError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -218,3 +219,33 @@ def test_numbers_are_told_by_which_pairs_they_are_of_and_options_by_their_path()
     assert point.step == 3
     assert point.values == {"train/loss": 0.5, "eval/loss": 0.6, "train/rewards/margins": 1.0}
     assert flat({"a": {"b": 1, "c": {}}, "d": [1, 2]}) == {"a.b": "1", "a.c": "{}", "d": "[1, 2]"}
+
+
+def test_what_is_told_twice_counts_once_where_nobody_takes_it(folder: Location):
+    broken = Broken(float("inf"), ConnectionError("refused"))
+    fan = fan_of(folder, broken, told=[])
+    fan.points("", points(1, 3))
+    fan.points("", points(1, 4))
+    fan.close("finished")
+    assert fan.figures()["broken"]["steps_not_logged"] == 4
+
+
+def test_one_that_does_not_answer_is_in_the_figures(folder: Location):
+    hanging = Hanging()
+    fan = fan_of(folder, hanging, told=[], patience=0.2)
+    fan.points("", points(1, 3))
+    fan.settle()
+    figures = fan.figures()["hanging"]
+    assert figures["steps_not_logged"] == 3 and figures["reason"] == "it did not answer in time"
+    hanging.released.set()
+
+
+def test_what_hangs_holds_up_the_end_of_a_run_once(folder: Location):
+    hanging = Hanging()
+    fan = fan_of(folder, hanging, told=[], patience=1.0)
+    fan.points("", points(1, 3))
+    began = time.monotonic()
+    fan.settle()
+    fan.close("stopped")
+    assert time.monotonic() - began < 1.5
+    hanging.released.set()

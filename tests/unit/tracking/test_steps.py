@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from dpo_ray.storage.location import Location
 from dpo_ray.tracking import steps
-from dpo_ray.tracking.steps import StepReader, StepWriter
+from dpo_ray.tracking.fan import Fan
+from dpo_ray.tracking.follower import Follower
+from dpo_ray.tracking.record import Record
+from dpo_ray.tracking.steps import StepReader, StepWriter, steps_folder
+from dpo_ray.tracking.tracker import Point
 from tests.object_store import BUCKET, object_store
 
 
@@ -59,9 +65,45 @@ def test_through_an_object_store():
         assert told(StepReader(folder).new()) == [1]
 
 
-def test_a_folder_that_cannot_be_written_stops_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_folder_that_cannot_be_written_stops_nobody_and_is_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "steps").write_text("a file")
     writer = StepWriter(Location.of(tmp_path / "steps"), pause=0.01)
     writer.add({"step": 1})
+    said = ""
+    while "metrics cannot be told at the moment" not in said:
+        said += capsys.readouterr().err
+    (tmp_path / "steps").unlink()
+    writer.add({"step": 2})
     writer.close()
-    assert "metrics cannot be told while the training runs" in capsys.readouterr().err
+    assert told(StepReader(Location.of(tmp_path / "steps")).new()) == [1, 2]
+    assert "cannot be told" not in capsys.readouterr().err, "it is told once"
+
+
+def test_what_two_threads_read_is_given_in_order(tmp_path: Path):
+    """The follower's own thread is slow with what it has read when the training ends."""
+    writer = StepWriter(steps_folder(Location.of(tmp_path)), pause=0.01)
+    writer.add({"step": 1})
+    given: list[int] = []
+    begun, released = threading.Event(), threading.Event()
+
+    class Slow(Fan):
+        def points(self, whose: str, points: Sequence[Point]) -> None:
+            if not given and not begun.is_set():
+                begun.set()
+                released.wait()
+            given.extend(point.step for point in points)
+
+    follower = Follower(Slow([], Record(Location.of(tmp_path)), lambda line: None), pause=0.01)
+    follower.follow("", Location.of(tmp_path))
+    assert begun.wait(30)
+    writer.add({"step": 2})
+    writer.close()
+    leaving = threading.Thread(target=follower.leave, args=("",))
+    leaving.start()
+    leaving.join(0.2)
+    released.set()
+    leaving.join()
+    follower.close()
+    assert given == [1, 2]

@@ -73,3 +73,35 @@ def test_of_a_file_that_was_cut_off_what_is_whole_counts(tmp_path: Path):
     [file] = (tmp_path / "tensorboard").iterdir()
     file.write_bytes(file.read_bytes()[:-5])
     assert TensorBoard(folder).open(Opening("", "run", {}), f"{folder}/tensorboard")[1] == 1
+
+
+def test_what_could_not_be_put_into_the_store_is_put_there_by_the_next_try(monkeypatch: pytest.MonkeyPatch):
+    with object_store():
+        folder = Location.of(f"s3://{BUCKET}/once-more")
+        board = TensorBoard(folder)
+        board.open(Opening("", "run", {}), None)
+        board.log("", [Point(1, 1.0, {"train/loss": 0.5})])
+        with monkeypatch.context() as patched, pytest.raises(ConnectionError):
+            patched.setattr(Location, "write_bytes", _refuse)
+            board.close("", "finished")
+        board.close("", "finished")
+        assert scalars(folder / "tensorboard") == [("train/loss", 1, 0.5)]
+
+
+def _refuse(place: Location, data: bytes) -> None:
+    raise ConnectionError("refused")
+
+
+def test_a_long_training_does_not_put_all_of_it_into_the_store_each_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dpo_ray.tracking.tensorboard._UPLOAD_S", 0.0)
+    monkeypatch.setattr("dpo_ray.tracking.tensorboard._LARGEST", 200)
+    with object_store():
+        folder = Location.of(f"s3://{BUCKET}/long")
+        board = TensorBoard(folder)
+        board.open(Opening("", "run", {}), None)
+        for step in range(1, 21):
+            board.log("", [Point(step, 1.0, {"train/loss": 0.5})])
+        board.close("", "finished")
+        sizes = [info.size for info in (folder / "tensorboard").files()]
+        assert len(sizes) > 2 and max(sizes) < 400
+        assert [step for _, step, _ in scalars(folder / "tensorboard")] == list(range(1, 21))

@@ -298,8 +298,8 @@ def test_a_missing_file_is_named(tmp_path: Path):
     ("content", "said"),
     [
         (b"run: [", r"not valid YAML .*line 1, column 7.*Mend it at the line"),
-        (b"- a\n", "mapping"),
-        (b"", "mapping"),
+        (b"- a\n", "holds list and no sections: write a mapping"),
+        (b"", "holds NoneType and no sections: write a mapping"),
         (b"\xff\xfe\x00", "cannot be read .*Name a text file in UTF-8"),
     ],
 )

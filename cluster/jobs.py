@@ -144,8 +144,8 @@ def follow(client: JobSubmissionClient, job: str) -> int:
             asyncio.run(_print_all(client, job))
     except KeyboardInterrupt as error:
         raise Interrupted(
-            f"The job {job} goes on. `dpo-ray job logs {job} --follow` shows its log again, `dpo-ray job cancel {job}` "
-            "ends it."
+            f"The job {job} goes on. See its log again with `dpo-ray job logs {job} --follow`, or end it with `dpo-ray "
+            f"job cancel {job}`."
         ) from error
     return _ended(client, job, _SECONDS_TO_STOP).exit_code()
 
@@ -165,7 +165,10 @@ def _ended(client: JobSubmissionClient, job: str, seconds: float) -> Outcome:
     deadline = time.monotonic() + seconds
     while not (found := known(client, job)).ended:
         if time.monotonic() > deadline:
-            raise DpoRayError(f"The job {job} is still {found.status} after {seconds:g} s. {found.message}")
+            raise DpoRayError(
+                f"The job {job} is still {found.status} after {seconds:g} s. {found.message} Ask again how it stands "
+                f"with `dpo-ray job status {job}`, or end it with `dpo-ray job cancel {job}`."
+            )
         time.sleep(0.5)
     return found
 

@@ -67,9 +67,15 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         given = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--runtime-env {file} cannot be read: {error}") from error
+        raise ConfigError(
+            f"--runtime-env {file} cannot be read ({' '.join(str(error).split())}). Name a YAML file with fields of a "
+            "Ray runtime environment, or leave --runtime-env out."
+        ) from error
     if not isinstance(given, dict):
-        raise ConfigError(f"--runtime-env {file} is to hold fields of a Ray runtime environment, as `pip: [textstat]`.")
+        raise ConfigError(
+            f"--runtime-env {file} is to hold fields by name, and holds {type(given).__name__}. Write fields of a Ray "
+            "runtime environment into it, as in `pip: [textstat]`."
+        )
     if taken := [name for name in _OURS if name in given]:
         raise ConfigError(
             f"--runtime-env {file} has {taken[0]}, which is made of the configuration and what is shipped: take it "
@@ -79,11 +85,17 @@ def _read(file: Path) -> dict[str, Any]:
 
     if unknown := sorted(given.keys() - RuntimeEnv.known_fields):
         fields = ", ".join(sorted(name for name in RuntimeEnv.known_fields if name[0] != "_" and name not in _OURS))
-        raise ConfigError(f"--runtime-env {file} has {unknown[0]}, which Ray's runtime environments lack: {fields}.")
+        raise ConfigError(
+            f"--runtime-env {file} has {unknown[0]}, which Ray's runtime environments lack. Take it out, or name one "
+            f"of {fields}."
+        )
     try:
         RuntimeEnv(**given)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"--runtime-env {file} is no runtime environment of Ray: {error}") from error
+        raise ConfigError(
+            f"--runtime-env {file} is no runtime environment of Ray ({error}). Mend that field, as Ray's documentation "
+            "of RuntimeEnv has it."
+        ) from error
     return given
 
 
@@ -112,4 +124,7 @@ def _take(source: Path, folder: Path) -> None:
     elif source.is_file():
         shutil.copy2(source, target)
     else:
-        raise ConfigError(f"--ship {source}: there is no such file or folder.")
+        raise ConfigError(
+            f"--ship {source}: there is no such file or folder. Check the path; a relative one begins in the folder "
+            "where the command is given."
+        )

@@ -114,7 +114,10 @@ def _name(client: JobSubmissionClient, config: Config, submission: Submission) -
         found = outcome(client, name)
         if found is None or not found.failed:
             return name, found
-    raise ConfigError(f"The period {submission.period} has failed {_MOST_ATTEMPTS - 1} times on this cluster.")
+    raise ConfigError(
+        f"The period {submission.period} has failed {_MOST_ATTEMPTS - 1} times on this cluster. Look why with `dpo-ray "
+        f"job logs {name}`, and submit it without --period when its cause is mended."
+    )
 
 
 def _tell(job: str, found: Outcome | None, shipped: Sequence[str], address: str | None) -> None:

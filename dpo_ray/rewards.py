@@ -95,7 +95,7 @@ def length_window(
     """1 for a length from `at_least` to `at_most`, both included; below, length / at_least; above, at_most / length."""
     counted = {"words": _words, "sentences": split_sentences, "characters": str.strip}
     if unit not in counted:
-        raise ConfigError(f"length_window: unit={unit!r} is not known (known: {', '.join(counted)}).")
+        raise ConfigError(f"length_window: unit={unit!r} is not known: name one of {', '.join(counted)}.")
     length = len(counted[unit](completion))  # type: ignore[operator]
     if length < at_least:
         return length / at_least
@@ -115,7 +115,7 @@ def likely(prompt: str, completion: str, finished: bool, num_tokens: int, logpro
     For candidates of one model. Raises ConfigError where the log-prob is not known.
     """
     if logprob is None:
-        raise ConfigError(f"likely: the completion {completion[:80]!r} has no log-prob. Only what vLLM drew has one.")
+        raise ConfigError(f"likely: the completion {completion[:80]!r} has no log-prob: use it on what vLLM drew.")
     return math.exp(logprob / num_tokens) if num_tokens else 0.0
 
 
@@ -152,7 +152,7 @@ def in_language(prompt: str, completion: str, finished: bool, *, language: str) 
     """
     ranked = dict(_language_identifier().rank(completion))
     if language not in ranked:
-        raise ConfigError(f"in_language: language={language!r} is not known (known: {', '.join(sorted(ranked))}).")
+        raise ConfigError(f"in_language: language={language!r} is not known: name one of {', '.join(sorted(ranked))}.")
     return float(ranked[language])
 
 
@@ -178,7 +178,10 @@ def numeric_answer(
     """1 where its last number is the last number of the prompt's answer, or nearer to it than `tolerance`."""
     expected = _last_number(_required(answer, prompt))
     if expected is None:
-        raise ConfigError(f"numeric_answer: there is no number in the answer {answer!r} of the prompt {prompt[:80]!r}.")
+        raise ConfigError(
+            f"numeric_answer: there is no number in the answer {answer!r} of the prompt {prompt[:80]!r}. Write one "
+            "into that row's `answer`, or take exact_answer for answers in words."
+        )
     found = _last_number(completion)
     return float(found is not None and abs(found - expected) <= Decimal(str(tolerance)))
 

@@ -62,7 +62,9 @@ def seconds(bound: str) -> float:
     """Of 7d, 36h or 2w. Raises ConfigError, also where it is too short for runs that are at work."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([hdw])", bound.strip())
     if found is None:
-        raise ConfigError(f"--older-than {bound}: give a number with h, d or w, as in 36h, 7d, 2w.")
+        raise ConfigError(
+            f"--older-than {bound} is no length of time: give a number with h, d or w, as in 36h, 7d, 2w."
+        )
     length = float(found[1]) * _UNITS[found[2]]
     if length < _SHORTEST_S:
         raise ConfigError(

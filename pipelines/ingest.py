@@ -257,7 +257,10 @@ def judged_by(columns: Sequence[str], format_: Format, data: Data) -> list[Judge
 def require_rows(found: Sequence[Peek | FileRecord], key: str) -> None:
     """Raises DataError where none of the files of data.train, of a source of it, or of data.eval has a row."""
     if not any(file.has_rows for file in found):
-        raise DataError(f"{key} names {len(found)} readable files, but not a single row is in them.")
+        raise DataError(
+            f"{key} names {len(found)} readable files, but not a single row is in them. Name others, or write these "
+            "again."
+        )
 
 
 def _ingest(context: RunContext, sides: list[Side]) -> tuple[Artifact, bool]:

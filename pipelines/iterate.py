@@ -48,7 +48,10 @@ class Round:
         """Against evaluate.win_rate.against or the first model, on held-out prompts: value, low, high, n."""
         found: dict[str, Any] | None = self.evaluation.manifest.metrics["win_rate"]
         if found is None:
-            raise DpoRayError("A round's win rate is undefined: no held-out prompt was short enough to be answered.")
+            raise DpoRayError(
+                "A round's win rate is undefined, for no held-out prompt was short enough to be answered: raise "
+                "data.max_prompt_tokens, or add prompts."
+            )
         return found
 
 

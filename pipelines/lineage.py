@@ -106,7 +106,10 @@ def _version(output: Location, asked: str) -> Version | None:
     if name in (output / "models").folders():
         standing = latest(published_folder(output, name))
         if standing is None:
-            raise ConfigError(f"Nothing was published under the name {name}.")
+            raise ConfigError(
+                f"No version of {name} is the latest one. Name a version, as in {name}/VERSION, or make one the latest "
+                "with `dpo-ray promote`."
+            )
         return next(one for one in versions(output) if (one.name, one.version) == (name, standing.version))
     return next((one for one in versions(output) if one.version == asked), None)
 

@@ -115,20 +115,22 @@ def _outcome(error: BaseException) -> str:
     return "stopped" if isinstance(error, Busy | Interrupted | KeyboardInterrupt | Terminated) else "error"
 
 
+_KEPT = "What is finished is kept: the same command goes on from there."
+
+
 @contextmanager
 def told_when_interrupted() -> Iterator[None]:
     """typer would end the process without a word, and so would Python on SIGTERM, or not at all as a container's first
     process. Ray turns SIGTERM into sys.exit of its number, once it is connected."""
-    kept = "What is finished is kept: the same command goes on from there."
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number)) if in_main else None
     try:
         yield
     except KeyboardInterrupt as error:
-        raise Interrupted(kept) from error
+        raise Interrupted(_KEPT) from error
     except SystemExit as error:
         if error.code == signal.SIGTERM:
-            raise Terminated(f"It got SIGTERM, as Kubernetes, Slurm or a shutdown send it. {kept}") from error
+            raise Terminated(f"It got SIGTERM, as Kubernetes, Slurm or a shutdown send it. {_KEPT}") from error
         raise
     finally:
         if in_main:

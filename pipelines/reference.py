@@ -67,7 +67,10 @@ def given_reference(context: RunContext, path: str) -> Artifact:
     location = Location.of(path)
     artifact = load(location, "reference", location.name)
     if artifact is None:
-        raise DataError(f"{location} is not a finished reference artifact: there is no manifest.json in it.")
+        raise DataError(
+            f"{location} is not a finished reference artifact, for there is no manifest.json in it. Name one below "
+            "artifacts/reference of an output folder, or leave --reference out to have it computed."
+        )
     require_same_model(artifact, context.config)
     check_calibration(context, artifact)
     return with_mismatched(context, artifact)

@@ -198,7 +198,7 @@ def _require_searchable(config: Config, path: str) -> None:
     elif top in {"data", "generate"} and path not in _PREPARES:
         reason = (
             "it changes which pairs are held out, so trials would not be measured on the same ones"
-            + "; name the held-out pairs as data.eval" * (path == "data.train")
+            + ", unless held-out pairs are named as data.eval" * (path == "data.train")
         )
     elif path == "train.start":
         reason = "trials start from model.path; search that"
@@ -214,7 +214,7 @@ def _require_searchable(config: Config, path: str) -> None:
         reason = "it is about the model's files"
     else:
         return  # no such path: the configuration says so itself
-    raise ConfigError(f"tune.space: {path} cannot be searched: {reason}.")
+    raise ConfigError(f"tune.space: {path} cannot be searched: {reason}. Take it out of tune.space.")
 
 
 def _changes_training(config: Config, path: str) -> bool:

@@ -107,7 +107,7 @@ class Sweep:
         if steps == 0:
             raise ConfigError(
                 f"There are {pairs} training pairs, which do not fill one step of train.global_batch_size="
-                f"{config.train.global_batch_size}."
+                f"{config.train.global_batch_size}. Lower the batch size or add data."
             )
         return steps
 

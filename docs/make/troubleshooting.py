@@ -16,48 +16,29 @@ _PACKAGES = ("dpo_ray", "tuning", "pipelines", "cluster")
 _KINDS = {
     name: kind
     for name, kind in vars(errors).items()
-    if isinstance(kind, type) and issubclass(kind, errors.DpoRayError) and kind is not errors.DpoRayError
+    if isinstance(kind, type)
+    and issubclass(kind, errors.DpoRayError)
+    and kind not in {errors.DpoRayError, errors.DamagedCheckpoint}  # training goes on from the one before
 } | {"DpoRayError": errors.DpoRayError}
 _IN_CONFIG = "ValueError"
 """What validators of the configuration raise, which the loader tells as ConfigError with the key before it."""
 _GAP = "…"
-_OTHERWISE = (
-    (r"^The (job|period) ", "`dpo-ray job logs JOB` has its log, `dpo-ray job status JOB` how it stands."),
-    (
-        r"cannot be read|is not there|is not a file|holds no|no published model|Nothing was published",
-        "Check that path or name, and who may read it.",
-    ),
-    (r"JSON|YAML|Parquet|ends before", "Mend that file at the place that is named, or have it written again."),
-    (r"[Tt]he reward|judge", "Mend the function or the section that it names."),
-    (r"^--", "Give another value, as `dpo-ray COMMAND --help` has it."),
-)
-"""Words of a message that has no way out of its own → one."""
 _CODES = {
-    1: (
-        "Unexpected",
-        "Something outside failed: a store, a server, a process.",
-        "The same command again takes over what is done.",
-    ),
+    1: ("Unexpected", "Something outside failed: a store, a server, a process."),
     2: (
         "Configuration or usage",
         "What the run was told to do cannot work. Mostly nothing was computed yet.",
-        "Set the key that it names to what it asks for.",
     ),
     3: (
         "Data, or a reference that does not match",
         "The rows, the model's files or the scores are not what they have to be.",
-        "Look at what it names: `dpo-ray data` shows rows, `dpo-ray show` what a run made.",
     ),
-    4: (
-        "The gate",
-        "The model is there and measured, but was not published. The report has the conditions.",
-        "Look at the report's conditions.",
-    ),
-    75: ("Another run is at it", "This one was told to leave.", "Try again later."),
-    130: ("Ctrl-C", "What is finished is kept.", "The same command goes on."),
-    143: ("SIGTERM", "What is finished is kept.", "The same command, or the job again, goes on."),
+    4: ("The gate", "The model is there and measured, but was not published. The report has the conditions."),
+    75: ("Another run is at it", "This one was told to leave."),
+    130: ("Ctrl-C", "What is finished is kept."),
+    143: ("SIGTERM", "What is finished is kept."),
 }
-"""Exit code → its title, what it says, and the way out of messages that have none."""
+"""Exit code → its title, and what it says."""
 _HEAD = """\
 # Troubleshooting
 
@@ -88,14 +69,14 @@ def page() -> str:
     """Markdown of all messages."""
     found = sorted(set(messages()))
     lines = [_HEAD]
-    for code, (title, about, otherwise) in _CODES.items():
+    for code, (title, about) in _CODES.items():
         kinds = sorted(name for name, kind in _KINDS.items() if kind.exit_code == code)
         lines += [f"## Exit code {code}: {title}", "", f"{about} ({', '.join(f'`{kind}`' for kind in kinds)})", ""]
         for room in dict.fromkeys(one.room for one in found if one.code == code):
             lines += [f"### Exit code {code} in `{room}`", "", "| message | way out |", "|---|---|"]
             for one in found:
                 if (one.code, one.room) == (code, room):
-                    said, way_out = split(one.text, otherwise)
+                    said, way_out = split(one.text)
                     lines.append(f"| {_cell(said)} | {_cell(way_out)} |")
             lines.append("")
     return "\n".join(lines).rstrip() + "\n"
@@ -118,7 +99,7 @@ def raised(source: str, *, in_config: bool = False) -> Iterator[tuple[str, str]]
     """Kind of error and message, of each `raise` in a source. in_config: whether ValueError is told to people, too."""
     tree = ast.parse(source)
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    tree = _Filled(_constants(tree, imported=True)).visit(tree)
+    tree = _Filled(_constants(tree, imported=True) | _made_by(functions)).visit(tree)
     for scope in ast.walk(tree):
         if not isinstance(scope, ast.FunctionDef):
             continue
@@ -134,15 +115,15 @@ def raised(source: str, *, in_config: bool = False) -> Iterator[tuple[str, str]]
                     yield kind, text
 
 
-def split(text: str, otherwise: str) -> tuple[str, str]:
-    """What went wrong, and the way out: the last sentence of a message, or what stands behind its last colon."""
+def split(text: str) -> tuple[str, str]:
+    """What went wrong, and the way out: the last sentence of a message, or what stands behind its last colon; "": none."""
     for mark in (r"(?<=[.\])…›] )(?=[A-Z‹-])", r"(?<=: )", r"(?<=; )"):
         cuts = [cut.end() for cut in re.finditer(mark, text) if _open(text, cut.end()) == 0]
         if cuts and len(text) - cuts[-1] > 8:
             said, way_out = text[: cuts[-1]].rstrip(" :;"), text[cuts[-1] :]
             if _words(way_out) > 1 and (_words(said) > 2 or said.endswith(".")):
                 return said, way_out[0].upper() + way_out[1:]
-    return text, next((way_out for words, way_out in _OTHERWISE if re.search(words, text)), otherwise)
+    return text, ""
 
 
 def _words(text: str) -> int:
@@ -185,7 +166,8 @@ def _constants(tree: ast.Module, *, imported: bool = False) -> dict[str, ast.exp
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             found[node.targets[0].id] = node.value
-        elif imported and isinstance(node, ast.ImportFrom) and (node.module or "").startswith(_PACKAGES):
+    for node in ast.walk(tree):  # what is heavy is imported inside of functions
+        if imported and isinstance(node, ast.ImportFrom) and (node.module or "").startswith(_PACKAGES):
             file = (ROOT / (node.module or "").replace(".", "/")).with_suffix(".py")
             if file.is_file():
                 theirs = _constants_of(file)
@@ -195,11 +177,22 @@ def _constants(tree: ast.Module, *, imported: bool = False) -> dict[str, ast.exp
 
 @cache
 def _constants_of(file: Path) -> dict[str, ast.expr]:
-    return _constants(ast.parse(file.read_text(encoding="utf-8")))
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return _constants(_Filled(_constants(tree)).visit(tree))
+
+
+def _made_by(functions: dict[str, ast.FunctionDef]) -> dict[str, ast.expr]:
+    """Function of a file → the text that it returns, of those that return one and no other."""
+    found = {}
+    for name, function in functions.items():
+        returned = [node.value for node in _own(function) if isinstance(node, ast.Return)]
+        if len(returned) == 1 and isinstance(returned[0], ast.Constant | ast.JoinedStr):
+            found[name] = returned[0]
+    return found
 
 
 class _Filled(ast.NodeTransformer):
-    """Texts that a file has by name, put where they are named in a message."""
+    """Texts that a file has by name, or its functions make, put where they are named in a message."""
 
     def __init__(self, constants: dict[str, ast.expr]):
         self._texts = {
@@ -207,7 +200,8 @@ class _Filled(ast.NodeTransformer):
         }
 
     def visit_FormattedValue(self, node: ast.FormattedValue) -> ast.expr:
-        value = self._texts.get(node.value.id) if isinstance(node.value, ast.Name) else None
+        named = node.value.func if isinstance(node.value, ast.Call) else node.value
+        value = self._texts.get(named.id) if isinstance(named, ast.Name) else None
         return value if value is not None else node
 
 

@@ -31,14 +31,20 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> Config:
             f"There is no configuration file {path}: check the path, or start from a file in pipelines/configs."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The configuration file {path} cannot be read: {error}.") from error
+        raise ConfigError(
+            f"The configuration file {path} cannot be read ({error}). Name a text file in UTF-8 that this user may "
+            "read."
+        ) from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"{path} is not valid YAML ({' '.join(str(error).split())}). Mend it at the line and column that are named."
+        ) from error
     except ValueError as error:  # what looks like a date is made one, and some are none
         raise ConfigError(f"{path} holds a date that there is not: {error}. Write it as in 2026-11-01.") from error
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"{path} must hold a mapping with the sections run, model, …; it holds {type(tree).__name__}."
+            f"{path} holds {type(tree).__name__} and no sections: write a mapping with run, model and data, as in "
+            "pipelines/configs."
         )
     return overridden(tree, overrides, source=str(path))
 
@@ -72,11 +78,17 @@ def told(override: str) -> tuple[str, Any]:
     """Key and value of `dotted.key=value`. Raises ConfigError where it is none, or the value is no YAML."""
     key, separator, value = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"-o {override}: write it as dotted.key=value, for example -o train.loss.beta=0.2.")
+        raise ConfigError(
+            f"-o {override} does not say which key gets which value: write it as dotted.key=value, for example -o "
+            "train.loss.beta=0.2."
+        )
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"-o {override}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"-o {override}: the value is not valid YAML ({' '.join(str(error).split())}). Write a list as [a, b], a "
+            "section as {key: value}, text that has such signs in quotes, and all of it in quotes for the shell."
+        ) from error
     except ValueError as error:  # what looks like a date is made one, and some are none
         raise ConfigError(f"-o {override}: no such date ({error}). Write it as in 2026-11-01.") from error
 
@@ -90,7 +102,10 @@ def put(tree: dict[str, Any], key: str, value: Any, *, source: str) -> None:
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"{source}: {parent} is a value, not a section.")
+            raise ConfigError(
+                f"{source}: {parent} is a value, not a section, so that no key below it can be set. Check the key, or "
+                f"set {parent} itself."
+            )
         node = child
     node[leaf] = value
 

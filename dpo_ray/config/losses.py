@@ -397,7 +397,10 @@ class WeightedLoss(NLLTerm):
     @model_validator(mode="after")
     def _terms_agree(self) -> WeightedLoss:
         if not self.terms:
-            raise ValueError("terms is empty, but a weighted sum needs at least one")
+            raise ValueError(
+                "terms is empty, but a weighted sum needs at least one: name some, as in [{weight: 0.8, loss: {type: "
+                "sigmoid}}]"
+            )
         for i, term in enumerate(self.terms):
             if term.loss.token_tail_weight is not None:
                 raise ValueError(

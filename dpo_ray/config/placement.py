@@ -50,7 +50,9 @@ def _check_resources(resources: dict[str, float]) -> dict[str, float]:
                 "train.cpus_per_worker and train.use_gpu"
             )
         if number < _LEAST or (number > 1 and number != int(number)):
-            raise ValueError(f"{name}: {number:g} is no quantity to Ray, which takes {_LEAST:g} to 1 or a whole number")
+            raise ValueError(
+                f"{name}: {number:g} is no quantity to Ray: write one from {_LEAST:g} to 1, or a whole number"
+            )
     return resources
 
 

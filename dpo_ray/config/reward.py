@@ -165,7 +165,10 @@ class Judge(_Source):
     def _one_of_two(self) -> Judge:
         if (self.model is None) == (self.endpoint is None):
             found = "neither" if self.model is None else "both"
-            raise ValueError(f"a judge is a model that is served here or an endpoint, but {found} is given")
+            raise ValueError(
+                f"a judge is a model that is served here or an endpoint, but {found} is given: set `model` or "
+                "`endpoint`, and leave the other out"
+            )
         return self
 
 
@@ -182,12 +185,16 @@ def _as_sources(value: Any) -> Any:
 
 def _told_apart(sources: tuple[Source, ...]) -> tuple[Source, ...]:
     if not sources:
-        raise ValueError("a reward needs one source at least")
+        raise ValueError(
+            "a reward needs one source at least: name a rule, as module:function, or a section with its `type`"
+        )
     twice = [label for label, count in Counter(source.label for source in sources).items() if count > 1]
     if twice:
         raise ValueError(f"two sources are called {twice[0]}: give each a `name` of its own")
     if not any(source.weight for source in sources):
-        raise ValueError("all sources have weight 0, so that no completion is better than another")
+        raise ValueError(
+            "all sources have weight 0, so that no completion is better than another: give one of them another weight"
+        )
     return sources
 
 

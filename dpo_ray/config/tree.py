@@ -43,7 +43,7 @@ def _among_formats(schema: dict[str, Any]) -> None:
 def _no_number(value: Any) -> Any:
     """A number would be taken for seconds since 1970: 20261101 for a day of August 1970."""
     if isinstance(value, int | float):
-        raise ValueError("a day is written as in 2026-11-01")
+        raise ValueError(f"{value} is a number, and a day is asked for: write it as in 2026-11-01")
     return value
 
 
@@ -186,8 +186,8 @@ class Columns(Section):
         for field, column in self.renamed().items():
             if column in fields:
                 raise ValueError(
-                    f"data.columns.{fields[column]} and data.columns.{field} both name the column {column!r}: a column "
-                    "is one field"
+                    f"data.columns.{fields[column]} and data.columns.{field} both name the column {column!r}: name "
+                    "another for one of them"
                 )
             fields[column] = field
         return self
@@ -433,7 +433,7 @@ class Generate(Section):
             )
         if self.samples < 2:
             where = "generate.models[0].samples" if self.models else "generate.sampling.samples"
-            raise ValueError(f"{where} is 1, but a pair needs at least 2 samples of a prompt")
+            raise ValueError(f"{where} is 1, but a pair needs at least 2 samples of a prompt: set it to 2 or more")
         return self
 
     @model_validator(mode="before")
@@ -660,12 +660,14 @@ class Train(Section):
         if self.gpus_per_worker < 1 and not (self.use_gpu and self.num_workers == 1):
             raise ValueError(
                 f"train.gpus_per_worker is {self.gpus_per_worker:g}, a part of a GPU, which is for train.use_gpu=true "
-                "with train.num_workers=1: two workers of one training cannot share a GPU"
+                "with train.num_workers=1, as two workers of one training cannot share a GPU: set these, or give each "
+                "a whole one"
             )
         if self.global_batch_size < self.num_workers:
             raise ValueError(
                 f"train.global_batch_size is {self.global_batch_size}, but each of the "
-                f"{self.num_workers} workers (train.num_workers) needs at least one pair a step"
+                f"{self.num_workers} workers (train.num_workers) needs at least one pair a step: raise the first, or "
+                "lower the other"
             )
         self._require_sensible_sharding()
         self._require_sensible_memory()
@@ -917,7 +919,8 @@ class Config(Section):
             )
         if self.generate is not None and self.data.eval is not None:
             raise ValueError(
-                "data.eval goes with data.train; with generate, data.held_out_fraction of the prompts is held out"
+                "data.eval goes with data.train; with generate a share of the prompts is held out: leave data.eval "
+                "out, and set data.held_out_fraction"
             )
         if self.generate is not None:
             for key in ("layout", "columns", "pairing", "ignore", "ties", "loss_turns"):

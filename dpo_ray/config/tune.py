@@ -74,14 +74,17 @@ def _distribution(where: str, value: Any) -> Distribution:
         raise ValueError(f"tune.space: {where}: {kind}: {content!r} is not two numbers: write {{{kind}: [low, high]}}")
     low, high = numbers
     if not low < high:
-        raise ValueError(f"tune.space: {where}: {kind}: {content!r}: the first number must be the smaller one")
+        raise ValueError(f"tune.space: {where}: {kind}: {content!r} does not rise: write the smaller number first")
     if kind == "loguniform" and not low > 0:
         raise ValueError(
             f"tune.space: {where}: {kind}: {content!r}: a logarithm needs numbers above 0; raise the lower end, or "
             "use uniform"
         )
     if kind == "integer" and not all(float(x).is_integer() for x in numbers):
-        raise ValueError(f"tune.space: {where}: {kind}: {content!r}: whole numbers are asked for")
+        raise ValueError(
+            f"tune.space: {where}: {kind}: {content!r} are not whole numbers: round them, or take uniform for an "
+            "option that may have others"
+        )
     return Range(kind, int(low) if kind == "integer" else float(low), int(high) if kind == "integer" else float(high))
 
 
@@ -91,11 +94,13 @@ def _is_finite(value: Any) -> bool:
 
 def _choice(where: str, options: Any) -> Choice:
     if not _is_list(options) or not options:
-        raise ValueError(f"tune.space: {where}: a choice is a list of values, not {options!r}")
+        raise ValueError(
+            f"tune.space: {where}: a choice is a list of values, not {options!r}: write it as in {{choice: [1, 2]}}"
+        )
     options = [_number(option) for option in options]
     for number, option in enumerate(options):
         if option in options[:number]:
-            raise ValueError(f"tune.space: {where}: the choice has {option!r} twice")
+            raise ValueError(f"tune.space: {where}: the choice has {option!r} twice: name it once")
     return Choice(tuple(_option(f"{where}[{number}]", option) for number, option in enumerate(options)))
 
 
@@ -128,8 +133,8 @@ def _paths(space: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             others = ", ".join(str(other) for other in space if other != key)
             raise ValueError(f"tune.space: {prefix[:-1]}: {key} takes nothing beside it, and there is {others}: {_HOW}")
         if prefix and (near or key in _FOREIGN):
-            meant = f"; did you mean {near[0]}?" if near else ":"
-            raise ValueError(f"tune.space: {prefix[:-1]}: {key} is no distribution{meant} {_HOW}")
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"tune.space: {prefix[:-1]}: {key} is no distribution{meant}: {_HOW}")
         if isinstance(value, Mapping) and not _is_distribution(value) and value:
             yield from _paths(value, f"{path}.")
         else:
@@ -142,7 +147,7 @@ def _space(value: Any) -> dict[str, Distribution]:
     space: dict[str, Distribution] = {}
     for path, raw in _paths(value):
         if path in space:
-            raise ValueError(f"tune.space names {path} twice")
+            raise ValueError(f"tune.space names {path} twice, nested and with dots: leave one of them out")
         space[path] = raw if isinstance(raw, Range | Choice) else _distribution(path, raw)
     for path in space:
         for other in space:
@@ -346,7 +351,7 @@ class Tune(Section):
             if values is not None and path in self.space:
                 raise ValueError(f"{short} and tune.space both have values for {path}: leave one of them out")
             if values is not None and len(set(values)) < len(values):
-                raise ValueError(f"{short}={list(values)} has a value twice")
+                raise ValueError(f"{short}={list(values)} has a value twice: name each once")
             if values is not None and path == "train.loss.beta" and "train.loss" in self.space:
                 raise ValueError(
                     f"{short} goes with one loss, and tune.space searches train.loss: put beta into its options"
@@ -362,9 +367,15 @@ class Tune(Section):
                 "it has points. Leave it out"
             )
         if self.search != "grid" and self.num_trials is None:
-            raise ValueError(f"tune.search={self.search} needs tune.num_trials, the number of trials")
+            raise ValueError(
+                f"tune.search={self.search} needs tune.num_trials: set it to the number of trials, as in "
+                "tune.num_trials=20"
+            )
         if isinstance(self.rank_by, dict) and not self.rank_by:
-            raise ValueError("tune.rank_by names no measure")
+            raise ValueError(
+                "tune.rank_by names no measure: name one, as in accuracy, or several with weights, as in {accuracy: "
+                "1.0}"
+            )
         if isinstance(self.rank_by, tuple) and (len(self.rank_by) < 2 or len(set(self.rank_by)) < len(self.rank_by)):
             raise ValueError(
                 f"tune.rank_by={list(self.rank_by)}: a list is for several objectives; name two different ones at "

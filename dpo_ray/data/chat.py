@@ -339,6 +339,9 @@ def _said(answer: Answer) -> list[str]:
     return [text for turn in answer for text in (turn["content"], turn.get("more") or "")]
 
 
+_TOOLS = "Write it as a list of JSON schemas, one for each tool, or leave that column out of the data."
+
+
 def parse_tools(tools: str | None) -> list[Any] | None:
     """The tools of a row of pairs, from JSON text. Raises DataError."""
     if tools is None:
@@ -346,9 +349,9 @@ def parse_tools(tools: str | None) -> list[Any] | None:
     try:
         parsed = json.loads(tools)
     except ValueError as error:
-        raise DataError(f"The column tools holds {tools[:60]!r}, which is not JSON ({error}).") from error
+        raise DataError(f"The column tools holds {tools[:60]!r}, which is not JSON ({error}). {_TOOLS}") from error
     if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
-        raise DataError(f"The column tools holds {tools[:60]!r}, which is not a list of JSON schemas.")
+        raise DataError(f"The column tools holds {tools[:60]!r}, which is not a list of JSON schemas. {_TOOLS}")
     return parsed
 
 

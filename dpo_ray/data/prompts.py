@@ -59,7 +59,10 @@ def read_prompts(
                 answer = json.dumps(answer)  # of a number, what it is written as
             sides[split].append({"prompt_id": identifier, "split": split, "prompt": prompt, "answer": answer})
     if not seen:
-        raise DataError(f"generate.prompts is {uri}, and there is no prompt in it.")
+        raise DataError(
+            f"generate.prompts is {uri}, and there is no prompt in it. Name a file with a row for each, as in "
+            '{"prompt": "Why is the sky blue?"}.'
+        )
     return sides
 
 
@@ -75,7 +78,9 @@ def _json_prompts(data: bytes, uri: str) -> Iterable[tuple[int, dict[str, Any]]]
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{uri}, line {number} is not JSON ({error}).") from error
+            raise DataError(
+                f"{uri}, line {number} is not JSON ({error}). Mend it: each line is a JSON object with `prompt`."
+            ) from error
         yield number, row if isinstance(row, dict) else {}
 
 
@@ -83,4 +88,4 @@ def _parquet_prompts(data: bytes, uri: str) -> Iterable[tuple[int, dict[str, Any
     try:
         yield from enumerate(pq.read_table(io.BytesIO(data)).to_pylist())
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{uri} cannot be read as Parquet ({error}).") from error
+        raise DataError(f"{uri} cannot be read as Parquet ({error}). Write it again, or name another file.") from error

@@ -67,7 +67,11 @@ def require_enough_kept(pairs: Artifact, max_quarantined_fraction: float) -> Non
     said += [f"{reason} {count}" for reason, count in ranked[_EXPLAINED:]]
     where = f"These rows, with their reasons, are {pairs.where_quarantined()}"
     if not tally.kept:
-        raise DataError(f"None of the {tally.read} rows read makes a preference pair: {', '.join(said)}. {where}.")
+        raise DataError(
+            f"None of the {tally.read} rows read makes a preference pair: {', '.join(said)}. {where}. Look with "
+            "`dpo-ray data` what the files are taken for, and name their columns (data.columns) or format "
+            "(data.layout) if it is not what they are."
+        )
     raise DataError(
         f"{faulty.total()} of {tally.read} rows ({faulty.total() / tally.read:.1%}) make no preference pair, more than "
         f"data.max_quarantined_fraction={max_quarantined_fraction:g} allows: {', '.join(said)}. {where}; mend the "

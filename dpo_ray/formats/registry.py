@@ -101,8 +101,8 @@ def _mostly_broken(fitting: Mapping[Format, int], rows: int, source: str) -> For
     claimed = "; ".join(f"{format_.name}: {format_.about}" for format_ in best)
     raise DataError(
         f"{source} has the columns of {' and of '.join(format_.name for format_ in best)}, but none of its first "
-        f"{rows} rows is written so ({claimed}). `dpo-ray data FILE -o data.layout={best[0].name}` shows what becomes "
-        "of its rows."
+        f"{rows} rows is written so ({claimed}). See why with `dpo-ray data FILE -o data.layout={best[0].name}`, and "
+        "write the rows as that format has them."
     )
 
 

@@ -174,7 +174,10 @@ class ModelFolder:
         path = str(beside.resolve()) if "://" not in name and beside.exists() else name
         within = (*self.within, self._source.place)
         if path in within:
-            raise ConfigError(f"The adapter {self.place} names itself as the base model.")
+            raise ConfigError(
+                f"The adapter {self.place} names itself as the base model. Write the folder or hub id of the model "
+                f"that it was trained on into its {ADAPTER_CONFIG}, as base_model_name_or_path."
+            )
         try:
             yield ModelFolder(path, revision if is_hub_id(path) else None, self.trust_remote_code, within=within)
         except ConfigError as error:

@@ -171,7 +171,7 @@ def _drawn(rows: Artifact, count: int) -> list[TokenizedPair]:
     shards = [file for file in rows.manifest.files if file.rows]
     ends = list(accumulate(file.rows or 0 for file in shards))
     if not ends:
-        raise DataError(f"{rows.location} holds no pairs, so there is nothing to train on.")
+        raise DataError(f"{rows.location} holds no pairs, so there is nothing to train on. Add data.")
     places = sorted(random.Random(rows.fingerprint).sample(range(ends[-1]), min(count, ends[-1])))
     pairs = []
     for n, of_shard in groupby(places, lambda place: bisect_right(ends, place)):

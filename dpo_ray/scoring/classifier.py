@@ -65,6 +65,11 @@ class TorchClassifier:
         return groups
 
 
+_OTHER_MODEL = (
+    "Name a model that was trained as a reward model; for a policy trained by DPO use a source of type implicit."
+)
+
+
 def _load(source: RewardModel, folder: ModelFolder) -> Any:
     from transformers import AutoModelForSequenceClassification
 
@@ -78,12 +83,11 @@ def _load(source: RewardModel, folder: ModelFolder) -> Any:
         )
     except ValueError as error:
         raise ConfigError(
-            f"The reward model {source.path} cannot be loaded as a sequence classifier: {error}."
+            f"The reward model {source.path} cannot be loaded as a sequence classifier ({error}). {_OTHER_MODEL}"
         ) from error
     if missing := sorted(told["missing_keys"]):
         raise ConfigError(
             f"The reward model {source.path} lacks {', '.join(missing[:3])}: it is no sequence classifier, and its "
-            "scores would be those of a head drawn at random. Name a model that was trained as a reward model; for a "
-            "policy trained by DPO use a source of type implicit."
+            f"scores would be those of a head drawn at random. {_OTHER_MODEL}"
         )
     return model

@@ -59,7 +59,10 @@ def template_of(judge: Judge) -> str:
     try:
         return Location.of(judge.template).read_bytes().decode()
     except (FileNotFoundError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The judge's template {judge.template} cannot be read ({error}).") from error
+        raise ConfigError(
+            f"The judge's template {judge.template} cannot be read ({error}). Name a file in UTF-8 that every node "
+            "sees, or leave `template` out for the one of dpo-ray."
+        ) from error
 
 
 def require_template(judge: Judge) -> None:

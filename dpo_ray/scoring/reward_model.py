@@ -71,5 +71,8 @@ def _logit(source: RewardModel, count: int) -> int:
             f"`logit` to one of 0 to {count - 1}."
         )
     if source.logit is not None and source.logit >= count:
-        raise ConfigError(f"The reward model {source.path} has {count} logits, and `logit` is {source.logit}.")
+        raise ConfigError(
+            f"The reward model {source.path} has {count} logits, and `logit` is {source.logit}. They are counted from "
+            f"0: set it to {count - 1} at most."
+        )
     return source.logit or 0

@@ -44,7 +44,7 @@ def load_function(name: str) -> Function:
     if found is None:
         raise _not_there(name, f"module {module!r} has no attribute {function!r}")
     if not callable(found):
-        raise ConfigError(f"The reward {name} is not a function but {type(found).__name__}.")
+        raise ConfigError(f"The reward {name} is not a function but {type(found).__name__}: name one of that module.")
     return found  # type: ignore[no-any-return]
 
 
@@ -65,7 +65,8 @@ def require_fitting(rule: Rule) -> None:
         named = ", ".join(rule.arguments) or "none"
         raise ConfigError(
             f"The reward {rule.function}{signature} cannot be called with prompt, completion and finished, and with "
-            f"the arguments of the configuration ({named}): {error}."
+            f"the arguments of the configuration ({named}): {error}. Give the function these parameters, or change "
+            "`arguments`."
         ) from None
 
 

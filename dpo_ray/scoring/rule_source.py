@@ -60,7 +60,7 @@ def _identity(name: str) -> dict[str, str | int]:
     if version is not None:
         if not isinstance(version, str | int):
             raise ConfigError(
-                f"{VERSION} of {source.module} is a {type(version).__name__}, and must be text or a whole number."
+                f"{VERSION} of {source.module} is a {type(version).__name__}: make it text or a whole number."
             )
         found["reward_version"] = version
     return found

@@ -21,5 +21,5 @@ def package_file(uri: str) -> Path:
         raise ConfigError(f"{uri}: the Python package {package} is not installed. Install it, or name another path.")
     path = Path(next(iter(spec.submodule_search_locations))) / inside
     if not path.is_file():
-        raise ConfigError(f"{uri}: the installed package {package} has no file {inside}.")
+        raise ConfigError(f"{uri}: the installed package {package} has no file {inside}. Check the path in it.")
     return path

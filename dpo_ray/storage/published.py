@@ -162,7 +162,9 @@ def move(
     # A name of a folder there, and no path that leads out of it.
     if "/" in version or not is_complete(folder / version):
         known = ", ".join(complete_versions(folder)) or "none"
-        raise ConfigError(f"{folder / version} is no published model (versions of {folder.name}: {known}).")
+        raise ConfigError(
+            f"{folder / version} is no published model. Name one of the versions of {folder.name}: {known}."
+        )
     try:
         before = latest(folder)
     except DataError:  # it is written anew, and what it said is lost
@@ -241,7 +243,9 @@ def require_any(folder: Location) -> None:
     if not complete_versions(folder):
         others = [child.name for child in (Location(folder.uri.rpartition("/")[0])).children()]
         named = f"names there: {', '.join(others)}" if others else "nothing was published there"
-        raise ConfigError(f"{folder} holds no published model ({named}).")
+        raise ConfigError(
+            f"{folder} holds no published model ({named}). Check the folder given as run.output, and the name."
+        )
 
 
 def who() -> str:

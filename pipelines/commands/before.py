@@ -112,7 +112,10 @@ def data(
     tree = {"run": {"name": "data", "output": "out"}, "model": {"path": ""}, "data": {"train": source}}
     loaded = load_config(source, override) if is_config else overridden(tree, override, source)
     if loaded.data.train is None:
-        raise ConfigError(f"{source} makes its pairs with `generate`, and names no preference data to look at.")
+        raise ConfigError(
+            f"{source} makes its pairs with `generate`, and names no preference data to look at. Name a file or a "
+            "folder of pairs."
+        )
     from pipelines.preview.render import as_dict, lines
     from pipelines.preview.sheet import sheets
 

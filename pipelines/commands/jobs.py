@@ -47,10 +47,13 @@ def submit(
     Modules of rules that lie here travel with it.
     """
     if command not in {"run", "sweep", "iterate", *STAGES}:
-        raise ConfigError(f"--command {command}: name one of run, sweep, iterate, {', '.join(STAGES)}.")
+        raise ConfigError(f"--command {command} is not known: name one of run, sweep, iterate, {', '.join(STAGES)}.")
     loaded = load_config(config, override)
     if period is not None and not re.fullmatch(r"\w[\w.:+=@-]*", period):
-        raise ConfigError(f"--period {period!r}: letters, digits and any of . _ - : + = @, as in 2026-11-01.")
+        raise ConfigError(
+            f"--period {period!r} is no name of a period: take letters, digits and any of . _ - : + = @, as in "
+            "2026-11-01."
+        )
     from cluster.submit import Submission, submit_job
 
     submission = Submission(

@@ -29,7 +29,7 @@ def imported(file: Path, devices: int | None, data: str | None, whose: str | Non
     """
     given = _read(file)
     if whose is not None and whose not in _READERS:
-        raise ConfigError(f"--from {whose}: name one of {', '.join(_READERS)}.")
+        raise ConfigError(f"--from {whose} is not known: name one of {', '.join(_READERS)}.")
     read, known = _READERS[whose or _whose(given, file)]
     reading = read(given, str(file), devices, data)
     reading.config()
@@ -42,9 +42,14 @@ def _read(file: Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"There is no file {file}: check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}.") from error
+        raise ConfigError(
+            f"{file} cannot be read ({error}). Name a text file in UTF-8 that this user may read."
+        ) from error
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"{file} is not valid YAML ({' '.join(str(error).split())}). Mend it at the place that is named, or name "
+            "the trainer's own YAML file."
+        ) from error
     if not isinstance(given, dict) or not given:
         raise ConfigError(f"{file} holds no options by name, but {type(given).__name__}: name the trainer's YAML file.")
     return given

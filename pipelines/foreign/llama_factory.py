@@ -109,7 +109,7 @@ def read_llama_factory(given: Mapping[str, Any], source: str, devices: int | Non
     reading = Reading(given, source, WHOSE)
     stage = str(reading.value("stage", "sft"))
     if stage not in ("dpo", "kto"):
-        raise ConfigError(f"{source}: stage={stage} learns from no preferences: only dpo and kto are read.")
+        raise ConfigError(f"{source}: stage={stage} learns from no preferences: name a file of the stage dpo or kto.")
     reading.carry("stage", "train.loss.type", stage)
     if devices is None and reading.has("ray_num_workers"):
         devices = int(reading.number("ray_num_workers", 1))
@@ -215,7 +215,10 @@ def _sets(reading: Reading, names: Sequence[str]) -> None:
     rows = int(reading.number("max_samples", 0)) or None
     shares = [float(one) for one in _names(reading.value("interleave_probs"))] or [1.0] * len(names)
     if len(shares) != len(names):
-        raise ConfigError(f"{reading.source}: interleave_probs has {len(shares)} numbers for {len(names)} data sets.")
+        raise ConfigError(
+            f"{reading.source}: interleave_probs has {len(shares)} numbers for {len(names)} data sets: give each its "
+            "own."
+        )
     interleaved = str(reading.value("mix_strategy", "concat")).startswith("interleave") and len(names) > 1
     if rows is None and not interleaved:
         reading.carry("dataset", "data.train", paths if len(paths) > 1 else paths[0])

@@ -319,7 +319,8 @@ def _loss(reading: Reading) -> None:
         )
     if not terms:
         raise ConfigError(
-            f"{reading.source}: loss_type={named} compares no answers: fine-tuning alone is not done here."
+            f"{reading.source}: loss_type={named} compares no answers: name a file of preference training, with a loss "
+            "such as sigmoid."
         )
     coupled = [name for name, _ in terms if name.startswith("aot")]
     in_sum = len(terms) > 1 or (terms[0][1] != 1.0 and not coupled)
@@ -388,7 +389,9 @@ def _options(reading: Reading, name: str, in_sum: bool, used: dict[str, set[str]
     divergence = reading.value("f_divergence_type", "reverse_kl")
     if divergence != "reverse_kl" and "divergence" in fields:
         if divergence not in _DIVERGENCES:
-            raise ConfigError(f"{reading.source}: f_divergence_type={divergence} is none of {', '.join(_DIVERGENCES)}.")
+            raise ConfigError(
+                f"{reading.source}: f_divergence_type={divergence} is not known: name one of {', '.join(_DIVERGENCES)}."
+            )
         kind: dict[str, Any] = {"type": _DIVERGENCES[divergence]}
         if kind["type"] == "alpha":
             kind["alpha"] = reading.number("f_alpha_divergence_coef", 0.5)

@@ -133,5 +133,7 @@ def _read(file: Location) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ConfigError(f"{file} is damaged ({error}): what it says of the run cannot be shown.") from error
+        raise ConfigError(
+            f"{file} is damaged ({error}), so that what it says of the run cannot be shown. Read log.txt beside it."
+        ) from error
     return found

@@ -144,7 +144,9 @@ def peek(location: Location) -> Peek:
             if is_array
             else f"none of its first {read} rows is a JSON object; each holds one row, and text is in UTF-8"
         )
-        raise DataError(f"{location} is not a file of {_CALLED[form.kind]}: {why}.")
+        raise DataError(
+            f"{location} is not a file of {_CALLED[form.kind]}: {why}. Rename it by what is in it, or write it again."
+        )
     return Peek(tuple(names), {}, read > 0, tuple(cut(row) for row in sample[:_SAMPLE_ROWS]))
 
 

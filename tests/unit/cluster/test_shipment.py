@@ -96,11 +96,11 @@ def test_the_jobs_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ("content", "told"),
     [
         (None, "cannot be read"),
-        ("[1, 2", "cannot be read"),
-        ("- textstat", "is to hold fields"),
+        ("[1, 2", r"cannot be read \(.*line 1.*\)\. Name a YAML file"),
+        ("- textstat", "is to hold fields by name, and holds list. Write fields"),
         ("working_dir: /somewhere", "has working_dir, which is made of the configuration"),
         ("pip: 3", "is no runtime environment of Ray"),
-        ("pipe: [textstat]", "has pipe, which Ray's runtime environments lack: .*pip"),
+        ("pipe: [textstat]", "has pipe, which Ray's runtime environments lack. Take it out, or name one of .*pip"),
     ],
 )
 def test_what_is_no_runtime_environment_is_refused(tmp_path: Path, content: str | None, told: str):

@@ -59,14 +59,20 @@ def test_a_source_is_called_by_what_it_is_unless_it_has_a_name():
     [
         ([], "generate.reward: a reward needs one source at least"),
         ([{"function": "m:f"}, {"function": "n:f"}], "two sources are called f: give each a `name`"),
-        ([{"function": "m:f", "weight": 0}], "all sources have weight 0"),
+        (
+            [{"function": "m:f", "weight": 0}],
+            "all sources have weight 0, so that no completion is better than another: give one of them",
+        ),
         (
             [{"type": "magic"}],
             r"generate.reward[0].type='magic' is not known here (known here: rule, reward_model, judge",
         ),
         ([{"type": "reward_model"}], "generate.reward[0].path is missing"),
         ([{"function": "m"}], "generate.reward[0].function='m'"),
-        ([{"type": "judge"}], "a judge is a model that is served here or an endpoint, but neither is given"),
+        (
+            [{"type": "judge"}],
+            "a judge is a model that is served here or an endpoint, but neither is given: set `model` or `endpoint`",
+        ),
         ([{"type": "judge", "model": "j", "endpoint": ENDPOINT}], "but both is given"),
         ([{"type": "judge", "endpoint": {**ENDPOINT, "base_url": "h"}}], "generate.reward[0].endpoint.base_url='h'"),
         ([{"function": "m:f", "wait": 1}], "generate.reward[0].wait is not a known key; did you mean weight?"),

@@ -278,7 +278,7 @@ def test_a_value_may_hold_an_equals_sign(config_file: Path):
     [
         ("train.epochs", "dotted.key=value"),
         ("=1", "dotted.key=value"),
-        ("run.name.first=x", "name is a value, not a section"),
+        ("run.name.first=x", "name is a value, not a section, so that no key below it can be set. Check the key"),
         ("train.epochs=[", "not valid YAML"),
         ("train.epoch=2", "did you mean epochs?"),
     ],
@@ -296,7 +296,12 @@ def test_a_missing_file_is_named(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"run: [", "not valid YAML"), (b"- a\n", "mapping"), (b"", "mapping"), (b"\xff\xfe\x00", "cannot be read")],
+    [
+        (b"run: [", r"not valid YAML .*line 1, column 7.*Mend it at the line"),
+        (b"- a\n", "holds list and no sections: write a mapping"),
+        (b"", "holds NoneType and no sections: write a mapping"),
+        (b"\xff\xfe\x00", "cannot be read .*Name a text file in UTF-8"),
+    ],
 )
 def test_a_file_that_is_no_mapping_fails(tmp_path: Path, content: bytes, said: str):
     path = tmp_path / "c.yaml"
@@ -343,7 +348,7 @@ def test_a_date_that_there_is_not_is_refused(config_file: Path, override: str):
 
 @pytest.mark.parametrize("value", ["20261101", "0", "1793491200", "2026"])
 def test_a_number_is_no_day(config_file: Path, value: str):
-    with pytest.raises(ConfigError, match=r"data\.since: a day is written as in 2026-11-01"):
+    with pytest.raises(ConfigError, match=rf"data\.since: {value} is a number, .*: write it as in 2026-11-01"):
         load_config(config_file, [f"data.since={value}"])
 
 

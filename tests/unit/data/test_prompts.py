@@ -58,7 +58,7 @@ def test_prompts_are_read_from_parquet_and_from_packages(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'{"prompt": "a"}\n{"prompt": ', "line 2 is not JSON"),
+        (b'{"prompt": "a"}\n{"prompt": ', "line 2 is not JSON .*Mend it: each line is"),
         (b'{"prompt": "a"}\n\n\xff\xfe', "line 3 is not JSON"),
         (b'{"prompt": "a"}\n{"text": "b"}', r"row 2: not a prompt \(null_field\)"),
         (b'["a"]', r"row 1: not a prompt \(null_field\)"),

@@ -106,7 +106,7 @@ def test_a_version_is_promoted_by_hand(output: Location):
 @pytest.mark.parametrize("version", ["partial", "other", "history"])
 def test_what_is_no_whole_version_is_never_promoted(output: Location, version: str):
     publish(output, "a")
-    with pytest.raises(ConfigError, match=r"is no published model \(versions of n: a, b, c\)"):
+    with pytest.raises(ConfigError, match=r"is no published model\. Name one of the versions of n: a, b, c"):
         promote(output, "n", version, "why not")
     assert now(output) == "a"
 

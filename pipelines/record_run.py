@@ -96,8 +96,11 @@ def _record(config: Config, work: Work, run_id: str | None, looking: Looking, en
         count(RUNS, outcome=_outcome(error))
         code = error.exit_code if isinstance(error, DpoRayError) else 1
         reason = str(error) if isinstance(error, DpoRayError) else f"{type(error).__name__}: {error}"
-        ended.summary = summary = context.write_summary(code, [reason])
-        write_report(context, summary)
+        try:
+            ended.summary = summary = context.write_summary(code, [reason])
+            write_report(context, summary)
+        except Exception as wrong:  # as on a full disk: what ended the run is what is told of it
+            say("end", f"the run's record could not be written ({type(wrong).__name__}: {wrong})")
         end_tracking(context, "stopped" if _outcome(error) == "stopped" else "failed")
         raise
     finally:

@@ -37,7 +37,11 @@ def begin_tracking(context: RunContext, plan: list[str]) -> None:
     config = context.config
     if not config.track.any or not {"train", "sweep"} & set(plan):
         return
-    record = Record.of(context.output, context.folder, dump_config(config))
+    try:
+        record = Record.of(context.output, context.folder, dump_config(config))
+    except OSError as error:
+        say(STAGE, f"whether an earlier run is gone on with cannot be found out, so its trackers begin anew ({error})")
+        record = Record(context.folder)
     fan = Fan(trackers_of(config, context.folder), record, lambda line: say(STAGE, line))
     fan.open(Opening("", context.run_id, flat(config.model_dump(mode="json"))))
     context.trackers = fan
@@ -47,14 +51,18 @@ def end_tracking(context: RunContext, state: State) -> None:
     """Give the trackers the run's pages, and close them."""
     if context.trackers is None:
         return
-    with tempfile.TemporaryDirectory(prefix="dpo-ray-tracked-") as scratch:
-        kept = []
-        for name in _KEPT:
-            file = context.folder / name
-            if file.exists():
-                file.copy_to(Location(f"{scratch}/{name}"))
-                kept.append(Path(scratch, name))
-        context.trackers.keep(kept)
+    try:
+        with tempfile.TemporaryDirectory(prefix="dpo-ray-tracked-") as scratch:
+            kept = []
+            for name in _KEPT:
+                file = context.folder / name
+                if file.exists():
+                    file.copy_to(Location(f"{scratch}/{name}"))
+                    kept.append(Path(scratch, name))
+            context.trackers.keep(kept)
+            context.trackers.close(state)
+    except OSError as error:  # the run has ended as it has
+        say(STAGE, f"the run's pages could not be given to its trackers ({error}); they are in {context.folder}")
         context.trackers.close(state)
 
 
@@ -121,4 +129,8 @@ def tell_model(context: RunContext, policy: Artifact, model: Location, alias: Al
     if config.track.mlflow is not None:
         options = mlflow_options(config)
         assert options.tracking_uri is not None and options.registered_model is not None
-        note_followed(context.output / "models" / config.run.name, options.tracking_uri, options.registered_model)
+        folder = context.output / "models" / config.run.name
+        try:
+            note_followed(folder, options.tracking_uri, options.registered_model)
+        except OSError as error:
+            say(STAGE, f"which registered model follows {folder} could not be kept ({error}): later moves miss it")

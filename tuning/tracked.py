@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dpo_ray.config import Config
+from dpo_ray.progress import say
 from dpo_ray.storage.location import Location
 from dpo_ray.tracking.fan import Fan, flat
 from dpo_ray.tracking.follower import Follower
@@ -36,7 +37,10 @@ class TrackedTrials:
         training = self._trainings.pop(trial, None)
         if training is not None and state == "finished":
             # One that was taken over has told nobody of its steps.
-            self._fan.points(trial, [point_of(line) for line in read_history(training)])
+            try:
+                self._fan.points(trial, [point_of(line) for line in read_history(training)])
+            except OSError as error:
+                say("track", f"trial {trial}: its last steps could not be read for the trackers ({error})")
         self._fan.end(trial, state)
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dpo_ray.tracking.credentials import without_credentials
 from dpo_ray.tracking.record import Record
 from dpo_ray.tracking.tracker import Model, Opening, Point, State, Tracker
 
@@ -273,7 +274,7 @@ class _Feed:
 
 
 def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {without_credentials(' '.join(str(error).split()))[:300]}"
 
 
 def flat(options: Mapping[str, Any], above: str = "") -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_ray.config.track import MLflow
+from dpo_ray.tracking.credentials import without_credentials
 from dpo_ray.tracking.mlflow_client import URI, client_of, may_pass
 from dpo_ray.tracking.registry import Registry
 from dpo_ray.tracking.tracker import Model, Opening, Point, State, Tracker
@@ -77,8 +78,8 @@ class MLflowTracker(Tracker):
 
     def way_out(self) -> str:
         return (
-            f"See that {self._uri} answers (track.mlflow.tracking_uri, or {URI}) and that this user may write there, "
-            "or leave track.mlflow out."
+            f"See that {without_credentials(self._uri)} answers (track.mlflow.tracking_uri, or {URI}) and that this "
+            "user may write there, or leave track.mlflow out."
         )
 
     @property

@@ -7,12 +7,15 @@ a server takes no path that it would look for on its own disk, nor a scheme by w
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from dpo_ray.progress import node
 from dpo_ray.storage.location import Location
+from dpo_ray.tracking.credentials import without_credentials
+from dpo_ray.tracking.mlflow_client import URI
 from dpo_ray.tracking.tracker import Model
 
 if TYPE_CHECKING:
@@ -81,7 +84,7 @@ def note_followed(folder: Location, tracking_uri: str, registered_model: str) ->
     Args:
         folder: of the name, as of dpo_ray.storage.published.
     """
-    told = {"tracking_uri": tracking_uri, "registered_model": registered_model}
+    told = {"tracking_uri": without_credentials(tracking_uri), "registered_model": registered_model}
     (folder / _FOLLOWED).write_bytes(json.dumps(told, indent=1).encode())
 
 
@@ -97,15 +100,16 @@ def follow_move(folder: Location, version: str, tell: Callable[[str], None]) -> 
     except FileNotFoundError:
         return
     uri, name = followed["tracking_uri"], followed["registered_model"]
+    given = os.environ.get(URI, "")
     try:
         from dpo_ray.tracking.mlflow_client import client_of
 
-        if Registry(client_of(uri), name).follow(version):
+        if Registry(client_of(given if without_credentials(given) == uri else uri), name).follow(version):
             tell(f"MLflow: {CHAMPION} of {name} is {version} now")
             return
         reason = f"{version} is no version of it there"
     except Exception as error:  # the pointer was moved, whatever becomes of this
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = f"{type(error).__name__}: {without_credentials(' '.join(str(error).split()))[:300]}"
     tell(
         f"MLflow: {CHAMPION} of {name} was not moved ({reason}). The pointer was: see that {uri} answers, and say "
         f"`dpo-ray promote` with {version}, which moves both."

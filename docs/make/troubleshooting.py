@@ -116,7 +116,7 @@ def raised(source: str, *, in_config: bool = False) -> Iterator[tuple[str, str]]
 
 
 def split(text: str) -> tuple[str, str]:
-    """What went wrong, and the way out: the last sentence of a message, or what is behind its last colon; "": none."""
+    """What went wrong, and the way out, or "": the last sentence of a message, or what is behind its last colon."""
     for mark in (r"(?<=[.\])…›] )(?=[A-Z‹-])", r"(?<=: )", r"(?<=; )"):
         cuts = [cut.end() for cut in re.finditer(mark, text) if _open(text, cut.end()) == 0]
         if cuts and len(text) - cuts[-1] > 8:

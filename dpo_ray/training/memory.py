@@ -253,7 +253,8 @@ def pair_bytes(
     """What the backward pass needs of a pair that is computed alone on a CPU.
 
     Beside what every token needs, attention keeps in each layer what grows with the square of the sequence: the mask,
-    as PyTorch's kernel for CPUs converts it; the weights of all heads where it is computed step by step.
+    as PyTorch's kernel for CPUs converts it; the weights of all heads where it is computed step by step. The packed
+    attention makes its mask anew in each layer's backward pass, so that there is one at a time.
 
     Args:
         implementation: of attention, as transformers names it.
@@ -279,6 +280,8 @@ def pair_bytes(
         square = shape.heads * (4 if size == 4 else 4 + size)  # a softmax is in float32, and brought to bfloat16 then
     again = recomputed_layers(shape.layers, train)
     layers = shape.layers - again + (again > 0)
+    if implementation == attention.IMPLEMENTATION and not stepwise:
+        layers = square = 1  # of bool
     return tokens * bytes_per_token(shape, model, train) + layers * squares * square
 
 

@@ -142,7 +142,10 @@ def test_a_space_of_many_dimensions_is_checked_in_little_time():
         ({"space": {"train.learning_rate": {"uniform": [0.1]}}}, r"write \{uniform: \[low, high\]\}"),
         ({"space": {"train.learning_rate": {"uniform": ["a", "b"]}}}, r"is not two numbers"),
         ({"space": {"train.epochs": {"integer": [1, 2.5]}}}, "are not whole numbers: round them"),
-        ({"space": {"train.epochs": []}}, "a choice is a list of values, not []: write it as in {choice: [1, 2]}"),
+        (
+            {"space": {"train.epochs": []}},
+            r"a choice is a list of values, not \[\]: write it as in \{choice: \[1, 2\]\}",
+        ),
         ({"space": {"train.epochs": [1, 1]}}, "has 1 twice: name it once"),
         ({"space": {"train.epochs": 3}}, "3 is no distribution"),
         (

@@ -23,6 +23,7 @@ FILES = {"config.json": 100, "model.safetensors": 3_000_000, "tokenizer.json": 2
 PUBLISHER = """
 import json, os, sys
 from pathlib import Path
+from huggingface_hub import EvalResult, ModelCard, ModelCardData  # once, and not in each child
 from dpo_ray.config import Config
 from dpo_ray.storage import artifact
 from dpo_ray.storage.location import Location

@@ -12,6 +12,7 @@ import pytest
 
 from dpo_ray.storage.artifact import open_artifact
 from dpo_ray.storage.location import Location
+from dpo_ray.tracking.tensorboard import events
 from tests.command_line import CONFIGS, Finished, dpo_ray, in_process, killed_at, overrides
 from tests.object_store import BUCKET, ObjectStore, object_store, upload
 from tests.rounding import of_sum
@@ -98,6 +99,11 @@ def test_a_run_publishes_a_model_and_its_record(first_run, store: ObjectStore):
         "config.yaml", "metrics.jsonl", "summary.json", "report.html", "report.md",
         "progress.json", "training.json", "trackers.json",
     }  # fmt: skip
+    # It is the same run to TensorBoard as the one that was killed, and each of the two processes wrote a file.
+    assert summary["trackers"]["tensorboard"]["runs"] == {"": f"{OUT.uri}/runs/killed/tensorboard"}
+    assert summary["trackers"]["tensorboard"]["failures"] == 0
+    written = [event.step for event in events(OUT / "runs" / "killed" / "tensorboard") if event.step]
+    assert sorted(set(written)) == list(range(1, summary["train"]["num_steps"] + 1))
     assert summary["eval"]["accuracy"]["n"] == summary["stages"]["score"]["rows"]["kept"] > 0
     assert summary["train"]["first_step_loss"] == pytest.approx(summary["train"]["zero_margin_loss"], abs=NEAR)
 

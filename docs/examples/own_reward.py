@@ -19,9 +19,10 @@ here.mkdir(parents=True, exist_ok=True)
 # The prompts: a row each. A column `answer` would be given to a reward that has a parameter of this name.
 
 # %%
-jobs = ["baker", "teacher", "nurse", "farmer", "pilot", "judge", "cook", "tailor", "miner", "sailor", "clerk"]
+jobs = "baker teacher nurse farmer pilot judge cook tailor miner sailor clerk barber plumber painter dentist gardener"
+jobs += " lawyer waiter soldier singer writer weaver potter surgeon mason jeweller porter butcher printer actor smith"
 prompts = here / "prompts.jsonl"
-prompts.write_text("".join(json.dumps({"prompt": f"What does a {job} do?"}) + "\n" for job in jobs))
+prompts.write_text("".join(json.dumps({"prompt": f"What does a {job} do?"}) + "\n" for job in jobs.split()))
 
 # %% [markdown]
 # The reward is a function of a module that Ray's workers can import, as a file beside this one is. Its other parameters

@@ -45,7 +45,7 @@ config = api.load_config(
         "data": {
             "train": str(data),
             "held_out_fraction": 0.5,
-            "max_prompt_tokens": 32,
+            "max_prompt_tokens": 64,
             "max_completion_tokens": 32,
         },
         "reference": {"engine": "torch", "calibration_pairs": 4},

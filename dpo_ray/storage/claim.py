@@ -13,17 +13,17 @@ their process lives. A marker that was not is the trace of a killed gc, and a gc
 
 from __future__ import annotations
 
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from dpo_ray.errors import DpoRayError
 from dpo_ray.progress import say
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.repeated import repeated
 
 CLAIM = "claim.json"
 MARKERS = "gc"
@@ -70,24 +70,14 @@ def kept_fresh(place: Location, content: bytes) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _renewed(place: Location, content: bytes) -> Iterator[None]:
-    ended = threading.Event()
-    thread = threading.Thread(target=_renew, args=(place, content, ended), name="claim", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _renew(place: Location, content: bytes, ended: threading.Event) -> None:
-    while not ended.wait(RENEWED_S):
+def _renewed(place: Location, content: bytes) -> AbstractContextManager[None]:
+    def renew() -> None:
         try:
             place.write_bytes(content)
         except OSError as error:
             say("gc", f"{place}, which keeps files from being removed, could not be renewed ({error}); next try later")
+
+    return repeated(renew, RENEWED_S, "claim")
 
 
 def _seen_by_collectors(output: Location, mine: Location) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from dpo_ray.progress import say
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.repeated import repeated
 
 EVERY_S = 10.0
 """Seconds between two writes: a request to an object store costs little so, and a viewer is not far behind."""
@@ -23,29 +23,21 @@ def kept_told(place: Location, content: Callable[[], bytes], stage: str) -> Iter
         content: called by either thread.
         stage: whose line says that a write failed.
     """
-    ended, failed = threading.Event(), False
+    failed = False
 
     def write() -> None:
         nonlocal failed
         try:
             place.write_bytes(content())
-        except (
-            Exception
-        ) as error:  # a GPU that has failed cannot be asked either: what ended the work is told, not this
+        # A GPU that has failed cannot be asked either: what ended the work is to be told, and not this.
+        except Exception as error:
             if not failed:
                 say(stage, f"{place}, which `dpo-ray watch` reads, could not be written ({error}); tried again later")
             failed = True
 
-    def keep() -> None:
-        while not ended.wait(EVERY_S):
-            write()
-
     write()
-    thread = threading.Thread(target=keep, name=f"told {place.name}", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeated(write, EVERY_S, f"told {place.name}"):
+            yield
     finally:
-        ended.set()
-        thread.join()
         write()

@@ -72,7 +72,7 @@ def packed_attention(
     stepwise = softcap is not None or s_aux is not None
     if not stepwise and query.dtype in (torch.bfloat16, torch.float16) and _flash_takes(query, value):
         return _flash(query, key, value, segments.pairs, scaling, window), None
-    if not stepwise and not dropout and packed_on_cpu.serves(query, value):
+    if not stepwise and not dropout and packed_on_cpu.serves(query):
         out = packed_on_cpu.attend(query, key, value, segments.pairs, window, scaling)
         return out.transpose(1, 2).contiguous(), None
     grouped = query.shape[1] != key.shape[1]

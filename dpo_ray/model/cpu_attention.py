@@ -18,12 +18,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, sees: Tensor | None, scale
     """Of queries that are the last of the keys' positions; nothing is kept for a backward pass.
 
     Args:
-        query: [B, heads, n, D]; key and value: [B, kv_heads, m, D].
+        query: [B, heads, n, D]; key: [B, kv_heads, m, D]; value: [B, kv_heads, m, Dv].
         sees: [B, 1, n, m] or [n, m] which keys each query sees, none behind its own position; None: all before it, with
             n = m.
         scale: of the scores.
 
-    Returns [B, heads, n, D].
+    Returns [B, heads, n, Dv].
     """
     grouped = query.shape[1] != key.shape[1]
     with torch.no_grad():
@@ -38,19 +38,19 @@ def gradients(
     """Of query, key and value, in their shapes and dtype; the weights are made anew, a block of queries at a time.
 
     Args:
-        d_out: [B, heads, n, D], the gradient of what `attend` returned for the other arguments.
+        d_out: [B, heads, n, Dv], the gradient of what `attend` returned for the other arguments.
     """
     rows, heads, n, size = query.shape
     kv_heads, m = key.shape[1:3]
     shared = heads // kv_heads  # heads that share keys and values, all of whose queries are one matrix
-    queries, upstream = (x.reshape(rows, kv_heads, shared, n, size) for x in (query, d_out))
-    keys, values = (x.reshape(rows * kv_heads, m, size) for x in (key, value))
+    queries, upstream = (x.reshape(rows, kv_heads, shared, n, x.shape[-1]) for x in (query, d_out))
+    keys, values = (x.reshape(rows * kv_heads, m, x.shape[-1]) for x in (key, value))
     d_query = torch.empty_like(queries, memory_format=torch.contiguous_format)
     d_key, d_value = (torch.zeros(x.shape, dtype=torch.float32) for x in (keys, values))
     for first in range(0, n, BLOCK):
         last = min(first + BLOCK, n)
         seen = m - n + last  # no query of the block sees a later key
-        q, d = (x[:, :, :, first:last].reshape(rows * kv_heads, -1, size) for x in (queries, upstream))
+        q, d = (x[:, :, :, first:last].reshape(rows * kv_heads, -1, x.shape[-1]) for x in (queries, upstream))
         k, v = keys[:, :seen], values[:, :seen]
         if sees is None:
             block = torch.ones(last - first, seen, dtype=torch.bool).tril_(seen - last + first)

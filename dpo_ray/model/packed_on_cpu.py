@@ -43,10 +43,9 @@ class Calls(NamedTuple):
     """[T] where each token of the packed row is in the results"""
 
 
-def serves(query: Tensor, value: Tensor) -> bool:
-    """Whether it is there for a query [1, heads, T, D] of this dtype on this device, and a value of this size."""
-    there = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float32)
-    return there and query.shape[-1] == value.shape[-1]
+def serves(query: Tensor) -> bool:
+    """Whether it is there for a query of this dtype on this device."""
+    return query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float32)
 
 
 def attend(
@@ -55,12 +54,12 @@ def attend(
     """Segment attention.
 
     Args:
-        query: [1, heads, T, D]; key and value: [1, kv_heads, T, D].
+        query: [1, heads, T, D]; key: [1, kv_heads, T, D]; value: [1, kv_heads, T, Dv].
         segments: the pairs of the packed row, in order and without gaps.
         window: tokens that a query sees, itself included; None: all before it.
         scale: of the scores; None: 1/√D.
 
-    Returns [1, heads, T, D].
+    Returns [1, heads, T, Dv].
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     out: Tensor = _Packed.apply(query, key, value, segments, window, scale)  # type: ignore[no-untyped-call]

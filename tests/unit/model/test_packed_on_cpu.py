@@ -65,20 +65,22 @@ def exact(given: list[Tensor], upstream: Tensor, window: int | None, scale: floa
 
 @pytest.mark.parametrize("longest", [0, 130, 1000], ids=lambda longest: f"rows of at most {longest}")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("kv_heads", "window", "scale"), product((4, 2), (None, 7, 100), (None, 0.3)))
+@pytest.mark.parametrize(("kv_heads", "window", "value_size"), product((4, 2), (None, 7, 100), (16, 24)))
 def test_it_is_what_the_definition_says(
     monkeypatch: pytest.MonkeyPatch,
     longest: int,
     dtype: torch.dtype,
     kv_heads: int,
     window: int | None,
-    scale: float | None,
+    value_size: int,
 ):
+    scale = 0.3 if value_size == 16 else None
     monkeypatch.setattr(packed_on_cpu, "LONGEST", longest)
     calls.cache_clear()
     torch.manual_seed(0)
-    given = [torch.randn(1, heads, TOKENS, 16).to(dtype).requires_grad_() for heads in (4, kv_heads, kv_heads)]
-    upstream = torch.randn(1, 4, TOKENS, 16).to(dtype)
+    shapes = (4, 16), (kv_heads, 16), (kv_heads, value_size)
+    given = [torch.randn(1, heads, TOKENS, size).to(dtype).requires_grad_() for heads, size in shapes]
+    upstream = torch.randn(1, 4, TOKENS, value_size).to(dtype)
     out = attend(*given, SEGMENTS, window, scale)
     found = [out, *torch.autograd.grad(out, given, upstream)]
     calls.cache_clear()
@@ -105,6 +107,5 @@ def test_no_more_is_padded_than_to_the_next_width():
 
 def test_it_serves_what_it_computes():
     query = torch.zeros(1, 2, 3, 4)
-    assert serves(query, query) and serves(query.bfloat16(), query.bfloat16())
-    assert not serves(query.half(), query.half()) and not serves(query.double(), query.double())
-    assert not serves(query, query[..., :2]) and not serves(query.to("meta"), query.to("meta"))
+    assert serves(query) and serves(query.bfloat16())
+    assert not serves(query.half()) and not serves(query.double()) and not serves(query.to("meta"))

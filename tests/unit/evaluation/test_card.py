@@ -46,6 +46,19 @@ def test_the_model_card_names_base_options_and_results(config: Config):
     assert "win rate" not in card
 
 
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        ({"first_step_loss": 0.693147, "final": {"step": 9, "skipped": 1}}, "Loss: 0.6931 at the first step.\n"),
+        ({"first_step_loss": None, "final": {"step": 9, "skipped": 1}}, None),
+    ],
+    ids=["the last step", "every step"],
+)
+def test_the_card_of_a_training_that_left_steps_out(config: Config, train: dict[str, Any], told: str | None):
+    card = model_card(config, "run-1", train, {"accuracy": ESTIMATE})
+    assert told in card if told else "Loss:" not in card
+
+
 def test_the_card_of_a_loss_without_beta_names_none():
     tree = {"run": {"name": "n", "output": "o"}, "model": {"path": "m"}, "data": {"train": "t"}}
     train = {"first_step_loss": 0.5, "final": {"loss": 0.4}}

@@ -48,15 +48,15 @@ def push(context: RunContext, version: Location) -> None:
     if options is None:
         return
     record = version.parent / PUSHED
-    pushed: dict[str, Any] = json.loads(record.read_bytes()) if record.exists() else {}
-    found = pushed.get(options.place)
-    if found is not None and found["version"] == version.name:
-        context.results["pushed"] = {"to": options.place, **found}
-        say(STAGE, f"{version.name} is at {options.place} already, as commit {found['commit']}")
-        return
     try:
-        commit = _upload(options, version, f"{context.config.run.name}/{version.name} of run {context.run_id}")
-    except Exception as error:  # whatever the hub or its library does: the model is published
+        pushed: dict[str, Any] = json.loads(record.read_bytes()) if record.exists() else {}
+        found = pushed.get(options.place)
+        is_there = found is not None and found["version"] == version.name
+        if found is None or not is_there:
+            commit = _upload(options, version, f"{context.config.run.name}/{version.name} of run {context.run_id}")
+            found = {"version": version.name, "commit": commit}
+            record.write_bytes(json.dumps({**pushed, options.place: found}, indent=1).encode())
+    except Exception as error:  # whatever the hub, its library or the store does: the model is published
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         context.results["pushed"] = {"to": options.place, "version": version.name, "commit": None, "reason": reason}
         say(
@@ -65,10 +65,9 @@ def push(context: RunContext, version: Location) -> None:
             f"same again, which pushes it and computes nothing: {context.command_line()}",
         )
         return
-    pushed[options.place] = {"version": version.name, "commit": commit}
-    record.write_bytes(json.dumps(pushed, indent=1).encode())
-    context.results["pushed"] = {"to": options.place, **pushed[options.place]}
-    say(STAGE, f"pushed {version.name} to {options.place}, as commit {commit}")
+    context.results["pushed"] = {"to": options.place, **found}
+    where = f"{options.place} already" if is_there else options.place
+    say(STAGE, f"{version.name} is at {where}, as commit {found['commit']}")
 
 
 def _upload(options: PushToHub, version: Location, message: str) -> str:

@@ -15,7 +15,7 @@ from dpo_ray.errors import ConfigError
 from dpo_ray.model.folders import HASHES
 from dpo_ray.storage.location import Location
 from pipelines.context import RunContext
-from pipelines.push import push, require_push
+from pipelines.push import PUSHED, push, require_push
 
 
 class Hub:
@@ -130,3 +130,17 @@ def test_without_a_token_the_run_is_refused_before_it_begins(tmp_path: Path, mon
 def test_a_repository_has_an_owner_and_a_name(tmp_path: Path, repo_id: str):
     with pytest.raises(ConfigError, match=r"publish\.push_to_hub\.repo_id"):
         config_of(tmp_path, repo_id=repo_id)
+
+
+@pytest.mark.parametrize("damaged", [True, False], ids=["damaged", "unwritable"])
+def test_a_record_that_cannot_be_read_or_written_fails_no_published_run(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], damaged: bool
+):
+    version, context = published(tmp_path, "v1"), context_of(tmp_path)
+    if damaged:
+        (version.parent / PUSHED).write_bytes(b"{")
+    else:
+        (Path(version.parent.uri) / PUSHED).mkdir()
+    push(context, version)
+    assert context.results["pushed"]["commit"] is None
+    assert "is published, but could not be pushed" in capsys.readouterr().err

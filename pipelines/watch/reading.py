@@ -27,6 +27,7 @@ State = Literal["ended", "running", "waiting", "silent", "dead", "unknown"]
 """silent: it gave no sign for a while, and whether it lives cannot be told from here. dead: its process has ended, and
 has written no summary. unknown: there is no sign to go by."""
 
+SUMMARY = "summary.json"
 SILENT_S = 60.0
 """Seconds without a sign after which a run counts as silent, as a lease would expire."""
 
@@ -74,8 +75,8 @@ class Watched:
         self._since = 0.0
 
     def look(self) -> Look:
-        if self._summary is None:
-            self._summary = _read(self.folder / "summary.json")
+        if self._summary is None and (summary := _read(self.folder / SUMMARY)) is not None and not self._goes_on():
+            self._summary = summary
         progress = _read(self.folder / PROGRESS) or {}
         if self._summary is not None:
             outcome = outcome_of(self._summary)
@@ -84,6 +85,12 @@ class Watched:
         at = (progress.get("at") or {}).get("stage", "")
         training = _read(self.folder / TRAINING) if at.startswith("train") else None
         return Look(self.folder.name, state, words, progress, training)
+
+    def _goes_on(self) -> bool:
+        """Whether the run was begun again under its name since it ended, by the store's times: a run that ends writes
+        its summary last."""
+        ended, told = ((self.folder / name).written() for name in (SUMMARY, PROGRESS))
+        return ended is not None and told is not None and told > ended
 
     def _alive(self, progress: Mapping[str, Any]) -> tuple[State, str]:
         if not progress:

@@ -367,3 +367,17 @@ def test_a_sparkline_runs_from_the_lowest_to_the_highest_value():
     assert sparkline([3, 3, 3], 10) == "▅▅▅"
     assert sparkline([1, float("nan"), 2], 10) == "▁█"
     assert sparkline([], 10) == "" == sparkline([1.0], 0)
+
+
+def test_a_run_that_is_begun_again_under_its_name_is_at_work(tmp_path: Path):
+    place = stored(tmp_path, progress=progress_of(), summary=summary_of())
+    summary, progress = (Path(place.uri) / f"{name}.json" for name in ("summary", "progress"))
+    for ended, told, state in (
+        (101, 100, "ended"),
+        (100, 101, "running"),
+        (101, 101, "ended"),
+    ):  # stores of whole seconds
+        os.utime(summary, (ended, ended))
+        os.utime(progress, (told, told))
+        found = Watched(place, wall=lambda: 102.0).look()
+        assert found.state == state

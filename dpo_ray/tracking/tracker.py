@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,42 +48,42 @@ class Model:
     tags: Mapping[str, str]
 
 
-class Tracker:
+class Tracker(ABC):
     """One tracker. Each method may raise whatever its library does, and may take long: nobody waits for it."""
 
     name: str
     remembers = True
     """Whether `open` finds out by itself which step a run has come to."""
 
+    @abstractmethod
     def open(self, opening: Opening, known: str | None) -> tuple[str, int]:
         """Begin a run, or go on with the one of this id. Returns its id, and the last step that it has, 0 for none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log(self, whose: str, points: Sequence[Point]) -> None:
         """Take the metrics of steps, in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def conclude(self, whose: str, point: Point) -> None:
         """Take what was measured in the end; again, where a run that was interrupted comes to it once more."""
-        raise NotImplementedError
 
-    def keep(self, files: Sequence[Path]) -> None:
+    def keep(self, files: Sequence[Path]) -> None:  # noqa: B027  one that keeps none is whole
         """Keep files with the run."""
 
-    def register(self, model: Model) -> None:
+    def register(self, model: Model) -> None:  # noqa: B027  one without a registry is whole
         """Make a model a version of the registered one."""
 
+    @abstractmethod
     def close(self, whose: str, state: State) -> None:
         """The run has ended."""
-        raise NotImplementedError
 
     def may_pass(self, error: Exception) -> bool:
         """Whether the same may go well later."""
         return isinstance(error, OSError)
 
+    @abstractmethod
     def way_out(self) -> str:
         """What a person may do about a failure, a sentence."""
-        raise NotImplementedError
 
 
 def point_of(metrics: Mapping[str, Any]) -> Point:

@@ -26,6 +26,13 @@ def require_trackers(config: Config) -> None:
             )
     if config.track.mlflow is not None:
         mlflow_options(config)
+    wandb = config.track.wandb
+    if wandb is not None and wandb.mode == "offline" and not Location.of(config.run.output).is_local:
+        raise ConfigError(
+            f"track.wandb.mode=offline keeps its files on the machine that starts the run, and run.output is "
+            f"{config.run.output}: they would be lost with it. Set track.wandb.mode=online, or a run.output that is a "
+            "folder."
+        )
 
 
 def mlflow_options(config: Config) -> MLflow:

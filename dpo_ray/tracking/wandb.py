@@ -19,7 +19,7 @@ _SECONDS = 30
 
 class WandBTracker(Tracker):
     """Args:
-    folder: of the run, below which what it keeps lies where that is no object store's.
+    folder: of the run, below which what it keeps lies; of an object store's nothing stays on this machine.
     group: of the run and its trials.
     """
 
@@ -54,6 +54,7 @@ class WandBTracker(Tracker):
                 disable_git=True,
                 save_code=False,
                 x_disable_stats=True,
+                symlink=False,  # what it is given to keep lies in a folder that is removed
             ),
         )
         return identity, 0

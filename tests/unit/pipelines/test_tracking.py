@@ -69,9 +69,9 @@ def test_a_run_that_fails_its_gate_is_still_tracked(job: Job):
     assert ("train/loss", 1) in scalars(run / "tensorboard")
 
 
-def config_with(**track: Any) -> Any:
+def config_with(output: str = "o", **track: Any) -> Any:
     return parse_config(
-        {"run": {"name": "n", "output": "o"}, "model": {"path": "m"}, "data": {"train": "t"}, "track": track}
+        {"run": {"name": "n", "output": output}, "model": {"path": "m"}, "data": {"train": "t"}, "track": track}
     )
 
 
@@ -83,6 +83,14 @@ def test_a_tracker_that_is_not_installed_is_told_with_how_to_install_it(section:
         pytest.skip(f"{section} is installed")
     with pytest.raises(ConfigError, match=rf"track.{section} needs {section}.*pip install 'dpo-ray\[{section}\]'"):
         require_trackers(config_with(**{section: options}))
+
+
+def test_an_offline_run_is_not_left_on_a_machine_that_goes_away(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dpo_ray.tracking.chosen.find_spec", lambda name: name)
+    require_trackers(config_with(wandb={"project": "p", "mode": "offline"}))
+    require_trackers(config_with("s3://bucket/out", wandb={"project": "p"}))
+    with pytest.raises(ConfigError, match=r"run\.output is s3://bucket/out: .*Set track\.wandb\.mode=online"):
+        require_trackers(config_with("s3://bucket/out", wandb={"project": "p", "mode": "offline"}))
 
 
 def test_mlflow_takes_its_server_from_the_environment_and_its_names_from_the_run(monkeypatch: pytest.MonkeyPatch):

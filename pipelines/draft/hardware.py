@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from dpo_ray.machine import told_by_driver, told_by_torch
 from dpo_ray.on_ray.session import num_cores
 from dpo_ray.on_ray.vllm_version import has_vllm
@@ -27,6 +29,8 @@ class Hardware:
     gpu_name: str | None
     vllm: bool
     """Whether vLLM is installed."""
+    fast_bfloat16: bool = False
+    """Whether the CPU has instructions for products in bfloat16: without them it is the slower dtype."""
 
     @classmethod
     def here(cls) -> Hardware:
@@ -41,12 +45,13 @@ class Hardware:
             gpu_memory=min(sizes, default=None),
             gpu_name=found[0].name if gpus else None,
             vllm=has_vllm(),
+            fast_bfloat16=bool({"amx_bf16", "avx512_bf16"} & _capabilities()),
         )
 
     @property
     def most_workers(self) -> int:
         """Workers of a training: one a GPU; of a CPU, few with several cores each, for each holds a model."""
-        return self.gpus or min(self.cores, _MOST_WORKERS_ON_CPU)
+        return self.gpus or max(1, min(self.cores // 2, _MOST_WORKERS_ON_CPU))
 
     def of_worker(self, workers: int) -> int | None:
         """Bytes that one of so many workers has; None where nobody tells."""
@@ -57,3 +62,8 @@ class Hardware:
             size = f" of {self.gpu_memory / _GIB:.0f} GiB" if self.gpu_memory is not None else ""
             return f"{self.gpus} × {self.gpu_name}{size}, {self.cores} cores"
         return f"{self.cores} cores, {self.memory / _GIB:.0f} GiB, no GPU that PyTorch can use"
+
+
+def _capabilities() -> set[str]:
+    """What PyTorch finds that this CPU can do."""
+    return {name for name, found in torch.cpu.get_capabilities().items() if found is True}

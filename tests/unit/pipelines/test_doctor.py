@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -383,6 +384,8 @@ def doctor(tree: dict[str, Any], *more: str) -> Finished:
 
 def test_a_person_reads_lines_and_a_program_json(tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    half = SimpleNamespace(total=100 * GIB, used=50 * GIB, free=50 * GIB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: half)  # whatever is free here
     done = doctor(tree)
     assert done.code == 0, done.log
     assert f"ok      output: {tmp_path}/out: files are written" in done.log

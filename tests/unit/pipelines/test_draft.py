@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -75,7 +76,21 @@ def test_data_of_any_format_get_a_configuration_that_runs(name: str, here: Path,
     assert config.data.max_prompt_tokens % 64 == 0 and config.data.max_completion_tokens == 64
     assert config.data.held_out_fraction == 0.3 and config.train.global_batch_size == 8
     assert (config.train.num_workers, config.train.cpus_per_worker, config.train.use_gpu) == (4, 2, False)
-    assert (config.model.dtype, config.reference.engine, config.vllm.cpus_per_actor) == ("float32", "vllm", 8)
+    assert (config.model.dtype, config.reference.engine) == ("float32", "torch")
+
+
+def test_a_cpu_that_has_instructions_for_bfloat16_computes_in_it(
+    here: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    set_machine(monkeypatch, replace(LAPTOP, cores=2, fast_bfloat16=True))
+    config = drafted(written(here / "d.jsonl", ROWS["paired"]), tiny_model)
+    assert (config.model.dtype, config.train.num_workers, config.train.cpus_per_worker) == ("bfloat16", 1, 2)
+
+
+@pytest.mark.parametrize(("flag", "fast"), [("amx_bf16", True), ("avx512_bf16", True), ("avx512_f", False)])
+def test_what_pytorch_finds_of_the_cpu_decides(flag: str, fast: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": False, "cpu_name": "a CPU", flag: True})
+    assert Hardware.here().fast_bfloat16 is fast
 
 
 def test_gpus_count_that_pytorch_can_use(monkeypatch: pytest.MonkeyPatch):
@@ -121,9 +136,9 @@ def test_a_machine_with_gpus_is_used(here: Path, tiny_model: Path, monkeypatch: 
 
 
 def test_without_vllm_the_reference_is_torchs(here: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
-    set_machine(monkeypatch, Hardware(2, 8 * GIB, 0, None, None, vllm=False))
+    set_machine(monkeypatch, replace(SERVER, vllm=False))
     config = drafted(written(here / "d.jsonl", ROWS["paired"]), tiny_model)
-    assert config.reference.engine == "torch" and config.vllm.cpus_per_actor == 1
+    assert config.reference.engine == "torch"
 
 
 def test_where_the_weights_have_no_room_it_takes_fewer_workers_and_then_adapters_and_says_so(

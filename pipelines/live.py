@@ -20,12 +20,14 @@ from typing import Any
 
 from dpo_ray.progress import forget, last_said, reached, waits_for
 from dpo_ray.storage.location import Location
-from dpo_ray.storage.process import started, this_machine
+from dpo_ray.storage.process import has_ended, started, this_machine
 from dpo_ray.storage.published import who
 from dpo_ray.storage.told import EVERY_S, kept_told
 
 PROGRESS = "progress.json"
 TRAINING = "training.json"
+_NO_SIGN = 2.5
+"""Writes that are missing of a run of another machine, after which it is taken to have ended."""
 
 
 @dataclass
@@ -81,3 +83,23 @@ def told_live(
         return json.dumps(found).encode()  # a path may hold what is no text
 
     return kept_told(folder / PROGRESS, content, "start")
+
+
+def at_work(folder: Location, now: float) -> bool:
+    """Whether a run that has written no summary since still works: known of a process of this machine; of another's,
+    by its last sign.
+
+    Args:
+        folder: the run's.
+        now: as the store that it lies in has the time.
+    """
+    written = (folder / PROGRESS).written()
+    if written is None:
+        return False
+    ended = (folder / "summary.json").written()
+    if ended is not None and ended >= written:
+        return False
+    process = json.loads((folder / PROGRESS).read_bytes())["process"]
+    if process["machine"] == this_machine():
+        return not has_ended(process["machine"], process["pid"], process["process"])
+    return now - written < _NO_SIGN * EVERY_S

@@ -19,6 +19,7 @@ from dpo_ray.tracking.record import Record
 from dpo_ray.tracking.registry import note_followed
 from dpo_ray.tracking.tracker import Alias, Model, Opening, Point, State, point_of
 from dpo_ray.training.files import read_history
+from pipelines.live import at_work
 
 if TYPE_CHECKING:
     from pipelines.context import RunContext
@@ -38,7 +39,7 @@ def begin_tracking(context: RunContext, plan: list[str]) -> None:
     if not config.track.any or not {"train", "sweep"} & set(plan):
         return
     try:
-        record = Record.of(context.output, context.folder, dump_config(config))
+        record = Record.of(context.output, context.folder, dump_config(config), at_work)
     except OSError as error:
         say(STAGE, f"whether an earlier run is gone on with cannot be found out, so its trackers begin anew ({error})")
         record = Record(context.folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from dpo_ray.storage.location import Location
@@ -24,24 +25,27 @@ class Record:
         self._lock = threading.Lock()
 
     @classmethod
-    def of(cls, output: Location, folder: Location, config: str) -> Record:
+    def of(cls, output: Location, folder: Location, config: str, at_work: Callable[[Location, float], bool]) -> Record:
         """Of a run that begins: with what an earlier one of the same configuration has left that did not come to its
-        end, where there is one.
+        end, where there is one. One that still works keeps its own.
 
         Args:
             output: run.output.
             folder: the run's.
             config: as the run's folder has it.
+            at_work: of a run's folder, and the store's time, whether it still works.
         """
         mine = output / _BY_CONFIGURATION / f"{hashlib.sha256(config.encode()).hexdigest()[:16]}.json"
         before = _read(mine)
+        mine.write_bytes(json.dumps({"run_id": folder.name}).encode())
         runs = None
         if before is not None:
             earlier = output / "runs" / before["run_id"]
             summary = _read(earlier / "summary.json")
             if summary is None or summary["exit_code"] not in _ENDED:
                 runs = _read(earlier / RECORD)
-        mine.write_bytes(json.dumps({"run_id": folder.name}).encode())
+            if runs and earlier.name != folder.name and at_work(earlier, mine.written() or 0.0):
+                runs = None
         record = cls(folder, runs)
         if runs:
             record._write()

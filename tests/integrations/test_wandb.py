@@ -81,7 +81,12 @@ def begin(tmp_path: Path, name: str) -> tuple[Fan, list[str]]:
     output, told = Location.of(tmp_path), list[str]()
     folder = output / "runs" / name
     Path(folder.uri).mkdir(parents=True)
-    fan = Fan([WandBTracker(OPTIONS, folder, name)], Record.of(output, folder, "seed: 0"), told.append, patience=120)
+    fan = Fan(
+        [WandBTracker(OPTIONS, folder, name)],
+        Record.of(output, folder, "seed: 0", lambda run, now: False),
+        told.append,
+        patience=120,
+    )
     fan.open(Opening("", name, {"train.loss.beta": "0.1"}))
     return fan, told
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 from dpo_ray.config import parse_config
 from dpo_ray.errors import ConfigError
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.process import started, this_machine
 from dpo_ray.tracking.chosen import mlflow_options, require_trackers
 from dpo_ray.tracking.registry import source_of
 from dpo_ray.tracking.tensorboard import events
@@ -42,15 +46,46 @@ def test_a_run_is_in_tensorboard_by_itself(job: Job):
     assert json.loads((run / "trackers.json").read_text()) == {"tensorboard": {"": {"id": where}}}
 
 
+def without_an_end(job: Job, run_id: str, **process: Any) -> None:
+    """As if a run of another process, of this machine unless told, had published nothing, written no summary, and just
+    told of itself.
+
+    Args:
+        process: "0" of one that has ended.
+    """
+    run = job.output / "runs" / run_id
+    (run / "summary.json").unlink()
+    shutil.rmtree(job.output / "models")
+    (run / "progress.json").write_text(
+        json.dumps({"process": {"by": "x", "pid": 1, "process": started(1), "machine": this_machine(), **process}})
+    )
+
+
 def test_a_run_that_was_killed_is_gone_on_with_in_the_same_events(job: Job):
     assert job.run("--run-id", "first").code == 0
-    (job.output / "runs" / "first" / "summary.json").unlink()  # as a kill leaves it
-    (job.output / "models" / "numbers" / "latest.json").unlink()
+    without_an_end(job, "first", process="0")
     before = scalars(job.output / "runs" / "first" / "tensorboard")
-    for history in (job.output / "models" / "numbers" / "history").iterdir():
-        history.unlink()
     assert job.run("--run-id", "second").code == 0
     assert scalars(job.output / "runs" / "first" / "tensorboard") == before
+    assert not (job.output / "runs" / "second" / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("machine", [this_machine(), "another"], ids=["this", "another"])
+def test_a_run_that_is_still_at_work_keeps_its_events_to_itself(machine: str, job: Job):
+    assert job.run("--run-id", "first").code == 0
+    without_an_end(job, "first", machine=machine)
+    before = scalars(job.output / "runs" / "first" / "tensorboard")
+    assert job.run("--run-id", "second").code == 0
+    assert scalars(job.output / "runs" / "first" / "tensorboard") == before
+    assert (job.output / "runs" / "second" / "tensorboard").is_dir()
+
+
+def test_one_of_another_machine_that_gave_no_sign_for_long_is_gone_on_with(job: Job):
+    assert job.run("--run-id", "first").code == 0
+    without_an_end(job, "first", machine="another")
+    long_ago = time.time() - 60
+    os.utime(job.output / "runs" / "first" / "progress.json", (long_ago, long_ago))
+    assert job.run("--run-id", "second").code == 0
     assert not (job.output / "runs" / "second" / "tensorboard").exists()
 
 

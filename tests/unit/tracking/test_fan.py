@@ -195,7 +195,7 @@ def test_after_a_kill_it_goes_on_in_the_same_run_from_the_step_it_had(tmp_path: 
         kept = Kept(runs)
         kept.remembers = remembers
         folder = output / "runs" / name
-        fan = Fan([kept], Record.of(output, folder, config), lambda line: None)
+        fan = Fan([kept], Record.of(output, folder, config, lambda run, now: False), lambda line: None)
         fan.open(Opening("", name, {}))
         return fan, kept
 

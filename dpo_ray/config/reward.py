@@ -229,3 +229,7 @@ def compares(reward: Reward) -> bool:
         and counted[0].compare == "pairwise"
         and counted[0].weight > 0
     )
+
+
+BRIEF_ANSWER: Reward = (Rule(function="dpo_ray.rewards:brief_answer"),)
+"""What scores sampled answers where nothing is named."""

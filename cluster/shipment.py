@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
-from dpo_ray.config import Config, Rule, dump_config
+from dpo_ray.config import Config, Paths, Rule, dump_config
 from dpo_ray.errors import ConfigError
 
 CONFIG = "config.yaml"
 _LIMIT = 100 << 20  # bytes; Ray refuses more than 500 MiB, and keeps what it takes on the head
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", ".git", ".venv", "*.pyc")
 _OURS = ("working_dir", "py_modules")
+_OF_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @contextmanager
@@ -27,8 +29,11 @@ def packed(config: Config, here: Path, also: Sequence[Path]) -> Iterator[tuple[P
 
     Modules of rules travel that lie in `here`, as they do when the run is started there; others are the cluster's.
 
-    Raises ConfigError where something is not there, has a name that is taken, or is too large.
+    Raises ConfigError where something is not there, has a name that is taken, or is too large, and where a relative
+    path of the configuration does not travel: in the job it would lie below a folder that Ray makes.
     """
+    for key, path in _read_by_the_job(config):
+        _require_reachable(key, path, here, _names(also))
     with TemporaryDirectory(prefix="dpo-ray-submit-") as made:
         folder = Path(made)
         (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
@@ -41,6 +46,32 @@ def packed(config: Config, here: Path, also: Sequence[Path]) -> Iterator[tuple[P
                 "and put data and models where the cluster's nodes reach them."
             )
         yield folder, sorted(path.name for path in folder.iterdir() if path.name != CONFIG)
+
+
+def _read_by_the_job(config: Config) -> Iterator[tuple[str, str]]:
+    """Option and path, of all data and models."""
+    data = config.data
+    named: list[tuple[str, Paths | None]] = [("data.train", source.path) for source in data.sources]
+    if not data.sources:
+        named.append(("data.train", cast("Paths | None", data.train)))
+    named += [("data.eval", data.eval), ("model.path", config.model.path)]
+    named += [(f"evaluate.sets.{name}", paths) for name, paths in config.evaluate.sets.items()]
+    named.append(("generate.prompts", config.generate.prompts if config.generate is not None else None))
+    for key, paths in named:
+        yield from ((key, path) for path in ([paths] if isinstance(paths, str) else paths or ()))
+
+
+def _require_reachable(key: str, path: str, here: Path, shipped: Collection[str]) -> None:
+    first = Path(path).parts[0]
+    if "://" in path or path.startswith(("/", "~")) or first in shipped:
+        return
+    if (key == "model.path" or _OF_THE_HUB.fullmatch(path)) and not (here / path).exists():
+        return
+    raise ConfigError(
+        f"{key} is {path}, a relative path, which a job on a cluster looks for below Ray's temporary working "
+        "directory. Name a bucket, as in s3://bucket/folder, or an absolute path that all nodes see; or, where it is "
+        f"small, have it travel along: --ship {first}."
+    )
 
 
 def runtime_env(folder: Path, names: Sequence[str], file: Path | None) -> dict[str, Any]:

@@ -6,16 +6,18 @@
     done = api.run(config)
     print(done.published, done.win_rate)
 
-Each function does what the command of its name does, in the same folders and with the same records, and returns when
-that has ended; what is finished is taken over. A failure is one of dpo_ray.errors, with a note that names the run's
-folder. Functions may be called by any thread, while an event loop runs, and again and again in one process. A Ray that
-the process has (`ray.init`) is worked on like a cluster, and left as it is; without one, the cluster of RAY_ADDRESS is
-joined, or a Ray is started and ended with the call. Lines of progress go to standard error.
+Each function does what the command of its name does, in the same folders and with the same records (but for log.txt
+and log.jsonl, which are the command line's), and returns when that has ended; what is finished is taken over. A
+failure is one of dpo_ray.errors, with a note that names the run's folder. Functions may be called by any thread,
+while an event loop runs, and again and again in one process. A Ray that the process has (`ray.init`) is worked on
+like a cluster, and left as it is; without one, the cluster of RAY_ADDRESS is joined, or a Ray is started and ended
+with the call. Lines of progress go to standard error.
 
 Stability: the names in `__all__`, their parameters and the fields of what they return are kept. One that is to go
-works for two minor versions more, in which using it gives a DeprecationWarning that names what takes its place. Fields
-and optional parameters may be added; what `summary` holds is told in summary.json's own words and may change.
-Everything else in these packages is not for others.
+works for two minor versions more, in which using it gives a DeprecationWarning that names what takes its place.
+Fields and optional parameters may be added; what `summary` holds is told in summary.json's own words and may
+change. Everything else in these packages is not for others, except the errors of dpo_ray.errors with their
+`exit_code`, which are kept likewise (GateFailed: 4).
 
 Importing this module loads neither Ray nor torch nor transformers.
 """
@@ -155,6 +157,8 @@ def rule(function: Callable[..., Any], *, weight: float = 1.0, batch: bool = Fal
 
 def plan(config: Config, *, rows: int = 2000) -> Mapping[str, Any]:
     """What a run would take, as `dpo-ray plan --json` tells it; nothing is computed.
+
+    Speeds are those of earlier runs in run.output; without such there are no times, and there is no cost.
 
     Args:
         rows: that are tokenized where nothing is yet.

@@ -155,6 +155,12 @@ dpo-ray import-config {file} --devices 4 > run.yaml
 
 {more}
 """
+_WHATEVER_ITS_VALUE = dict.fromkeys(
+    ("max_length", "cutoff_len"),
+    "data.max_prompt_tokens, data.max_completion_tokens: one limit of both together there, a limit each here, half of "
+    "it where nothing else is named; `dpo-ray init` measures your data",
+)
+"""Option → what it becomes, where the words have the value that was tried."""
 _FILES = {"TRL": "their_dpo.yaml", "LLaMA-Factory": "llama3_lora_dpo.yaml"}
 _MORE = {
     "TRL": """\
@@ -187,7 +193,11 @@ def page(whose: str) -> str:
         lines += [f"## {title}", ""]
         if kind == "carried":
             lines += ["| theirs | ours |", "|---|---|"]
-            lines += [f"| `{key}` | {_ours(said)} |" for key, (how, said) in became.items() if how == kind]
+            lines += [
+                f"| `{key}` | {_ours(_WHATEVER_ITS_VALUE.get(key, said))} |"
+                for key, (how, said) in became.items()
+                if how == kind
+            ]
         else:
             reasons: dict[str, list[str]] = {}
             for key, (how, said) in became.items():

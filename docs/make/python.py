@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import textwrap
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from dpo_ray import api
@@ -64,11 +65,27 @@ def _class(of: Any) -> Iterator[str]:
     inherited = {field.name for field in fields(base)} if base is not None else set()
     if base is not None:
         yield from ("", f"It has what `{base.__name__}` has, and:")
-    yield from ("", "| field | type |", "|---|---|")
+    about = _of_fields(of)
+    yield from ("", "| field | type | |", "|---|---|---|")
     for field in fields(of):
         if field.name not in inherited:
             kind = str(field.type).replace("|", r"\|")
-            yield f"| `{field.name}` | `{kind}` |"
+            yield f"| `{field.name}` | `{kind}` | {about.get(field.name, '')} |"
+
+
+def _of_fields(of: Any) -> dict[str, str]:
+    """Field → the string below it."""
+    [body] = ast.parse(textwrap.dedent(inspect.getsource(of))).body
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: " ".join(told.value.value.split())
+        for field, told in pairwise(body.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(told, ast.Expr)
+        and isinstance(told.value, ast.Constant)
+        and isinstance(told.value.value, str)
+    }
 
 
 def _prose(text: str) -> Iterator[str]:

@@ -30,7 +30,8 @@ class Run(Section):
 
     log_format: Literal["text", "json"] = "text"
     """How a run's lines are printed: text, for people; json, for what collects logs: each line an object with time,
-    level, run, stage, shard, node and message. log.jsonl in the run's folder has these objects either way."""
+    level, run, stage, shard, node and message. log.jsonl in the run's folder, where that is in no object store, has
+    these objects either way."""
     hooks: Hooks = Hooks()
     """Who is told how the run ended."""
 

@@ -28,6 +28,7 @@ _PATIENCE_S = 20.0
 """How long the end of a run waits for its trackers, all together."""
 
 _GOES_ON = "The run goes on without it, and what it did not take is tried again until the run has ended."
+_REFUSED = "The run goes on without it, and what it refused is not tried again."
 
 
 class Fan:
@@ -254,7 +255,7 @@ class _Feed:
             self._failing += 1
             self._reason = _short(error)
             self._changed.notify_all()
-        self._warn(f"failed: {self._reason}")
+        self._warn(f"failed: {self._reason}", _GOES_ON if may_pass else _REFUSED)
         with self._changed:
             if may_pass and not self._closing:
                 pause = self._pauses[min(self._failing, len(self._pauses)) - 1]

@@ -17,14 +17,14 @@ _BY_STAGE = "it is of another stage than dpo and kto"
 _TRAINABLE = "all weights or LoRA adapters are trained here"
 
 LOST = {
-    "weights, gradients and optimizer stay in float32": "pure_bf16",
+    "set train.optimizer=adamw_bf16 with model.dtype=bfloat16": "pure_bf16",
     "frozen weights under adapters alone are quantized here, by bitsandbytes (model.lora.quantization)": (
         "quantization_bit quantization_method quantization_type double_quantization quantization_device_map fp8 "
         "fp8_backend "
         "fp8_enable_fsdp_float8_all_gather ref_model_quantization_bit"
     ),
-    "the chat template is the model's own, or the file model.chat_template": "tool_format default_system "
-    "enable_thinking",
+    "the chat template is the model's own, or the file model.chat_template": "tool_format default_system",
+    "set model.template_arguments={enable_thinking: …}": "enable_thinking",
     "there is no such option here": (
         "additional_target loraplus_lr_ratio loraplus_lr_embedding use_dora pissa_init pissa_iter pissa_convert "
         "create_new_adapter resize_vocab add_tokens add_special_tokens new_special_tokens_config init_special_tokens "
@@ -36,14 +36,14 @@ LOST = {
         "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules oft_rank oft_block_size oft_target "
         "module_dropout use_llama_pro"
     ),
-    "the optimizer is AdamW in float32": (
+    "the optimizer is AdamW here, in the forms of train.optimizer": (
         "use_galore galore_target galore_rank galore_update_interval galore_scale galore_proj_type galore_layerwise "
         "use_apollo apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj apollo_proj_type "
         "apollo_scale_type apollo_layerwise apollo_scale_front use_badam badam_mode badam_start_block "
         "badam_switch_mode "
         "badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose use_adam_mini use_muon"
     ),
-    "metrics go to metrics.jsonl, the report and Prometheus": (
+    trainer.TRACKERS: (
         "use_swanlab swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_api_key swanlab_logdir "
         "swanlab_lark_webhook_url swanlab_lark_secret"
     ),

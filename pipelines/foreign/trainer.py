@@ -14,17 +14,20 @@ _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "c
 _IN_8_BITS = frozenset({"adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit"})
 _OPTIMIZERS = {"adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"}
 
+TRACKERS = "trackers are named in the section track: tensorboard (on unless it is told otherwise), mlflow, wandb"
 LOST = {
     "there is no such option here": (
         "average_tokens_across_devices batch_eval_metrics data_seed eval_delay eval_on_start full_determinism "
-        "hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token include_for_metrics "
-        "label_smoothing_factor neftune_noise_alpha optim_args optim_target_modules prediction_loss_only push_to_hub "
+        "hub_always_push hub_strategy include_for_metrics "
+        "label_smoothing_factor neftune_noise_alpha optim_args optim_target_modules prediction_loss_only "
         "resume_from_checkpoint save_only_model restore_callback_states_from_checkpoint ignore_data_skip "
-        "enable_jit_checkpoint parallelism_config accelerator_config hub_model_revision"
+        "enable_jit_checkpoint parallelism_config accelerator_config"
     ),
-    "metrics go to metrics.jsonl, the report and Prometheus": (
-        "report_to project trackio_space_id trackio_bucket_id trackio_static_space_id logging_dir"
+    "a published model goes to the hub by publish.push_to_hub: {repo_id, private, revision}, with HF_TOKEN's token": (
+        "push_to_hub hub_model_id hub_private_repo hub_revision hub_model_revision hub_token"
     ),
+    "set train.activation_offload, which goes with train.activation_checkpointing on a GPU": "activation_offloading",
+    TRACKERS: ("report_to project trackio_space_id trackio_bucket_id trackio_static_space_id logging_dir"),
     "training lasts train.epochs": "max_steps",
     "pairs are ordered by a seeded permutation": "train_sampling_strategy",
 }
@@ -43,7 +46,7 @@ MEANINGLESS = {
         "attn_implementation use_liger_kernel liger_kernel_config enable_liger_kernel use_cache use_kv_cache "
         "gradient_checkpointing_kwargs ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_timeout "
         "ddp_find_unused_parameters ddp_static_graph local_rank fsdp_config torch_compile_backend torch_compile_mode "
-        "activation_offloading tf32 bf16_full_eval fp16_full_eval ignore_bias_buffers save_on_each_node "
+        "tf32 bf16_full_eval fp16_full_eval ignore_bias_buffers save_on_each_node "
         "eval_use_gather_object eval_do_concat_batches low_cpu_mem_usage use_fast_tokenizer"
     ),
     "it is about what is printed": (

@@ -46,9 +46,10 @@ _BY_ROUNDS = (
 LOST = {
     "there is no such option here": (
         "lora_modules_to_save lora_target_parameters use_dora bnb_4bit_quant_type bnb_4bit_quant_storage "
-        "use_bnb_nested_quant chat_template chat_template_path env model_init_kwargs model_code_revision "
+        "use_bnb_nested_quant env model_init_kwargs model_code_revision "
         "tokenizer_name_or_path reference_free base_model_revision teacher_model_name_or_path max_steps dataset_kwargs"
     ),
+    "name a file with it as model.chat_template": "chat_template chat_template_path",
     "frozen weights under adapters alone are quantized here (model.lora.quantization)": "load_in_8bit load_in_4bit",
     _BY_ROUNDS: "sync_ref_model",
     "name what the model's tokenizer has, in its own files": "pad_token",

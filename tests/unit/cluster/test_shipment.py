@@ -75,6 +75,46 @@ def test_what_cannot_travel_is_refused_by_name(here: Path, tmp_path: Path, monke
         pass
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "path"),
+    [
+        ("data", "train", "pairs.jsonl"),
+        ("data", "train", "data/*.parquet"),
+        ("data", "train", ["/shared/a", "b/a.jsonl"]),
+        ("data", "train", [{"name": "a", "path": "/shared/a"}, {"name": "b", "path": "mine/b.jsonl"}]),
+        ("data", "eval", "rules"),
+        ("model", "path", "rules"),
+        ("evaluate", "sets", {"bench": "bench.parquet"}),
+    ],
+)
+def test_a_relative_path_that_does_not_travel_is_refused(here: Path, section: str, key: str, path: Any):
+    tree = config().model_dump(mode="json", exclude_unset=True)
+    tree.setdefault(section, {})[key] = path
+    with (
+        pytest.raises(ConfigError, match=rf"^{section}\.{key}.* a relative path, .*: --ship "),
+        packed(parse_config(tree), here, []),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "path"),
+    [
+        ("data", "train", "owner/pairs"),
+        ("data", "train", "s3://bucket/pairs"),
+        ("data", "train", "short.py"),
+        ("model", "path", "owner/model"),
+        ("model", "path", "gpt2"),
+        ("model", "path", "package://a/b.gguf"),
+    ],
+)
+def test_what_the_nodes_reach_is_not(here: Path, section: str, key: str, path: str):
+    tree = config().model_dump(mode="json", exclude_unset=True)
+    tree.setdefault(section, {})[key] = path
+    with packed(parse_config(tree), here, [here / "short.py"]):
+        pass
+
+
 def test_the_jobs_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MY_KEY", "told")
     assert runtime_env(tmp_path, [], None) == {"working_dir": str(tmp_path)}

@@ -9,7 +9,8 @@
 Each function does what the command of its name does, in the same folders and with the same records (but for log.txt
 and log.jsonl, which are the command line's), and returns when that has ended; what is finished is taken over. A
 failure is one of dpo_ray.errors, with a note that names the run's folder. Functions may be called by any thread,
-while an event loop runs, and again and again in one process. A Ray that the process has (`ray.init`) is worked on
+while an event loop runs, and again and again in one process; of two calls at once the second begins when the first
+has ended. A Ray that the process has (`ray.init`) is worked on
 like a cluster, and left as it is; without one, the cluster of RAY_ADDRESS is joined, or a Ray is started and ended
 with the call. Lines of progress go to standard error.
 
@@ -28,6 +29,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_ray.config import Config, overridden
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     from pipelines.context import RunContext
     from pipelines.record_run import Done
     from pipelines.work import Work
+
+_ONE_AT_A_TIME = RLock()
+"""A process has one Ray, and one run that tells how it stands."""
 
 __all__ = [
     "Config",
@@ -146,7 +151,7 @@ def rule(function: Callable[..., Any], *, weight: float = 1.0, batch: bool = Fal
     they find (a file beside the program or the notebook is). What was made with it is made anew once its source has
     changed; a process knows it as it was when it was imported there.
     """
-    module, name = function.__module__, function.__qualname__
+    module, name = function.__module__, getattr(function, "__qualname__", repr(function))
     if module == "__main__" or not name.isidentifier():
         raise ConfigError(
             f"The reward {name} of {module} is not one that workers can import. Put the function at the top of a "
@@ -262,7 +267,8 @@ def _recorded(work: Work, run_id: str | None) -> Done:
         folder.append(context.folder.uri)
 
     try:
-        return record_run(work, run_id, Looking(opened))
+        with _ONE_AT_A_TIME:
+            return record_run(work, run_id, Looking(opened))
     except BaseException as error:
         if folder:
             error.add_note(f"The run's folder is {folder[0]}.")

@@ -118,6 +118,12 @@ def forget() -> None:
     _counted.clear()
 
 
+def forget_all() -> None:
+    """What was counted and said is another run's."""
+    forget()
+    _said.clear()
+
+
 def last_said() -> list[Said]:
     """The last lines of this process, progress left out."""
     return list(_said)

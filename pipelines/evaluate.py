@@ -187,7 +187,8 @@ def _held_out(config: Config, scores: Artifact, calibration: Artifact | None) ->
         num_tokens = float(np.mean(found.chosen_tokens - found.rejected_tokens))
         noise = margin_noise(calibration.manifest.metrics, num_tokens, per_token=loss.averages_tokens)
     accuracy = preference_accuracy(found.margins, noise)
-    say(KIND, f"held-out accuracy {accuracy or 'undefined: no margin above the noise of the engines'}")
+    why = "no margin above the noise of the engines" if len(found.margins) else "no held-out pair was left"
+    say(KIND, f"held-out accuracy {accuracy or f'undefined: {why}'}")
     some = len(found.margins) > 0
     by_source = accuracy_by_source(found.margins, found.sources, noise)
     for name, of_source in by_source.items():

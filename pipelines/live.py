@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Any
 
-from dpo_ray.progress import forget, last_said, reached, waits_for
+from dpo_ray.progress import forget, forget_all, last_said, reached, waits_for
 from dpo_ray.storage.location import Location
 from dpo_ray.storage.process import has_ended, started, this_machine
 from dpo_ray.storage.published import who
@@ -54,6 +54,7 @@ def told_live(
         plan: the stages of the run, as far as they are known before.
         ended: the stages that have ended, as of RunContext.stages, which grows meanwhile.
     """
+    forget_all()
     beats = count(1)
     began = time.monotonic()
     pid = os.getpid()
@@ -100,6 +101,6 @@ def at_work(folder: Location, now: float) -> bool:
     if ended is not None and ended >= written:
         return False
     process = json.loads((folder / PROGRESS).read_bytes())["process"]
-    if process["machine"] == this_machine():
+    if process["machine"] is not None and process["machine"] == this_machine():
         return not has_ended(process["machine"], process["pid"], process["process"])
     return now - written < _NO_SIGN * EVERY_S

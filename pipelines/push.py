@@ -22,8 +22,9 @@ from pipelines.context import RunContext
 
 STAGE = "push"
 PUSHED = "pushed.json"
-_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
-"""Those of the model before, of which some may have other names, are removed from the repository."""
+_WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "adapter_config.json"]
+"""Those of the model before, of which some may have other names, are removed from the repository. Where an adapter's
+configuration stays beside a whole model, transformers loads the adapter's base."""
 
 
 def require_push(config: Config) -> None:

@@ -105,9 +105,17 @@ def _record(config: Config, work: Work, run_id: str | None, looking: Looking, en
         raise
     finally:
         disconnect()
-    ended.summary = summary = context.write_summary(0, [])
-    write_report(context, summary)
-    end_tracking(context, "finished")
+    try:
+        ended.summary = summary = context.write_summary(0, [])
+        write_report(context, summary)
+    except OSError as error:
+        raise DpoRayError(
+            f"The run has done its work, and what it published stands, but its record in {context.folder} could not "
+            f"be written ({error}). Make room there, or see that this user may write; the same command takes over all "
+            "that is done and writes a record."
+        ) from error
+    finally:
+        end_tracking(context, "finished")
     return Done(context, summary)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -109,12 +110,17 @@ def tell_evaluation(context: RunContext, policy: Artifact, measured: Mapping[str
     }
     tasks = measured.get("tasks") or ()
     values |= {
-        f"evaluation/tasks/{task['task']}/{task['metric']}": float(task["tuned"]["value"])
+        f"evaluation/tasks/{_named(task['task'])}/{_named(task['metric'])}": float(task["tuned"]["value"])
         for task in tasks
         if task["tuned"]["value"] is not None
     }
     point = point_of({"step": policy.manifest.metrics["num_steps"]})
     context.trackers.conclude("", Point(point.step, point.when, values))
+
+
+def _named(text: str) -> str:
+    """A part of a metric's name as all trackers take it: MLflow refuses commas, which filtered metrics have."""
+    return re.sub(r"[^\w. -]", "_", text)
 
 
 def tell_model(context: RunContext, policy: Artifact, model: Location, alias: Alias | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, get_args
 
@@ -53,7 +54,7 @@ def overridden(tree: dict[str, Any], overrides: Overrides | None, source: str) -
     """Validate a tree of plain values after overrides, which are put into it. Raises ConfigError."""
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
-            put(tree, key, value, source=f"the override {key}")
+            put(tree, key, deepcopy(value), source=f"the override {key}")
         return parse_config(tree, source=f"{source} with overrides" if overrides else source)
     for override in overrides or []:
         put(tree, *told(override), source=f"-o {override}")

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import yaml
+
 from dpo_ray.config import Config, Paths
 from dpo_ray.evaluation.render import judged_by, named_estimates, render
 from dpo_ray.storage.hub import HubPath, is_hub_place
@@ -94,7 +96,7 @@ def licence_of(folder: Path) -> str | None:
     card = folder / "README.md"
     try:
         found = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
-    except ValueError:  # somebody else's card, whose metadata are no YAML
+    except (ValueError, TypeError, yaml.YAMLError):  # somebody else's card, whose metadata are none
         return None
     return found if isinstance(found, str) else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,12 +69,18 @@ class ToldSteps:
 
     Args:
         also: called alike.
+        before: lines of metrics.jsonl of the steps that the training goes on after.
     """
 
     def __init__(
-        self, folder: Location, options: Train, num_steps: int, also: Callable[[dict[str, Any], int], None]
+        self,
+        folder: Location,
+        options: Train,
+        num_steps: int,
+        also: Callable[[dict[str, Any], int], None],
+        before: Sequence[Mapping[str, Any]],
     ) -> None:
-        self._writer = StepWriter(folder)
+        self._writer = StepWriter(folder, before=before)
         self._options = options
         self._num_steps = num_steps
         self._also = also

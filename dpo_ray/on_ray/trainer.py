@@ -149,7 +149,6 @@ def _train(output: Location, config: Config, rows: Artifact, location: Location,
         file.model_copy(update={"name": f"{MODEL_FOLDER}/{file.name}"}) for file in exported_files(checkpoint)
     ]
     of_metrics = FileEntry(name=HISTORY, rows=None, bytes=len(metrics), sha256=hashlib.sha256(metrics).hexdigest())
-    losses = [m["loss"] for m in history if "loss" in m]
     shifted = {"margin", "preference"} & set(plan.index.facts.says)  # then it depends on the pairs
     return Contents(
         files=[*model_files, of_metrics],
@@ -160,7 +159,7 @@ def _train(output: Location, config: Config, rows: Artifact, location: Location,
             "steps_left_out": num_skipped(history),
         },
         metrics={
-            "first_step_loss": losses[0] if losses else None,
+            "first_step_loss": history[0].get("loss") if history[0]["step"] == 1 else None,
             "zero_margin_loss": None if shifted else zero_margin_loss(config.train.loss),
             "final": history[-1],
             "num_steps": history[-1]["step"],

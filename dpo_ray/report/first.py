@@ -52,7 +52,8 @@ def figures(facts: Facts) -> list[Figure]:
         note = "of held-out pairs, the chosen answer has the higher reward"
         shown.append(_figure("preference accuracy", accuracy, note, at=_EVEN))
     elif "accuracy" in found:
-        shown.append(Figure("preference accuracy", "undefined", "", "no margin is above the engines' noise", "warning"))
+        why = "no margin is above the engines' noise" if found.get("margin") else "no held-out pair was left"
+        shown.append(Figure("preference accuracy", "undefined", "", why, "warning"))
     if kl := found.get("kl_per_token"):
         ratio = (found.get("drift") or {}).get("length_ratio")
         note = f"answers are {ratio['value']:.2f} times as long" if ratio else ""

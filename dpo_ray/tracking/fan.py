@@ -248,7 +248,10 @@ class _Feed:
 
     def _failed(self, error: Exception) -> bool:
         """Tell of it, and wait where it may pass. Returns whether the work is given up."""
-        may_pass = self.tracker.may_pass(error)
+        try:
+            may_pass = self.tracker.may_pass(error)
+        except Exception:  # a library that cannot be imported fails in here too; what is told is the first error
+            may_pass = False
         with self._changed:
             self._since = None
             self._failures += 1

@@ -58,7 +58,7 @@ class Follower:
     def _bring_in_order(self, whose: str, reader: StepReader) -> None:
         try:
             points = [point_of(line) for line in reader.new()]
-        except (OSError, ValueError) as error:  # read again in a moment, and all of it when the training has ended
+        except (OSError, ValueError) as error:  # read again in a moment, from there on
             if not self._told:
                 self._told = True
                 say("track", f"metrics cannot be followed at the moment: {error}")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _METRICS, _PARAMS, _LONGEST_VALUE = 1000, 100, 6000
 """What a request of log_batch takes, at most (the limits of MLflow's REST API)."""
+_NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE")
+_EACH_HAS = "train/num_tokens"
 _STATES = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
@@ -37,10 +39,9 @@ class MLflowTracker(Tracker):
         self._made: MlflowClient | None = None
 
     def open(self, opening: Opening, known: str | None) -> tuple[str, int]:
-        run_id = known or self._begin(opening)
+        known = known if known is None or self._goes_on(known) else None
+        run_id = known or self._runs.get(opening.whose) or self._begin(opening)
         self._runs[opening.whose] = run_id
-        if known is not None:
-            self._client.update_run(run_id, status="RUNNING")
         # Params never change, and are taken again as they are.
         for some in _pieces(opening.params.items(), _PARAMS):
             self._client.log_batch(run_id, params=[_param(key, value) for key, value in some], synchronous=True)
@@ -93,6 +94,18 @@ class MLflowTracker(Tracker):
         run = self._client.create_run(self._experiment_id(), run_name=opening.name, tags=tags)
         return str(run.info.run_id)
 
+    def _goes_on(self, run_id: str) -> bool:
+        """Whether an earlier run is there, and runs again: not one that was deleted, or is another server's."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.update_run(run_id, status="RUNNING")
+        except MlflowException as error:
+            if error.error_code not in _NOT_THERE:
+                raise
+            return False
+        return True
+
     def _experiment_id(self) -> str:
         from mlflow.exceptions import MlflowException
 
@@ -110,9 +123,10 @@ class MLflowTracker(Tracker):
         return str(found.experiment_id)
 
     def _last_step(self, run_id: str) -> int:
-        """Of the steps that were logged. A batch may have come to an end in the middle of a step's metrics: they are
-        looked at one by one."""
-        keys = [key for key in self._client.get_run(run_id).data.metrics if key.startswith(("train/", "eval/"))]
+        """Of the steps that were logged, by the history of a metric that each of them has; one of which a batch brought
+        a part is given again, and MLflow keeps equal points once."""
+        known = self._client.get_run(run_id).data.metrics
+        keys = [_EACH_HAS] if _EACH_HAS in known else [key for key in known if key.startswith(("train/", "eval/"))]
         steps = [m.step for key in keys for m in self._client.get_metric_history(run_id, key)]
         return max(steps, default=0)
 

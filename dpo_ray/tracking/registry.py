@@ -95,19 +95,19 @@ def follow_move(folder: Location, version: str, tell: Callable[[str], None]) -> 
         folder: as of note_followed.
         version: the one that the pointer names now.
     """
-    try:
-        followed: dict[str, Any] = json.loads((folder / _FOLLOWED).read_bytes())
-    except FileNotFoundError:
-        return
-    uri, name = followed["tracking_uri"], followed["registered_model"]
+    uri, name = "the server", "the registered model"
     given = os.environ.get(URI, "")
     try:
+        followed: dict[str, Any] = json.loads((folder / _FOLLOWED).read_bytes())
+        uri, name = followed["tracking_uri"], followed["registered_model"]
         from dpo_ray.tracking.mlflow_client import client_of
 
         if Registry(client_of(given if without_credentials(given) == uri else uri), name).follow(version):
             tell(f"MLflow: {CHAMPION} of {name} is {version} now")
             return
         reason = f"{version} is no version of it there"
+    except FileNotFoundError:
+        return
     except Exception as error:  # the pointer was moved, whatever becomes of this
         reason = f"{type(error).__name__}: {without_credentials(' '.join(str(error).split()))[:300]}"
     tell(

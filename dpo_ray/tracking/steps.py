@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_ray.progress import say
@@ -17,7 +17,7 @@ from dpo_ray.storage.location import Location
 
 _LINES = 500
 _MOST_UNWRITTEN = 100_000
-"""Lines that are kept for a folder that cannot be written; who follows has the others at the end."""
+"""Lines that are kept for a folder that cannot be written; trackers miss the others, which metrics.jsonl has."""
 _PAUSE_S = 2.0
 _PAUSE_OF_STORES_S = 10.0
 
@@ -36,10 +36,12 @@ class StepWriter:
 
     Args:
         pause: seconds between two writes; None: 2, or 10 to an object store.
+        before: metrics of the steps that a training goes on after. The worker that made them may have died before it
+            told the last of them.
     """
 
-    def __init__(self, folder: Location, pause: float | None = None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Location, pause: float | None = None, before: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._folder, self._before = folder, before
         self._pause = pause if pause is not None else _PAUSE_S if folder.is_local else _PAUSE_OF_STORES_S
         self._lines: list[str] = []
         self._number: int | None = None
@@ -79,10 +81,12 @@ class StepWriter:
             new, self._lines = self._lines, []
             if len(self._unwritten) + len(new) <= _MOST_UNWRITTEN:
                 self._unwritten += new
-        if not self._unwritten:
+        if not self._unwritten and not self._before:
             return
         if self._number is None:
-            self._number = _next_number(self._folder)
+            number, last = _end(self._folder)
+            self._unwritten[:0] = [json.dumps(metrics) for metrics in self._before if metrics["step"] > last]
+            self._number, self._before = number, ()
         while self._unwritten:
             room = _LINES - len(self._written)
             lines = self._written + self._unwritten[:room]
@@ -106,22 +110,36 @@ class StepReader:
         """What has been told since the last time, in order."""
         found: list[dict[str, Any]] = []
         while True:
-            # Asked before the file is read: who has begun the next one has written this one to its end.
-            has_next = _file(self._folder, self._number + 1).exists()
             try:
-                lines = _file(self._folder, self._number).read_bytes().splitlines()
-            except FileNotFoundError:
-                lines = []
-            found += [json.loads(line) for line in lines[self._read :]]
+                # Asked before the file is read: who has begun the next one has written this one to its end.
+                has_next = _file(self._folder, self._number + 1).exists()
+                some, read = self._rest()
+            except (OSError, ValueError):
+                if found:  # is given first; the next look tells what is wrong
+                    return found
+                raise
+            found += some
             if not has_next:
-                self._read = len(lines)
+                self._read = read
                 return found
             self._number, self._read = self._number + 1, 0
+
+    def _rest(self) -> tuple[list[dict[str, Any]], int]:
+        """What the file has that was not read, and how many lines it has."""
+        try:
+            lines = _file(self._folder, self._number).read_bytes().splitlines()
+        except FileNotFoundError:
+            return [], 0
+        return [json.loads(line) for line in lines[self._read :]], len(lines)
 
 
 def _file(folder: Location, number: int) -> Location:
     return folder / f"{number:06d}.jsonl"
 
 
-def _next_number(folder: Location) -> int:
-    return max((int(file.name.partition(".")[0]) for file in folder.children()), default=-1) + 1
+def _end(folder: Location) -> tuple[int, int]:
+    """The number of the next file, and the last step that was told."""
+    last = max((int(file.name.partition(".")[0]) for file in folder.children()), default=-1)
+    if last < 0:
+        return 0, 0
+    return last + 1, json.loads(_file(folder, last).read_bytes().splitlines()[-1])["step"]

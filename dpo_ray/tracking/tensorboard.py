@@ -40,7 +40,11 @@ class TensorBoard(Tracker):
     def open(self, opening: Opening, known: str | None) -> tuple[str, int]:
         from tensorboardX.summary import text
 
-        folder = Location(known) if known else self._folder / opening.whose if opening.whose else self._folder
+        if known:  # by its place among the runs of the output folder, which may be mounted elsewhere now
+            _, is_ours, place = known.rpartition("/runs/")
+            folder = self._folder.parent.parent / place if is_ours else Location(known)
+        else:
+            folder = self._folder / opening.whose if opening.whose else self._folder
         last, told = 0, False
         for event in events(folder):
             last = max(last, event.step)
@@ -58,7 +62,8 @@ class TensorBoard(Tracker):
         file = self._files[whose]
         for point in points:
             for key, value in point.values.items():
-                file.write(scalar(key, value), point.step, point.when)
+                if file.is_new(key, point.step):  # what was taken and not stored is given again
+                    file.write(scalar(key, value), point.step, point.when)
         file.flush()
 
     def conclude(self, whose: str, point: Point) -> None:
@@ -84,6 +89,8 @@ class _EventFile:
         self._local = Path(folder.uri) if self._scratch is None else Path(self._scratch.name)
         self._local.mkdir(parents=True, exist_ok=True)
         self._uploaded = 0.0
+        self._steps: dict[str, int] = {}
+        """Metric → the last step that was written."""
         self._begin()
 
     def _begin(self) -> None:
@@ -94,6 +101,13 @@ class _EventFile:
         self._writer.flush()
         self._is_open = True
         [self._file] = self._local.glob(f"*{mine}")
+
+    def is_new(self, key: str, step: int) -> bool:
+        """Whether a metric was not written for this step or a later one; from now on it was."""
+        if step <= self._steps.get(key, -1):
+            return False
+        self._steps[key] = step
+        return True
 
     def write(self, summary: Any, step: int, when: float) -> None:
         from tensorboardX.proto.event_pb2 import Event

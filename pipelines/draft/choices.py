@@ -76,7 +76,7 @@ def draft(
     found = sheets(looked, rows, 0, with_model=False)
     counts = sample(looked, rows)
     plain = Draft(_with(told, list(_choices(looked, found, counts, hardware))), found, None)
-    fitted, lacking = _that_fit(plain, counts, hardware, looked)
+    fitted, lacking = _that_fit(plain, counts, hardware, looked, told)
     return Draft(_with(told, [*plain.choices, *fitted]), found, lacking)
 
 
@@ -224,9 +224,11 @@ def _of_training(found: list[Sheet], counts: Counts, hardware: Hardware) -> Iter
     yield Choice("train.use_gpu", hardware.gpus > 0, f"Here are {hardware}.")
 
 
-def _that_fit(draft: Draft, counts: Counts, hardware: Hardware, looked: Config) -> tuple[list[Choice], str | None]:
+def _that_fit(
+    draft: Draft, counts: Counts, hardware: Hardware, looked: Config, told: Mapping[str, Any]
+) -> tuple[list[Choice], str | None]:
     """Workers, and what else must be for the longest pair to have room beside weights, gradients and optimizer; and
-    what is lacking where nothing tried makes that room."""
+    what is lacking where nothing tried makes that room. What is told is reckoned with, and not tried otherwise."""
     shape = shape_of(ModelFolder.of(looked.model))
     process = 0 if hardware.gpus else resident()
     config = draft.config()
@@ -234,12 +236,17 @@ def _that_fit(draft: Draft, counts: Counts, hardware: Hardware, looked: Config) 
     lengths = np.minimum(counts.train.lengths, np.array([limit[0], limit[1], limit[1]]))
     lacking = None
     tried: list[Choice] = []
-    for tried in _attempts(hardware):
+    batch = config.train.global_batch_size
+    workers = int(told.get("train.num_workers", min(hardware.most_workers, batch)))
+    for choices in _attempts(hardware, workers):
+        tried = [choice for choice in choices if not _is_told(choice.key, told)]
         attempt = Draft([*draft.choices, *tried], draft.sheets, None).config()
         memory = hardware.of_worker(attempt.train.num_workers)
         found = of_training(attempt, shape, Side(lengths, counts.train.each), None, memory, process)
         lacking = found.lacking
         if lacking is None:
+            if not tried:
+                return [], None
             size = f"of the {memory / _GIB:.1f} GiB of a worker" if memory is not None else "of a worker"
             *others, last = tried
             why = f"{last.why} About {found.bytes / _GIB:.1f} GiB {size} are used."
@@ -247,15 +254,18 @@ def _that_fit(draft: Draft, counts: Counts, hardware: Hardware, looked: Config) 
     return tried, lacking
 
 
-def _attempts(hardware: Hardware) -> Iterator[list[Choice]]:
+def _is_told(key: str, told: Mapping[str, Any]) -> bool:
+    return any(f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.") for other in told)
+
+
+def _attempts(hardware: Hardware, workers: int) -> Iterator[list[Choice]]:
     """What is tried, the best first: as many workers as there can be, and then what costs time, workers or weights."""
     again = Choice("train.activation_checkpointing", True, "Without, the longest pair has no room.")
     sharded = Choice("train.strategy", "fsdp", "A GPU does not hold weights, gradients and optimizer by itself.")
     adapters = Choice("model.lora", {"rank": 16, "export": "merged"}, "All weights with their optimizer have no room.")
     faster = Choice("train.learning_rate", 1e-5, "Adapters take larger steps; `dpo-ray sweep` finds a better one.")
-    workers = hardware.most_workers
     extras: list[list[Choice]] = [[], [again]]
-    extras += [[sharded], [sharded, again]] if hardware.gpus > 1 else []
+    extras += [[sharded], [sharded, again]] if hardware.gpus and workers > 1 else []
     numbers = [workers] if hardware.gpus else [workers >> n for n in range(workers.bit_length())]
     tried = [(number, extra) for number in numbers for extra in extras]
     tried += [(numbers[-1], [adapters, faster]), (numbers[-1], [adapters, faster, again])]

@@ -10,7 +10,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -157,6 +159,35 @@ def test_a_configuration_is_a_file_or_a_mapping_with_overrides(job: Job):
         api.load_config(tree, {"run.name.x": 1})
 
 
+def test_of_two_calls_at_once_the_second_begins_when_the_first_has_ended(monkeypatch: pytest.MonkeyPatch):
+    first_is_in, may_end, order = threading.Event(), threading.Event(), []
+
+    def record_run(work: str, run_id: str | None, looking: Any) -> str:
+        order.append(f"{work} begins")
+        if work == "first":
+            first_is_in.set()
+            assert may_end.wait(60)
+        order.append(f"{work} ends")
+        return work
+
+    monkeypatch.setattr("pipelines.record_run.record_run", record_run)
+    threads = [threading.Thread(target=api._recorded, args=(work, None)) for work in ("first", "second")]
+    threads[0].start()
+    assert first_is_in.wait(60)
+    threads[1].start()
+    threads[1].join(0.2)
+    may_end.set()
+    for thread in threads:
+        thread.join(60)
+    assert order == ["first begins", "first ends", "second begins", "second ends"]
+
+
+def test_values_that_are_set_stay_the_callers(job: Job):
+    loss = {"type": "sigmoid"}
+    config = api.load_config(job.path, {"train.loss": loss, "train.loss.beta": 0.5})
+    assert config.train.loss.beta == 0.5 and loss == {"type": "sigmoid"}
+
+
 def test_sweep_and_rounds_say_what_they_lack(job: Job):
     config = api.load_config(job.path)
     with pytest.raises(ConfigError, match="no section iterate"):
@@ -188,7 +219,7 @@ def test_a_function_that_workers_cannot_import_is_refused():
         return 0.0
 
     alone = type(inner)(inner.__code__, {"__name__": "__main__"}, "score")
-    for function in (inner, alone, lambda *_: 0.0):
+    for function in (inner, alone, lambda *_: 0.0, partial(rewards.length_window, at_most=3)):
         with pytest.raises(ConfigError, match="workers can import"):
             api.rule(function)
 

@@ -31,7 +31,8 @@ def held_out_section(facts: Facts) -> Section | None:
         )
         blocks.append(intervals("Accuracy by length and source", says, accuracies, "accuracy", at=_EVEN, domain=_WHOLE))
     elif "accuracy" in found:
-        blocks.append(Paragraph("The accuracy is undefined: no margin is above the noise of the engines.", "warning"))
+        noise, none = "no margin is above the noise of the engines", "no held-out pair was left to measure it on"
+        blocks.append(Paragraph(f"The accuracy is undefined: {noise if found.get('margin') else none}.", "warning"))
     if shown.get("gap"):
         has_both = len(shown["gap"]["counts"]) > 1
         says = (

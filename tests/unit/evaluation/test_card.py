@@ -125,5 +125,6 @@ def test_the_licence_is_that_of_the_base_models_own_card(tmp_path: Path):
     for text, licence in (("---\nlicense: apache-2.0\n---\n# base", "apache-2.0"), ("# no metadata", None)):
         (tmp_path / "README.md").write_text(text)
         assert licence_of(tmp_path) == licence
-    (tmp_path / "README.md").write_text("---\n[no, mapping]\n---\n")
-    assert licence_of(tmp_path) is None
+    for text in ("---\n[no, mapping]\n---\n", "---\nlicense: other: mine\n---\n", "---\n1: 2\n---\n"):
+        (tmp_path / "README.md").write_text(text)
+        assert licence_of(tmp_path) is None

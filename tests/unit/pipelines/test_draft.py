@@ -17,8 +17,9 @@ from dpo_ray.config import Config, load_config
 from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.machine import GPU
 from pipelines.cli import app
-from pipelines.draft import hardware
+from pipelines.draft import choices, hardware
 from pipelines.draft.hardware import Hardware
+from pipelines.plan import memory
 
 GIB = 2**30
 LAPTOP = Hardware(cores=8, memory=16 * GIB, gpus=0, gpu_memory=None, gpu_name=None, vllm=True)
@@ -150,6 +151,24 @@ def test_where_the_weights_have_no_room_it_takes_fewer_workers_and_then_adapters
     config = load_config("run.yaml")
     assert "This machine has no room for it: " in result.output
     assert config.train.num_workers == 1 and config.model.lora is not None and config.train.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("told", "workers"), [("train.global_batch_size=2", 2), ("train.num_workers=1", 1), ("train.num_workers=2", 2)]
+)
+def test_what_is_told_is_reckoned_with(
+    told: str, workers: int, here: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    set_machine(monkeypatch, SERVER)
+    reckoned: list[int] = []
+
+    def of_training(config: Config, *arguments: Any) -> Any:
+        reckoned.append(config.train.num_workers)
+        return memory.of_training(config, *arguments)
+
+    monkeypatch.setattr(choices, "of_training", of_training)
+    config = drafted(written(here / "d.jsonl", ROWS["paired"]), tiny_model, "-o", told)
+    assert config.train.num_workers == workers and set(reckoned) == {workers}
 
 
 def test_what_is_told_stands(here: Path, tiny_model: Path):

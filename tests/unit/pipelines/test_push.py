@@ -80,7 +80,9 @@ def test_a_version_is_pushed_once_to_each_place(hub: Hub, tmp_path: Path):
     assert hub.calls[0][1] == {"repo_id": "owner/name", "private": True, "exist_ok": True}
     told = hub.calls[1][1]
     assert told["commit_message"] == "n/v1 of run night" and told["revision"] is None
-    assert told["ignore_patterns"] == [HASHES] and "*.safetensors" in told["delete_patterns"]
+    assert told["ignore_patterns"] == [HASHES] and {"*.safetensors", "adapter_config.json"} <= set(
+        told["delete_patterns"]
+    )
     assert context.results["pushed"] == {"to": "owner/name@main", "version": "v1", "commit": "commit-2"}
     again = context_of(tmp_path)
     push(again, version)

@@ -8,6 +8,7 @@ import shutil
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from dpo_ray.storage.process import started, this_machine
 from dpo_ray.tracking.chosen import mlflow_options, require_trackers
 from dpo_ray.tracking.registry import source_of
 from dpo_ray.tracking.tensorboard import events
+from dpo_ray.tracking.tracker import Point
+from pipelines.tracking import tell_evaluation
 from tests.command_line import summary_of
 from tests.whole_run import Job, number_rows, word_model
 
@@ -87,6 +90,15 @@ def test_one_of_another_machine_that_gave_no_sign_for_long_is_gone_on_with(job: 
     os.utime(job.output / "runs" / "first" / "progress.json", (long_ago, long_ago))
     assert job.run("--run-id", "second").code == 0
     assert not (job.output / "runs" / "second" / "tensorboard").exists()
+
+
+def test_a_task_with_a_filter_has_a_name_that_all_trackers_take():
+    told: list[Point] = []
+    context = SimpleNamespace(trackers=SimpleNamespace(conclude=lambda whose, point: told.append(point)))
+    policy = SimpleNamespace(manifest=SimpleNamespace(metrics={"num_steps": 3}))
+    tasks = [{"task": "gsm8k", "metric": "exact_match,strict-match", "tuned": {"value": 0.5}}]
+    tell_evaluation(context, policy, {"tasks": tasks})  # type: ignore[arg-type]
+    assert told[0].values == {"evaluation/tasks/gsm8k/exact_match_strict-match": 0.5}
 
 
 def test_without_trackers_there_are_none(job: Job):

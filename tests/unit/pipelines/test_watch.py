@@ -27,7 +27,7 @@ from dpo_ray.storage.process import started, this_machine
 from dpo_ray.training.live import MOST_POINTS, TrainingSoFar
 from pipelines.cli import app
 from pipelines.context import RunContext
-from pipelines.live import PROGRESS, TRAINING, told_live
+from pipelines.live import PROGRESS, TRAINING, Live, at_work, told_live
 from pipelines.watch.reading import SILENT_S, Watched, run_folder
 from pipelines.watch.render import render
 from pipelines.watch.sparkline import sparkline
@@ -381,3 +381,21 @@ def test_a_run_that_is_begun_again_under_its_name_is_at_work(tmp_path: Path):
         os.utime(progress, (told, told))
         found = Watched(place, wall=lambda: 102.0).look()
         assert found.state == state
+
+
+def test_a_second_run_of_a_process_does_not_tell_of_the_first(tmp_path: Path):
+    with told_live(Live(), Location.of(tmp_path / "first"), [], PLAN, {}):
+        say("train", "the first one's words")
+    with told_live(Live(), Location.of(tmp_path / "second"), [], PLAN, {}):
+        found = json.loads((tmp_path / "second" / PROGRESS).read_text())
+    assert found["said"] == [] and found["counts"] == []
+
+
+def test_where_no_machine_is_told_a_run_counts_as_at_work_by_its_last_sign(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("pipelines.live.this_machine", lambda: None)
+    run = Location.of(tmp_path / "run")
+    with told_live(Live(), run, [], PLAN, {}):
+        pass
+    written = (run / PROGRESS).written()
+    assert written is not None
+    assert at_work(run, written + 1) and not at_work(run, written + 60)

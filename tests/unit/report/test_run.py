@@ -116,7 +116,22 @@ def test_an_accuracy_that_is_undefined_is_said_to_be():
     facts = facts_of(summary)
     assert "undefined" in [one.value for one in run_document(facts).figures]
     assert "The accuracy is undefined" in words(section(facts, "held-out"))
+    assert "no margin is above the noise" in words(section(facts, "held-out"))
     assert "undefined" in words(section(facts, "gate"))
+
+
+def test_a_held_out_set_of_which_nothing_was_left_is_told_as_such():
+    summary = summary_of_a_run()
+    summary["eval"] |= {"accuracy": None, "accuracy_by_length": None, "sources": {}, "margin": None}
+    facts = facts_of(summary)
+    assert "no held-out pair was left" in words(section(facts, "held-out"))
+
+
+def test_a_training_whose_first_step_was_not_logged_says_nothing_of_its_loss():
+    summary = summary_of_a_run()
+    assert "The loss of the first step was" in words(section(facts_of(summary), "training"))
+    summary["train"]["first_step_loss"] = None
+    assert "first step" not in words(section(facts_of(summary), "training"))
 
 
 def test_training_and_held_out_are_on_the_same_axes_raw_and_smoothed():

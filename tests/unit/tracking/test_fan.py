@@ -159,6 +159,26 @@ def test_what_is_refused_for_good_does_not_hold_up_what_comes_after(folder: Loca
     assert "what it refused is not tried again" in line
 
 
+class Unimportable(Kept):
+    name = "unimportable"
+
+    def open(self, opening: Opening, known: str | None) -> tuple[str, int]:
+        raise ImportError("no protobuf of that version")
+
+    def may_pass(self, error: Exception) -> bool:
+        raise ImportError("no protobuf of that version")
+
+
+def test_a_library_that_cannot_be_imported_is_told_of(folder: Location):
+    told: list[str] = []
+    fan = fan_of(folder, Unimportable(), told=told)
+    fan.points("", points(1, 2))
+    fan.close("finished")
+    [line] = told
+    assert "ImportError: no protobuf of that version" in line
+    assert fan.figures()["unimportable"]["failures"] == 1
+
+
 def test_one_that_hangs_holds_up_nobody_and_is_told_of(folder: Location):
     kept, hanging, told = Kept(), Hanging(), []
     fan = fan_of(folder, hanging, kept, told=told, patience=0.2)

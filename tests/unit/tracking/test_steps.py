@@ -56,6 +56,37 @@ def test_many_lines_are_in_several_files_and_a_second_worker_begins_another(
     assert told(StepReader(folder).new()) == [*range(1, 9), *range(7, 10)]
 
 
+def test_what_was_read_before_a_store_failed_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(steps, "_LINES", 3)
+    folder = Location.of(tmp_path / "steps")
+    writer = StepWriter(folder, pause=60)
+    for step in (1, 2, 3, 4):
+        writer.add({"step": step})
+    writer.close()
+    reader, asked = StepReader(folder), []
+    exists = Location.exists
+
+    def fails_once(place: Location) -> bool:
+        asked.append(place.name)
+        if asked.count("000002.jsonl") == 1 and place.name == "000002.jsonl":
+            raise OSError("no answer")
+        return exists(place)
+
+    monkeypatch.setattr(Location, "exists", fails_once)
+    assert told(reader.new()) == [1, 2, 3]
+    assert told(reader.new()) == [4]
+
+
+def test_steps_that_a_dead_worker_did_not_tell_are_told_by_the_next_one(tmp_path: Path):
+    folder = Location.of(tmp_path / "steps")
+    for before, made in (((), range(1, 4)), (range(1, 7), range(7, 9))):
+        writer = StepWriter(folder, pause=60, before=[{"step": step} for step in before])
+        for step in made:
+            writer.add({"step": step})
+        writer.close()
+    assert told(StepReader(folder).new()) == list(range(1, 9))
+
+
 def test_through_an_object_store():
     with object_store():
         folder = Location.of(f"s3://{BUCKET}/steps")

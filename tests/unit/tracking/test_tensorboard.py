@@ -88,6 +88,33 @@ def test_what_could_not_be_put_into_the_store_is_put_there_by_the_next_try(monke
         assert scalars(folder / "tensorboard") == [("train/loss", 1, 0.5)]
 
 
+def test_an_output_folder_that_is_mounted_elsewhere_is_gone_on_with_there(tmp_path: Path):
+    first = TensorBoard(Location.of(tmp_path / "there" / "runs" / "first"))
+    known, _ = first.open(Opening("", "first", {}), None)
+    first.log("", [Point(1, 1.0, {"train/loss": 0.5})])
+    first.close("", "failed")
+    (tmp_path / "there").rename(tmp_path / "here")
+    second = TensorBoard(Location.of(tmp_path / "here" / "runs" / "second"))
+    assert second.open(Opening("", "second", {}), known) == (f"{tmp_path}/here/runs/first/tensorboard", 1)
+    second.close("", "finished")
+    assert not (tmp_path / "there").exists()
+
+
+def test_what_is_given_again_after_a_failed_upload_is_there_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dpo_ray.tracking.tensorboard._UPLOAD_S", 0.0)
+    with object_store():
+        folder = Location.of(f"s3://{BUCKET}/again")
+        board = TensorBoard(folder)
+        board.open(Opening("", "run", {}), None)
+        some = [Point(1, 1.0, {"train/loss": 0.5})]
+        with monkeypatch.context() as patched, pytest.raises(ConnectionError):
+            patched.setattr(Location, "write_bytes", _refuse)
+            board.log("", some)
+        board.log("", some)
+        board.close("", "finished")
+        assert scalars(folder / "tensorboard") == [("train/loss", 1, 0.5)]
+
+
 def _refuse(place: Location, data: bytes) -> None:
     raise ConnectionError("refused")
 

@@ -25,6 +25,7 @@ from dpo_ray.on_ray.pool import Pool
 from dpo_ray.pairs import PreferencePair
 from dpo_ray.storage.artifact import Artifact, Contents, FileEntry, describe_file
 from dpo_ray.storage.location import Location
+from dpo_ray.storage.process import started, this_machine
 from dpo_ray.training.files import HISTORY, MODEL_FOLDER
 from tests.command_line import Finished, in_process
 from tests.shard_stages import without_ray
@@ -166,3 +167,18 @@ class Job:
         """The version that stands."""
         pointer = json.loads((self.output / "models/numbers/latest.json").read_text())
         return str(pointer["version"])
+
+
+def without_an_end(job: Job, run_id: str, **process: Any) -> None:
+    """As if a run of another process, of this machine unless told, had published nothing, written no summary, and just
+    told of itself.
+
+    Args:
+        process: "0" of one that has ended.
+    """
+    run = job.output / "runs" / run_id
+    (run / "summary.json").unlink(missing_ok=True)
+    shutil.rmtree(job.output / "models", ignore_errors=True)
+    (run / "progress.json").write_text(
+        json.dumps({"process": {"by": "x", "pid": 1, "process": started(1), "machine": this_machine(), **process}})
+    )

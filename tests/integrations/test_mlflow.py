@@ -13,17 +13,20 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from dpo_ray.config import Config
+from dpo_ray.config import Config, MLflow
 from dpo_ray.storage.artifact import Artifact, Contents
 from dpo_ray.storage.location import Location
+from dpo_ray.tracking.mlflow import MLflowTracker
 from dpo_ray.tracking.steps import StepWriter, steps_folder
+from dpo_ray.tracking.tracker import Opening
 from tests import whole_run
 from tests.command_line import CONFIGS, LONGEST, Finished, in_process, overrides, summary_of
-from tests.whole_run import Job, nudge, number_rows, word_model
+from tests.whole_run import Job, nudge, number_rows, without_an_end, word_model
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -185,7 +188,7 @@ def test_a_run_that_was_killed_goes_on_in_its_run_and_tells_no_step_twice(
         told_while_training(patch, dies, steps=3)
         with pytest.raises(Killed):
             job.run("--run-id", "first")
-    (job.output / "runs" / "first" / "summary.json").unlink(missing_ok=True)  # nobody writes it when a process dies
+    without_an_end(job, "first", process="0")
     told_while_training(monkeypatch, lambda: until_seen(STEPS))
     assert job.run("--run-id", "second").code == 0
     [run] = server.runs(tmp_path.name)
@@ -251,3 +254,66 @@ def test_every_step_of_a_training_on_ray_is_there(server: Server, trained: tuple
     found = server.client().get_metric_history(run.info.run_id, "train/loss")
     assert {m.step: m.value for m in found} == {line["step"]: line["loss"] for line in lines}
     assert len(found) == len(lines)
+
+
+class Answers:
+    """A client that notes what it is asked, and fails as told."""
+
+    def __init__(self, gone: str | None = None, failing: int = 0) -> None:
+        self.gone, self.failing = gone, failing
+        self.made: list[str] = []
+        self.histories: list[str] = []
+
+    def update_run(self, run_id: str, status: str) -> None:
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import ErrorCode
+
+        if self.gone is not None:
+            raise MlflowException(f"no run {run_id}", error_code=ErrorCode.Value(self.gone))
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        return SimpleNamespace(experiment_id="1", lifecycle_stage="active")
+
+    def create_run(self, experiment: str, run_name: str, tags: dict[str, str]) -> Any:
+        self.made.append(run_name)
+        return SimpleNamespace(info=SimpleNamespace(run_id=f"run-{len(self.made)}"))
+
+    def log_batch(self, run_id: str, **given: Any) -> None:
+        if self.failing:
+            self.failing -= 1
+            raise ConnectionError("no answer")
+
+    def get_run(self, run_id: str) -> Any:
+        return SimpleNamespace(data=SimpleNamespace(metrics={f"train/{n}": 1.0 for n in ("loss", "num_tokens", "x")}))
+
+    def get_metric_history(self, run_id: str, key: str) -> list[Any]:
+        self.histories.append(key)
+        return [SimpleNamespace(step=step) for step in (1, 2, 3)]
+
+
+@pytest.fixture
+def tracker() -> MLflowTracker:
+    return MLflowTracker(MLflow(tracking_uri="http://127.0.0.1:9", experiment="e", registered_model="m"))
+
+
+OPENING = Opening("", "night", {"a": "b"})
+
+
+def test_a_run_is_made_once_however_often_its_params_are_refused(tracker: MLflowTracker):
+    client = tracker._made = Answers(failing=2)
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            tracker.open(OPENING, None)
+    assert tracker.open(OPENING, None) == ("run-1", 0) and client.made == ["night"]
+
+
+@pytest.mark.parametrize("code", ["RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"])
+def test_an_earlier_run_that_was_deleted_is_begun_anew(code: str, tracker: MLflowTracker):
+    tracker._made = Answers(gone=code)
+    assert tracker.open(OPENING, "gone") == ("run-1", 0)
+
+
+def test_an_earlier_run_is_gone_on_with_by_the_history_of_one_metric(tracker: MLflowTracker):
+    client = tracker._made = Answers()
+    assert tracker.open(OPENING, "known") == ("known", 3)
+    assert client.made == [] and client.histories == ["train/num_tokens"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,14 +15,14 @@ import pytest
 from dpo_ray.config import parse_config
 from dpo_ray.errors import ConfigError
 from dpo_ray.storage.location import Location
-from dpo_ray.storage.process import started, this_machine
+from dpo_ray.storage.process import this_machine
 from dpo_ray.tracking.chosen import mlflow_options, require_trackers
 from dpo_ray.tracking.registry import source_of
 from dpo_ray.tracking.tensorboard import events
 from dpo_ray.tracking.tracker import Point
 from pipelines.tracking import tell_evaluation
 from tests.command_line import summary_of
-from tests.whole_run import Job, number_rows, word_model
+from tests.whole_run import Job, number_rows, without_an_end, word_model
 
 
 @pytest.fixture
@@ -47,21 +46,6 @@ def test_a_run_is_in_tensorboard_by_itself(job: Job):
     where = str(run / "tensorboard")
     assert told == {"tensorboard": {"runs": {"": where}, "failures": 0, "steps_not_logged": 0, "reason": None}}
     assert json.loads((run / "trackers.json").read_text()) == {"tensorboard": {"": {"id": where}}}
-
-
-def without_an_end(job: Job, run_id: str, **process: Any) -> None:
-    """As if a run of another process, of this machine unless told, had published nothing, written no summary, and just
-    told of itself.
-
-    Args:
-        process: "0" of one that has ended.
-    """
-    run = job.output / "runs" / run_id
-    (run / "summary.json").unlink()
-    shutil.rmtree(job.output / "models")
-    (run / "progress.json").write_text(
-        json.dumps({"process": {"by": "x", "pid": 1, "process": started(1), "machine": this_machine(), **process}})
-    )
 
 
 def test_a_run_that_was_killed_is_gone_on_with_in_the_same_events(job: Job):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +14,12 @@ import yaml
 
 from dpo_ray.config import Config, Paths, Rule, dump_config
 from dpo_ray.errors import ConfigError
+from dpo_ray.storage.hub import is_hub_place
 
 CONFIG = "config.yaml"
 _LIMIT = 100 << 20  # bytes; Ray refuses more than 500 MiB, and keeps what it takes on the head
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", ".git", ".venv", "*.pyc")
 _OURS = ("working_dir", "py_modules")
-_OF_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @contextmanager
@@ -65,7 +64,8 @@ def _require_reachable(key: str, path: str, here: Path, shipped: Collection[str]
     first = Path(path).parts[0]
     if "://" in path or path.startswith(("/", "~")) or first in shipped:
         return
-    if (key == "model.path" or _OF_THE_HUB.fullmatch(path)) and not (here / path).exists():
+    of_the_hub = not (here / path).exists() if key == "model.path" else is_hub_place(path)
+    if of_the_hub:
         return
     raise ConfigError(
         f"{key} is {path}, a relative path, which a job on a cluster looks for below Ray's temporary working "

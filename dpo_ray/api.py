@@ -10,9 +10,9 @@ Each function does what the command of its name does, in the same folders and wi
 and log.jsonl, which are the command line's), and returns when that has ended; what is finished is taken over. A
 failure is one of dpo_ray.errors, with a note that names the run's folder. Functions may be called by any thread,
 while an event loop runs, and again and again in one process; of two calls at once the second begins when the first
-has ended. A Ray that the process has (`ray.init`) is worked on
-like a cluster, and left as it is; without one, the cluster of RAY_ADDRESS is joined, or a Ray is started and ended
-with the call. Lines of progress go to standard error.
+has ended. A Ray that the process has (`ray.init`) is worked on like a cluster, and left as it is; without one, the
+cluster of RAY_ADDRESS is joined, or a Ray is started and ended with the call. Lines of progress go to standard
+error.
 
 Stability: the names in `__all__`, their parameters and the fields of what they return are kept. One that is to go
 works for two minor versions more, in which using it gives a DeprecationWarning that names what takes its place.

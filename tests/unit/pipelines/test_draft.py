@@ -80,12 +80,14 @@ def test_data_of_any_format_get_a_configuration_that_runs(name: str, here: Path,
     assert (config.model.dtype, config.reference.engine) == ("float32", "torch")
 
 
-def test_a_cpu_that_has_instructions_for_bfloat16_computes_in_it(
-    here: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("fast", "told"), [(True, "twice as fast in bfloat16"), (False, "would be slower in it")])
+def test_a_cpu_computes_in_float32_and_is_told_what_bfloat16_would_be(
+    fast: bool, told: str, here: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    set_machine(monkeypatch, replace(LAPTOP, cores=2, fast_bfloat16=True))
+    set_machine(monkeypatch, replace(LAPTOP, cores=2, fast_bfloat16=fast))
     config = drafted(written(here / "d.jsonl", ROWS["paired"]), tiny_model)
-    assert (config.model.dtype, config.train.num_workers, config.train.cpus_per_worker) == ("bfloat16", 1, 2)
+    assert (config.model.dtype, config.train.num_workers, config.train.cpus_per_worker) == ("float32", 1, 2)
+    assert told in " ".join(Path("run.yaml").read_text().replace("#", "").split())
 
 
 @pytest.mark.parametrize(("flag", "fast"), [("amx_bf16", True), ("avx512_bf16", True), ("avx512_f", False)])

@@ -134,8 +134,8 @@ def _of_dtype(hardware: Hardware) -> Choice:
         return Choice("model.dtype", "bfloat16", why)
     if hardware.fast_bfloat16:
         why = (
-            "This CPU would be up to twice as fast in bfloat16, whose rounding hides held-out margins below a nat or so, "
-            "as a short training leaves them."
+            "This CPU would be up to twice as fast in bfloat16, whose rounding hides held-out margins below a nat or "
+            "so, as a short training leaves them."
         )
         return Choice("model.dtype", "float32", why)
     return Choice("model.dtype", "float32", "This CPU has no instructions for bfloat16, and would be slower in it.")

@@ -20,7 +20,7 @@ from dpo_ray.evaluation.agreement import NONE, margin_noise
 from dpo_ray.evaluation.comparison import Answered, compare, shown_samples, wins_by_source
 from dpo_ray.evaluation.drift import accuracy_by_length, chosen_change
 from dpo_ray.evaluation.held_out import HeldOut, held_out_pairs
-from dpo_ray.evaluation.margins import accuracy_by_source, preference_accuracy
+from dpo_ray.evaluation.margins import HIDING, accuracy_by_source, preference_accuracy, within_noise
 from dpo_ray.evaluation.tasks import beside, task_line
 from dpo_ray.histogram import histograms
 from dpo_ray.on_ray.generate import merge_candidates
@@ -190,6 +190,9 @@ def _held_out(config: Config, scores: Artifact, calibration: Artifact | None) ->
     why = "no margin above the noise of the engines" if len(found.margins) else "no held-out pair was left"
     say(KIND, f"held-out accuracy {accuracy or f'undefined: {why}'}")
     some = len(found.margins) > 0
+    hidden = float(np.mean(np.abs(found.margins) <= noise.margin)) if some and noise.margin > 0 else 0.0
+    if accuracy is not None and hidden > HIDING:
+        say(KIND, within_noise(hidden, noise.margin))
     by_source = accuracy_by_source(found.margins, found.sources, noise)
     for name, of_source in by_source.items():
         say(KIND, f"held-out accuracy of source {name} {of_source or 'undefined: no margin above the noise'}")
@@ -204,6 +207,7 @@ def _held_out(config: Config, scores: Artifact, calibration: Artifact | None) ->
         "chosen_logps": chosen_change(found.chosen_logps, found.chosen_ref_logps)
         if some and found.chosen_ref_logps is not None
         else None,
+        "within_noise": {"share": hidden, "nats": noise.margin},
         "histograms": _histograms(found),
         "win_rate": None,
     }

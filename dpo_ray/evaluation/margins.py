@@ -29,6 +29,18 @@ def preference_accuracy(margins: np.ndarray, noise: Noise = NONE) -> Estimate | 
     return proportion(int(np.sum(margins > 0)), len(margins))
 
 
+HIDING = 0.5
+"""Share of margins within the noise from which on it is told of."""
+
+
+def within_noise(share: float, nats: float) -> str:
+    """That the scores' rounding, or their engines, could have made so many of the margins."""
+    return (
+        f"{share:.0%} of the margins are no larger than what scoring alone makes of them ({nats:.2g} nats, by the "
+        "calibration), so that the accuracy lies nearer to .5 than it would: score with model.dtype=float32 to know it"
+    )
+
+
 def accuracy_by_source(margins: np.ndarray, sources: np.ndarray, noise: Noise = NONE) -> dict[str, Estimate | None]:
     """Source of a mixture → the accuracy on its pairs, as of preference_accuracy.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dpo_ray.evaluation.margins import HIDING, within_noise
 from dpo_ray.evaluation.render import judged_by
 from dpo_ray.evaluation.tasks import documents, with_stderr
 from dpo_ray.report.charts import histogram, intervals
@@ -33,6 +34,9 @@ def held_out_section(facts: Facts) -> Section | None:
     elif "accuracy" in found:
         noise, none = "no margin is above the noise of the engines", "no held-out pair was left to measure it on"
         blocks.append(Paragraph(f"The accuracy is undefined: {noise if found.get('margin') else none}.", "warning"))
+    hidden = found.get("within_noise") or {"share": 0.0}
+    if found.get("accuracy") and hidden["share"] > HIDING:
+        blocks.append(Paragraph(f"{within_noise(hidden['share'], hidden['nats'])}.", "warning"))
     if shown.get("gap"):
         has_both = len(shown["gap"]["counts"]) > 1
         says = (

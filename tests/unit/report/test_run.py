@@ -127,6 +127,14 @@ def test_a_held_out_set_of_which_nothing_was_left_is_told_as_such():
     assert "no held-out pair was left" in words(section(facts, "held-out"))
 
 
+@pytest.mark.parametrize(("share", "is_told"), [(0.9, True), (0.3, False)])
+def test_margins_that_scoring_alone_could_have_made_are_told_of(share: float, is_told: bool):
+    summary = summary_of_a_run()
+    summary["eval"]["within_noise"] = {"share": share, "nats": 2.2}
+    told = "90% of the margins are no larger than what scoring alone makes of them (2.2 nats"
+    assert (told in words(section(facts_of(summary), "held-out"))) is is_told
+
+
 def test_a_training_whose_first_step_was_not_logged_says_nothing_of_its_loss():
     summary = summary_of_a_run()
     assert "The loss of the first step was" in words(section(facts_of(summary), "training"))

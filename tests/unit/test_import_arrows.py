@@ -177,13 +177,14 @@ def test_importing_the_api_is_cheap():
     assert "dpo_ray" in loaded and not loaded & (HEAVY | DATA | {"pipelines", "tuning", "typer", "rich"})
 
 
-def test_the_cluster_uses_the_configuration_errors_and_tokens_of_the_library_and_nothing_else():
+def test_the_cluster_uses_the_configuration_errors_tokens_and_hub_names_of_the_library_and_nothing_else():
     rooms = {"dpo_ray.config", "dpo_ray.errors", "dpo_ray.origin"}
+    files = ("dpo_ray.on_ray.authentication", "dpo_ray.storage.hub")
     for path in sources("cluster"):
         for name in imported(path.read_text(encoding="utf-8")):
             if name.split(".")[0] == "dpo_ray":
                 used = ".".join(name.split(".")[:2])
-                assert used in rooms or name.startswith("dpo_ray.on_ray.authentication"), (path, name)
+                assert used in rooms or name.startswith(files), (path, name)
 
 
 def test_only_the_command_line_uses_the_cluster():

@@ -54,7 +54,7 @@ def test_why_a_job_was_not_taken_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: type[DpoRayError], said: str
 ):
     config = Config.model_validate(
-        {"run": {"name": "night", "output": str(tmp_path)}, "model": {"path": "m"}, "data": {"train": "d"}}
+        {"run": {"name": "night", "output": str(tmp_path)}, "model": {"path": "m"}, "data": {"train": "/d"}}
     )
     monkeypatch.setattr(submit, "connected", lambda address: Refusing(error))
     with pytest.raises(expected, match=said) as raised:
@@ -66,7 +66,7 @@ def test_what_is_told_of_a_job_can_be_pasted_into_a_shell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     config = Config.model_validate(
-        {"run": {"name": "night", "output": str(tmp_path)}, "model": {"path": "m"}, "data": {"train": "d"}}
+        {"run": {"name": "night", "output": str(tmp_path)}, "model": {"path": "m"}, "data": {"train": "/d"}}
     )
     monkeypatch.setattr(submit, "connected", lambda address: Taking())
     submit_job(config, "http://head:8265", Submission("run", submission_id="night 3"), wait=False)

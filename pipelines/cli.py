@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -46,9 +47,15 @@ app.command()(output.rollback)
 app.command()(output.gc)
 
 
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+"""Loggers that, when transformers imports torchao, warn of what it has for GPUs and of its own calls."""
+
+
 def main() -> None:
     """Entry point of the console script."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # our progress lines, in place of every library's bars
+    for library in _TALKATIVE:
+        logging.getLogger(library).setLevel(logging.ERROR)
     mend_words(os.environ)
     try:
         app()

@@ -20,6 +20,7 @@ from pipelines.cli import app
 from pipelines.draft import choices, hardware
 from pipelines.draft.hardware import Hardware
 from pipelines.plan import memory
+from tests.command_line import dpo_ray
 
 GIB = 2**30
 LAPTOP = Hardware(cores=8, memory=16 * GIB, gpus=0, gpu_memory=None, gpu_name=None, vllm=True)
@@ -171,6 +172,12 @@ def test_what_is_told_is_reckoned_with(
     monkeypatch.setattr(choices, "of_training", of_training)
     config = drafted(written(here / "d.jsonl", ROWS["paired"]), tiny_model, "-o", told)
     assert config.train.num_workers == workers and set(reckoned) == {workers}
+
+
+def test_a_person_sees_no_words_of_libraries(here: Path, tiny_model: Path):
+    done = dpo_ray("init", str(written(here / "d.jsonl", ROWS["paired"])), "--model", str(tiny_model))
+    assert done.code == 0 and "run.yaml is written" in done.log
+    assert [line for line in done.log.splitlines() if "torch" in line and str(tiny_model) not in line] == []
 
 
 def test_what_is_told_stands(here: Path, tiny_model: Path):

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from dpo_ray.config import dump_config
 from dpo_ray.errors import DataError
 from dpo_ray.progress import say
 from dpo_ray.report.curves import Curves, read_curves
@@ -21,6 +20,8 @@ from dpo_ray.storage.published import last_other, published_folder
 from pipelines.context import RunContext
 
 REPORT = "report"
+BEST = "best.yaml"
+"""In the folder of a sweep: the configuration of the chosen trial."""
 
 
 def write_report(context: RunContext, summary: dict[str, Any], name: str = REPORT) -> None:
@@ -76,15 +77,18 @@ def before(context: RunContext, summary: Mapping[str, Any]) -> Before | None:
         since=standing.published,
         run_id=standing.run_id,
         summary=json.loads((run / "summary.json").read_bytes()) if known else {},
-        options=_differences(run, dump_config(context.config)) if known else (),
+        options=_differences(_trained_by(run), _trained_by(context.folder)) if known else (),
     )
 
 
-def _differences(run: Location, ours: str) -> list[tuple[str, str, str]]:
-    """Options that differ from those of another run: dotted path, its value, ours."""
-    file = run / "config.yaml"
-    theirs = dict(_flat("", yaml.safe_load(file.read_bytes()))) if file.exists() else {}
-    mine = dict(_flat("", yaml.safe_load(ours)))
+def _trained_by(run: Location) -> dict[str, str]:
+    """Dotted path → value, of the configuration that a run's model was trained by: of a sweep the chosen trial's."""
+    found = next((file for name in (BEST, "config.yaml") if (file := run / name).exists()), None)
+    return dict(_flat("", yaml.safe_load(found.read_bytes()))) if found is not None else {}
+
+
+def _differences(theirs: Mapping[str, str], mine: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Options that differ between two runs: dotted path, one's value, the other's."""
     paths = [*mine, *(path for path in theirs if path not in mine)]
     found = ((path, theirs.get(path, _ABSENT), mine.get(path, _ABSENT)) for path in paths)
     return [(path, a, b) for path, a, b in found if a != b] if theirs else []

@@ -24,6 +24,7 @@ from pipelines.align import Prepared, tokenized_preferences, with_reference
 from pipelines.context import RunContext
 from pipelines.evaluate import evaluate
 from pipelines.publish import publish
+from pipelines.report import BEST
 from pipelines.tracking import tell_evaluation, tell_history
 from tuning.live import status_table
 from tuning.preparations import differences, preparation_key, preparations
@@ -33,7 +34,6 @@ from tuning.results import Ranked, described, measured_line, results_table, show
 from tuning.sweep import STAGE, Outcome, Sweep
 from tuning.tracked import TrackedTrials
 
-BEST = "best.yaml"
 RESULTS = "results.parquet"
 _WATCHED = 200
 """Trials that `dpo-ray watch` has a line of."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dpo_ray.config import parse_config
 from dpo_ray.storage.artifact import entry_of, publish
@@ -44,6 +45,19 @@ def test_the_second_run_tells_what_changed_since_the_first_and_how_to_have_it_ag
     command = f"dpo-ray run {job.output}/runs/second/config.yaml"
     assert summary["command"] == command and command in page and command in page_of(job, "second", "report.md")
     assert summary["versions"]["torch"] in page
+
+
+def test_what_changed_since_a_sweep_is_told_by_its_chosen_trial(tmp_path: Path, model: Path):
+    job = Job(tmp_path, model)
+    job.write("a.jsonl", number_rows(0, 40))
+    assert job.run("--run-id", "first").code == 0
+    first = job.output / "runs" / "first"
+    chosen = yaml.safe_load((first / "config.yaml").read_text())
+    chosen["train"]["learning_rate"] = 7e-6
+    (first / "best.yaml").write_text(yaml.safe_dump(chosen))
+    assert job.run("--run-id", "second", "-o", "train.learning_rate=3e-6").code == 0
+    page = page_of(job, "second", "report.md").replace("\\", "")
+    assert "| train.learning_rate | 7e-06 | 3e-06 |" in page
 
 
 def test_a_run_that_fails_has_its_pages_too(tmp_path: Path, model: Path):

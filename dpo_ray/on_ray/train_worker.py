@@ -115,8 +115,11 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
         count(RETRIES, artifact=KIND)
     metrics_of = StepMetrics(me, job.num_steps, job.whose or "")
     before = _before(resume, me)
-    is_followed = job.steps is not None and me.rank == 0
-    steps = ToldSteps(job.steps, options, job.num_steps, metrics_of, before) if is_followed else None
+    steps = (
+        ToldSteps(job.steps, options, job.num_steps, metrics_of, before)
+        if job.steps is not None and me.rank == 0
+        else None
+    )
     so_far = TrainingSoFar(job.num_steps, me.world_size, before, _gpu_memory(me))
 
     def told(metrics: dict[str, Any], num_tokens: int) -> None:

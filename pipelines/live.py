@@ -100,7 +100,10 @@ def at_work(folder: Location, now: float) -> bool:
     ended = (folder / "summary.json").written()
     if ended is not None and ended >= written:
         return False
-    process = json.loads((folder / PROGRESS).read_bytes())["process"]
+    try:
+        process = json.loads((folder / PROGRESS).read_bytes())["process"]
+    except ValueError:  # damaged: whose it was is not known, and a tracker's run is no reason to end one
+        return False
     if process["machine"] is not None and process["machine"] == this_machine():
         return not has_ended(process["machine"], process["pid"], process["process"])
     return now - written < _NO_SIGN * EVERY_S

@@ -1,7 +1,8 @@
 """The configuration: one frozen tree that mirrors the YAML file, and how it is read, overridden and refused.
 
-`tree` is the whole, and each section has a file of its name; `schema` and `described` show them to editors and people.
-It needs neither torch nor Ray, for a mistake in the file is to be told at once.
+`tree` is the whole, and each section has a file, `vllm` and `reference` one together (`engines`); `schema` and
+`described` show them to editors and people. It needs neither torch nor Ray, for a mistake in the file is to be told at
+once.
 """
 
 from dpo_ray.config.data import Columns, Data, LongCompletions, LongPrompts, LossTurns

@@ -1,4 +1,4 @@
-"""The configuration: one frozen tree that mirrors the YAML file, key for key. Each section has a file of its own.
+"""The configuration: one frozen tree that mirrors the YAML file, key for key. Each section has a file.
 
 Unknown keys and combinations that cannot work fail at load, before anything else starts.
 A default stands in its section and nowhere else.

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from dpo_ray import api, rewards
-from dpo_ray.errors import ConfigError, DataError, GateFailed, Interrupted, Terminated
+from dpo_ray.errors import ConfigError, DataError, DpoRayError, GateFailed, Interrupted, Terminated
+from pipelines.context import RunContext
 from tests.whole_run import Job, no_cluster, number_rows, word_model
 
 ONE = "(config: 'Config', *, run_id: 'str | None' = None) -> 'Run'"
@@ -157,6 +158,19 @@ def test_a_configuration_is_a_file_or_a_mapping_with_overrides(job: Job):
         api.load_config(tree, {"train.lr": 1})
     with pytest.raises(ConfigError, match=r"the override run\.name\.x: name is a value"):
         api.load_config(tree, {"run.name.x": 1})
+
+
+def test_a_run_whose_record_cannot_be_written_says_that_its_work_is_done(job: Job, monkeypatch: pytest.MonkeyPatch):
+    closed: list[str] = []
+
+    def full(context: RunContext, code: int, reasons: list[str]) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunContext, "write_summary", full)
+    monkeypatch.setattr("pipelines.tracking.end_tracking", lambda context, state: closed.append(state))
+    with pytest.raises(DpoRayError, match=r"has done its work, .* could not be written .*No space left on device"):
+        api.run(api.load_config(job.path))
+    assert closed == ["finished"] and job.published()
 
 
 def test_of_two_calls_at_once_the_second_begins_when_the_first_has_ended(monkeypatch: pytest.MonkeyPatch):

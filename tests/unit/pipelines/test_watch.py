@@ -399,3 +399,5 @@ def test_where_no_machine_is_told_a_run_counts_as_at_work_by_its_last_sign(tmp_p
     written = (run / PROGRESS).written()
     assert written is not None
     assert at_work(run, written + 1) and not at_work(run, written + 60)
+    (run / PROGRESS).write_bytes(b"{")
+    assert not at_work(run, written + 1)

@@ -13,14 +13,13 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import ModuleType
 
 DATA = os.environ.get("DPO_RAY_COVERAGE")
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 PACKAGES = ("dpo_ray", "pipelines", "tuning", "cluster")
-# Folders, not names of packages: for names coverage.py looks again whenever sys.path changes, and then takes out of
-# sys.modules what another thread imports meanwhile.
 FOLDERS = [os.path.join(ROOT, package) for package in PACKAGES]
 
 # Seconds between two saves. Each looks up the paths of all our files, so they grow rarer the longer a process lives.
@@ -44,7 +43,11 @@ class _First:
 def _begin() -> None:
     global measured
     import coverage
+    import coverage.inorout
 
+    # Whenever sys.path has changed, as Ray changes it, coverage.py looks for packages to measure, of which it has none,
+    # and takes out of sys.modules whatever another thread imports meanwhile.
+    coverage.inorout.sys_modules_saved = nullcontext
     measured = coverage.Coverage(
         data_file=DATA, data_suffix=True, config_file=os.path.join(ROOT, "pyproject.toml"), source_dirs=FOLDERS
     )

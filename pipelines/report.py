@@ -17,6 +17,7 @@ from dpo_ray.report.page import html_page, markdown_page
 from dpo_ray.report.run import run_document
 from dpo_ray.storage.location import Location
 from dpo_ray.storage.published import last_other, published_folder
+from dpo_ray.training.files import HISTORY
 from pipelines.context import RunContext
 
 REPORT = "report"
@@ -57,7 +58,7 @@ def _write(context: RunContext, summary: dict[str, Any], name: str) -> None:
 
 
 def _curves(context: RunContext) -> Curves:
-    metrics = context.folder / "metrics.jsonl"
+    metrics = context.folder / HISTORY
     return read_curves(metrics.read_bytes().splitlines()) if metrics.exists() else Curves({}, {})
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dpo_ray.config import Model
 from dpo_ray.on_ray.trainer import Steering, train_location, train_policy
 from dpo_ray.progress import say
 from dpo_ray.storage.artifact import Artifact
+from dpo_ray.storage.location import Location
 from dpo_ray.tracking.fan import flat
+from dpo_ray.tracking.steps import told_steps
 from dpo_ray.tracking.tracker import Opening
 from dpo_ray.training.files import HISTORY, KIND
 from pipelines.context import RunContext
@@ -36,7 +41,8 @@ def train(context: RunContext, rows: Artifact, start: Model | None = None) -> Ar
     if context.trackers is not None:
         name = f"{context.run_id}, {whose}" if whose else context.run_id
         context.trackers.open(Opening(whose, name, flat(config.model_dump(mode="json"))))
-    with followed(context.trackers, whose, train_location(context.output, config, rows)):
+    training, metrics_file = train_location(context.output, config, rows), context.folder / HISTORY
+    with followed(context.trackers, whose, training), _metrics_kept(training, metrics_file):
         policy = context.stage(
             "train", lambda: train_policy(context.output, config, rows, steering, run_id=context.run_id)
         )
@@ -46,5 +52,20 @@ def train(context: RunContext, rows: Artifact, start: Model | None = None) -> Ar
     context.models[policy.fingerprint] = start
     metrics: dict[str, Any] = policy.manifest.metrics
     context.results["train"] = metrics | {"started_from": start.path}
-    policy.file(HISTORY).copy_to(context.folder / "metrics.jsonl")
+    policy.file(HISTORY).copy_to(metrics_file)
     return policy
+
+
+@contextmanager
+def _metrics_kept(training: Location, file: Location) -> Iterator[None]:
+    """If the training within does not come to its end, what it told of until then is kept: the report shows it."""
+    try:
+        yield
+    except BaseException:
+        try:
+            told = told_steps(training)
+            if told:
+                file.write_bytes("".join(f"{json.dumps(metrics)}\n" for metrics in told).encode())
+        except (OSError, ValueError) as error:  # why the training ended comes first
+            say(KIND, f"the metrics up to where it ended could not be kept: {error}")
+        raise

@@ -69,8 +69,8 @@ class TrainJob:
     """run.name, for the metrics."""
     told_to: Location | None
     """The file that says how the training stands; None: nobody reads it."""
-    steps: Location | None
-    """Where metrics are told while it trains; None: nobody follows."""
+    steps: Location
+    """Where metrics are told while it trains."""
 
 
 def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
@@ -115,11 +115,7 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
         count(RETRIES, artifact=KIND)
     metrics_of = StepMetrics(me, job.num_steps, job.whose or "")
     before = _before(resume, me)
-    steps = (
-        ToldSteps(job.steps, options, job.num_steps, metrics_of, before)
-        if job.steps is not None and me.rank == 0
-        else None
-    )
+    steps = ToldSteps(job.steps, options, job.num_steps, metrics_of, before) if me.rank == 0 else None
     so_far = TrainingSoFar(job.num_steps, me.world_size, before, _gpu_memory(me))
 
     def told(metrics: dict[str, Any], num_tokens: int) -> None:

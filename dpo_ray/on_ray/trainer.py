@@ -241,7 +241,7 @@ def _run(
                 whose=steering.whose,
                 name=config.run.name,
                 told_to=steering.told_to,
-                steps=steps_folder(location) if config.track.any else None,
+                steps=steps_folder(location),
                 fallback=fallback,
             )
         },

@@ -31,6 +31,18 @@ def steps_folder(training: Location) -> Location:
     return training / "checkpoints" / "steps"  # which is removed when it is finished
 
 
+def told_steps(training: Location) -> list[dict[str, Any]]:
+    """The metrics of the steps that an unfinished training has told of, each step once, in order.
+
+    Args:
+        training: where its artifact lies.
+
+    Raises OSError or ValueError where they cannot be read.
+    """
+    by_step = {metrics["step"]: metrics for metrics in StepReader(steps_folder(training)).new()}
+    return [by_step[step] for step in sorted(by_step)]
+
+
 class StepWriter:
     """Written by a thread: a worker never waits for it.
 

@@ -3,7 +3,7 @@
 summary.json    when it has ended; nothing of it changes any more
 progress.json   by the driver, every few seconds (pipelines.live)
 training.json   by a training worker likewise (dpo_ray.training.live)
-metrics.jsonl   when it has ended, and was trained: read once
+metrics.jsonl   when it has ended, and was trained or came to some steps: read once
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Watched:
             return so_far
         history = [json.loads(line) for line in lines]
         trained: dict[str, Any] = json.loads(TrainingSoFar(history[-1]["step"], 0, history).content())
-        told = {key: so_far[key] for key in ("workers", "gpu_memory")} if so_far is not None else {}
+        told = {key: so_far[key] for key in ("num_steps", "workers", "gpu_memory")} if so_far is not None else {}
         return trained | told
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from dpo_ray.config import parse_config
-from dpo_ray.storage.artifact import entry_of, publish
+from dpo_ray.config import Config, parse_config
+from dpo_ray.errors import DataError
+from dpo_ray.storage.artifact import Artifact, Contents, entry_of, publish
 from dpo_ray.storage.location import Location
+from dpo_ray.tracking.steps import StepWriter, steps_folder
 from pipelines.context import RunContext
 from pipelines.evaluate import KIND, SAMPLES, tell_measured
 from tests.command_line import summary_of
@@ -66,6 +68,45 @@ def test_a_run_that_fails_has_its_pages_too(tmp_path: Path, model: Path):
     done = job.run("--run-id", "failed")
     assert done.code == 3
     assert "null_field" in page_of(job, "failed") and "null\\_field" in page_of(job, "failed", "report.md")
+
+
+@pytest.mark.parametrize("tracked", ["true", "false"])
+def test_a_training_that_dies_shows_its_curves_up_to_there(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, tracked: str
+):
+    def dies(output: Location, config: Config, rows: Artifact, location: Location, steering: Any) -> Contents:
+        for first in (1, 3):  # the second worker makes step 3 again
+            writer = StepWriter(steps_folder(location))
+            for step in range(first, first + 3):
+                writer.add({"step": step, "loss": 1.0 / step, "eval_loss": 2.0 / step})
+            writer.close()
+        raise DataError("step 6 is damaged.")
+
+    monkeypatch.setattr("tests.whole_run.nudge", dies)
+    job = Job(tmp_path, model)
+    job.write("a.jsonl", number_rows(0, 40))
+    done = job.run("--run-id", "died", "-o", f"track.tensorboard={tracked}")
+    assert done.code == 3 and "step 6 is damaged" in done.log
+    metrics = (job.output / "runs" / "died" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [1, 2, 3, 4, 5]
+    page = page_of(job, "died", "report.md")
+    assert "Training did not come to its end. The curves go up to step 5" in page and "### Loss" in page
+
+
+def test_metrics_of_a_training_that_died_and_cannot_be_read_hide_no_error(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def dies(output: Location, config: Config, rows: Artifact, location: Location, steering: Any) -> Contents:
+        (steps_folder(location) / "000000.jsonl").write_bytes(b"{")
+        raise DataError("step 6 is damaged.")
+
+    monkeypatch.setattr("tests.whole_run.nudge", dies)
+    job = Job(tmp_path, model)
+    job.write("a.jsonl", number_rows(0, 40))
+    done = job.run("--run-id", "died")
+    assert done.code == 3 and "step 6 is damaged" in done.log.strip().splitlines()[-1]
+    assert "the metrics up to where it ended could not be kept" in done.log
+    assert not (job.output / "runs" / "died" / "metrics.jsonl").exists()
 
 
 def test_a_report_that_cannot_be_made_is_told_and_changes_nothing_else(

@@ -222,6 +222,14 @@ def test_a_run_that_failed_shows_where_and_why(tmp_path: Path):
     assert "Exit code 3: The reference does not agree." in text
 
 
+def test_a_training_that_died_stands_at_the_step_that_it_came_to(tmp_path: Path):
+    summary = summary_of(exit_code=3, reasons=["The loss is nan."], published=None)
+    at = {"stage": "train", "seconds": 5.0}
+    place = stored(tmp_path, progress=progress_of(at=at), training=training_of(step=40), summary=summary)
+    (place / "metrics.jsonl").write_bytes("\n".join(map(json.dumps, history()[:42])).encode())
+    assert "step 42 of 100" in shown(Watched(place))
+
+
 def test_a_sweep_has_a_line_for_each_trial(tmp_path: Path):
     head = ["trial", "state", "step", "accuracy", "time", "values"]
     rows = [[str(n), "finished", "8/8", f"0.{500 + n}", "30 s", f"beta 0.{n}"] for n in range(30)]

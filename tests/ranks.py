@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dpo_ray.training import step
+from dpo_ray.training import pair_metrics, step
 from dpo_ray.training.parallel import Rank
 
 
@@ -26,10 +26,14 @@ class Ranks:
 
     def run(self, work: Callable[[Rank], Any]) -> list[Any]:
         """What the work of each rank returns."""
-        exchanges = {"summed": self._summed, "gathered": self._gathered, "gathered_objects": self._exchanged}
+        exchanges = (
+            (pair_metrics, "summed", self._summed),
+            (step, "gathered", self._gathered),
+            (step, "gathered_objects", self._exchanged),
+        )
         with ExitStack() as patched, ThreadPoolExecutor(len(self.all)) as threads:
-            for name, exchange in exchanges.items():
-                patched.enter_context(mock.patch.object(step, name, exchange))
+            for module, name, exchange in exchanges:
+                patched.enter_context(mock.patch.object(module, name, exchange))
             return [future.result() for future in [threads.submit(self._run, work, me) for me in self.all]]
 
     def _run(self, work: Callable[[Rank], Any], me: Rank) -> Any:

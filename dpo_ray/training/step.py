@@ -22,18 +22,26 @@ from dpo_ray.config import Train
 from dpo_ray.data.pairing import mismatched
 from dpo_ray.errors import DataError, NonFiniteLoss
 from dpo_ray.losses.formulas import kl_estimate
-from dpo_ray.losses.objective import BatchTerms, pair_loss, rewards, unscaled_rewards
-from dpo_ray.losses.pair_logps import PairLogps, pair_logps, sum_by_sequence
+from dpo_ray.losses.objective import BatchTerms, pair_loss
+from dpo_ray.losses.pair_logps import PairLogps, pair_logps
 from dpo_ray.model.logprobs import TokenScores
-from dpo_ray.model.packing import MicroBatch
 from dpo_ray.model.policy import CompletionScorer
 from dpo_ray.model.routing import Routing
-from dpo_ray.pairs import TIE, TokenizedPair
+from dpo_ray.pairs import TokenizedPair
 from dpo_ray.training.balance import Balance, added, balance_coefficient, nothing, over_ranks, told
 from dpo_ray.training.batch import Share
 from dpo_ray.training.checkpoint import TrainState
 from dpo_ray.training.files import SKIPPED
 from dpo_ray.training.optim import WeightAverage, set_learning_rate
+from dpo_ray.training.pair_metrics import (
+    PairSums,
+    Statistics,
+    batch_metrics,
+    comparable,
+    per_pair,
+    statistics_of,
+    weights_of,
+)
 from dpo_ray.training.parallel import (
     Rank,
     accumulating,
@@ -41,7 +49,6 @@ from dpo_ray.training.parallel import (
     forget_gathered,
     gathered,
     gathered_objects,
-    summed,
 )
 
 RequireReference = Callable[[list[np.ndarray]], None]
@@ -101,7 +108,7 @@ class Learner:
         """
         options, me = self.options, self.me
         total_weight = options.global_batch_size if share.batch_weight is None else share.batch_weight
-        sums = _Sums(self.sources)
+        sums = PairSums(self.sources)
         terms = self._batch_terms(share)
         coupled = self._coupled(share, terms) if options.loss.couples_batch else None
         seen: list[tuple[Tensor, Tensor]] = []
@@ -122,14 +129,14 @@ class Learner:
                 if coupled is None:
                     losses = pair_loss(options.loss, logps, terms)
                     # Gradients are averaged over ranks; world_size times that is their sum over the global batch.
-                    part = (_weights(logps) * losses).sum() * (me.world_size / total_weight)
+                    part = (weights_of(logps) * losses).sum() * (me.world_size / total_weight)
                 else:
                     losses, surrogate = coupled.of(logps, first=sums.num_pairs)
                     part = surrogate * me.world_size
                 if balance is not None and scored.routing is not None:
                     part = part + balance.part(scored.routing) * me.world_size
                 part.backward()
-            values = _per_pair(options, losses, logps) | scored.statistics
+            values = per_pair(options, losses, logps) | scored.statistics
             sums.add(values, len(pairs), scored.num_tokens, self._places(pairs))
             if require_reference is not None:
                 assert scored.token_logratios is not None
@@ -153,7 +160,7 @@ class Learner:
                 total, count = totals.total_and_count(side)
                 self.state.reward_sum += total
                 self.state.reward_count += count
-        metrics = {**totals.means(), **_batch_metrics(options, terms), **experts, "grad_norm": grad_norm}
+        metrics = {**totals.means(), **batch_metrics(options, terms), **experts, "grad_norm": grad_norm}
         return StepResult(totals.num_tokens, metrics)
 
     def rehearse(self, pair: TokenizedPair) -> None:
@@ -184,16 +191,16 @@ class Learner:
         self.scorer.train()
         forget_gathered(self.forward)
         losses = pair_loss(self.options.loss, everything, terms)
-        sums = _Sums(self.sources)
+        sums = PairSums(self.sources)
         places = torch.cat(gathered(self._places(share.pairs), self.me)) if self.sources else self._places(())
-        values = _per_pair(self.options, losses, replace(everything, weight=None)) | statistics
-        weights = _weights(everything)
+        values = per_pair(self.options, losses, replace(everything, weight=None)) | statistics
+        weights = weights_of(everything)
         values["loss"] = (weights * losses, weights)
         sums.add(values, len(losses), 0, places)
         means = {
             **sums.means(),
-            **_batch_metrics(self.options, terms),
-            **_comparable(self.options, everything),
+            **batch_metrics(self.options, terms),
+            **comparable(self.options, everything),
         }
         if not all(math.isfinite(value) for value in means.values()):
             raise NonFiniteLoss(
@@ -238,7 +245,7 @@ class Learner:
         prompts = sum(len(p.prompt_ids) * (bool(p.chosen_ids) + bool(p.rejected_ids)) for p in pairs)
         ratios = scores.logprobs.detach() - reference if reference is not None else None
         num_tokens = prompts + sum(map(len, sides))
-        return _Scored(logps, _statistics(scores, batch, logps), num_tokens, ratios, scores.routing)
+        return _Scored(logps, statistics_of(scores, batch, logps), num_tokens, ratios, scores.routing)
 
     @torch.no_grad()
     def _balance(self, share: Share) -> Balance:
@@ -261,7 +268,7 @@ class Learner:
                 rows = mismatched(pairs)
                 scored = self._score(self.scorer, rows or [share.filler])
                 if rows:
-                    ratios.append(torch.stack([scored.logps.chosen_logratios, _weights(scored.logps)], dim=1))
+                    ratios.append(torch.stack([scored.logps.chosen_logratios, weights_of(scored.logps)], dim=1))
             everywhere = torch.cat(gathered(torch.cat(ratios), self.me))
             kl = kl_estimate(*everywhere.T) if len(everywhere) else 0.0
         mean = state.reward_sum / state.reward_count if loss.tracks_reward_mean and state.reward_count else 0.0
@@ -323,10 +330,6 @@ def _or(value: float | None, otherwise: float) -> float:
     return otherwise if value is None else value
 
 
-def _weights(logps: PairLogps) -> Tensor:
-    return torch.ones_like(logps.mean_chosen) if logps.weight is None else logps.weight
-
-
 _POLICY_FIELDS = ("policy_chosen", "policy_rejected", "mean_chosen", "mean_rejected")
 
 
@@ -346,10 +349,6 @@ class _Coupled:
         surrogate = sum(((getattr(logps, name) * d[here]).sum() for name, d in self.derivatives.items()), 0.0)
         assert isinstance(surrogate, Tensor)
         return self.losses[here], surrogate
-
-
-Statistics = dict[str, tuple[Tensor, Tensor]]
-"""Name of a metric → (what is summed [B], and over how many it is averaged [B])."""
 
 
 @dataclass(frozen=True)
@@ -377,169 +376,3 @@ class _Scored:
         present = {f.name: getattr(self.logps, f.name) is not None for f in fields(self.logps)}
         logps: dict[str, Any] = {name: next(columns) if there else None for name, there in present.items()}
         return PairLogps(**logps), {name: (next(columns), next(columns)) for name in self.statistics}
-
-
-def _statistics(scores: TokenScores, batch: MicroBatch, logps: PairLogps) -> Statistics:
-    if scores.entropies is None or scores.mean_logits is None:
-        return {}
-    entropies, logits = (
-        sum_by_sequence(values, batch.sequence_index, 2 * batch.num_pairs)
-        for values in (scores.entropies, scores.mean_logits)
-    )
-    chosen, rejected = logps.num_chosen_tokens, logps.num_rejected_tokens
-    return {
-        "entropy": (entropies[0::2] + entropies[1::2], chosen + rejected),
-        "logits/chosen": (logits[0::2], chosen),
-        "logits/rejected": (logits[1::2], rejected),
-    }
-
-
-def _per_pair(options: Train, losses: Tensor, logps: PairLogps) -> Statistics:
-    """What is reported as an average over the pairs that have it, by their weights."""
-    chosen, rejected = rewards(options.loss, logps)
-    weight = _weights(logps)
-    with_chosen, with_rejected = logps.num_chosen_tokens > 0, logps.num_rejected_tokens > 0
-    both = with_chosen & with_rejected
-    plain_chosen = (logps.mean_chosen * logps.num_chosen_tokens).detach()
-    plain_rejected = (logps.mean_rejected * logps.num_rejected_tokens).detach()
-    found = {
-        "loss": (losses.detach(), torch.ones_like(both)),
-        "rewards/chosen": (chosen, with_chosen),
-        "rewards/rejected": (rejected, with_rejected),
-        "rewards/margins": (chosen - rejected, both),
-        "rewards/accuracies": ((chosen > rejected).float(), both & ~_ties(logps)),
-        "logps/chosen": (plain_chosen, with_chosen),
-        "logps/rejected": (plain_rejected, with_rejected),
-    }
-    return {name: (weight * values, weight * counts) for name, (values, counts) in found.items()}
-
-
-def _ties(logps: PairLogps) -> Tensor:
-    """[B] whether neither answer is the better one."""
-    if logps.preference is None:
-        return torch.zeros_like(logps.num_chosen_tokens, dtype=torch.bool)
-    return logps.preference == TIE
-
-
-def _comparable(options: Train, logps: PairLogps) -> dict[str, float]:
-    """What compares trainings with different β: means over the held-out pairs, and their standard errors (`_se`).
-
-    Where no row has both completions, accuracy and margin are taken over all couples of a desirable and an undesirable
-    row, and `pairs`, which their error follows from, is the smaller of the two counts.
-    """
-    has_chosen, has_rejected = logps.num_chosen_tokens > 0, logps.num_rejected_tokens > 0
-    both = has_chosen & has_rejected & ~_ties(logps)
-    chosen, rejected = unscaled_rewards(options.loss, logps)
-    found: dict[str, float] = {}
-    if both.any():
-        found |= {"pairs": float(both.sum()), **_mean("margins", (chosen - rejected)[both])}
-    elif has_chosen.any() and has_rejected.any():
-        couples = chosen[has_chosen][:, None] - rejected[has_rejected][None]
-        fewer = min(couples.shape)
-        found = {
-            "pairs": float(fewer),
-            "rewards/accuracies": float((couples > 0).double().mean()),
-            "margins": float(couples.mean()),
-            "margins_se": float(couples.double().std(correction=0)) / math.sqrt(fewer),
-        }
-    found |= _mean("logps/chosen", (logps.mean_chosen * logps.num_chosen_tokens)[has_chosen])
-    if options.loss.needs_reference:
-        found |= _mean("logratios/chosen", logps.chosen_logratios[has_chosen])
-    return found
-
-
-def _mean(name: str, values: Tensor) -> dict[str, float]:
-    """Of [n] values, and its standard error; nothing of none."""
-    if not len(values):
-        return {}
-    spread = float(values.double().std(correction=0))
-    return {name: float(values.double().mean()), f"{name}_se": spread / math.sqrt(len(values))}
-
-
-def _batch_metrics(options: Train, terms: BatchTerms) -> dict[str, float]:
-    named = {}
-    if isinstance(terms.kl, Tensor):  # measured, not assumed
-        named["kl"] = float(terms.kl)
-    if options.loss.tracks_reward_mean:
-        named["reward_mean"] = float(terms.reward_mean)
-    return named
-
-
-_NAMES = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-    "entropy",
-    "logits/chosen",
-    "logits/rejected",
-)
-
-
-_BY_SOURCE = ("loss", "rewards/accuracies", "rewards/margins")
-
-
-class _Sums:
-    """Sums and counts of the metrics of many pairs, in float64; of some of them, by source too."""
-
-    def __init__(self, sources: tuple[str, ...]) -> None:
-        self._sources = sources
-        self._totals = torch.zeros(2, len(_NAMES), dtype=torch.float64)
-        # Pairs of each source, and sums and counts of its metrics.
-        self._by_source = torch.zeros(1 + 2 * len(_BY_SOURCE), len(sources), dtype=torch.float64)
-        self.num_tokens = 0
-        self.num_pairs = 0
-
-    def add(self, values: Statistics, num_pairs: int, num_tokens: int, places: Tensor) -> None:
-        """places: [B] which source each pair is of, -1 of none; empty where there are no sources."""
-        device = values["loss"][0].device
-        nothing = torch.zeros(1, device=device), torch.zeros(1, device=device)
-        both = [values.get(name, nothing) for name in _NAMES]
-        # A value that does not count may be anything, NaN too.
-        kept = [torch.where(counts > 0, v.double(), 0.0).sum() for v, counts in both]
-        self._totals[0] += torch.stack(kept).cpu()
-        self._totals[1] += torch.stack([counts.double().sum() for _, counts in both]).cpu()
-        self.num_tokens += num_tokens
-        self.num_pairs += num_pairs
-        if self._sources:
-            columns = [torch.ones_like(places)]
-            for name in _BY_SOURCE:
-                v, counts = values[name]
-                columns += [torch.where(counts > 0, v, 0.0), counts]
-            known = places >= 0
-            rows = torch.stack([column.double() for column in columns])[:, known]
-            self._by_source.index_add_(1, places[known].cpu(), rows.cpu())
-
-    def over_ranks(self, me: Rank) -> _Sums:
-        """The sums over all ranks, on each of them."""
-        own = torch.tensor([self.num_tokens, self.num_pairs], dtype=torch.float64)
-        parts = [self._totals.flatten(), self._by_source.flatten(), own]
-        flat = summed(torch.cat(parts).to(me.device), me).cpu()
-        totals, by_source, (num_tokens, num_pairs) = flat.split([len(part) for part in parts])
-        everywhere = _Sums(self._sources)
-        everywhere._totals = totals.view_as(self._totals)
-        everywhere._by_source = by_source.view_as(self._by_source)
-        everywhere.num_tokens, everywhere.num_pairs = int(num_tokens), int(num_pairs)
-        return everywhere
-
-    def total_and_count(self, name: str) -> tuple[float, float]:
-        total, count = self._totals[:, _NAMES.index(name)].tolist()
-        return total, count
-
-    def mean(self, name: str) -> float:
-        total, count = self.total_and_count(name)
-        return total / count
-
-    def means(self) -> dict[str, float]:
-        """Those that any pair has; a thing not measured is absent. Of sources, those that any pair is of."""
-        found = {name: self.mean(name) for name in _NAMES if self.total_and_count(name)[1] > 0}
-        for source, (pairs, *sums) in zip(self._sources, self._by_source.T.tolist(), strict=True):
-            if pairs:
-                found[f"sources/{source}/pairs"] = pairs
-            for name, total, count in zip(_BY_SOURCE, sums[0::2], sums[1::2], strict=True):
-                if count > 0:
-                    found[f"sources/{source}/{name}"] = total / count
-        return found

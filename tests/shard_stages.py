@@ -14,7 +14,8 @@ import pyarrow as pa
 import pytest
 
 from dpo_ray.on_ray import pool
-from dpo_ray.on_ray.pool import Pool, ShardTask, ShardWorker, shard_stage
+from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage
+from dpo_ray.on_ray.shard_worker import ShardWorker
 from dpo_ray.shards.output import ShardOutput
 from dpo_ray.storage.artifact import MANIFEST, Artifact
 from dpo_ray.storage.location import Location

@@ -10,7 +10,8 @@ from dpo_ray.evaluation.held_out import HeldOutRows
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.model.version import own_forward
 from dpo_ray.on_ray.calibrate import choose_engine, max_pair_tokens
-from dpo_ray.on_ray.pool import ShardFunction, shard_stage, shard_tasks, torch_pool
+from dpo_ray.on_ray.pool import shard_stage, shard_tasks, torch_pool
+from dpo_ray.on_ray.shard_worker import ShardFunction
 from dpo_ray.on_ray.vllm_engine import VLLMScorer, vllm_pool
 from dpo_ray.on_ray.vllm_version import require_vllm
 from dpo_ray.progress import say

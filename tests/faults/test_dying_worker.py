@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 
 from dpo_ray.errors import DpoRayError
-from dpo_ray.on_ray.pool import NOTES, Pool, ShardTask, shard_stage
+from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage
 from dpo_ray.on_ray.session import disconnect
+from dpo_ray.on_ray.shard_worker import NOTES
 from dpo_ray.shards.deaths import MOST_DEATHS
 from dpo_ray.shards.output import ShardOutput
 from dpo_ray.storage.location import Location

@@ -14,9 +14,9 @@ import pytest
 
 from dpo_ray.errors import ConfigError, DataError, DpoRayError, RewardError
 from dpo_ray.on_ray.failures import WorkerError, raise_ours
-from dpo_ray.on_ray.pool import ShardWorker
 from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import connect, disconnect
+from dpo_ray.on_ray.shard_worker import ShardWorker
 from dpo_ray.pairs import CANDIDATES
 from dpo_ray.storage.artifact import Artifact, publish, write_shard
 from dpo_ray.storage.location import Location

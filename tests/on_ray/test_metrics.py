@@ -30,9 +30,10 @@ from dpo_ray.on_ray.metrics import (
     take_up,
     tell,
 )
-from dpo_ray.on_ray.pool import ShardWorker, _tell_of
+from dpo_ray.on_ray.pool import _tell_of
 from dpo_ray.on_ray.room import Need
 from dpo_ray.on_ray.session import connect, disconnect
+from dpo_ray.on_ray.shard_worker import ShardWorker
 from dpo_ray.on_ray.train_metrics import StepMetrics
 from dpo_ray.shards.deaths import Deaths
 from dpo_ray.shards.output import ShardOutput

@@ -16,7 +16,8 @@ import pytest
 
 from dpo_ray.errors import DataError
 from dpo_ray.on_ray import pool
-from dpo_ray.on_ray.pool import Pool, ShardTask, ShardWorker, shard_stage
+from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage
+from dpo_ray.on_ray.shard_worker import ShardWorker
 from dpo_ray.shards.output import ShardOutput
 from dpo_ray.shards.score import MismatchShard
 from dpo_ray.storage import artifact as artifact_module

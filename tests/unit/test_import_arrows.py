@@ -285,6 +285,7 @@ def test_a_model_is_looked_at_without_the_libraries_that_compute_with_it(tiny_mo
         "dpo_ray.model.pin",
         "dpo_ray.on_ray.scan",
         "dpo_ray.on_ray.pool",
+        "dpo_ray.on_ray.shard_worker",
         "dpo_ray.on_ray.stream",
         "dpo_ray.on_ray.train_worker",
     ],

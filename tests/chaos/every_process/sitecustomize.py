@@ -40,8 +40,8 @@ def slow(what: str) -> None:
     time.sleep(SLOW.get(what, 0.0))
 
 
-def shards(pool: ModuleType) -> None:
-    worker = pool.ShardWorker
+def shards(shard_worker: ModuleType) -> None:
+    worker = shard_worker.ShardWorker
     do, stream, write = worker.do, worker._stream, worker._write
 
     def traced_do(self: Any, name: str, source: Any) -> Any:
@@ -104,7 +104,7 @@ def moving(location: ModuleType) -> None:
 
 
 TRACED: dict[str, Callable[[ModuleType], None]] = {
-    "dpo_ray.on_ray.pool": shards,
+    "dpo_ray.on_ray.shard_worker": shards,
     "dpo_ray.training.step": steps,
     "pipelines.publish": copying,
     "dpo_ray.storage.location": moving,

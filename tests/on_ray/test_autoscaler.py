@@ -47,6 +47,7 @@ def test_a_run_on_a_cluster_without_nodes_waits_for_them(head: RayHead, tmp_path
     assert done.lines("[ingest] done: 12 rows")
 
 
+@pytest.mark.long
 def test_a_gpu_is_asked_for_and_more_than_can_come_is_refused_after_the_time(head: RayHead):
     script = """
     import ray

@@ -42,6 +42,7 @@ def test_a_cluster_is_looked_at_node_by_node(tmp_path: Path, tiny_model: Path, w
     assert "train: The Ray cluster has 4 CPUs, but this needs 6 at once" in failed[0]["said"]
 
 
+@pytest.mark.long
 def test_a_cluster_that_asks_for_a_token_is_told_from_none(tmp_path: Path, tiny_model: Path, write_preferences):
     write_preferences(tmp_path / "data", preference_rows(0, 12))
     values = {

@@ -79,6 +79,7 @@ def scaled(model: Path, folder: Path, factor: float) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_in_bfloat16_vllm_passes_and_one_that_computes_another_model_is_refused_before_the_pass(
     one_ray, tmp_path, louder, write_preferences, monkeypatch
 ):

@@ -16,6 +16,7 @@ from tests.on_ray.test_unpaired import paired_answers
 
 pytestmark = [
     pytest.mark.ray,
+    pytest.mark.long,
     pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
     pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed"),
 ]

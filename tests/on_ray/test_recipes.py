@@ -136,6 +136,7 @@ def other_model(servable_model: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_recipe_with_a_reward_model(run, reward_model, other_model):
     done, output = run(
         "reward_model_cpu",

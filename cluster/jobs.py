@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -80,6 +81,8 @@ def connected(address: str | None) -> JobSubmissionClient:
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is not typed
+        given = address
+
         def _do_request(self, method: str, *args: Any, **kwargs: Any) -> Any:
             # Ray waits for ever, as behind a forwarded port whose other end is gone.
             wait = _ANSWER_S if method == "GET" else _TAKE_S
@@ -101,10 +104,16 @@ def connected(address: str | None) -> JobSubmissionClient:
         ) from error
 
 
+def pasted(client: JobSubmissionClient, job: str) -> str:
+    """A job on the cluster of this client, as `dpo-ray job` is told of it in a shell: names may have spaces."""
+    address = getattr(client, "given", None)
+    return shlex.quote(job) + (f" --address {shlex.quote(address)}" if address is not None else "")
+
+
 def outcome(client: JobSubmissionClient, job: str) -> Outcome | None:
     """How a job stands; None where the cluster knows none of this name."""
     try:
-        with _reached(job):
+        with _reached(client, job):
             info = client.get_job_info(job)
     except RuntimeError as error:
         if _NOT_FOUND in str(error):
@@ -128,7 +137,7 @@ def known(client: JobSubmissionClient, job: str) -> Outcome:
 def print_logs(client: JobSubmissionClient, job: str) -> None:
     """What it has said so far. Raises ConfigError where the cluster knows no such job."""
     known(client, job)
-    with _reached(job):
+    with _reached(client, job):
         print(client.get_job_logs(job), end="", flush=True)
 
 
@@ -140,12 +149,12 @@ def follow(client: JobSubmissionClient, job: str) -> int:
     """
     known(client, job)
     try:
-        with _reached(job):
+        with _reached(client, job):
             asyncio.run(_print_all(client, job))
     except KeyboardInterrupt as error:
         raise Interrupted(
-            f"The job {job} goes on. See its log again with `dpo-ray job logs {job} --follow`, or end it with `dpo-ray "
-            f"job cancel {job}`."
+            f"The job {job} goes on. See its log again with `dpo-ray job logs {pasted(client, job)} --follow`, or end "
+            f"it with `dpo-ray job cancel {pasted(client, job)}`."
         ) from error
     return _ended(client, job, _SECONDS_TO_STOP).exit_code()
 
@@ -155,7 +164,7 @@ def cancel(client: JobSubmissionClient, job: str) -> Outcome:
     found = known(client, job)
     if found.ended:
         return found
-    with _reached(job):
+    with _reached(client, job):
         client.stop_job(job)
     return _ended(client, job, _SECONDS_TO_STOP)
 
@@ -167,7 +176,8 @@ def _ended(client: JobSubmissionClient, job: str, seconds: float) -> Outcome:
         if time.monotonic() > deadline:
             raise DpoRayError(
                 f"The job {job} is still {found.status} after {seconds:g} s. {found.message} Ask again how it stands "
-                f"with `dpo-ray job status {job}`, or end it with `dpo-ray job cancel {job}`."
+                f"with `dpo-ray job status {pasted(client, job)}`, or end it with `dpo-ray job cancel "
+                f"{pasted(client, job)}`."
             )
         time.sleep(0.5)
     return found
@@ -180,25 +190,25 @@ async def _print_all(client: JobSubmissionClient, job: str) -> None:
 
 
 @contextmanager
-def _reached(job: str) -> Iterator[None]:
+def _reached(client: JobSubmissionClient, job: str) -> Iterator[None]:
     """Raises DpoRayError where the cluster does not answer any more."""
     try:
         yield
     except RuntimeError as error:
         if "status code" in str(error):  # it answered
             raise
-        raise _lost(job, error) from error
+        raise _lost(client, job, error) from error
     except OSError as error:
-        raise _lost(job, error) from error
+        raise _lost(client, job, error) from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "aiohttp":
             raise
-        raise _lost(job, error) from error
+        raise _lost(client, job, error) from error
 
 
-def _lost(job: str, error: Any) -> DpoRayError:
+def _lost(client: JobSubmissionClient, job: str, error: Any) -> DpoRayError:
     return DpoRayError(
         f"The cluster was lost while the job {job} was watched ({short(str(error) or type(error).__name__)}). If its "
-        f"head is there still, the job goes on: `dpo-ray job status {job}`. If not, submit it again once there is one: "
-        "what its stages had finished is taken over."
+        f"head is there still, the job goes on: `dpo-ray job status {pasted(client, job)}`. If not, submit it again "
+        "once there is one: what its stages had finished is taken over."
     )

@@ -12,7 +12,20 @@ from typing import Any, cast
 
 import yaml
 
-from dpo_ray.config import Config, Paths, Rule, dump_config
+from dpo_ray.config import (
+    Config,
+    ImplicitReward,
+    Judge,
+    Model,
+    Paths,
+    RewardModel,
+    Rule,
+    SampledModel,
+    Source,
+    dump_config,
+)
+from dpo_ray.config.evaluate import Opponent
+from dpo_ray.config.yaml_text import read_yaml
 from dpo_ray.errors import ConfigError
 from dpo_ray.storage.hub import is_hub_place
 
@@ -31,8 +44,10 @@ def packed(config: Config, here: Path, also: Sequence[Path]) -> Iterator[tuple[P
     Raises ConfigError where something is not there, has a name that is taken, or is too large, and where a relative
     path of the configuration does not travel: in the job it would lie below a folder that Ray makes.
     """
-    for key, path in _read_by_the_job(config):
-        _require_reachable(key, path, here, _names(also))
+    for key, path in _files(config):
+        _require_reachable(key, path, here, _names(also), of_the_hub=is_hub_place(path))
+    for key, path in _models(config):
+        _require_reachable(key, path, here, _names(also), of_the_hub=not (here / path).exists())
     with TemporaryDirectory(prefix="dpo-ray-submit-") as made:
         folder = Path(made)
         (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
@@ -47,25 +62,57 @@ def packed(config: Config, here: Path, also: Sequence[Path]) -> Iterator[tuple[P
         yield folder, sorted(path.name for path in folder.iterdir() if path.name != CONFIG)
 
 
-def _read_by_the_job(config: Config) -> Iterator[tuple[str, str]]:
-    """Option and path, of all data and models."""
-    data = config.data
+def _files(config: Config) -> Iterator[tuple[str, str]]:
+    """Option and path, of all that the job reads but models."""
+    data, tasks = config.data, config.evaluate.tasks
     named: list[tuple[str, Paths | None]] = [("data.train", source.path) for source in data.sources]
     if not data.sources:
         named.append(("data.train", cast("Paths | None", data.train)))
-    named += [("data.eval", data.eval), ("model.path", config.model.path)]
+    named.append(("data.eval", data.eval))
     named += [(f"evaluate.sets.{name}", paths) for name, paths in config.evaluate.sets.items()]
     named.append(("generate.prompts", config.generate.prompts if config.generate is not None else None))
+    named.append(("evaluate.tasks.include_path", tasks.include_path if tasks is not None else None))
+    named += [(f"{key}.chat_template", model.chat_template) for key, model in _templated(config)]
+    named += [(f"{key}.template", source.template) for key, source in _sources(config) if isinstance(source, Judge)]
     for key, paths in named:
         yield from ((key, path) for path in ([paths] if isinstance(paths, str) else paths or ()))
 
 
-def _require_reachable(key: str, path: str, here: Path, shipped: Collection[str]) -> None:
-    first = Path(path).parts[0]
-    if "://" in path or path.startswith(("/", "~")) or first in shipped:
-        return
-    of_the_hub = not (here / path).exists() if key == "model.path" else is_hub_place(path)
-    if of_the_hub:
+def _models(config: Config) -> Iterator[tuple[str, str]]:
+    """Option and path, of all models that the job loads."""
+    named = [(f"{key}.path", model.path) for key, model in _templated(config)]
+    for key, source in _sources(config):
+        match source:
+            case RewardModel():
+                named.append((f"{key}.path", source.path))
+            case ImplicitReward():
+                named += [(f"{key}.policy", source.policy), (f"{key}.reference", source.reference)]
+            case Judge():
+                named.append((f"{key}.model", source.model))
+    yield from ((key, path) for key, path in named if path is not None)
+
+
+def _templated(config: Config) -> list[tuple[str, Model | Opponent | SampledModel]]:
+    """Section and what it says, of the models that text is put before by a chat template."""
+    found: list[tuple[str, Model | Opponent | SampledModel]] = [("model", config.model)]
+    if config.evaluate.win_rate is not None and config.evaluate.win_rate.against is not None:
+        found.append(("evaluate.win_rate.against", config.evaluate.win_rate.against))
+    if config.generate is not None:
+        found += [("generate.models", model) for model in config.generate.models]
+    return found
+
+
+def _sources(config: Config) -> list[tuple[str, Source]]:
+    """Option and source, of all scores."""
+    rewards = [("generate.reward", config.generate.reward)] if config.generate is not None else []
+    if config.evaluate.win_rate is not None:
+        rewards.append(("evaluate.win_rate.reward", config.evaluate.win_rate.reward))
+    return [(key, source) for key, reward in rewards for source in reward]
+
+
+def _require_reachable(key: str, path: str, here: Path, shipped: Collection[str], *, of_the_hub: bool) -> None:
+    first = next(iter(Path(path).parts), path)
+    if of_the_hub or "://" in path or path.startswith(("/", "~")) or first in shipped:
         return
     raise ConfigError(
         f"{key} is {path}, a relative path, which a job on a cluster looks for below Ray's temporary working "
@@ -96,7 +143,7 @@ def runtime_env(folder: Path, names: Sequence[str], file: Path | None) -> dict[s
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        given = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(
             f"--runtime-env {file} cannot be read ({' '.join(str(error).split())}). Name a YAML file with fields of a "
@@ -136,9 +183,7 @@ def _names(paths: Sequence[Path]) -> set[str]:
 
 def _own_modules(config: Config, here: Path) -> list[Path]:
     """Files and packages in a folder that are the modules of the configuration's rules."""
-    rewards = [config.generate.reward] if config.generate is not None else []
-    rewards += [config.evaluate.win_rate.reward] if config.evaluate.win_rate is not None else []
-    rules = [source for reward in rewards for source in reward if isinstance(source, Rule)]
+    rules = [source for _, source in _sources(config) if isinstance(source, Rule)]
     tops = {rule.function.partition(":")[0].partition(".")[0] for rule in rules}
     found = (path for top in sorted(tops) for path in (here / f"{top}.py", here / top) if path.exists())
     # The installed one is the cluster's.

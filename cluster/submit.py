@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.jobs import Outcome, connected, follow, outcome
+from cluster.jobs import Outcome, connected, follow, outcome, pasted
 from cluster.shipment import CONFIG, packed, runtime_env
 from dpo_ray.config import Config
 from dpo_ray.errors import ConfigError, DpoRayError
@@ -83,9 +83,9 @@ def submit_job(config: Config, address: str | None, submission: Submission, *, w
             except OSError as error:
                 raise DpoRayError(
                     f"The cluster was lost while the job {job} was handed to it ({short(str(error))}). Whether it has "
-                    f"it, `dpo-ray job status {job}` tells once the cluster answers."
+                    f"it, `dpo-ray job status {pasted(client, job)}` tells once the cluster answers."
                 ) from error
-    _tell(job, found, shipped, address)
+    _tell(client, job, found, shipped)
     if not wait:
         return 0
     return follow(client, job) if found is None or not found.ended else found.exit_code()
@@ -116,13 +116,12 @@ def _name(client: JobSubmissionClient, config: Config, submission: Submission) -
             return name, found
     raise ConfigError(
         f"The period {submission.period} has failed {_MOST_ATTEMPTS - 1} times on this cluster. Look why with `dpo-ray "
-        f"job logs {name}`, and submit it without --period when its cause is mended."
+        f"job logs {pasted(client, name)}`, and submit it without --period when its cause is mended."
     )
 
 
-def _tell(job: str, found: Outcome | None, shipped: Sequence[str], address: str | None) -> None:
-    there = f" --address {shlex.quote(address)}" if address is not None else ""
-    of_it = f"{shlex.quote(job)}{there}"  # to be pasted into a shell, and a name may have spaces
+def _tell(client: JobSubmissionClient, job: str, found: Outcome | None, shipped: Sequence[str]) -> None:
+    of_it = pasted(client, job)
     if found is None:
         carried = f", and with it {', '.join(shipped)}" if shipped else ""
         said = f"Submitted {job}{carried}."

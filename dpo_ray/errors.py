@@ -52,6 +52,9 @@ class PairTooLong(DataError):
 class DamagedCheckpoint(DataError):
     """A checkpoint that is cut off, or whose bytes are not those that were written."""
 
+    folder: str | None = None
+    """Its URI; None: it is the one that was gone on from."""
+
 
 class ReferenceMismatch(DataError):
     """Reference log-probs that the trainer's own forward does not reproduce within tolerance."""

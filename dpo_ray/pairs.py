@@ -55,9 +55,10 @@ class PreferencePair:
 
     @property
     def pair_id(self) -> str:
-        """Content id of the pair: 16 hex digits."""
+        """Content id of the pair: 16 hex digits. A tie of two answers is another pair than a verdict on them."""
         tools = [] if self.tools is None else [self.tools]
-        return _digest([plain(self.prompt), plain(self.chosen), plain(self.rejected), *tools])
+        tie = ["tie"] if self.preference == TIE else []
+        return _digest([plain(self.prompt), plain(self.chosen), plain(self.rejected), *tools, *tie])
 
     @property
     def prompt_id(self) -> str:

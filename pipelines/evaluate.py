@@ -16,7 +16,6 @@ from dpo_ray.config import Config, ImplicitReward, WinRate
 from dpo_ray.config.report import MOST_SAMPLES
 from dpo_ray.config.reward import compares
 from dpo_ray.estimates import Estimate, quantiles
-from dpo_ray.evaluation.agreement import NONE, margin_noise
 from dpo_ray.evaluation.comparison import Answered, compare, shown_samples, wins_by_source
 from dpo_ray.evaluation.drift import accuracy_by_length, chosen_change
 from dpo_ray.evaluation.held_out import HeldOut, held_out_pairs
@@ -33,7 +32,7 @@ from dpo_ray.storage.location import Location
 from dpo_ray.training.files import MODEL_FOLDER
 from pipelines.context import RunContext
 from pipelines.generate import held_out_prompts, sample, score_by
-from pipelines.held_out_sets import ScoredSet, measure_sets, score, score_sets
+from pipelines.held_out_sets import ScoredSet, measure_sets, noise_of, score, score_sets
 from pipelines.tasks import measure_both
 
 KIND = "evaluation"
@@ -41,7 +40,7 @@ SAMPLES = "samples.json"
 """Answers that people may look at, of MOST_SAMPLES prompts; of an evaluation without sampled answers there is none."""
 _TOLD = 8
 """Of these, so many are in summary.json."""
-_MEASURES = 6
+_MEASURES = 7
 """Raised when there are other measures than before, or they are computed in another way."""
 
 
@@ -56,7 +55,7 @@ def evaluate(
     """
     fraction = context.config.train.eval_fraction
     scores = score(context, "score", policy.fingerprint, policy.location / MODEL_FOLDER, rows, fraction)
-    sets = score_sets(context, policy, rows, scores)
+    sets = score_sets(context, policy, rows, scores, calibration)
     options = context.config.evaluate.win_rate
     drawn = _draw(context, options, pairs, policy) if options is not None else None
     tasks = context.config.evaluate.tasks
@@ -163,7 +162,7 @@ def _evaluate(
     def measure(location: Location) -> Contents:
         files: list[FileEntry] = []
         metrics = _held_out(context.config, scores, calibration)
-        metrics["sets"] = measure_sets(sets)
+        metrics["sets"] = measure_sets(sets, per_token=context.config.train.loss.averages_tokens)
         if drawn is not None:
             compared, samples = _compare(drawn)
             (location / SAMPLES).write_bytes(content := json.dumps(samples, ensure_ascii=False).encode())
@@ -182,10 +181,7 @@ def _evaluate(
 def _held_out(config: Config, scores: Artifact, calibration: Artifact | None) -> dict[str, Any]:
     loss = config.train.loss
     found = held_out_pairs(scores)
-    noise = NONE
-    if calibration is not None and len(found.margins):
-        num_tokens = float(np.mean(found.chosen_tokens - found.rejected_tokens))
-        noise = margin_noise(calibration.manifest.metrics, num_tokens, per_token=loss.averages_tokens)
+    noise = noise_of(found, calibration, per_token=loss.averages_tokens)
     accuracy = preference_accuracy(found.margins, noise)
     why = "no margin above the noise of the engines" if len(found.margins) else "no held-out pair was left"
     say(KIND, f"held-out accuracy {accuracy or f'undefined: {why}'}")

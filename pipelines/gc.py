@@ -50,8 +50,9 @@ def collect(output: Location, older_than: str = "7d", *, delete: bool = False) -
     with collecting(output) if delete else nullcontext() as lease:
         # The listing comes after the marker: a claim is either in it, or waits.
         now = lease.now if lease is not None else time.time()
-        files = list(_stored(output))
-        records = _records(output, files, now, bound)
+        with lease.renewed() if lease is not None else nullcontext():  # it may take many minutes
+            files = list(_stored(output))
+            records = _records(output, files, now, bound)
         removals = garbage(files, records, now, bound)
         if lease is not None:
             _remove(output / "artifacts", removals, lease)

@@ -16,7 +16,7 @@ from dpo_ray.data.raw.files import SUFFIXES, Stamp, is_data
 from dpo_ray.data.raw.partitions import in_partitions, in_period
 from dpo_ray.data.raw.parts import Part, RawPart
 from dpo_ray.data.raw.scan import FileRecord, Peek, map_files, peek, read_record, require_usable
-from dpo_ray.errors import DataError
+from dpo_ray.errors import ConfigError, DataError
 from dpo_ray.formats.format import Format
 from dpo_ray.formats.joined import LARGEST
 from dpo_ray.formats.layout import texts_of
@@ -324,6 +324,15 @@ def _tell_formats(context: RunContext, of_files: Sequence[Format]) -> None:
     say("ingest", f"rows are written as {listed}")
 
 
+def require_countable(format_: Format, side: Side) -> None:
+    """Raises ConfigError where a source is to give its first so many rows, and its rows are parts of others."""
+    if format_.joins and side.max_rows is not None:
+        raise ConfigError(
+            f"{side.key}: max_rows={side.max_rows} counts rows, and files written as {format_.name} have an answer in "
+            "each, which are joined by their prompt: leave max_rows out; its weight sets the source's share."
+        )
+
+
 def _tasks(
     record: FileRecord, format_: Format, folder: Location, side: Side, data: Data, most: float = math.inf
 ) -> list[ShardTask[RawShard]]:
@@ -331,6 +340,7 @@ def _tasks(
 
     most: rows of the file that are wanted.
     """
+    require_countable(format_, side)
     # The format is part of what the rows are, and so is the pairing for those that it makes pairs of; as options of the
     # stage, they would have every other shard computed again.
     makes_pairs = format_.layout == "ranked"

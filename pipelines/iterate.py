@@ -80,7 +80,13 @@ def iterate(context: RunContext) -> None:
     best.policy.file(HISTORY).copy_to(context.folder / HISTORY)
     tell_history(context.trackers, "", best.policy)
     tell_evaluation(context, best.policy, best.evaluation.manifest.metrics)
-    publish(context, best.policy, best.evaluation, best.measure)
+    publish(context, best.policy, best.evaluation, lambda: _measured_anew(context, best))
+
+
+def _measured_anew(context: RunContext, best: Round) -> Artifact:
+    found = best.measure()
+    tell_measured(context, found)
+    return found
 
 
 def improves(found: dict[str, Any], best: dict[str, Any]) -> bool:

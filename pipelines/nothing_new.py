@@ -12,7 +12,7 @@ from dpo_ray.storage.published import Move, latest, published_folder
 from pipelines.align import train_and_measure
 from pipelines.context import RunContext
 from pipelines.live import Live
-from pipelines.publish import STAGE, stays, tell_published
+from pipelines.publish import STAGE, name_lease, stays, tell_published
 from pipelines.push import push
 from pipelines.start import start_of_published, starting_model
 from pipelines.trace import keep_lineage
@@ -57,8 +57,11 @@ def _is_published(context: RunContext, start: Model, standing: Move) -> bool:
     context.results.update(probe.results)
     context.results["published"] = version.uri
     context.results["nothing_new"] = {"version": standing.version, "published": standing.published}
-    if standing.version == version.name:
-        push(context, version)
+    if standing.version == version.name and context.config.publish.push_to_hub is not None:
+        with name_lease(context.output, folder.name, context.run_id, context.config.run.when_busy):
+            now = latest(folder)
+            if now is not None and now.version == version.name:  # else another run has published since
+                push(context, version)
     moved = f", by {standing.action} of {standing.by}" if standing.action != "publish" else ""
     say(
         STAGE,

@@ -98,7 +98,6 @@ def _publish(context: RunContext, policy: Artifact, evaluation: Artifact, lease:
     if not is_complete(version):
         _copy_model(context, policy, evaluation, version)
     keep_lineage(context.output, policy, run_id=context.run_id, models=context.models, sources=context.sources)
-    context.results["published"] = version.uri
     standing = latest(folder)
     if standing is not None and standing.action != "publish" and stays(version, standing):
         say(
@@ -106,11 +105,13 @@ def _publish(context: RunContext, policy: Artifact, evaluation: Artifact, lease:
             f"{version} was published before, and the latest stays {standing.version}: {standing.action} by "
             f"{standing.by}. `dpo-ray promote` moves it.",
         )
+        context.results["published"] = version.uri
         tell_model(context, policy, version, None)
         return version
     data = {"policy": policy.fingerprint, **policy.manifest.inputs, "evaluation": evaluation.fingerprint}
     lease.require()
     made = move(folder, version.name, action="publish", why="it passed its gate", run_id=context.run_id, data=data)
+    context.results["published"] = version.uri
     tell_published(made)
     tell_model(context, policy, version, "champion")
     say(STAGE, f"published {version}")

@@ -43,23 +43,28 @@ def ranked(tune: Tune, trials: Sequence[Trial], repeats: Sequence[Trial] = ()) -
     With several objectives those of the Pareto front come first, and within it the first objective decides. Trials that
     were repeated with other seeds come before all that were not: these were found worse before.
 
+    Those that diverged with another seed come last: what is left of them is what went well.
+
     Trials that the scheduler ended, that diverged or failed have no place: they were found worse on their way.
     """
     objectives = tune.objectives()
     scores = {t.number: found for t in trials if t.state == "finished" and (found := _scores(objectives, t))}
     finished = [t for t in trials if t.number in scores]
     front = {finished[i].number for i in pareto_front([tuple(v for v, _ in scores[t.number]) for t in finished])}
-    places = []
+    places, diverged = [], set[int]()
     for trial in finished:
-        again = tuple(r for r in repeats if r.number == trial.number and _scores(objectives, r) is not None)
+        mine = [r for r in repeats if r.number == trial.number]
+        again = tuple(r for r in mine if r.state == "finished" and _scores(objectives, r) is not None)
+        if any(r.state == "diverged" for r in mine):
+            diverged.add(trial.number)
         value, spread = _over_seeds(objectives[0], [trial, *again])
         places.append(Ranked(trial, value, spread, is_tied=False, on_front=trial.number in front, repeats=again))
     several, compares = len(objectives) > 1, margins_compare(tune.searched())
 
-    def order(one: Ranked) -> tuple[bool, bool, float, float]:
+    def order(one: Ranked) -> tuple[bool, bool, bool, float, float]:
         # Among equals, as few pairs make them.
         margin = one.trial.measured.get("margin", {"value": 0.0})["value"] if compares else 0.0
-        return several and one.on_front, bool(one.repeats), one.score[0], margin
+        return one.trial.number not in diverged, several and one.on_front, bool(one.repeats), one.score[0], margin
 
     places.sort(key=order, reverse=True)
     best = places[0] if places else None

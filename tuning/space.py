@@ -260,7 +260,9 @@ def _require_comparable(config: Config, trials: list[Config]) -> None:
 
 
 def _margin_kind(config: Config) -> str:
-    loss = config.train.loss
+    loss = getattr(config.train.loss, "rewarding", config.train.loss)  # of a weighted sum the term that is reported
+    if loss.type == "orpo":
+        return "log odds of a mean over tokens"
     against = "against the reference" if loss.needs_reference else "without a reference"
     divergence = getattr(getattr(loss, "divergence", None), "type", "reverse_kl")
     shaped = "" if divergence == "reverse_kl" else f" under {divergence}"

@@ -264,8 +264,9 @@ class Sweep:
         )
 
     def _tokens(self, config: Config) -> int:
-        """Found out once for each model, not in each trial: it takes seconds."""
-        key = config.model.model_dump_json()
+        """Found out once for all trials that hold as much, not in each: it takes seconds."""
+        train = config.train
+        key = f"{config.model.model_dump_json()} {train.optimizer} {train.ema_decay is not None}"
         if key not in self._microbatch:
             self._microbatch[key] = tokens_per_microbatch(config)
         return self._microbatch[key]

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from dpo_ray.config.section import Section
 from dpo_ray.config.tree import Config
+from dpo_ray.config.yaml_text import read_yaml
 from dpo_ray.errors import ConfigError
 
 Overrides = Sequence[str] | Mapping[str, Any]
@@ -26,7 +27,7 @@ def load_config(path: str | Path, overrides: Overrides | None = None) -> Config:
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
             f"There is no configuration file {path}: check the path, or start from a file in pipelines/configs."
@@ -84,7 +85,7 @@ def told(override: str) -> tuple[str, Any]:
             "train.loss.beta=0.2."
         )
     try:
-        return key, yaml.safe_load(value)
+        return key, read_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"-o {override}: the value is not valid YAML ({' '.join(str(error).split())}). Write a list as [a, b], a "

@@ -299,6 +299,10 @@ class SimPOLoss(ReferenceFree, NLLTerm):
     """γ itself, in units of the reward, and not γ/β (which is 0 to 1 in the paper). A pair's own margin is added."""
 
     @property
+    def averages_tokens(self) -> bool:
+        return True
+
+    @property
     def uses(self) -> frozenset[Judged]:
         return frozenset({"weight", "margin"})
 
@@ -308,6 +312,10 @@ class ORPOLoss(ReferenceFree):
     """ORPO (arXiv:2403.07691), reference-free: the NLL of chosen (always, with weight 1) and the log odds ratio."""
     odds_ratio_weight: float = Field(0.1, gt=0.0)
     """The paper's λ."""
+
+    @property
+    def averages_tokens(self) -> bool:
+        return True
 
 
 class CPOLoss(ReferenceFree, NLLTerm):

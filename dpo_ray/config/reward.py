@@ -97,6 +97,15 @@ class ImplicitReward(_Source):
     def _kind(self) -> str:
         return f"implicit reward of {PurePath(self.policy).name}"
 
+    @model_validator(mode="after")
+    def _reference_is_named(self) -> ImplicitReward:
+        if self.reference is None and self.reference_revision is not None:
+            raise ValueError(
+                f"an implicit reward's `reference_revision` ({self.reference_revision}) is of its `reference`, and "
+                "none is named: name it, or set model.revision, which is what is taken then"
+            )
+        return self
+
 
 class Endpoint(Section):
     """A server with OpenAI's interface for chats (/v1/chat/completions)."""
@@ -168,6 +177,12 @@ class Judge(_Source):
             raise ValueError(
                 f"a judge is a model that is served here or an endpoint, but {found} is given: set `model` or "
                 "`endpoint`, and leave the other out"
+            )
+        idle = self.changed("revision", "trust_remote_code", "dtype", "max_model_len") if self.endpoint else []
+        if idle:
+            raise ValueError(
+                f"a judge's `{idle[0]}` is of a model that is served here, and this one is behind an endpoint, which "
+                f"has its own: leave `{idle[0]}` out"
             )
         return self
 

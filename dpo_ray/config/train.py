@@ -53,9 +53,9 @@ class Train(Section):
     """Peak learning rate of AdamW."""
     optimizer: Optimizer = "adamw"
     """What AdamW keeps, for each trained weight. adamw: weight, gradient and both moments in float32, 16 bytes.
-    adamw_8bit: the moments in 8 bits, in blocks of 256 (arXiv:2110.02861), 10 bytes. adamw_bf16: all in bfloat16, the
-    weight rounded up or down at random so that small steps are not lost (arXiv:2010.06192), 8 bytes.
-    adamw_8bit_bf16: both, 6 bytes. By torchao, of the extra `memory`."""
+    adamw_8bit: the moments in 8 bits, in blocks of 256 (arXiv:2110.02861), 10 bytes. adamw_bf16: all in bfloat16 but
+    the second moment, which could not fall there, 10 bytes; the weight is rounded up or down at random so that small
+    steps are not lost (arXiv:2010.06192). adamw_8bit_bf16: both, 6 bytes. By torchao, of the extra `memory`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup_fraction: float = Field(0.1, ge=0.0, lt=1.0)

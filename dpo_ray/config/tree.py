@@ -66,6 +66,12 @@ class Config(Section):
                 value = getattr(self.data, key)
                 if value != Data.model_fields[key].default:
                     raise ValueError(f"data.{key} is about the rows of data.train; with generate, leave it out")
+        idle = self.train.changed("eval_fraction", "eval_pairs") if self.train.eval_every_steps is None else []
+        if idle and self.tune is None:  # a sweep sets the steps where they are left out
+            raise ValueError(
+                f"train.{idle[0]} is of the evaluations while training, and there are none: set "
+                f"train.eval_every_steps, the steps between them, or leave train.{idle[0]} out"
+            )
         if self.data.ties == "keep" and "preference" not in self.train.loss.uses:
             raise ValueError(
                 f"data.ties=keep makes pairs with a preference of .5, which train.loss.type={self.train.loss.type} does"

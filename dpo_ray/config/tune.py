@@ -224,6 +224,8 @@ _REFUSED = {
 
 def _rank_by(value: Any) -> Any:
     known = get_args(Measure)
+    if isinstance(value, dict):
+        value = {name: _number(weight) for name, weight in value.items()}
     for name in value if isinstance(value, list | tuple | dict) else [value]:
         if name not in known:
             reason = _REFUSED.get(name, "there is no such measure") if isinstance(name, str) else "it is no name"

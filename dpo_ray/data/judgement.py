@@ -37,7 +37,7 @@ def judged(pair: PreferencePair, row: Mapping[str, Any], ties: Literal["drop", "
     if preference is not None and preference < TIE:
         pair, preference = swapped, 1 - preference
     elif preference == TIE:
-        pair = min(pair, swapped, key=lambda one: one.pair_id)
+        pair = min(pair, swapped, key=lambda one: replace(one, preference=None).pair_id)
     return replace(pair, weight=_or_none(weight, 1), margin=_or_none(margin, 0), preference=_or_none(preference, 1))
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpo_ray.model import packed_on_cpu, varlen
 from dpo_ray.model.segment import Segment
@@ -236,8 +237,10 @@ def _window(mask: Tensor | None) -> int | None:
 
 
 def register() -> None:
-    """Make `attn_implementation="dpo_packed"` known to transformers; repeating it changes nothing."""
-    AttentionInterface.register(IMPLEMENTATION, packed_attention)
+    """Make `attn_implementation="dpo_packed"` known to transformers; repeating it changes nothing, and hides nothing
+    less from the compiler."""
+    if IMPLEMENTATION not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(IMPLEMENTATION, packed_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, window_mask)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dpo_ray.errors import DpoRayError
 from dpo_ray.on_ray.pool import Pool
 from dpo_ray.on_ray.session import connect
 from dpo_ray.on_ray.usage import used
@@ -111,7 +112,9 @@ def tried(pool: Pool, doing: str) -> Any:
         # What vLLM does not know of a model, torch still computes.
         last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         why = f"vLLM cannot {doing}: {last[:500]}"
-        if not isinstance(error, RayTaskError):  # a lost node or a killed process
+        cause = getattr(error, "cause", None)
+        says_nothing = isinstance(cause, DpoRayError | OSError | MemoryError) or "out of memory" in str(error).lower()
+        if not isinstance(error, RayTaskError) or says_nothing:  # a lost node, files that could not be had, no room
             raise Undecided(why) from error
         raise CannotServe(why) from error
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from dpo_ray.config import VLLM, CandidatePairing, Config, ImplicitReward, Judge, Reward, RewardModel, Rule, Source
-from dpo_ray.on_ray.pool import Pool, ShardTask, rows_pool, shard_stage, shard_tasks, torch_pool
+from dpo_ray.on_ray.pool import Pool, ShardTask, each_its_own, rows_pool, shard_stage, shard_tasks, torch_pool
 from dpo_ray.on_ray.reward_model import reward_model_work
 from dpo_ray.on_ray.vllm_engine import VLLMChat, vllm_pool
 from dpo_ray.on_ray.vllm_version import require_vllm
@@ -41,7 +41,7 @@ def score_candidates(
         "rewards",
         identity=identity,
         inputs={"candidates": candidates.fingerprint},
-        tasks=shard_tasks(candidates),
+        tasks=each_its_own(shard_tasks(candidates)),  # a shard for each of theirs, also of those that are empty
         pool=pool,
         unit="prompts",
     )
@@ -103,7 +103,7 @@ def pair_candidates(
 
 
 def _tasks(candidates: Artifact, scores: dict[str, Artifact]) -> list[ShardTask[ScoredShard]]:
-    tasks = shard_tasks(candidates)
+    tasks = each_its_own(shard_tasks(candidates))
     of_sources = {name: shard_tasks(artifact) for name, artifact in scores.items()}
     return [
         ShardTask(

@@ -238,7 +238,6 @@ def await_room(cluster: Cluster, need: Need, minutes: float) -> None:
         return
     began, told = cluster.now(), -math.inf
     try:
-        cluster.request(need.bundles(), need.label_selectors())
         while True:
             nodes = cluster.nodes()
             lack, waited = lacking(nodes, need), cluster.now() - began
@@ -252,6 +251,8 @@ def await_room(cluster: Cluster, need: Need, minutes: float) -> None:
                 )
             if cluster.now() - told >= _TOLD:
                 told = cluster.now()
+                # Anew each time, for another run that waited and came to its room has taken all requests back.
+                cluster.request(need.bundles(), need.label_selectors())
                 say(
                     "ray",
                     f"waiting for {need}: there are {described(nodes)}; {waited / 60:.1f} of at most {minutes:g} min "

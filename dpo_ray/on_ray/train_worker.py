@@ -146,8 +146,9 @@ def train_worker(config: dict[str, TrainJob]) -> DpoRayError | None:
                 is_forewarned=Forewarning(me).is_due if preemption_is_watched() else lambda: False,
             )
     except DamagedCheckpoint as error:
-        if me.rank == 0 and resume is not None:
-            leave_out(resume)
+        damaged = Location.of(error.folder) if error.folder is not None else resume
+        if me.rank == 0 and damaged is not None:
+            leave_out(damaged)
         return error
     except (NonFiniteLoss, DataError, ConfigError) as error:
         return error

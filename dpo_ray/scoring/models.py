@@ -20,7 +20,11 @@ def model_of(source: RewardModel | Judge | ImplicitReward) -> Model:
 
 def reference_of(source: ImplicitReward, policy: Model) -> Model:
     """What an implicit reward is measured against: its own reference, or the model of the configuration."""
-    found = policy.model_copy(update={"dtype": source.dtype, "lora": None})
     if source.reference is None:
-        return found
-    return found.model_copy(update={"path": source.reference, "revision": source.reference_revision})
+        return policy.model_copy(update={"dtype": source.dtype, "lora": None})
+    return Model(
+        path=source.reference,
+        revision=source.reference_revision,
+        dtype=source.dtype,
+        trust_remote_code=source.trust_remote_code,
+    )

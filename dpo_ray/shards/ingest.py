@@ -24,7 +24,7 @@ from dpo_ray.formats.registry import formats, renamed
 from dpo_ray.pairs import PAIRS, PreferencePair, Split, pair_row, split_of
 from dpo_ray.shards.output import ShardOutput
 
-VERSION = 4
+VERSION = 5
 """Of what becomes of a raw row, here, in dpo_ray.formats and in dpo_ray.data; raised when that changes, and all shards
 are made again."""
 

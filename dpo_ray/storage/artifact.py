@@ -397,9 +397,9 @@ def inspect_shard(location: Location) -> FileEntry:
     data = location.read_bytes()
     try:
         parsed = pq.ParquetFile(io.BytesIO(data))
-    except pa.ArrowException as error:
+        counters = json.loads((parsed.schema_arrow.metadata or {}).get(_COUNTERS, b"{}"))
+    except (pa.ArrowException, OSError, ValueError) as error:  # of the bytes, which are here already
         raise DataError(f"{location} is damaged ({error}). Remove it; it will be computed again.") from error
-    counters = json.loads((parsed.schema_arrow.metadata or {}).get(_COUNTERS, b"{}"))
     return entry_of(location.name, data, parsed.metadata.num_rows, counters)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -142,6 +142,19 @@ class Lease:
                 f"gc was held up for {self.now - before:.0f} s, and stages may have begun meanwhile that need what it "
                 "was to remove: nothing more is removed. The same command looks again and goes on."
             )
+
+    @contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Renew it beside the block's work; where that fails or comes late, the next `hold` tells."""
+
+        def renew() -> None:
+            with suppress(OSError):
+                now = self._write()
+                if now - self.now <= LEASE_S / 2:
+                    self.now = now
+
+        with repeated(renew, LEASE_S / 10, "gc's lease"):
+            yield
 
     def _write(self) -> float:
         self._until = time.monotonic() + LEASE_S / 2

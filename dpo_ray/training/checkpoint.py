@@ -98,12 +98,7 @@ def load_checkpoint(
     tensors = _tensors(policy, optimizer, average)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        reader = Reader(checkpoint)
-        reader.require_index()
-        try:
-            dcp.load(tensors, storage_reader=reader, planner=Planner(), no_dist=not dist.is_initialized())
-        except CheckpointException as error:
-            raise _damage(error, checkpoint) or _other_blocks(error, checkpoint) or error from error
+        _load(tensors, checkpoint)
     set_model_state_dict(policy, tensors["model"], options=_TRAINED)
     set_optimizer_state_dict(policy, optimizer, tensors["optimizer"], options=_TRAINED)
     with suppress(FileNotFoundError):  # a rank that the run did not have before starts from its seed
@@ -114,13 +109,30 @@ def load_checkpoint(
     return TrainState(**record, history=read_history(checkpoint))
 
 
+def _load(tensors: dict[str, Any], checkpoint: Location) -> None:
+    """Read them in place. Raises as load_checkpoint does."""
+    reader = Reader(checkpoint)
+    try:
+        reader.require_index()
+        dcp.load(tensors, storage_reader=reader, planner=Planner(), no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise _damage(error, checkpoint) or _other_blocks(error, checkpoint) or error from error
+    except DamagedCheckpoint as error:
+        error.folder = checkpoint.uri
+        raise
+
+
 def _damage(failed: CheckpointException, checkpoint: Location) -> DamagedCheckpoint | None:
     """What a rank has found, of which torch tells all of them; None where it is something else."""
     for error, _ in failed.failures.values():
         if isinstance(error, DamagedCheckpoint):
-            return error
-        if isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error):  # torch's, of a header of its own
-            return DamagedCheckpoint(f"{checkpoint} is damaged: {str(error).splitlines()[0]}")
+            found = error
+        elif isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error):  # torch's, of a header of its own
+            found = DamagedCheckpoint(f"{checkpoint} is damaged: {str(error).splitlines()[0]}")
+        else:
+            continue
+        found.folder = checkpoint.uri
+        return found
     return None
 
 
@@ -138,13 +150,14 @@ def _other_blocks(failed: CheckpointException, checkpoint: Location) -> ConfigEr
 
 
 def load_weights(checkpoint: Location, *, policy: nn.Module, average: WeightAverage | None) -> None:
-    """Only the weights of a checkpoint, in place: what was evaluated at its step."""
+    """Only the weights of a checkpoint, in place: what was evaluated at its step. Raises DamagedCheckpoint as
+    load_checkpoint does."""
     tensors: dict[str, Any] = {"model": trained_state(policy, _TRAINED)}
     if average is not None:
         tensors["average"] = average.named_values()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(tensors, storage_reader=Reader(checkpoint), planner=Planner(), no_dist=not dist.is_initialized())
+        _load(tensors, checkpoint)
     set_model_state_dict(policy, tensors["model"], options=_TRAINED)
 
 

@@ -28,7 +28,7 @@ from dpo_ray.training.optim import WeightAverage, learning_rate, make_optimizer
 from dpo_ray.training.parallel import Rank, part_of
 from dpo_ray.training.rehearsal import require_that_it_fits
 from dpo_ray.training.selection import best_step, should_stop
-from dpo_ray.training.start import start_policy
+from dpo_ray.training.start import fetch, start_policy
 from dpo_ray.training.step import Learner, RequireReference
 
 
@@ -94,6 +94,7 @@ def train(
     folder = ModelFolder.of(model)
     adapter_alone = model.lora is not None and model.lora.export == "adapter"
     base = adapter_base(model) if adapter_alone else None
+    fetch(folder, me)
     scorer, forward = start_policy(folder, model, options, me, seed=seed)
     policy = scorer.model
     part = part_of(me, options.sharding).number if options.strategy == "fsdp" else 0

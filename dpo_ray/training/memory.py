@@ -110,7 +110,7 @@ def checkpoint_bytes(trained: int, train: Train) -> int:
 
 def moment_bytes(train: Train) -> float:
     """Of AdamW's two moments of a weight. In 8 bits, 256 of them have a scale in float32."""
-    return {"adamw": 8.0, "adamw_bf16": 4.0}.get(train.optimizer, 2 * (1 + 4 / 256))
+    return {"adamw": 8.0, "adamw_bf16": 6.0}.get(train.optimizer, 2 * (1 + 4 / 256))
 
 
 def frozen_bytes(shape: Shape, model: Model) -> float:
@@ -128,6 +128,8 @@ class State:
     gradients: int
     moments: int
     """AdamW's."""
+    average: int
+    """The weights' moving average."""
     beside: int
     """Of replicas: what gradients travel in, and the computing copy in bfloat16 of weights in float32."""
     on_host: bool
@@ -135,7 +137,7 @@ class State:
 
     @property
     def all(self) -> int:
-        return self.weights + self.gradients + self.moments + self.beside
+        return self.weights + self.gradients + self.moments + self.average + self.beside
 
 
 def state_of(shape: Shape, model: Model, train: Train, num_workers: int) -> State:
@@ -159,6 +161,7 @@ def state_of(shape: Shape, model: Model, train: Train, num_workers: int) -> Stat
         weights=int((frozen + size * trained) / shards),
         gradients=gradient * trained // shards,
         moments=int(moments * trained / shards),
+        average=size * trained // shards if train.ema_decay is not None else 0,
         beside=beside,
         on_host=train.offload,
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dpo_ray.config import Train
 from dpo_ray.model.libraries import require_torchao
@@ -57,6 +58,21 @@ def _in_few_bytes(
             zeros: Tensor = OptimState8bit.zeros(p.shape, signed, block_size, p.device)
             return zeros
 
+        def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+            # Rounded to bfloat16 a mean of squares would never fall again: it does so by a thousandth a step.
+            made: Tensor = super()._new_buffer(p if signed else p.detach().float(), signed)
+            return made
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            # torch has brought all that is in plain floats to the weight's dtype.
+            numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+            weights = [p for group in self.param_groups for p in group["params"]]
+            for number, p in zip(numbers, weights, strict=True):
+                saved = state_dict["state"].get(number, {}).get("exp_avg_sq")
+                if type(_local(saved)) is Tensor:
+                    self.state[p]["exp_avg_sq"] = saved.to(p.device, copy=True)
+
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
             weights = [p for group in self.param_groups for p in group["params"]]
@@ -67,6 +83,11 @@ def _in_few_bytes(
 
     made: torch.optim.Optimizer = AdamW(groups, **options, **sizes, bf16_stochastic_round=config.in_bfloat16)
     return made
+
+
+def _local(value: Any) -> Any:
+    """A rank's own part of what is sharded."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _quiet_torchao() -> None:

@@ -46,7 +46,6 @@ def statistics_of(scores: TokenScores, batch: MicroBatch, logps: PairLogps) -> S
 def per_pair(options: Train, losses: Tensor, logps: PairLogps) -> Statistics:
     """What is reported as an average over the pairs that have it, by their weights."""
     chosen, rejected = rewards(options.loss, logps)
-    weight = weights_of(logps)
     with_chosen, with_rejected = logps.num_chosen_tokens > 0, logps.num_rejected_tokens > 0
     both = with_chosen & with_rejected
     plain_chosen = (logps.mean_chosen * logps.num_chosen_tokens).detach()
@@ -60,7 +59,13 @@ def per_pair(options: Train, losses: Tensor, logps: PairLogps) -> Statistics:
         "logps/chosen": (plain_chosen, with_chosen),
         "logps/rejected": (plain_rejected, with_rejected),
     }
-    return {name: (weight * values, weight * counts) for name, (values, counts) in found.items()}
+    return weighted(found, logps)
+
+
+def weighted(statistics: Statistics, logps: PairLogps) -> Statistics:
+    """The same with each pair counted as often as its weight says."""
+    weight = weights_of(logps)
+    return {name: (weight * values, weight * counts) for name, (values, counts) in statistics.items()}
 
 
 def _ties(logps: PairLogps) -> Tensor:

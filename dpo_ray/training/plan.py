@@ -234,7 +234,7 @@ def make_plan(output: Location, config: Config, rows: Artifact) -> tuple[StepPla
             f"and train.loss.type={loss.type} compares two. Set train.loss.type=kto, or train on pairs."
         )
     steering = {config.train.keep_best, config.train.early_stopping and config.train.early_stopping.metric}
-    if held_out.num_unpaired == len(held_out) and steering & {"eval_rewards/accuracies", "eval_rewards/margins"}:
+    if 0 < held_out.num_unpaired == len(held_out) and steering & {"eval_rewards/accuracies", "eval_rewards/margins"}:
         raise ConfigError(
             "train.keep_best or train.early_stopping goes by a comparison of two answers, but held-out rows have one "
             "answer each: go by eval_loss, or name pairs as data.eval."

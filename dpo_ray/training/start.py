@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dpo_ray.config import Model, Train
+from dpo_ray.errors import ConfigError, DpoRayError
 from dpo_ray.model.part import Part, put_whole
 from dpo_ray.model.policy import (
     CompletionScorer,
@@ -18,7 +19,7 @@ from dpo_ray.model.policy import (
     use_packed_attention,
 )
 from dpo_ray.model.resolve import ModelFolder
-from dpo_ray.training.parallel import Rank, forget_gathered, parallelize, part_of
+from dpo_ray.training.parallel import Rank, forget_gathered, gathered_objects, parallelize, part_of
 
 
 def start_policy(
@@ -63,6 +64,26 @@ def start_policy(
     use_packed_attention(scorer, me.device, dtype)
     forget_gathered(forward)
     return scorer, forward
+
+
+def fetch(folder: ModelFolder, me: Rank) -> None:
+    """Have the model's files on this rank's node, before ranks wait for each other in what they compute.
+
+    Raises on every rank alike what one of them has met: the others would wait for it for half an hour.
+    """
+    mine: DpoRayError | None = None
+    try:
+        _ = folder.path
+    except DpoRayError as error:
+        mine = error
+    told = gathered_objects(str(mine) if mine is not None else "", me)
+    if mine is not None:
+        raise mine
+    if failures := [found for found in told if found]:
+        raise ConfigError(
+            f"A worker cannot have the model's files, and others wait for it: {failures[0]} Have every node see the "
+            "model, or name a place that all of them reach."
+        )
 
 
 def held_dtype(model: Model, options: Train) -> torch.dtype:

@@ -40,6 +40,7 @@ from dpo_ray.training.pair_metrics import (
     comparable,
     per_pair,
     statistics_of,
+    weighted,
     weights_of,
 )
 from dpo_ray.training.parallel import (
@@ -136,7 +137,7 @@ class Learner:
                 if balance is not None and scored.routing is not None:
                     part = part + balance.part(scored.routing) * me.world_size
                 part.backward()
-            values = per_pair(options, losses, logps) | scored.statistics
+            values = per_pair(options, losses, logps) | weighted(scored.statistics, logps)
             sums.add(values, len(pairs), scored.num_tokens, self._places(pairs))
             if require_reference is not None:
                 assert scored.token_logratios is not None

@@ -87,7 +87,7 @@ def _as_it_is(source: str, model: str, name: str, output: str, told: Mapping[str
             f"-o {given[0]} is of pairs that are sampled, and this is for preference data: begin with "
             "pipelines/configs/demo_cpu.yaml instead."
         )
-    tree: dict[str, Any] = {"train": {"loss": {"type": "kto"}}}
+    tree: dict[str, Any] = {"reference": {"engine": "torch"}}  # which scores with whatever model is asked for
     put(tree, "data", {"max_prompt_tokens": _ANY_LENGTH, "max_completion_tokens": _ANY_LENGTH}, source="draft")
     for key, value in {"run.name": name, "run.output": output, "model.path": model, "data.train": source}.items():
         put(tree, key, value, source=key)

@@ -98,10 +98,11 @@ def of_training(
 
 
 def _told(state: State) -> str:
+    average = f" + their average {state.average / _GIB:.2f}" if state.average else ""
     beside = f" + copies of them {state.beside / _GIB:.2f}" if state.beside else ""
     each = (
         f"weights {state.weights / _GIB:.2f} + gradients {state.gradients / _GIB:.2f} + moments "
-        f"{state.moments / _GIB:.2f}{beside}"
+        f"{state.moments / _GIB:.2f}{average}{beside}"
     )
     return f"(on the host {each})" if state.on_host else each
 

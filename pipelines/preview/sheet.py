@@ -27,7 +27,7 @@ from dpo_ray.shards.output import ShardOutput
 from dpo_ray.shards.tokenize import TokenizeShard
 from dpo_ray.storage.artifact import write_shard
 from dpo_ray.storage.location import Location
-from pipelines.ingest import Side, ingest_shard, require_rows, sides, written_as
+from pipelines.ingest import Side, ingest_shard, require_countable, require_rows, sides, written_as
 
 _ROWS_AT_ONCE = 1000
 SIDES: tuple[Literal["chosen", "rejected"], ...] = ("chosen", "rejected")
@@ -91,9 +91,12 @@ def sheets(config: Config, rows: int | None, examples: int, *, with_model: bool)
     named = sides(config)
     files = dict.fromkeys(file for side in named for file in side.files)
     found = map_files(lambda file: _looked_at(file, config), list(files))
-    seen_of = {file: seen for file, seen, _ in found}
+    looked = {file: (seen, format_) for file, seen, format_ in found}
     for side in named:
-        require_rows([seen_of[file] for file in side.files], side.key)
+        require_rows([looked[file][0] for file in side.files], side.key)
+        for format_ in (looked[file][1] for file in side.files):
+            if format_ is not None:
+                require_countable(format_, side)
     by_name: dict[str, list[tuple[Location, Peek | FileRecord]]] = {}
     formats: dict[str, Format] = {}
     for file, seen, format_ in found:

@@ -24,7 +24,7 @@ def csv_lines(stream: Bytes, delimiter: str) -> Iterator[tuple[bytes, int]]:
     text = io.TextIOWrapper(io.BufferedReader(_Raw(stream)), "utf-8-sig", "surrogateescape", newline="")
     rows = csv.reader(text, delimiter=delimiter, strict=True)
     try:
-        header = next(rows, None)
+        header = next((row for row in rows if row), None)  # a blank line is none
         if header is None:
             return
         names = header[1:] if header[0] == "" and len(header) > 1 else header
@@ -34,7 +34,7 @@ def csv_lines(stream: Bytes, delimiter: str) -> Iterator[tuple[bytes, int]]:
             cells = [cell or None for cell in row]
             is_whole = len(cells) == len(header)
             value = dict(zip(names, cells[-len(names) :], strict=True)) if is_whole else cells
-            if cells:  # a blank line is none
+            if cells:
                 # Bytes that are not UTF-8 stay what they are.
                 line = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
                 yield line[: MAX_LINE_BYTES + 1], len(line)

@@ -21,6 +21,8 @@ def _system(row: Row) -> Any:
 def _fits(row: Row) -> bool:
     if "instruction" in row and ("input" in row or "history" in row):  # parts of one prompt, as alpaca has them
         return False
+    if sum(row.get(name) is not None for name in _QUESTIONS) > 1:  # which is the question cannot be told
+        return False
     system = _system(row)
     return is_text(row[_question(row)], row["chosen"], row["rejected"]) and (system is None or is_text(system))
 

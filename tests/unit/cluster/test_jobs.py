@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster import jobs
-from cluster.jobs import Outcome, connected
+from cluster.jobs import Outcome, connected, pasted
 from dpo_ray.errors import ConfigError
 
 
@@ -74,3 +74,13 @@ def test_an_address_without_a_scheme_is_told_what_it_was_taken_for(monkeypatch: 
 def test_a_job_is_dated_in_utc():
     told = Outcome("night", "SUCCEEDED", "Done.", 0, 1_793_491_200.0, None).told()
     assert told == "night: SUCCEEDED, exit code 0; began 2026-11-01T00:00:00Z, ended -. Done."
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"), [("http://h:1/a b", "'night 1' --address 'http://h:1/a b'"), (None, "'night 1'")]
+)
+def test_a_job_is_named_as_a_shell_takes_it_with_its_cluster(address: str | None, expected: str):
+    class Client:
+        given = address
+
+    assert pasted(Client(), "night 1") == expected  # type: ignore[arg-type]

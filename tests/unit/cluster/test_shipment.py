@@ -84,7 +84,14 @@ def test_what_cannot_travel_is_refused_by_name(here: Path, tmp_path: Path, monke
         ("data", "train", [{"name": "a", "path": "/shared/a"}, {"name": "b", "path": "mine/b.jsonl"}]),
         ("data", "eval", "rules"),
         ("model", "path", "rules"),
+        ("data", "train", "."),
         ("evaluate", "sets", {"bench": "bench.parquet"}),
+        ("evaluate", "win_rate", {"against": {"path": "rules"}}),
+        ("evaluate", "win_rate", {"reward": {"type": "reward_model", "path": "rules"}}),
+        ("evaluate", "win_rate", {"reward": {"type": "implicit", "policy": "/m", "reference": "rules"}}),
+        ("evaluate", "win_rate", {"reward": {"type": "judge", "model": "/m", "template": "ask.jinja"}}),
+        ("evaluate", "tasks", {"names": ["mine"], "include_path": "tasks"}),
+        ("model", "chat_template", "chat.jinja"),
     ],
 )
 def test_a_relative_path_that_does_not_travel_is_refused(here: Path, section: str, key: str, path: Any):

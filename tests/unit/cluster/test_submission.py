@@ -16,6 +16,9 @@ from dpo_ray.errors import ConfigError, DpoRayError
 class Taking:
     """A client of a cluster that takes every job."""
 
+    def __init__(self, given: str | None):
+        self.given = given
+
     def submit_job(self, **asked: Any) -> str:
         return str(asked["submission_id"])
 
@@ -68,6 +71,6 @@ def test_what_is_told_of_a_job_can_be_pasted_into_a_shell(
     config = Config.model_validate(
         {"run": {"name": "night", "output": str(tmp_path)}, "model": {"path": "m"}, "data": {"train": "/d"}}
     )
-    monkeypatch.setattr(submit, "connected", lambda address: Taking())
+    monkeypatch.setattr(submit, "connected", Taking)
     submit_job(config, "http://head:8265", Submission("run", submission_id="night 3"), wait=False)
     assert "`dpo-ray job logs 'night 3' --address http://head:8265 --follow`" in capsys.readouterr().err

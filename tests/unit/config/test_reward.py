@@ -74,6 +74,14 @@ def test_a_source_is_called_by_what_it_is_unless_it_has_a_name():
             "a judge is a model that is served here or an endpoint, but neither is given: set `model` or `endpoint`",
         ),
         ([{"type": "judge", "model": "j", "endpoint": ENDPOINT}], "but both is given"),
+        (
+            [{"type": "judge", "endpoint": ENDPOINT, "max_model_len": 8192}],
+            "a judge's `max_model_len` is of a model that is served here, and this one is behind an endpoint",
+        ),
+        (
+            [{"type": "implicit", "policy": "p", "reference_revision": "x"}],
+            "an implicit reward's `reference_revision` (x) is of its `reference`, and none is named",
+        ),
         ([{"type": "judge", "endpoint": {**ENDPOINT, "base_url": "h"}}], "generate.reward[0].endpoint.base_url='h'"),
         ([{"function": "m:f", "wait": 1}], "generate.reward[0].wait is not a known key; did you mean weight?"),
     ],

@@ -281,6 +281,7 @@ def test_a_value_may_hold_an_equals_sign(config_file: Path):
         ("run.name.first=x", "name is a value, not a section, so that no key below it can be set. Check the key"),
         ("train.epochs=[", "not valid YAML"),
         ("train.epoch=2", "did you mean epochs?"),
+        ("train={epochs: 2, epochs: 3}", "epochs stands twice"),
     ],
 )
 def test_an_override_that_cannot_be_applied_says_why(config_file: Path, override: str, said: str):
@@ -300,6 +301,11 @@ def test_a_missing_file_is_named(tmp_path: Path):
         (b"run: [", r"not valid YAML .*line 1, column 7.*Mend it at the line"),
         (b"- a\n", "holds list and no sections: write a mapping"),
         (b"", "holds NoneType and no sections: write a mapping"),
+        (
+            b"run: {name: n}\ntrain:\n  epochs: 2\ntrain:\n  learning_rate: 1e-6\n",
+            "train stands twice, first in line 2: put what is below both under one.* line 4",
+        ),
+        (b"train:\n  epochs: 2\n  beta: 1\n  epochs: 3\n", "epochs stands twice, first in line 2.* line 4"),
         (b"\xff\xfe\x00", "cannot be read .*Name a text file in UTF-8"),
     ],
 )
@@ -308,6 +314,16 @@ def test_a_file_that_is_no_mapping_fails(tmp_path: Path, content: bytes, said: s
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=said):
         load_config(path)
+
+
+def test_what_is_merged_may_be_said_again(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "run: {name: n, output: o}\nmodel: {path: m}\ndata: {train: t}\n"
+        "train:\n  <<: &common {epochs: 2, learning_rate: 1e-5}\n  epochs: 3\n"
+    )
+    train = load_config(path).train
+    assert (train.epochs, train.learning_rate) == (3, 1e-5)
 
 
 def test_yaml_cannot_construct_objects(tmp_path: Path):
@@ -387,6 +403,8 @@ def test_who_asks_for_a_refreshed_reference_is_told_of_rounds(key: str):
         ({"keep_best": "eval_loss"}, "train.keep_best goes by eval_loss.*train.eval_every_steps"),
         ({"early_stopping": {}}, "train.early_stopping goes by eval_loss.*train.eval_every_steps"),
         ({"min_workers": 3, "num_workers": 2}, "train.min_workers is 3, more than train.num_workers=2"),
+        ({"eval_fraction": 0.5}, "train.eval_fraction is of the evaluations while training, and there are none: set"),
+        ({"eval_pairs": 5}, "train.eval_pairs is of the evaluations while training"),
     ],
 )
 def test_combinations_in_train_that_cannot_work(train: dict[str, object], told: str):

@@ -24,6 +24,7 @@ from dpo_ray.data.duplicates import (
     num_buckets,
     read_kept,
 )
+from dpo_ray.data.judgement import judged
 from dpo_ray.data.row_ids import RowIds, read_bucket, row_ids
 from dpo_ray.errors import DataError
 from dpo_ray.pairs import PAIRS, Message, PreferencePair, Split, pair_row
@@ -116,6 +117,17 @@ def test_of_a_contradiction_no_row_stays_however_often_each_side_was_said(tmp_pa
         "0.parquet": {"contradiction": [0]},
         "1.parquet": {"contradiction": [0, 1]},
     }
+
+
+@pytest.mark.parametrize("question", ["Why?", "How?", "Who?", "When?"])  # a tie's sides are ordered by their hash
+@pytest.mark.parametrize("better", ["a", "b"])
+def test_a_tie_and_a_verdict_on_the_same_answers_are_a_contradiction(tmp_path: Path, question: str, better: str):
+    ties = [judged(pair(question, *sides), {"preference": 0.5}, "keep") for sides in (("a", "b"), ("b", "a"))]
+    verdict = judged(pair(question, "a", "b"), {"preference": 1.0 if better == "a" else 0.0}, "keep")
+    rows: list[Row] = [(ties[0], "train"), (verdict, "train")]
+    assert found_in(write(tmp_path / "both", [rows])) == {"0.parquet": {"contradiction": [0, 1]}}
+    rows = [(ties[0], "train"), (ties[1], "train")]
+    assert found_in(write(tmp_path / "ties", [rows])) == {"0.parquet": {"duplicate": [1]}}
 
 
 def test_a_single_answer_judged_both_ways_is_a_contradiction(tmp_path: Path):

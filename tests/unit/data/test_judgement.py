@@ -108,6 +108,7 @@ def test_of_a_single_answer_only_its_weight_is_read():
 def test_a_pair_that_is_a_tie_already_keeps_it():
     tie = replace(PAIR, preference=0.5)
     assert judged(tie, {}, "keep").preference == 0.5
+    assert judged(tie, {}, "keep") == judged(PAIR, {"preference": 0.5}, "keep")
     with pytest.raises(BadRow):
         judged(tie, {}, "drop")
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpo_ray.config import Train
 from dpo_ray.errors import ConfigError
@@ -27,7 +29,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    attention.register()
+    AttentionInterface.register(attention.IMPLEMENTATION, attention.packed_attention)
 
 
 def values_and_gradients(forward: torch.nn.Module, scorer: CompletionScorer) -> list[list[torch.Tensor]]:
@@ -86,3 +88,11 @@ def test_compiling_on_cpu_is_refused():
     with pytest.raises(ValidationError, match=r"train\.use_gpu is false"):
         Train(compile=True)
     assert Train(compile=True, use_gpu=True).identity() == Train(use_gpu=False).identity()
+
+
+def test_a_model_that_is_compiled_before_its_layout_is_chosen_keeps_its_attention_from_the_compiler(small_model: Path):
+    attention.register()
+    attention.hide_from_compiler()
+    hidden = ALL_ATTENTION_FUNCTIONS[attention.IMPLEMENTATION]
+    load_policy(small_model)  # as a training does after it has compiled the layers
+    assert ALL_ATTENTION_FUNCTIONS[attention.IMPLEMENTATION] is hidden is not attention.packed_attention

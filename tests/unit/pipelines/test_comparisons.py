@@ -120,3 +120,33 @@ def test_of_a_prompt_in_two_sources_the_first_one_counts(tmp_path: Path):
     rows = [("p", "math"), ("p", "chat"), ("r", "chat"), ("q", None), ("q", "chat")]
     pairs = artifact(tmp_path / "pairs", "pairs", [{"prompt_id": p, "source": s} for p, s in rows], PAIRS_OF)
     assert _sources(pairs, prompts) == {"p": "math", "q": "chat"}
+
+
+def calibration(folder: Path, largest: float) -> Artifact:
+    metrics = {
+        "sequence": {"max": largest},
+        "token": {"max": largest},
+        "bias_per_token": 0.0,
+        "bias_standard_error": 0.0,
+    }
+    return publish(Location.of(folder), "calibration", identity={}, inputs={}, files=[], metrics=metrics)
+
+
+def test_a_published_model_whose_margins_are_its_engines_noise_is_compared_with_nothing(tmp_path):
+    mine = scored(tmp_path / "mine", -1.0, -2.0)
+    rows = [{"pair_id": f"{n}", "chosen_ref_logprobs": [-1.5], "rejected_ref_logprobs": [-1.5]} for n in range(PAIRS)]
+    table = score_table(SigmoidLoss(type="sigmoid"), rows, [([-1.5 + (-1) ** n / 100], [-1.5]) for n in range(PAIRS)])
+    theirs = artifact(tmp_path / "theirs", "policy_scores", table.to_pylist(), SCORES)
+    reference_rows = artifact(tmp_path / "rows", "reference", [], REFERENCE)
+    for largest, is_told in ((0.001, True), (0.1, False)):
+        of_engines = calibration(tmp_path / f"calibration-{largest}", largest)
+        measured = measure_sets({"held_out": ScoredSet(reference_rows, mine, theirs, "v1", of_engines)})["held_out"]
+        assert (measured["published"] is not None) is is_told and ("change" in measured) is is_told
+
+
+def test_pairs_that_all_agree_are_not_taken_for_certain(tmp_path):
+    mine, theirs = scored(tmp_path / "mine", -1.0, -2.0), scored(tmp_path / "theirs", -1.0, -2.0)
+    rows = artifact(tmp_path / "rows", "reference", [], REFERENCE)
+    change = measure_sets({"held_out": ScoredSet(rows, mine, theirs, "v1")})["held_out"]["change"]
+    assert change["value"] == 0.0 and change["n"] == PAIRS
+    assert -0.12 < change["low"] < -0.03 and 0.03 < change["high"] < 0.12

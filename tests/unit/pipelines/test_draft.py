@@ -193,6 +193,19 @@ def test_what_is_told_stands(here: Path, tiny_model: Path):
     assert (config.run.name, config.run.output, config.train.epochs) == ("mine", "there", 2)
 
 
+@pytest.mark.parametrize(
+    "told", [("model.lora.quantization=nf4", "reference.engine=torch"), ("data.ties=keep",), ("reference.engine=vllm",)]
+)
+def test_what_goes_with_what_is_chosen_is_taken(here: Path, tiny_model: Path, told: tuple[str, ...]):
+    data = written(here / "d.jsonl", ROWS["paired"])
+    config = drafted(data, tiny_model, *(part for one in told for part in ("-o", one))).model_dump(mode="json")
+    for key, value in (one.split("=") for one in told):
+        found = config
+        for name in key.split("."):
+            found = found[name]
+        assert found == value
+
+
 def test_a_file_that_is_there_is_left_alone(here: Path, tiny_model: Path):
     data = written(here / "d.jsonl", ROWS["paired"])
     Path("run.yaml").write_text("mine")

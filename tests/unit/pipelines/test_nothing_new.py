@@ -155,3 +155,19 @@ def test_only_within_the_block_work_is_refused():
     with only_finished(), pytest.raises(NotFinished, match="b"):
         about_to_compute("b")
     about_to_compute("c")
+
+
+def test_what_stands_is_pushed_while_nobody_else_publishes(job: Job, monkeypatch: pytest.MonkeyPatch):
+    assert job.run().code == 0
+    pushed: list[str] = []
+
+    def push(context: Any, version: Location) -> None:
+        [lease] = (job.output / "leases").glob("models-*.json")
+        assert json.loads(lease.read_text())["held"]
+        pushed.append(version.name)
+
+    monkeypatch.setattr("pipelines.nothing_new.push", push)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    done = again(job, "-o", "publish.push_to_hub={repo_id: owner/name}")
+    assert done.code == 0 and done.lines("nothing new"), done.log
+    assert pushed == [job.published()]

@@ -117,6 +117,20 @@ def test_of_a_source_the_rows_are_shown_that_a_run_takes(folder: Path, tiny_mode
     assert (plain["format"], plain["rows"], plain["is_all"]) == ("paired", 12, True)
 
 
+def test_rows_that_are_joined_are_not_counted_by_max_rows(tmp_path: Path, tiny_model: Path):
+    rows = [{"prompt": "Why?", "response": f"So {n}.", "helpfulness": n} for n in range(2)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"name": "one", "path": str(tmp_path / "answers.jsonl"), "weight": 1.0}
+    tree = {"run": {"name": "n", "output": "o"}, "model": {"path": str(tiny_model)}}
+    config = tmp_path / "answers.yaml"
+    config.write_text(json.dumps({**tree, "data": {"train": [source]}}))
+    [sheet] = json.loads(said(str(config), "--json").stdout)
+    assert sheet["format"] == "helpsteer"
+    config.write_text(json.dumps({**tree, "data": {"train": [{**source, "max_rows": 1}]}}))
+    with pytest.raises(ConfigError, match=r"data\.train\[one\]: max_rows=1 counts rows, and .* leave max_rows out"):
+        said(str(config))
+
+
 def test_what_cannot_be_shown_says_why(folder: Path, tmp_path: Path):
     with pytest.raises(DataError, match="no file is there"):
         said(str(tmp_path / "nowhere"))

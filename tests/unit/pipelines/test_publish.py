@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 from safetensors.torch import load_file
 
 from dpo_ray.config import Config
-from dpo_ray.errors import Busy, GateFailed
+from dpo_ray.errors import Busy, DpoRayError, GateFailed
 from dpo_ray.model.folders import HASHES
 from dpo_ray.model.resolve import resolve
 from dpo_ray.pairs import PAIRS, TOKENIZED, PreferencePair, pair_row, tokenized_row
@@ -184,6 +185,19 @@ def test_a_gate_that_compares_is_measured_anew_where_another_model_was_published
     assert "rival was published meanwhile" in capfd.readouterr().err
     standing = latest(name)
     assert standing is not None and standing.version == "rival"
+
+
+def test_a_run_that_fails_before_the_pointer_moves_has_published_nothing(
+    context: RunContext, small_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fails(*_: Any, **__: Any) -> None:
+        raise DpoRayError("the store is away")
+
+    monkeypatch.setattr("pipelines.publish.move", fails)
+    measured = evaluation(context, low=0.7)
+    with pytest.raises(DpoRayError, match="the store is away"):
+        publish(context, policy(context, small_model), measured, lambda: measured)
+    assert "published" not in context.results
 
 
 def test_two_runs_do_not_publish_under_a_name_at_once(context: RunContext, small_model: Path):

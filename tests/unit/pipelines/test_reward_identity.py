@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import pyarrow as pa
 import pytest
 
 from dpo_ray.config import CandidatePairing, Rule, load_config
+from dpo_ray.on_ray.pool import Pool, ShardTask, shard_stage
 from dpo_ray.on_ray.reward import pair_candidates, score_candidates
 from dpo_ray.pairs import CANDIDATES, REFERENCE, SCORES
 from dpo_ray.scoring import rule_source
-from dpo_ray.shards.output import Shard
+from dpo_ray.shards.output import Shard, ShardOutput
 from dpo_ray.shards.reward import RuleShard, rule_identity
 from dpo_ray.storage.artifact import Artifact, publish, write_shard
 from dpo_ray.storage.location import Location
@@ -22,6 +24,9 @@ from pipelines.context import RunContext
 from pipelines.evaluate import _Drawn, _evaluate
 from pipelines.generate import _pair
 from tests.command_line import CONFIGS
+from tests.shard_stages import without_ray
+
+PROMPT = [{"role": "user", "content": "Why?"}]
 
 REWARD = """
 def score(prompt, completion, finished):
@@ -145,3 +150,29 @@ def test_a_win_rate_is_measured_again(context: RunContext, tmp_path: Path, edit:
     assert measured() == (1.0, 11.0, True)
     edit("-1")
     assert measured() == (0.0, -11.0, False)
+
+
+class Sampled:
+    """A row of candidates, or of a block of prompts that are all too long, none."""
+
+    def __call__(self, source: int) -> ShardOutput:
+        completions = [{"text": text, "finished": True, "num_tokens": 1} for text in ("one", "of two words")]
+        row = {"prompt_id": f"{source:016x}", "split": "train", "prompt": PROMPT, "completions": completions}
+        rows = [row] if source else []
+        return ShardOutput(
+            pa.Table.from_pylist(rows, schema=CANDIDATES), Counter(read=1, prompt_too_long=1 - len(rows))
+        )
+
+
+def test_blocks_of_prompts_that_are_all_too_long_have_scores_and_pairs_of_none(context: RunContext):
+    tasks = [ShardTask(source=n, content=content, rows=1) for n, content in ((0, "a"), (1, "b"), (0, "c"), (2, "d"))]
+    rule = Rule(function="dpo_ray.rewards:length_window", arguments={"at_most": 1})
+    rules = CandidatePairing()
+    with without_ray():
+        candidates, _ = shard_stage(
+            context.output, "candidates", identity={}, inputs={}, tasks=tasks, pool=Pool(Sampled, {})
+        )
+        scores, _ = score_candidates(context.output, context.config, rule, candidates)
+        pairs, _ = pair_candidates(context.output, context.config, rules, (rule,), candidates, {rule.label: scores})
+    assert len(candidates.shards()) == len(scores.shards()) == len(pairs.shards()) == 4
+    assert pairs.manifest.rows == 2 and pairs.manifest.counters["kept"] == 2

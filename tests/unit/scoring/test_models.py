@@ -180,6 +180,14 @@ def test_of_an_answer_that_was_cut_the_end_of_the_turn_does_not_count(tiny_model
         assert one.parts == pytest.approx({"policy": policy, "reference": reference}, abs=1e-4)
 
 
+def test_a_reference_of_its_own_takes_nothing_of_the_trained_model():
+    trained = Model(path="base", trust_remote_code=True, chat_template="t.jinja", template_arguments={"think": False})
+    source = ImplicitReward(policy="tuned", reference="other", reference_revision="x", dtype="bfloat16")
+    assert reference_of(source, trained) == Model(path="other", revision="x", dtype="bfloat16")
+    assert reference_of(source.model_copy(update={"trust_remote_code": True}), trained).trust_remote_code
+    assert reference_of(ImplicitReward(policy="tuned"), trained) == trained
+
+
 def test_a_policy_that_is_its_reference_has_no_reward(tiny_model: Path):
     source = ImplicitReward(policy=str(tiny_model))
     [[one]] = ImplicitScorer(source, reference_of(source, Model(path=str(tiny_model)))).score([row("Why?", "So.")])

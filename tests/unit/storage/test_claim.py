@@ -80,6 +80,25 @@ def test_a_gc_that_was_held_up_removes_nothing_more(output: Location):
             lease.hold()
 
 
+def test_a_gc_that_looks_around_for_long_keeps_its_lease(output: Location, monkeypatch):
+    monkeypatch.setattr(claims, "LEASE_S", 2.0)
+    with collecting(output) as lease:
+        with lease.renewed():
+            time.sleep(2.5)
+        lease.require()
+        lease.hold()
+
+
+def test_a_renewal_that_came_too_late_is_told(output: Location, monkeypatch):
+    with collecting(output) as lease:
+        lease.now -= claims.LEASE_S * 0.6
+        monkeypatch.setattr(claims, "LEASE_S", 0.1)
+        with lease.renewed():
+            time.sleep(0.2)
+        with pytest.raises(DpoRayError, match=r"held up for 18\d s"):
+            lease.hold()
+
+
 def test_a_claim_is_renewed_while_the_work_goes_on_and_no_longer(output: Location, monkeypatch):
     monkeypatch.setattr(claims, "RENEWED_S", 0.02)
     file = output / "x.json"

@@ -65,6 +65,15 @@ def test_a_damaged_file_is_not_taken_for_a_shard(pool: ShardPool, damage):
     assert pool.inspect(made.shard.name, True) == made
 
 
+def test_no_changed_byte_of_a_shards_end_is_an_error(pool: ShardPool):
+    made = pool.write(TASK, TABLE, {"read": 3}, None)
+    place = pool.folder / made.shard.name
+    content = place.read_bytes()
+    for at in range(len(content) - 600, len(content)):
+        place.write_bytes(content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :])
+        assert pool.inspect(made.shard.name, False) is None
+
+
 def test_another_shard_under_its_name_is_none(pool: ShardPool):
     made, other = pool.write(TASK, TABLE, {}), pool.write(TASK, TABLE.slice(1), {})
     (pool.folder / other.shard.name).copy_to(pool.folder / made.shard.name)

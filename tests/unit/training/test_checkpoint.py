@@ -289,6 +289,17 @@ def test_a_file_that_is_cut_short_is_named(tmp_path: Path):
         load(tmp_path, *trained(1))
 
 
+def test_a_damaged_one_that_only_weights_are_taken_of_is_named_too(tmp_path: Path):
+    save(tmp_path, *trained(1))
+    file = tmp_path / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:200])
+    model, _ = trained(0)
+    with pytest.raises(DamagedCheckpoint) as caught:
+        load_weights(Location.of(tmp_path), policy=model, average=None)
+    assert caught.value.folder == str(tmp_path)
+    assert pickle.loads(pickle.dumps(caught.value)).folder == str(tmp_path)  # as it comes back from its worker
+
+
 def test_no_changed_byte_of_a_tensor_goes_unnoticed(tmp_path: Path):
     save(tmp_path, *trained(1))
     file = tmp_path / "__0_0.distcp"

@@ -257,6 +257,20 @@ def test_weights_in_bfloat16_are_rounded_at_random_and_alike_where_they_are_alik
     assert torch.equal(after, torch.rand(1)) and not torch.equal(after, later)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw_bf16", "adamw_8bit_bf16"])
+@pytest.mark.parametrize("size", [8, 256])  # of few values no moment is in 8 bits
+def test_the_second_moment_falls_when_gradients_do(optimizer: Any, size: int):
+    model = nn.Linear(size, size, bias=False, dtype=torch.bfloat16)
+    made = make_optimizer(model, Train(optimizer=optimizer, learning_rate=1e-6))
+    for step in range(400):
+        model.weight.grad = torch.full_like(model.weight, 1.0 if step < 20 else 1e-3)
+        made.step()
+    moment = made.state[model.weight]["exp_avg_sq"]
+    moment = moment.dequantize() if hasattr(moment, "dequantize") else moment
+    expected = (1 - 0.999**20) * 0.999**380
+    assert float(moment.float().mean()) == pytest.approx(expected, rel=0.1)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("way", ["adamw", *WAYS])
 def test_what_is_counted_is_what_is_held(way: str, strategy: str, tmp_path: Path):

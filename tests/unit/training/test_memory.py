@@ -149,9 +149,11 @@ def test_weights_gradients_and_moments_in_fewer_bytes():
 
     bfloat16 = {"dtype": "bfloat16"}
     assert each({}, optimizer="adamw_8bit") == 10.031
-    assert each(bfloat16, optimizer="adamw_bf16") == 8
-    assert each(bfloat16, 8, optimizer="adamw_bf16") == 10  # replicas add gradients up in float32
-    assert each(bfloat16, 8, optimizer="adamw_bf16", strategy="fsdp") == 1
+    assert each(bfloat16, optimizer="adamw_bf16") == 10
+    assert each(bfloat16, 8, optimizer="adamw_bf16") == 12  # replicas add gradients up in float32
+    assert each(bfloat16, 8, optimizer="adamw_bf16", strategy="fsdp") == 1.25
+    assert each({}) == 16 and each({}, ema_decay=0.99) == 20
+    assert each({}, 8, ema_decay=0.99, strategy="fsdp") == 2.5
     assert each(bfloat16, optimizer="adamw_8bit_bf16") == 6.031
     assert each({**bfloat16, "lora": {"rank": 1}}) == 2
     # Nine tenths of the weights in 4 bits and a scale in float32 for 64 of them; the others in bfloat16.
@@ -177,7 +179,7 @@ def test_a_checkpoint_holds_weights_moments_and_their_average():
     assert memory.checkpoint_bytes(1000, Train()) == 12_000
     assert memory.checkpoint_bytes(1000, Train(ema_decay=0.9)) == 16_000
     assert memory.checkpoint_bytes(1000, Train(optimizer="adamw_8bit")) == 6031
-    assert memory.checkpoint_bytes(1000, Train(optimizer="adamw_bf16")) == 6000
+    assert memory.checkpoint_bytes(1000, Train(optimizer="adamw_bf16")) == 8000
 
 
 def test_more_workers_checkpointing_and_adapters_make_room():

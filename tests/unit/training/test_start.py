@@ -13,13 +13,16 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.attention import FAMILIES, saved
 from dpo_ray.config import LoRA, Model, Sharding, Train
+from dpo_ray.errors import ConfigError
 from dpo_ray.model.resolve import ModelFolder
 from dpo_ray.pairs import TokenizedPair
+from dpo_ray.training import start
 from dpo_ray.training.parallel import Rank, accumulating, part_of
-from dpo_ray.training.start import start_policy
+from dpo_ray.training.start import fetch, start_policy
 from tests.training import VOCABULARY, Gang, Trained, add_tokenizer, random_pairs, run, scored
 from tests.training import small_model as make_model
 
+CPU = torch.device("cpu")
 NEAR = 1e-6  # float32, sums in another order, over three steps of AdamW
 ALWAYS: dict[str, Any] = {"tokens_per_microbatch": 20, "learning_rate": 1e-4}  # several micro-batches on each worker
 
@@ -140,3 +143,27 @@ def test_workers_of_a_group_come_one_after_the_other():
     device = torch.device("cpu")
     assert [part_of(Rank(n, 6, device), Sharding(workers=3)).number for n in range(6)] == [0, 1, 2, 0, 1, 2]
     assert part_of(Rank(4, 6, device), Sharding()).of == 6
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_files_that_one_rank_cannot_have_end_all_of_them(rank: int, monkeypatch: pytest.MonkeyPatch, small_model: Path):
+    told: list[str] = []
+
+    def gathered(mine: str, me: Rank) -> list[str]:
+        told.append(mine)
+        return [mine, "model.path is not there"] if me.rank == 0 else ["", mine]
+
+    monkeypatch.setattr(start, "gathered_objects", gathered)
+    folder = ModelFolder(str(small_model if rank == 0 else small_model / "nothing"))
+    with pytest.raises(ConfigError) as caught:
+        fetch(folder, Rank(rank, 2, CPU))
+    assert told == ["" if rank == 0 else str(caught.value)]
+    assert str(caught.value).startswith(
+        "A worker cannot have the model's files, and others wait for it: model.path is"
+    ) is (rank == 0)
+
+
+def test_alone_a_rank_has_its_files_or_says_why(small_model: Path):
+    fetch(ModelFolder(str(small_model)), Rank(0, 1, CPU))
+    with pytest.raises(ConfigError, match="nothing"):
+        fetch(ModelFolder(str(small_model / "nothing")), Rank(0, 1, CPU))

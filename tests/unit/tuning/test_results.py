@@ -58,6 +58,19 @@ def test_the_mean_over_seeds_counts_and_may_put_another_one_first():
     assert places[2].spread is None
 
 
+def test_a_repeat_that_did_not_come_to_its_end_counts_for_nothing():
+    trials = [trial(1, 0.90), trial(2, 0.80)]
+    repeats = [trial(1, 0.10, seed=1, state="failed"), trial(1, 0.88, seed=2), trial(2, 0.82, seed=1)]
+    best = ranked(TUNE, trials, repeats)[0]
+    assert best.trial.number == 1 and best.score[0] == pytest.approx(0.89) and len(best.repeats) == 1
+
+
+def test_a_point_that_diverges_with_another_seed_comes_last():
+    trials = [trial(1, 0.90), trial(2, 0.80), trial(3, 0.70)]
+    repeats = [trial(1, None, seed=1, state="diverged"), trial(1, 0.92, seed=2), trial(2, 0.80, seed=1)]
+    assert [place.trial.number for place in ranked(TUNE, trials, repeats)] == [2, 3, 1]
+
+
 def test_with_several_objectives_the_front_comes_first():
     tune = searched(SPACE, rank_by=["accuracy", "likelihood_drop"]).tune
     trials = [

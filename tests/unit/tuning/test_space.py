@@ -180,6 +180,14 @@ def test_a_space_of_many_dimensions_is_checked_in_little_time():
             {"space": {"train.loss": LOSSES["choice"][:2]}, "rank_by": "margin", "search": "random", "num_trials": 2},
             "rank by accuracy",
         ),
+        (
+            {"space": {"train.loss": [{"type": "simpo"}, {"type": "cpo"}]}, "rank_by": "margin"},
+            "a mean over tokens without a reference; a sum over tokens without a reference.: rank by accuracy",
+        ),
+        (
+            {"space": {"train.loss": [{"type": "orpo"}, {"type": "simpo"}]}, "rank_by": "margin"},
+            "a mean over tokens without a reference; log odds",
+        ),
         ({"beta": [0.1], "rank_by": "loss"}, "rank these, not the policies"),
         ({"beta": [0.1], "rank_by": "eval_rewards/margins"}, "the largest β would win"),
         ({"beta": [0.1], "rank_by": {"accuracy": 1, "loss": 2}}, "rank these, not the policies"),
@@ -286,3 +294,10 @@ def test_numbers_in_scientific_notation_are_numbers():
     }
     with pytest.raises(ConfigError, match=r"has 1e-05 twice"):
         searched({"train.learning_rate": [1e-5, "1e-5"]})
+
+
+def test_a_weight_of_a_measure_may_be_written_as_yaml_takes_for_text():
+    assert config({"beta": [0.1], "rank_by": {"accuracy": 1, "likelihood_drop": "1e-3"}}).tune.rank_by == {
+        "accuracy": 1.0,
+        "likelihood_drop": 0.001,
+    }

@@ -29,6 +29,8 @@ def test_any_cells_come_back_and_an_empty_one_is_null(cells: list[tuple[str, ...
 
 
 def test_a_byte_order_mark_crlf_and_blank_lines_do_no_harm():
+    assert rows(b"\n\r\na,b\nx,1\n") == [{"a": "x", "b": "1"}]
+    assert rows(b"\n\n") == []
     assert rows(b'\xef\xbb\xbfa,b\r\n"x\r\ny",1\r\n\r\n,\r\n') == [{"a": "x\r\ny", "b": "1"}, {"a": None, "b": None}]
 
 

@@ -114,3 +114,9 @@ def test_a_column_system_beside_a_prompt_begins_the_dialogue(tmp_path: Path):
         (said("Why?"), "So.", "No."),
         (said("Why?"), "So.", "No."),
     ]
+
+
+def test_where_two_columns_may_be_the_question_none_is_dropped_without_a_word(tmp_path: Path):
+    types = {"input": TEXT, "question": TEXT, "chosen": TEXT, "rejected": TEXT}
+    row = {"input": "A passage.", "question": "What is it about?", "chosen": "So.", "rejected": "No."}
+    check(Card("two questions", types, [row], [], dropped={"missing_field": 1}), "paired", tmp_path)

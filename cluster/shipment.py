@@ -114,10 +114,10 @@ def _require_reachable(key: str, path: str, here: Path, shipped: Collection[str]
     first = next(iter(Path(path).parts), path)
     if of_the_hub or "://" in path or path.startswith(("/", "~")) or first in shipped:
         return
+    travels = "" if first == ".." else f"; or, where it is small, have it travel along: --ship {first}"
     raise ConfigError(
         f"{key} is {path}, a relative path, which a job on a cluster looks for below Ray's temporary working "
-        "directory. Name a bucket, as in s3://bucket/folder, or an absolute path that all nodes see; or, where it is "
-        f"small, have it travel along: --ship {first}."
+        f"directory. Name a bucket, as in s3://bucket/folder, or an absolute path that all nodes see{travels}."
     )
 
 

@@ -217,6 +217,7 @@ def _ranking_lines(search: Sweep, ranking: Sequence[Ranked]) -> list[str]:
             else ""
         )
         tied = " (cannot be told from the best)" if one.is_tied else ""
+        tied += " (diverged with another seed)" if one.diverged else ""
         lines.append(
             f"{place}. trial {one.trial.number}: {described(search.tune, one.trial)}: "
             f"{measured_line(one.trial.measured)}{seeds}{tied}"

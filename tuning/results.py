@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ class Ranked:
     """With several objectives: no other trial is better in one and as good in all."""
     repeats: tuple[Trial, ...] = ()
     """The same point with other seeds."""
+    diverged: bool = False
+    """It did with another seed."""
 
 
 def ranked(tune: Tune, trials: Sequence[Trial], repeats: Sequence[Trial] = ()) -> list[Ranked]:
@@ -51,20 +53,25 @@ def ranked(tune: Tune, trials: Sequence[Trial], repeats: Sequence[Trial] = ()) -
     scores = {t.number: found for t in trials if t.state == "finished" and (found := _scores(objectives, t))}
     finished = [t for t in trials if t.number in scores]
     front = {finished[i].number for i in pareto_front([tuple(v for v, _ in scores[t.number]) for t in finished])}
-    places, diverged = [], set[int]()
+    places = []
+    repeated = {r.number for r in repeats}
     for trial in finished:
         mine = [r for r in repeats if r.number == trial.number]
         again = tuple(r for r in mine if r.state == "finished" and _scores(objectives, r) is not None)
-        if any(r.state == "diverged" for r in mine):
-            diverged.add(trial.number)
+        diverged = any(r.state == "diverged" for r in mine)
         value, spread = _over_seeds(objectives[0], [trial, *again])
-        places.append(Ranked(trial, value, spread, is_tied=False, on_front=trial.number in front, repeats=again))
+        places.append(
+            Ranked(
+                trial, value, spread, is_tied=False, on_front=trial.number in front, repeats=again, diverged=diverged
+            )
+        )
     several, compares = len(objectives) > 1, margins_compare(tune.searched())
 
     def order(one: Ranked) -> tuple[bool, bool, bool, float, float]:
         # Among equals, as few pairs make them.
         margin = one.trial.measured.get("margin", {"value": 0.0})["value"] if compares else 0.0
-        return one.trial.number not in diverged, several and one.on_front, bool(one.repeats), one.score[0], margin
+        # Also who has lost a repeat to an error was among the best before.
+        return not one.diverged, several and one.on_front, one.trial.number in repeated, one.score[0], margin
 
     places.sort(key=order, reverse=True)
     best = places[0] if places else None
@@ -73,7 +80,7 @@ def ranked(tune: Tune, trials: Sequence[Trial], repeats: Sequence[Trial] = ()) -
 
 def _tied(one: Ranked, best: Ranked | None) -> Ranked:
     tied = best is not None and one is not best and not distinguishable(one.score, best.score)
-    return Ranked(one.trial, one.score, one.spread, tied, one.on_front, one.repeats)
+    return replace(one, is_tied=tied)
 
 
 def _scores(objectives: Sequence[Mapping[Measure, float]], trial: Trial) -> list[tuple[float, float]] | None:

@@ -8,21 +8,21 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        first: dict[str, yaml.Node] = {}
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)  # before what `<<` names is put into it
+        first: dict[tuple[str, str], yaml.Node] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 continue
-            if key.value in first:
-                raise yaml.constructor.ConstructorError(
+            if (earlier := first.setdefault((key.tag, key.value), key)) is not key:
+                raise yaml.composer.ComposerError(
                     "in a section",
                     node.start_mark,
-                    f"{key.value} stands twice, first in line {first[key.value].start_mark.line + 1}: put what is "
-                    "below both under one",
+                    f"{key.value} stands twice, first in line {earlier.start_mark.line + 1}: put what is below both "
+                    "under one",
                     key.start_mark,
                 )
-            first[key.value] = key
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def read_yaml(text: str) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,12 +73,25 @@ def draft(
 
     Raises DataError and ConfigError where a run would: on data that cannot be read, on a model without a chat template.
     """
+    told = _folded(told)
     looked = _as_it_is(source, model, name, output, told)
     found = sheets(looked, rows, 0, with_model=False)
     counts = sample(looked, rows)
     plain = Draft(_with(told, list(_choices(looked, found, counts, hardware))), found, None)
     fitted, lacking = _that_fit(plain, counts, hardware, looked, told)
     return Draft(_with(told, [*plain.choices, *fitted]), found, lacking)
+
+
+def _folded(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of a part of a section that is told too, put into that."""
+    found: dict[str, Any] = {}
+    for key in sorted(told, key=lambda key: key.count(".")):
+        outer = next((other for other in found if key.startswith(f"{other}.") and isinstance(found[other], dict)), None)
+        if outer is None:
+            found[key] = deepcopy(told[key])
+        else:
+            put(found[outer], key.removeprefix(f"{outer}."), told[key], source=f"-o {key}")
+    return found
 
 
 def _as_it_is(source: str, model: str, name: str, output: str, told: Mapping[str, Any]) -> Config:
@@ -103,7 +117,9 @@ def _with(told: Mapping[str, Any], choices: list[Choice]) -> list[Choice]:
     for choice in choices:
         inner = {key: value for key, value in told.items() if key.startswith(f"{choice.key}.")}
         if inner and isinstance(choice.value, dict):
-            tree = {choice.key: dict(choice.value)}
+            # Of another loss than the chosen one nothing else of it is meant.
+            other = inner.get(f"{choice.key}.type", choice.value.get("type")) != choice.value.get("type")
+            tree = {choice.key: {} if other else dict(choice.value)}
             for key, value in inner.items():
                 put(tree[choice.key], key.removeprefix(f"{choice.key}."), value, source=f"-o {key}")
             kept.append(Choice(choice.key, tree[choice.key], f"{choice.why} {', '.join(inner)} as told with -o."))

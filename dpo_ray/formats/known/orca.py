@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_ray.formats.format import TIE, Format, Row, answered, asked, compared, is_text, text
+from dpo_ray.formats.format import TIE, Format, Row, answered, asked, compared, is_text, no_pair, text
 
 _QUESTIONS = ("input", "question", "instruction", "prompt")
 _SYSTEMS = ("system", "system_prompt")
 
 
 def _question(row: Row) -> str:
-    return next((name for name in _QUESTIONS if name in row), "question")
+    there = [name for name in _QUESTIONS if name in row]
+    return next((name for name in there if row[name] is not None), there[0] if there else "question")
+
+
+def _is_unclear(row: Row) -> bool:
+    """Whether two columns may be the question."""
+    return sum(row.get(name) is not None for name in _QUESTIONS) > 1
 
 
 def _system(row: Row) -> Any:
@@ -21,13 +27,15 @@ def _system(row: Row) -> Any:
 def _fits(row: Row) -> bool:
     if "instruction" in row and ("input" in row or "history" in row):  # parts of one prompt, as alpaca has them
         return False
-    if sum(row.get(name) is not None for name in _QUESTIONS) > 1:  # which is the question cannot be told
+    if _is_unclear(row):
         return False
     system = _system(row)
     return is_text(row[_question(row)], row["chosen"], row["rejected"]) and (system is None or is_text(system))
 
 
 def _fields(row: Row) -> dict[str, Any]:
+    if _is_unclear(row):
+        no_pair("two_questions")
     prompt = asked(text(row, _question(row)))
     chosen, rejected = (answered(text(row, side)) for side in ("chosen", "rejected"))
     return {

@@ -57,7 +57,8 @@ def _said(facts: Facts) -> list[str]:
         kept = train.get("published_step")
         of_step = f" The weights of step {kept:,} were kept." if kept not in {None, train["num_steps"]} else ""
         texts.append(f"{train['num_steps']:,} steps{of}{took}{rate}.{of_step}")
-    if not train and curves_.trained:
+    ended = any(name.split(" ")[0] == "train" for name in facts.summary.get("stages") or ())
+    if not train and not ended and curves_.trained:
         last = max(curve.steps[-1] for curve in curves_.trained.values())
         texts.append(f"Training did not come to its end. The curves go up to step {last:,}, the last one it told of.")
     if train.get("first_step_loss") is not None and train.get("zero_margin_loss") is not None:

@@ -10,6 +10,7 @@ import yaml
 
 from dpo_ray.config import Config, Train, dump_config, load_config, parse_config
 from dpo_ray.config.losses import HingeLoss, IPOLoss, RobustLoss, SigmoidLoss
+from dpo_ray.config.yaml_text import read_yaml
 from dpo_ray.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[3]
@@ -324,6 +325,9 @@ def test_what_is_merged_may_be_said_again(tmp_path: Path):
     )
     train = load_config(path).train
     assert (train.epochs, train.learning_rate) == (3, 1e-5)
+    nested = "b: &B {x: 0, y: 2}\nbase:\n  inner: &A\n    <<: *B\n    x: 1\nc:\n  <<: *A\n  z: 3\n"
+    assert read_yaml(nested)["c"] == {"x": 1, "y": 2, "z": 3}
+    assert read_yaml("{1: a, '1': b}") == {1: "a", "1": "b"}
 
 
 def test_yaml_cannot_construct_objects(tmp_path: Path):

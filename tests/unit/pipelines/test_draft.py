@@ -206,6 +206,22 @@ def test_what_goes_with_what_is_chosen_is_taken(here: Path, tiny_model: Path, to
         assert found == value
 
 
+@pytest.mark.parametrize(
+    ("told", "loss"),
+    [
+        (("train.loss.type=orpo",), {"type": "orpo"}),
+        (("train.loss={type: ipo}", "train.loss.beta=0.3"), {"type": "ipo", "beta": 0.3}),
+        (("train.loss.beta=0.3",), {"type": "sigmoid", "beta": 0.3}),
+    ],
+)
+def test_all_that_is_told_of_a_loss_is_taken_and_nothing_of_another_one(
+    here: Path, tiny_model: Path, told: tuple[str, ...], loss: dict[str, Any]
+):
+    data = written(here / "d.jsonl", ROWS["paired"])
+    found = drafted(data, tiny_model, *(part for one in told for part in ("-o", one))).train.loss.model_dump()
+    assert {key: found[key] for key in loss} == loss
+
+
 def test_a_file_that_is_there_is_left_alone(here: Path, tiny_model: Path):
     data = written(here / "d.jsonl", ROWS["paired"])
     Path("run.yaml").write_text("mine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -229,3 +230,16 @@ def test_runs_that_end_early_or_find_nothing_new_say_so():
     assert "was to end with the stage evaluate" in run_document(facts_of(summary)).why[0]
     summary["nothing_new"] = {"version": "fedcba9876543210", "published": "2026-11-26T02:00:00"}
     assert run_document(facts_of(summary)).verdict == "Nothing new"
+
+
+def test_a_training_that_ended_is_not_said_to_have_died_where_the_run_failed_after_it():
+    facts = without("train")
+    assert "train" in facts.summary["stages"]
+    assert "did not come to its end" not in words(section(facts, "training"))
+    stages = {name: one for name, one in facts.summary["stages"].items() if name != "train"}
+    died = replace(facts, summary={**facts.summary, "stages": stages})
+    assert "did not come to its end" in words(section(died, "training"))
+    rounds = replace(
+        died, summary={**died.summary, "stages": {**stages, "train (round 1)": facts.summary["stages"]["train"]}}
+    )
+    assert "did not come to its end" not in words(section(rounds, "training"))

@@ -65,6 +65,12 @@ def test_a_repeat_that_did_not_come_to_its_end_counts_for_nothing():
     assert best.trial.number == 1 and best.score[0] == pytest.approx(0.89) and len(best.repeats) == 1
 
 
+def test_who_has_lost_its_repeat_to_an_error_is_still_among_those_that_were_repeated():
+    trials = [trial(1, 0.90), trial(2, 0.88), trial(3, 0.95)]
+    repeats = [trial(1, None, seed=1, state="failed"), trial(2, 0.60, seed=1)]
+    assert [place.trial.number for place in ranked(TUNE, trials, repeats)] == [1, 2, 3]
+
+
 def test_a_point_that_diverges_with_another_seed_comes_last():
     trials = [trial(1, 0.90), trial(2, 0.80), trial(3, 0.70)]
     repeats = [trial(1, None, seed=1, state="diverged"), trial(1, 0.92, seed=2), trial(2, 0.80, seed=1)]

@@ -120,3 +120,14 @@ def test_where_two_columns_may_be_the_question_none_is_dropped_without_a_word(tm
     types = {"input": TEXT, "question": TEXT, "chosen": TEXT, "rejected": TEXT}
     row = {"input": "A passage.", "question": "What is it about?", "chosen": "So.", "rejected": "No."}
     check(Card("two questions", types, [row], [], dropped={"missing_field": 1}), "paired", tmp_path)
+
+
+def test_of_several_columns_the_one_that_has_text_is_the_question(tmp_path: Path):
+    types = {"input": TEXT, "question": TEXT, "chosen": TEXT, "rejected": TEXT}
+    told = [(None, "Why?"), ("Who?", None), ("A passage.", "What?")]
+    rows = [{"input": a, "question": b, "chosen": "So.", "rejected": "No."} for a, b in told]
+    pairs = [(said("Why?"), "So.", "No."), (said("Who?"), "So.", "No.")]
+    path = write(Card("one or the other", types, rows, []), tmp_path / "f.parquet")
+    assert format_of(path).name == "orca"
+    assert pairs_of(ingested(path, "orca")) == pairs
+    assert ingested(path, "orca").counters["two_questions"] == 1

@@ -63,7 +63,8 @@ MEANING: dict[Reason, str] = {
     "unknown_role": "a role other than system, user, assistant and tool",
     "role_order": "the turns are not an optional system turn, then user and assistant in turn, with results of tools "
     "after what the assistant said or called, and before an answer the user or a tool",
-    "two_questions": "two columns may be the question; say with data.columns.prompt which one is, or merge them",
+    "two_questions": "two columns may be the question; say which one is with data.layout=paired and "
+    "data.columns.prompt, or merge them",
     "other_system": "the column of the system message says another one than the dialogue begins with",
     "tool_calls": "the calls of tools in a message are not a list of named functions, or not the assistant's",
     "bad_completion": "an answer does not begin and end with the assistant; or a ranked one is not one text",

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_ray.config import Pairing
+from dpo_ray.config import Columns, Pairing
 from dpo_ray.data.raw.parts import RawPart
 from dpo_ray.data.raw.scan import peek
 from dpo_ray.formats.format import Format
@@ -74,8 +74,8 @@ def format_of(path: Path, names: dict[str, str] | None = None, option: str = "au
     return recognise(found.columns, found.sample, path.name, option=option, names=names or {})
 
 
-def ingested(path: Path, name: str) -> ShardOutput:
-    return IngestShard(0.0, 0, pairing=Pairing())(RawShard(RawPart(str(path)), name, None))
+def ingested(path: Path, name: str, columns: Columns = Columns()) -> ShardOutput:
+    return IngestShard(0.0, 0, columns, Pairing())(RawShard(RawPart(str(path)), name, None))
 
 
 def pairs_of(output: ShardOutput) -> list[Pair]:

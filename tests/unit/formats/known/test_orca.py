@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from dpo_ray.config import Columns
 from dpo_ray.errors import DataError
 from tests.unit.formats.card import MESSAGES, TEXT, Card, check, format_of, ingested, pairs_of, said, write
 
@@ -131,3 +132,5 @@ def test_of_several_columns_the_one_that_has_text_is_the_question(tmp_path: Path
     assert format_of(path).name == "orca"
     assert pairs_of(ingested(path, "orca")) == pairs
     assert ingested(path, "orca").counters["two_questions"] == 1
+    named = ingested(path, "paired", columns=Columns(prompt="question"))  # as the reason says
+    assert pairs_of(named) == [(said("Why?"), "So.", "No."), (said("What?"), "So.", "No.")]
